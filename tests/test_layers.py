@@ -1,0 +1,95 @@
+"""The layering rule: a module imports only from a lower level, and two things live in one file each."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import timm_multiexit
+
+PACKAGE = Path(timm_multiexit.__file__).parent
+LEVELS = {
+    'config': 0,
+    'taps': 1,
+    'heads': 1,
+    'losses': 1,
+    'cost': 1,
+    'metrics': 2,
+    'model': 3,
+    'attach': 4,
+    'task': 4,
+    'data': 4,
+    'checkpoint': 5,
+    'engine': 5,
+    'arguments': 5,
+    'factory': 7,
+    '__init__': 8,
+}
+FILES = sorted(PACKAGE.rglob('*.py'))
+HOOK_METHODS = ('register_forward_hook', 'register_forward_pre_hook')
+
+
+def module_name(path):
+    return path.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')
+
+
+def imported_names(source):
+    """Return the dotted names that a file of the package imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = '.'.join(filter(None, ['timm_multiexit' if node.level else '', node.module]))
+            # What is imported from the package itself is a module of it, or a public name, which __init__ has.
+            names |= {f'{parent}.{alias.name}' for alias in node.names} if parent == 'timm_multiexit' else {parent}
+    return names
+
+
+def imported_modules(source):
+    """Return the modules of the package that a file of it imports."""
+    found = set()
+    for name in imported_names(source):
+        if name.split('.')[0] == 'timm_multiexit':
+            inner = name.split('.')[1:]
+            found.add(inner[0] if inner and (inner[0] in LEVELS or (PACKAGE / inner[0]).exists()) else '__init__')
+    return found
+
+
+def test_every_module_has_a_level():
+    assert len(FILES) >= 9
+    assert {module_name(path) for path in FILES} <= set(LEVELS)
+
+
+@pytest.mark.parametrize('path', FILES, ids=module_name)
+def test_module_imports_only_from_a_lower_level(path):
+    name = module_name(path)
+    wrong = {other for other in imported_modules(path.read_text()) if LEVELS[other] >= LEVELS[name]}
+    assert not wrong, f'{name} (level {LEVELS[name]}) imports {sorted(wrong)}'
+
+
+def test_imports_are_found_in_all_their_forms():
+    source = (
+        'import os, timm_multiexit.heads\n'
+        'from timm_multiexit.config import ExitSpec\n'
+        'from timm_multiexit import taps, attach_exits\n'
+        'def later():\n'
+        '    from .metrics import exit_names\n'
+        '    from . import model\n'
+        '    import timm.models\n'
+    )
+    assert imported_modules(source) == {'heads', 'config', 'taps', '__init__', 'metrics', 'model'}
+
+
+def test_only_taps_registers_forward_hooks():
+    users = [module_name(path) for path in FILES if any(method in path.read_text() for method in HOOK_METHODS)]
+    assert users == ['taps']
+
+
+def test_no_module_but_hub_imports_huggingface_hub():
+    users = {
+        module_name(path)
+        for path in FILES
+        if any(name.split('.')[0] == 'huggingface_hub' for name in imported_names(path.read_text()))
+    }
+    assert users <= {'hub'}

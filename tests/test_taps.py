@@ -1,0 +1,470 @@
+"""Taps: hooks that copy, pickle, survive replaced modules, and know nothing between two calls."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.utils import freeze
+from torch import nn
+
+from timm_multiexit.taps import ForwardStopped, Taps, resolve_tap
+
+NAMES = ('0', '1')
+
+
+class Scale(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def make_chain():
+    """Return x -> 2x -> 6x -> 30x with taps at 2x, at 6x and at what enters the last layer, 6x again."""
+    chain = nn.Sequential(Scale(2.0), Scale(3.0), Scale(5.0))
+    taps = Taps(NAMES, '2')
+    taps.install(chain)
+    return chain, taps
+
+
+class Skipping(nn.Module):
+    """Holds a layer that its forward does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused, self.fc = Scale(2.0), Scale(3.0), Scale(5.0)
+
+    def forward(self, x):
+        return self.fc(self.used(x))
+
+
+class Normed(nn.Module):
+    """Two plain batch norms to tap, each followed by a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm0, self.conv0 = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)
+        self.norm1, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3)
+        self.fc = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.fc(self.conv1(self.norm1(self.conv0(self.norm0(x)))).mean((2, 3)))
+
+
+class Recorder:
+    def __init__(self):
+        self.visits = []
+
+    def __call__(self, idx, tensor):
+        self.visits.append((idx, tensor.tolist()))
+
+
+def num_hooks(module):
+    return sum(len(child._forward_hooks) + len(child._forward_pre_hooks) for child in module.modules())
+
+
+def assert_same_outputs(outputs, expected):
+    for kind in ('logits', 'features'):
+        torch.testing.assert_close(getattr(outputs, kind), getattr(expected, kind), rtol=1e-5, atol=1e-6)
+
+
+# What a visitor sees and may do
+
+
+def test_visitor_sees_every_tap_once_in_order_of_depth():
+    chain, taps = make_chain()
+    recorder = Recorder()
+    output = taps.visit(chain, torch.tensor([1.0]), recorder)
+    assert recorder.visits == [(0, [2.0]), (1, [6.0]), (2, [6.0])]
+    assert output.tolist() == [30.0]
+
+
+@pytest.mark.parametrize(('at', 'seen', 'output'), [(0, 2.0, 1500.0), (1, 6.0, 500.0), (2, 6.0, 500.0)])
+def test_what_a_visitor_returns_replaces_the_tensor(at, seen, output):
+    # 100 in place of the first tap's 2 runs through 3 and 5; in place of the second or the classifier's input, 5 alone.
+    chain, taps = make_chain()
+    replaced = []
+
+    def visitor(idx, tensor):
+        if idx == at:
+            replaced.append(tensor.item())
+            return torch.tensor([100.0])
+        return None
+
+    assert taps.visit(chain, torch.tensor([1.0]), visitor).tolist() == [output]
+    assert replaced == [seen]
+    assert chain(torch.tensor([1.0])).tolist() == [30.0]
+
+
+def test_batch_may_shrink_on_the_way():
+    chain, taps = make_chain()
+    output = taps.visit(chain, torch.tensor([1.0, 10.0]), lambda idx, tensor: tensor[1:] if idx == 0 else None)
+    assert output.tolist() == [300.0]
+
+
+def test_stopped_visit_returns_none_and_runs_nothing_after_the_tap():
+    chain, taps = make_chain()
+    recorder = Recorder()
+
+    def visitor(idx, tensor):
+        recorder(idx, tensor)
+        if idx == 1:
+            raise ForwardStopped
+
+    assert taps.visit(chain, torch.tensor([1.0]), visitor) is None
+    assert recorder.visits == [(0, [2.0]), (1, [6.0])]
+
+
+def test_collect_returns_output_and_tensors_in_declared_order():
+    chain = nn.Sequential(Scale(2.0), Scale(3.0), Scale(5.0))
+    taps = Taps(('1', '0'), '2')
+    output, tensors = taps.collect(chain, torch.tensor([1.0]))
+    assert output.tolist() == [30.0]
+    assert [tensor.tolist() for tensor in tensors] == [[6.0], [2.0], [6.0]]
+
+
+@pytest.mark.parametrize(('idx', 'expected'), [(0, 2.0), (1, 6.0), (2, 6.0)])
+def test_stop_returns_the_tensor_of_the_tap(idx, expected):
+    chain, taps = make_chain()
+    assert taps.stop(chain, torch.tensor([1.0]), idx).tolist() == [expected]
+
+
+def test_tap_that_does_not_fire_is_an_error():
+    backbone, taps = Skipping(), Taps(('used', 'unused'), 'fc')
+    with pytest.raises(RuntimeError, match="'unused' did not fire"):
+        taps.collect(backbone, torch.ones(1))
+    with pytest.raises(RuntimeError, match="'unused' did not fire"):
+        taps.stop(backbone, torch.ones(1), 1)
+    assert taps.stop(backbone, torch.ones(1), 0).tolist() == [2.0]
+
+
+def test_classifier_that_is_not_called_is_an_error():
+    backbone = Skipping()
+    with pytest.raises(RuntimeError, match="'unused' did not fire"):
+        Taps(('used',), 'unused').collect(backbone, torch.ones(1))
+
+
+# Nothing stays behind between two calls
+
+
+def test_plain_forward_after_a_visit_calls_no_visitor():
+    chain, taps = make_chain()
+    recorder = Recorder()
+    taps.visit(chain, torch.ones(1), recorder)
+    assert len(recorder.visits) == 3
+    assert chain(torch.ones(1)).tolist() == [30.0]
+    assert len(recorder.visits) == 3
+    assert taps._state.visitor is None
+
+
+class Failure(Exception):
+    pass
+
+
+def test_exception_in_the_backbone_leaves_no_visitor_behind():
+    chain, taps = make_chain()
+    recorder = Recorder()
+
+    def fail(module, args):
+        raise Failure
+
+    handle = chain[1].register_forward_pre_hook(fail)
+    with pytest.raises(Failure):
+        taps.visit(chain, torch.ones(1), recorder)
+    handle.remove()
+    assert recorder.visits == [(0, [2.0])]
+    assert chain(torch.ones(1)).tolist() == [30.0]
+    assert recorder.visits == [(0, [2.0])]
+    assert taps._state.visitor is None
+
+
+def test_exception_in_a_visitor_leaves_no_visitor_behind():
+    chain, taps = make_chain()
+    visits = []
+
+    def visitor(idx, tensor):
+        visits.append(idx)
+        raise Failure
+
+    with pytest.raises(Failure):
+        taps.visit(chain, torch.ones(1), visitor)
+    assert chain(torch.ones(1)).tolist() == [30.0]
+    assert visits == [0]
+
+
+def test_visit_inside_a_visit_gives_the_outer_visitor_back():
+    chain, taps = make_chain()
+    outer, inner = Recorder(), Recorder()
+
+    def visitor(idx, tensor):
+        outer(idx, tensor)
+        if idx == 0:
+            taps.visit(chain, torch.tensor([10.0]), inner)
+
+    taps.visit(chain, torch.tensor([1.0]), visitor)
+    assert outer.visits == [(0, [2.0]), (1, [6.0]), (2, [6.0])]
+    assert inner.visits == [(0, [20.0]), (1, [60.0]), (2, [60.0])]
+
+
+def test_taps_of_two_owners_on_one_backbone_do_not_disturb_each_other():
+    chain, first = make_chain()
+    second = Taps(('1',), '2')
+    second.install(chain)
+    recorders = Recorder(), Recorder()
+    first.visit(chain, torch.tensor([1.0]), recorders[0])
+    second.visit(chain, torch.tensor([10.0]), recorders[1])
+    assert recorders[0].visits == [(0, [2.0]), (1, [6.0]), (2, [6.0])]
+    assert recorders[1].visits == [(0, [60.0]), (1, [60.0])]
+    assert num_hooks(chain) == 5
+
+
+def test_two_models_on_one_backbone_answer_as_each_does_alone(make_backbone, make_model):
+    from timm_multiexit.attach import attach_exits
+
+    x = torch.randn(2, 3, 64, 64)
+    backbone = make_backbone().eval()
+    first = attach_exits(backbone, ['layer1', 'layer3']).eval()
+    expected = first(x, exits=True)
+    second = attach_exits(backbone, ['layer2'], head='linear').eval()
+    alone = second(x, exits=True)
+    assert len(alone.logits) == 2
+    assert_same_outputs(first(x, exits=True), expected)
+    assert_same_outputs(second(x, exits=True), alone)
+    torch.testing.assert_close(first(x, exit_idx=1), expected.logits[1])
+    torch.testing.assert_close(second(x, exit_idx=0), alone.logits[0])
+
+
+# Copies and pickles
+
+
+def through_pickle(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, through_pickle], ids=['deepcopy', 'pickle'])
+def test_copied_chain_fires_into_its_own_taps(duplicate):
+    chain, taps = make_chain()
+    other_chain, other_taps = duplicate((chain, taps))
+    recorder, other_recorder = Recorder(), Recorder()
+
+    def visitor(idx, tensor):
+        # The copy's forward inside the original's must reach neither visitor: it is in mode off.
+        recorder(idx, tensor)
+        other_chain(torch.tensor([7.0]))
+
+    taps.visit(chain, torch.tensor([1.0]), visitor)
+    other_taps.visit(other_chain, torch.tensor([10.0]), other_recorder)
+    assert recorder.visits == [(0, [2.0]), (1, [6.0]), (2, [6.0])]
+    assert other_recorder.visits == [(0, [20.0]), (1, [60.0]), (2, [60.0])]
+    assert num_hooks(other_chain) == num_hooks(chain) == 3
+
+
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, through_pickle], ids=['deepcopy', 'pickle'])
+def test_copied_model_answers_to_itself_and_leaves_the_original_alone(make_model, duplicate):
+    x = torch.randn(2, 3, 64, 64)
+    model = make_model().eval()
+    expected = model(x, exits=True)
+    other = duplicate(model)
+    assert_same_outputs(other(x, exits=True), expected)
+    with torch.no_grad():
+        for param in other.parameters():
+            param.mul_(1.5)
+    changed = other(x, exits=True)
+    assert_same_outputs(model(x, exits=True), expected)
+    for idx in range(len(model.exits) + 1):
+        assert (changed.logits[idx] - expected.logits[idx]).abs().max() > 1e-2
+        torch.testing.assert_close(other(x, exit_idx=idx), changed.logits[idx], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('exits', [True, False], ids=['collect', 'stop'])
+def test_model_can_be_copied_after_a_forward_with_gradients(make_model, exits):
+    model = make_model()
+    output = model(torch.randn(2, 3, 64, 64), **({'exits': True} if exits else {'exit_idx': 1}))
+    assert (output.logits[0] if exits else output).requires_grad
+    assert num_hooks(copy.deepcopy(model)) == num_hooks(model) == len(model.exits) + 1
+
+
+def test_model_can_be_copied_after_a_forward_that_failed(make_model):
+    model = make_model()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5, 64, 64), exits=True)
+    assert num_hooks(copy.deepcopy(model)) == len(model.exits) + 1
+
+
+def test_copy_of_the_backbone_alone_drags_no_heads_along(make_model):
+    model = make_model()
+    memo = {}
+    copy.deepcopy(model.backbone, memo)
+    assert {id(param) for param in model.backbone.parameters()} <= set(memo)
+    assert not {id(param) for param in model.exits.parameters()} & set(memo)
+
+
+def test_pickle_of_the_backbone_alone_is_as_large_as_that_of_the_plain_model(make_backbone, make_model):
+    plain, model = make_backbone(), make_model()
+    heads = len(pickle.dumps(model.exits))
+    extra = len(pickle.dumps(model.backbone)) - len(pickle.dumps(plain))
+    assert heads > 50_000
+    assert extra < 2_000
+
+
+# Modules replaced after attaching
+
+
+def test_taps_are_installed_again_where_a_module_was_replaced():
+    chain, taps = make_chain()
+    chain[1], chain[2] = Scale(7.0), Scale(11.0)
+    recorder = Recorder()
+    assert taps.visit(chain, torch.tensor([1.0]), recorder).tolist() == [154.0]
+    assert recorder.visits == [(0, [2.0]), (1, [14.0]), (2, [14.0])]
+
+
+def test_hooks_do_not_pile_up():
+    chain, taps = make_chain()
+    for _ in range(3):
+        taps.install(chain)
+        taps.collect(chain, torch.ones(1))
+    assert num_hooks(chain) == 3
+
+
+def test_taps_survive_sync_batch_norm_conversion_of_the_tapped_modules():
+    x = torch.randn(2, 3, 12, 12)
+    backbone, taps = Normed().eval(), Taps(('norm0', 'norm1'), 'fc')
+    taps.install(backbone)
+    expected = taps.collect(backbone, x)
+    backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+    assert [type(backbone.norm0), type(backbone.norm1)] == [nn.SyncBatchNorm] * 2
+    torch.testing.assert_close(taps.collect(backbone, x), expected)
+    torch.testing.assert_close(taps.stop(backbone, x, 1), expected[1][1])
+
+
+def convert_by_timm(backbone):
+    return timm.layers.convert_sync_batchnorm(backbone)
+
+
+def freeze_by_timm(backbone):
+    freeze(backbone, ['features.norm0'])
+    return backbone
+
+
+@pytest.mark.parametrize('replace', [convert_by_timm, freeze_by_timm], ids=['sync-BN', 'freeze'])
+def test_model_gives_the_same_answers_after_timm_replaced_a_tapped_norm(make_model, replace):
+    x = torch.randn(2, 3, 64, 64)
+    model = make_model('densenet121', ['features.norm0', 'features.denseblock2'], head='linear').eval()
+    assert model.exits.specs[0].module == 'features.norm0'
+    expected = model(x, exits=True)
+    before = model.backbone.features.norm0
+    model.backbone = replace(model.backbone)
+    assert model.backbone.features.norm0 is not before
+    assert_same_outputs(model(x, exits=True), expected)
+    torch.testing.assert_close(model(x, exit_idx=0), expected.logits[0], rtol=1e-5, atol=1e-6)
+
+
+# Which module is hooked
+
+
+class Called(nn.Sequential):
+    """A container that timm calls as a whole."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Renamed(nn.Sequential):
+    """A subclass that keeps the forward of `nn.Sequential`."""
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Identity())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    ('stage', 'expected'),
+    [
+        (nn.ReLU(), 'stage'),
+        (nn.Sequential(nn.ReLU(), nn.Tanh()), 'stage.1'),
+        (nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), nn.Sequential(nn.Tanh()))), 'stage.1.1.0'),
+        (nn.Sequential(nn.ReLU(), Block()), 'stage.1'),
+        (Called(nn.ReLU(), nn.Tanh()), 'stage'),
+        (nn.Sequential(nn.ReLU(), Called(nn.ReLU(), nn.Tanh())), 'stage.1'),
+        (Renamed(nn.ReLU(), nn.Tanh()), 'stage.1'),
+        (nn.Sequential(), 'stage'),
+    ],
+    ids=['layer', 'sequential', 'nested', 'block', 'own-forward', 'own-forward-inside', 'inherited-forward', 'empty'],
+)
+def test_tap_descends_plain_sequentials_alone(stage, expected):
+    backbone = nn.Module()
+    backbone.stage = stage
+    assert resolve_tap(backbone, 'stage') == expected
+
+
+def test_stages_of_rdnet_which_have_a_forward_of_their_own_are_kept():
+    with torch.device('meta'):
+        backbone = timm.create_model('rdnet_tiny')
+    stages = [entry['module'] for entry in backbone.feature_info]
+    assert len(stages) >= 4
+    assert all(isinstance(backbone.get_submodule(stage), nn.Sequential) for stage in stages)
+    assert [resolve_tap(backbone, stage) for stage in stages] == stages
+
+
+def test_unknown_stage_is_an_attribute_error():
+    with pytest.raises(AttributeError, match='stage9'):
+        resolve_tap(nn.Module(), 'stage9')
+
+
+# Gradient checkpointing
+
+CHECKPOINTED = ('test_resnet', 'test_efficientnet', 'test_convnext')
+
+
+def hold_norm_and_dropout(model):
+    """Put layers that draw from or write to outside state in eval mode; checkpointing needs the rest in training."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Dropout, timm.layers.DropPath)):
+            module.eval()
+    return model
+
+
+def gradients(model, run):
+    model.zero_grad()
+    sum(logits.square().mean() for logits in run(model)).backward()
+    return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+
+
+@pytest.mark.parametrize('name', CHECKPOINTED)
+def test_all_taps_fire_under_gradient_checkpointing_with_equal_gradients(make_model, name):
+    x = torch.randn(2, 3, 64, 64)
+    model = hold_norm_and_dropout(make_model(name))
+    expected = gradients(model, lambda model: model(x, exits=True).logits)
+    logits = model(x, exits=True).logits
+    forwards = []
+    handle = model.backbone.get_submodule(model.exits.specs[0].module).register_forward_hook(
+        lambda *args: forwards.append(1)
+    )
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(x, exits=True).logits, logits)
+    actual = gradients(model, lambda model: model(x, exits=True).logits)
+    handle.remove()
+    assert len(forwards) == 3, 'two forwards and the one that checkpointing repeats'
+    assert set(expected) == {name for name, _ in model.named_parameters()}
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('name', CHECKPOINTED)
+def test_one_exit_alone_trains_under_gradient_checkpointing_with_equal_gradients(make_model, name):
+    x = torch.randn(2, 3, 64, 64)
+    model = hold_norm_and_dropout(make_model(name))
+    expected = gradients(model, lambda model: [model(x, exit_idx=1)])
+    model.set_grad_checkpointing()
+    actual = gradients(model, lambda model: [model(x, exit_idx=1)])
+    assert any(name.startswith('backbone') for name in expected)
+    torch.testing.assert_close(actual, expected)

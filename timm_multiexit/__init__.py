@@ -1,0 +1,17 @@
+"""Multi-exit image classifiers from any timm backbone, trained with Exit-Ensemble Distillation."""
+from timm_multiexit.attach import ExitPoint as ExitPoint
+from timm_multiexit.attach import attach_exits as attach_exits
+from timm_multiexit.attach import exit_points as exit_points
+from timm_multiexit.checkpoint import load_checkpoint as load_checkpoint
+from timm_multiexit.checkpoint import save_pretrained as save_pretrained
+from timm_multiexit.config import ExitSpec as ExitSpec
+from timm_multiexit.config import MultiExitError as MultiExitError
+from timm_multiexit.factory import ExitTable as ExitTable
+from timm_multiexit.factory import create_model as create_model
+from timm_multiexit.factory import evaluate as evaluate
+from timm_multiexit.losses import LOSSES as LOSSES
+from timm_multiexit.losses import MultiExitLoss as MultiExitLoss
+from timm_multiexit.losses import create_loss as create_loss
+from timm_multiexit.model import ExitOutputs as ExitOutputs
+from timm_multiexit.model import MultiExitModel as MultiExitModel
+from timm_multiexit.task import MultiExitTask as MultiExitTask

@@ -1,0 +1,115 @@
+"""What a forward costs: multiply-accumulates (MACs) of one image, and parameters."""
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs and parameters of one computation.
+
+    Attributes:
+        macs: Multiply-accumulates of convolutions, matrix products and attention for one image; norms, activations
+            and pooling count nothing, as in the literature.
+        params: Parameters that the computation reads.
+    """
+
+    macs: int = 0
+    params: int = 0
+
+    def __add__(self, other: 'Cost') -> 'Cost':
+        return Cost(self.macs + other.macs, self.params + other.params)
+
+
+@dataclass(frozen=True)
+class ExitCost:
+    """The two costs of one classifier.
+
+    Attributes:
+        head: Its head alone; nothing for main, whose classifier is part of the backbone.
+        fixed: The path to its tap and its own head: what `exit_idx=k` runs.
+        sequential: The same and all shallower heads: what dynamic inference runs to get there.
+    """
+
+    head: Cost
+    fixed: Cost
+    sequential: Cost
+
+
+def combine_costs(paths: Sequence[Cost], heads: Sequence[Cost]) -> tuple[ExitCost, ...]:
+    """Return the cost of every classifier, shallow to deep, main last.
+
+    Args:
+        paths: Cost of the backbone up to each tap, and of all of it last; one more than `heads`.
+        heads: Cost of each head.
+
+    >>> costs = combine_costs([Cost(10), Cost(20), Cost(40)], [Cost(3), Cost(2)])
+    >>> [cost.fixed.macs for cost in costs], [cost.sequential.macs for cost in costs]
+    ([13, 22, 40], [13, 25, 45])
+    """
+    costs, spent = [], Cost()
+    for path, head in zip(paths, (*heads, Cost()), strict=True):
+        spent = spent + head
+        costs.append(ExitCost(head=head, fixed=path + head, sequential=path + spent))
+    return tuple(costs)
+
+
+class CostMeter:
+    """Counts what runs inside its `with` block.
+
+    MACs come from torch's flop counter, halved; a parameter counts once an operation has read it.
+
+    Args:
+        module: The module whose parameters count, on the meta device or a real one.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._flops = FlopCounterMode(display=False)
+        self._reads = _ParameterReads(module)
+
+    def __enter__(self) -> 'CostMeter':
+        self._flops.__enter__()
+        self._reads.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._reads.__exit__(*error)
+        self._flops.__exit__(*error)
+
+    def read(self) -> Cost:
+        """Return the cost so far; MACs of the whole batch that was run."""
+        return Cost(self._flops.get_total_flops() // 2, sum(self._reads.read.values()))
+
+
+class _ParameterReads(TorchDispatchMode):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._sizes = {id(param): param.numel() for param in module.parameters()}
+        self.read: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for leaf in tree_leaves((args, kwargs)):
+            if id(leaf) in self._sizes:
+                self.read[id(leaf)] = self._sizes[id(leaf)]
+        return func(*args, **(kwargs or {}))
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """Return a copy in eval mode whose tensors hold no data.
+
+    The copy takes no memory for weights, and running it changes nothing in the module: shapes and costs are found
+    on it. Tensors kept as plain attributes become meta tensors too.
+    """
+    memo: dict[int, object] = {}
+    for child in module.modules():
+        for tensor in (*child._parameters.values(), *child._buffers.values(), *vars(child).values()):
+            if isinstance(tensor, Tensor):
+                empty = torch.empty_like(tensor, device='meta', requires_grad=False)
+                memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return deepcopy(module, memo).eval()

@@ -1,0 +1,114 @@
+"""Data sets: timm's, checked before work begins, and the handwritten digits that need no download."""
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader import Reader
+
+from timm_multiexit.config import MultiExitError
+
+DIGITS = 'digits'
+DIGITS_SIZE = 32
+# Places in a fixed shuffle of the 1,797 images. The epoch is chosen on 'validation' and 'test' is reported.
+_DIGITS_SPLITS = {'test': slice(0, 360), 'validation': slice(360, 540), 'train': slice(540, None)}
+
+
+class DigitsReader(Reader):
+    """scikit-learn's 1,797 handwritten digits (8x8 grey) as 32x32 images, in a fixed split.
+
+    Args:
+        split: 'train' (1,257 images), 'validation' (180) or 'test' (360).
+
+    Raises:
+        MultiExitError: Unknown split, or scikit-learn is not installed.
+
+    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, test part.
+    """
+
+    def __init__(self, split: str):
+        super().__init__()
+        if split not in _DIGITS_SPLITS:
+            raise MultiExitError(f"The digits have no split '{split}', allowed are {', '.join(_DIGITS_SPLITS)}.")
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise MultiExitError(
+                'The digits come with scikit-learn, which is not installed: pip install scikit-learn, or name your own'
+                ' images with --data-dir.'
+            ) from error
+        digits = load_digits()
+        # The data set comes in runs of 0 to 9. RandomState's stream is frozen, so the split is the same everywhere.
+        order = np.random.RandomState(0).permutation(len(digits.target))[_DIGITS_SPLITS[split]]
+        self.class_to_idx = {str(digit): digit for digit in range(10)}
+        self.samples = [(_encode_digit(digits.images[idx]), int(digits.target[idx])) for idx in order]
+
+    def __getitem__(self, index: int):
+        content, target = self.samples[index]
+        return BytesIO(content), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return f'{index}.png'
+
+
+def _encode_digit(image) -> bytes:
+    """Return an 8x8 array of 0 to 16 as a 32x32 PNG."""
+    content = BytesIO()
+    picture = Image.fromarray((image * (255 / 16)).round().astype('uint8'))
+    picture.resize((DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC).save(content, 'png')
+    return content.getvalue()
+
+
+def create_checked_dataset(name: str, *, root: str | None, split: str, **kwargs: Any) -> Any:
+    """Return a data set: 'digits', or what `timm.data.create_dataset` makes of the name.
+
+    Args:
+        name: 'digits', a timm name such as 'torch/cifar10', or '' for a folder of class folders.
+        root: Folder of the data.
+        split: Name of the split, and of its folder.
+        **kwargs: For `timm.data.create_dataset`.
+
+    Raises:
+        MultiExitError: The folder is missing or holds no images, or the data set cannot be made.
+    """
+    if name == DIGITS:
+        return ImageDataset('', reader=DigitsReader(split), input_img_mode=kwargs.get('input_img_mode') or 'RGB')
+    if not name and not Path(root or '').is_dir():
+        raise MultiExitError(f"There is no data folder '{root}': give one that holds {split}/CLASS/*.jpg.")
+    try:
+        return create_dataset(name, root=root, split=split, **kwargs)
+    except (RuntimeError, ValueError, AssertionError, OSError) as error:
+        raise MultiExitError(f"No data set '{name or root}', split '{split}': {error}".rstrip('.') + '.') from error
+
+
+def class_to_idx(dataset: Any) -> dict[str, int] | None:
+    """Return class name -> index of a data set, None where it does not say."""
+    for owner in (dataset, getattr(dataset, 'reader', None)):
+        mapping = getattr(owner, 'class_to_idx', None)
+        if mapping:
+            return dict(mapping)
+    return None
+
+
+def check_classes(train: Any, val: Any | None) -> int | None:
+    """Return the number of classes of the training set, None where it does not say.
+
+    Raises:
+        MultiExitError: Another split numbers its classes otherwise, so that its accuracy would be of chance.
+    """
+    classes = class_to_idx(train)
+    if classes is None:
+        return None
+    other = None if val is None else class_to_idx(val)
+    if other is not None and other != classes:
+        odd = sorted(set(other.items()) ^ set(classes.items()))[0][0]
+        raise MultiExitError(
+            f"The training split has {len(classes)} classes and the other {len(other)}, '{odd}' is not the same in"
+            ' both: give both the same class folders, or a --class-map.'
+        )
+    return max(classes.values()) + 1

@@ -1,0 +1,156 @@
+"""`create_model` and `evaluate`: what most users need."""
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+import torch
+from timm.models import parse_model_name
+
+from timm_multiexit.attach import ExitsArg, attach_exits
+from timm_multiexit.checkpoint import load_pretrained, read_specs
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.engine import evaluate_loader
+from timm_multiexit.metrics import ENSEMBLE, format_table
+from timm_multiexit.model import MultiExitModel
+
+_logger = logging.getLogger(__name__)
+
+
+def create_model(
+    model_name: str,
+    pretrained: bool = False,
+    *,
+    exits: ExitsArg | None = None,
+    head: str = 'conv',
+    head_widths: Sequence[Sequence[int]] | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    **kwargs: Any,
+) -> MultiExitModel:
+    """Return a timm model with exits.
+
+    Args:
+        model_name: A timm name, with or without a tag, or `local-dir:` and a folder that training or
+            `save_pretrained` wrote.
+        pretrained: Load weights: timm's into the backbone, the exits staying fresh; a folder's into all of it.
+        exits: See `attach_exits`. None for the folder's own exits, else 'auto'.
+        head: Type of fresh heads: 'conv', 'paper' or 'linear'.
+        head_widths: Widths of fresh heads, see `attach_exits`.
+        input_size: (channels, height, width) that the costs of fresh exits are reckoned for.
+        **kwargs: Every other keyword of `timm.create_model`: num_classes, in_chans, drop_rate, ...
+
+    Raises:
+        MultiExitError: Unknown model, no such exits, or a folder that does not hold what it should.
+
+    >>> model = create_model('resnet18', exits=[1, 2], num_classes=10)
+    >>> model(torch.randn(2, 3, 64, 64), exit_idx=0).shape
+    torch.Size([2, 10])
+    """
+    if kwargs.get('features_only'):
+        raise MultiExitError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
+    source = check_model_name(model_name)
+    if source == 'local-dir' and exits is None:
+        directory = parse_model_name(model_name)[1]
+        if read_specs(directory) is not None:
+            return load_pretrained(directory, pretrained=pretrained, **kwargs)
+    if input_size is not None:
+        kwargs.setdefault('in_chans', input_size[0])
+    backbone = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    model = attach_exits(
+        backbone,
+        'auto' if exits is None else exits,
+        head=head,
+        head_widths=head_widths,
+        input_size=input_size,
+    )
+    if pretrained:
+        _logger.warning(f'{model_name} is trained, its {len(model.exits)} exits are not: train them before use.')
+    return model
+
+
+def check_model_name(model_name: str) -> str | None:
+    """Return the source of a model name: None for timm's registry, or 'local-dir'.
+
+    Raises:
+        MultiExitError: There is no such model; the message has the nearest names.
+    """
+    try:
+        source, name = parse_model_name(model_name)
+    except ValueError as error:
+        raise MultiExitError(str(error)) from error
+    if source == 'hf-hub':
+        raise MultiExitError(
+            f"'{model_name}': loading from the Hub is not supported yet; download the repository and give"
+            " 'local-dir:FOLDER'."
+        )
+    if source is None and not timm.is_model(name):
+        near = get_close_matches(name.split('.')[0], timm.list_models(), n=3, cutoff=0.5)
+        hint = f'nearest are {", ".join(near)}' if near else 'timm.list_models() lists what there is'
+        raise MultiExitError(f"timm has no model '{name}', {hint}.")
+    return source
+
+
+@dataclass(frozen=True)
+class ExitTable:
+    """What every classifier costs and how well it does; `str()` gives it as a table.
+
+    Attributes:
+        rows: One dict per classifier, shallow to deep, then the ensemble: exit, tap, params (of the path to the exit
+            and its head), GMACs fixed, GMACs sequential, top-1, top-5 and ECE in percent.
+        num_samples: Images that were counted.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    num_samples: int
+
+    def __str__(self) -> str:
+        return format_table(self.rows)
+
+
+def evaluate(
+    model: MultiExitModel,
+    loader: Iterable,
+    *,
+    device: torch.device | str | None = None,
+    input_size: tuple[int, int, int] | None = None,
+) -> ExitTable:
+    """Return accuracy and cost of every classifier and of their ensemble.
+
+    Args:
+        model: The model; it stays in the mode it is in after the call, and is in eval mode during it.
+        loader: Batches of images [B, in_chans, H, W] and class indices [B].
+        device: Where to run; where the model is if not given.
+        input_size: (channels, height, width) that MACs are given for; that of the loader's first batch if not given.
+    """
+    result = evaluate_loader(model, loader, device=device)
+    return make_table(model, result.metrics, input_size=input_size or result.input_size, num_samples=result.num_samples)
+
+
+def make_table(
+    model: MultiExitModel,
+    metrics: dict[str, dict[str, float]],
+    *,
+    input_size: tuple[int, int, int],
+    num_samples: int,
+) -> ExitTable:
+    """Return the table of metrics that were measured (`ExitEvaluator.compute`) beside the costs."""
+    costs = model.cost(input_size)
+    taps = {f'exit{idx}': spec.module for idx, spec in enumerate(model.exits.specs)}
+    rows = []
+    for idx, (name, values) in enumerate(metrics.items()):
+        # The ensemble runs everything, so it costs what main costs in sequence, and has no fixed path.
+        cost = costs[min(idx, len(costs) - 1)]
+        is_ensemble = name == ENSEMBLE
+        rows.append({
+            'exit': name.removeprefix('exit'),
+            'tap': taps.get(name, '-' if is_ensemble else 'classifier'),
+            'params': cost.sequential.params if is_ensemble else cost.fixed.params,
+            'GMACs fixed': None if is_ensemble else cost.fixed.macs / 1e9,
+            'GMACs sequential': cost.sequential.macs / 1e9,
+            'top-1': values['top1'],
+            'top-5': values['top5'],
+            'ECE': values['ece'],
+        })
+    return ExitTable(tuple(rows), num_samples)

@@ -1,0 +1,179 @@
+"""Accuracy and calibration of every exit, and the table they are shown in."""
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from timm.task.evaluator import ClassificationEvaluator
+
+ENSEMBLE = 'ens'
+
+
+def exit_names(num_exits: int) -> tuple[str, ...]:
+    """Return what the classifiers are called in columns and tables, shallow to deep, main last.
+
+    >>> exit_names(2)
+    ('exit0', 'exit1', 'main')
+    """
+    return (*(f'exit{idx}' for idx in range(num_exits)), 'main')
+
+
+class CalibrationError:
+    """Expected calibration error (ECE): the mean gap between confidence and accuracy, in percent.
+
+    Samples fall into bins of equal width by their largest softmax probability; the gaps of the bins are weighted by
+    how many samples they hold.
+
+    Args:
+        num_bins: How many bins.
+        device: Where the running sums live.
+
+    Source: Guo et al., On Calibration of Modern Neural Networks, 2017, equation 3, with 15 bins as there.
+    """
+
+    def __init__(self, num_bins: int = 15, device: torch.device | str = 'cpu'):
+        self.num_bins = num_bins
+        # float32 on MPS, which has no float64
+        dtype = torch.float32 if torch.device(device).type == 'mps' else torch.float64
+        self.sums = torch.zeros(3, num_bins, dtype=dtype, device=device)  # [count, confidence, correct] x bins
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch: logits [B, C], class indices [B]."""
+        confidence, prediction = logits.float().softmax(-1).max(-1)
+        # Bins are open to the left, (0, 1/n], (1/n, 2/n], ...
+        bins = (confidence * self.num_bins).ceil().long().sub(1).clamp(0, self.num_bins - 1)
+        values = torch.stack([torch.ones_like(confidence), confidence, prediction.eq(target).float()])
+        self.sums.index_add_(1, bins, values.to(self.sums.dtype))
+
+    def compute(self, distributed: bool = False) -> float:
+        """Return the ECE in percent, of all ranks if `distributed`; 0 without samples."""
+        sums = self.sums.clone()
+        if distributed:
+            dist.all_reduce(sums)
+        count, confidence, correct = sums
+        return 100.0 * float((confidence - correct).abs().sum() / count.sum().clamp(min=1))
+
+
+class ExitEvaluator:
+    """Top-1, top-5, loss and ECE of every classifier, and of their ensemble if there are exits, over a data set.
+
+    The ensemble's logits are the mean of all classifiers' logits. Counting is timm's; a sample counts once, the
+    padding of distributed samplers is left out.
+
+    Args:
+        num_exits: Exits, without main.
+        device: Where the running sums live.
+        max_samples: Real samples on this rank (`timm.task.evaluator.evaluation_sample_limit`); None for all.
+
+    Source: the ensemble is that of Lee and Lee, arXiv 2104.00299, equation 5.
+    """
+
+    def __init__(self, num_exits: int, *, device: torch.device | str = 'cpu', max_samples: int | None = None):
+        self.names = (*exit_names(num_exits), ENSEMBLE) if num_exits else exit_names(0)
+        self.max_samples = max_samples
+        self.num_samples = 0
+        self.accuracy = [ClassificationEvaluator(device) for _ in self.names]
+        self.calibration = [CalibrationError(device=device) for _ in self.names]
+
+    @torch.no_grad()
+    def update(self, logits: Sequence[Tensor], target: Tensor) -> None:
+        """Add a batch: one [B, C] tensor per classifier, main last, and class indices [B]."""
+        count = len(target)
+        if self.max_samples is not None:
+            count = max(0, min(count, self.max_samples - self.num_samples))
+        if count == 0:
+            return
+        self.num_samples += count
+        logits = [single[:count].float() for single in logits]
+        for single, accuracy, calibration in zip(
+            [*logits, torch.stack(logits).mean(0)],
+            self.accuracy,
+            self.calibration,
+        ):
+            accuracy.update(single, target[:count])
+            calibration.update(single, target[:count])
+
+    def compute(self, distributed: bool = False) -> dict[str, dict[str, float]]:
+        """Return name -> {loss, top1, top5, ece}, in percent but for the loss; over all ranks if `distributed`."""
+        return {
+            name: {**accuracy.compute(distributed), 'ece': calibration.compute(distributed)}
+            for name, accuracy, calibration in zip(self.names, self.accuracy, self.calibration)
+        }
+
+
+def flatten_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the metrics as columns: main's under timm's names, then those of the exits and the ensemble.
+
+    >>> flatten_metrics({'exit0': {'loss': 2.0, 'top1': 50.0, 'top5': 90.0}, 'main': {'loss': 1.0, 'top1': 60.0,
+    ...     'top5': 95.0}})
+    {'loss': 1.0, 'top1': 60.0, 'top5': 95.0, 'exit0_loss': 2.0, 'exit0_top1': 50.0, 'exit0_top5': 90.0}
+    """
+    columns = dict(metrics['main'])
+    for name, values in metrics.items():
+        if name != 'main':
+            columns |= {f'{name}_{key}': value for key, value in values.items()}
+    return columns
+
+
+def evaluation_columns(num_exits: int) -> tuple[str, ...]:
+    """Return the columns that `flatten_metrics` gives for a model with so many exits, main's first.
+
+    >>> evaluation_columns(0)
+    ('loss', 'top1', 'top5', 'ece')
+    """
+    return tuple(flatten_metrics(ExitEvaluator(num_exits).compute()))
+
+
+def describe_environment() -> dict[str, str]:
+    """Return what a measurement must be stamped with: commit, library versions, hardware."""
+    git = ('git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--abbrev=12')
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = 'unknown'
+    hardware = f'{os.cpu_count()} CPUs, {platform.machine()}'
+    if torch.cuda.is_available():
+        hardware = f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}'
+    libraries = ('timm', 'torch', 'torchvision', 'accelerate', 'timm-multiexit')
+    versions = ', '.join(f'{name} {version(name)}' for name in libraries)
+    return {'commit': commit, 'versions': f'python {platform.python_version()}, {versions}', 'hardware': hardware}
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of equal keys as text in columns: numbers to the right, floats with the digits of their size.
+
+    >>> print(format_table([{'exit': 0, 'top-1': 98.6111}, {'exit': 'main', 'top-1': None}]))
+    exit  top-1
+    0     98.61
+    main      -
+    """
+    if not rows:
+        return '(none)'
+    header = list(rows[0])
+    right = {key for key in header if any(isinstance(row[key], (int, float)) for row in rows) and key != 'exit'}
+    cells = [header] + [[_format_cell(row[key]) for key in header] for row in rows]
+    sizes = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    lines = [
+        '  '.join(
+            cell.rjust(size) if key in right else cell.ljust(size) for key, cell, size in zip(header, line, sizes)
+        ).rstrip()
+        for line in cells
+    ]
+    return '\n'.join(lines)
+
+
+def _format_cell(value: Any) -> str:
+    if value is None:
+        return '-'
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f'{value:,}'
+    if isinstance(value, float):
+        return f'{value:.2f}' if abs(value) >= 1 or value == 0 else f'{value:.3g}'
+    return str(value)

@@ -1,0 +1,277 @@
+"""The multi-exit model: a timm backbone, its taps, its heads, and timm's own surface."""
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
+from timm.models import get_model_input_config, group_parameters
+
+from timm_multiexit.config import ExitSpec, MultiExitError
+from timm_multiexit.cost import Cost, CostMeter, ExitCost, combine_costs, meta_copy
+from timm_multiexit.heads import ExitHead
+from timm_multiexit.metrics import format_table
+from timm_multiexit.taps import Taps
+
+
+class ExitOutputs(NamedTuple):
+    """What all classifiers say, in one forward.
+
+    Attributes:
+        logits: One [B, C] tensor per classifier, shallow to deep, main last.
+        features: One [B, D_k] tensor per classifier: what enters its linear layer.
+    """
+
+    logits: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+
+
+# torch.export.save writes a NamedTuple only under a registered name; there is no public call for it (torch 2.15).
+_register_namedtuple(ExitOutputs, serialized_type_name='timm_multiexit.ExitOutputs')
+
+
+class Exits(nn.ModuleList):
+    """The heads of a model, shallow to deep; `str()` gives them as a table.
+
+    Attributes:
+        specs: Where each head is attached and how it was built.
+    """
+
+    def __init__(self, specs: Sequence[ExitSpec], *, num_classes: int, drop_rate: float = 0.0):
+        super().__init__(
+            ExitHead(
+                spec.head,
+                in_chans=spec.channels,
+                widths=spec.widths,
+                num_classes=num_classes,
+                drop_rate=drop_rate,
+            )
+            for spec in specs
+        )
+        self.specs = tuple(specs)
+
+    def __str__(self) -> str:
+        return format_table([
+            {
+                'exit': idx,
+                'tap': spec.module,
+                'channels': spec.channels,
+                'reduction': spec.reduction,
+                'head': spec.head,
+                'widths': '-'.join(map(str, spec.widths)),
+                'params': sum(param.numel() for param in head.parameters()),
+            }
+            for idx, (spec, head) in enumerate(zip(self.specs, self))
+        ])
+
+
+class MultiExitModel(nn.Module):
+    """A timm backbone with exits.
+
+    Without `exits` or `exit_idx` it is the plain timm model: same bits, same cost. Its state dict has `backbone.*`
+    with timm's keys and `exits.*`. What a call is doing belongs to the call, so threads may share a model.
+
+    Args:
+        backbone: A timm model with one classifier module.
+        specs: Its exits, shallow to deep.
+        drop_rate: Dropout probability of the heads.
+        input_size: (channels, height, width) that costs are reported for; the backbone's own if not given.
+
+    Raises:
+        MultiExitError: The backbone has no single classifier module, or a tapped module is not there.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        specs: Sequence[ExitSpec],
+        *,
+        drop_rate: float = 0.0,
+        input_size: tuple[int, int, int] | None = None,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.input_size = tuple(input_size or get_model_input_config(backbone)['input_size'])
+        self.exits = Exits(specs, num_classes=backbone.num_classes, drop_rate=drop_rate)
+        param = next(backbone.parameters())
+        self.exits.to(device=param.device, dtype=param.dtype)
+        self._taps = Taps([spec.module for spec in specs], classifier_name(backbone))
+        try:
+            self._taps.install(backbone)
+        except AttributeError as error:
+            raise MultiExitError(f'{type(backbone).__name__} has no module to tap: {error}.') from error
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        exits: bool = False,
+        exit_idx: int | None = None,
+    ) -> Tensor | ExitOutputs:
+        """Return main's logits, everybody's, or one exit's.
+
+        Args:
+            x: Images, [B, in_chans, H, W].
+            exits: Run all classifiers.
+            exit_idx: Run this classifier alone and nothing after its tap; 0 is the shallowest exit, -1 is main.
+
+        Returns:
+            Logits [B, C] of main, what the plain timm model returns; with `exits` an `ExitOutputs`; with `exit_idx`
+            the logits [B, C] of that exit.
+
+        Raises:
+            MultiExitError: Both `exits` and `exit_idx` are given, or there is no such exit.
+        """
+        if exit_idx is not None:
+            if exits:
+                raise MultiExitError('exits=True and exit_idx exclude each other: ask for all classifiers or for one.')
+            return self._forward_one(x, exit_idx)
+        if exits:
+            return self._forward_all(x)
+        return self.backbone(x)
+
+    def _forward_all(self, x: Tensor) -> ExitOutputs:
+        output, (*taps, main_features) = self._taps.collect(self.backbone, x)
+        results = [head(tap) for head, tap in zip(self.exits, taps)]
+        return ExitOutputs(
+            logits=(*(logits for logits, _ in results), output),
+            features=(*(features for _, features in results), main_features.flatten(1)),
+        )
+
+    def _forward_one(self, x: Tensor, exit_idx: int) -> Tensor:
+        num_exits = len(self.exits)
+        if not -num_exits - 1 <= exit_idx <= num_exits:
+            raise MultiExitError(
+                f'exit_idx is {exit_idx}, allowed are {-num_exits - 1} to {num_exits}'
+                f' ({num_exits} exits, then main as {num_exits} or -1).'
+            )
+        idx = exit_idx % (num_exits + 1)
+        if idx == num_exits:
+            return self.backbone(x)
+        logits, _ = self.exits[idx](self._taps.stop(self.backbone, x, idx))
+        return logits
+
+    @torch.no_grad()
+    def cost(self, input_size: tuple[int, int, int] | None = None) -> tuple[ExitCost, ...]:
+        """Return what each classifier costs, shallow to deep, main last.
+
+        Args:
+            input_size: (channels, height, width) of one image; `self.input_size` if not given.
+
+        Source: MACs are torch's flop counter halved, on a copy of the model without data.
+        """
+        model = meta_copy(self)
+        meter = CostMeter(model.backbone)
+        paths: dict[int, Cost] = {}
+        maps: dict[int, Tensor] = {}
+
+        def note(idx: int, tensor: Tensor) -> None:
+            paths[idx], maps[idx] = meter.read(), tensor
+
+        with meter:
+            model._taps.visit(model.backbone, torch.empty(1, *(input_size or self.input_size), device='meta'), note)
+        heads = []
+        for idx, head in enumerate(model.exits):
+            with CostMeter(head) as head_meter:
+                head(maps[idx])
+            heads.append(head_meter.read())
+        return combine_costs([*(paths[idx] for idx in range(len(heads))), meter.read()], heads)
+
+    # What follows is timm's surface, so that its optimizers, loaders, savers and scripts take the model unchanged.
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of every classifier."""
+        return self.backbone.num_classes
+
+    @property
+    def num_features(self) -> int:
+        """Channels of `forward_features`."""
+        return self.backbone.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of main's pre-logits features."""
+        return self.backbone.head_hidden_size
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an image."""
+        return self.input_size[0]
+
+    @property
+    def feature_info(self) -> Any:
+        """The backbone's stages."""
+        return self.backbone.feature_info
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The backbone's configuration: where its weights come from and how its input is made."""
+        return self.backbone.pretrained_cfg
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """The same under timm's older name."""
+        return self.backbone.pretrained_cfg
+
+    def get_classifier(self) -> nn.Module:
+        """Return main's classifier."""
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give main and every exit a fresh classifier with `num_classes` outputs."""
+        self.backbone.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
+        for head in self.exits:
+            head.reset_classifier(num_classes)
+        self._taps.install(self.backbone)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that timm exempts from weight decay."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
+        return {f'backbone.{name}' for name in names}
+
+    def group_matcher(self, coarse: bool = False):
+        """Return a function from parameter name to layer, for layer decay; the heads are in the last layer.
+
+        Fresh heads train at the full rate: put by depth, one after the third block would crawl.
+
+        Raises:
+            MultiExitError: The backbone does not say how its parameters are grouped.
+        """
+        if not hasattr(self.backbone, 'group_matcher'):
+            raise MultiExitError(
+                f'{type(self.backbone).__name__} has no group_matcher, so layer decay cannot know its layers:'
+                ' leave layer decay out or take another backbone.'
+            )
+        layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values())
+        return lambda name: layers.get(re.sub(r'^backbone\.', '', name), last)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade the backbone's activations for a second forward, in training."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the backbone's last map."""
+        return self.backbone.forward_features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return main's logits, or its features, of the backbone's last map."""
+        return self.backbone.forward_head(x, pre_logits=pre_logits)
+
+
+def classifier_name(backbone: nn.Module) -> str:
+    """Return the name of the module that makes the backbone's logits.
+
+    Raises:
+        MultiExitError: There is none, or there are several.
+    """
+    classifier = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
+    for name, module in backbone.named_modules():
+        if module is classifier:
+            return name
+    raise MultiExitError(
+        f'{type(backbone).__name__} has no single classifier module (get_classifier() gives'
+        f' {type(classifier).__name__}); exits need a timm classifier with one.'
+    )

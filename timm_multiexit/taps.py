@@ -1,0 +1,153 @@
+"""Taps: the only code that registers or answers forward hooks."""
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+Visitor = Callable[[int, Tensor], Tensor | None]
+
+
+class ForwardStopped(Exception):  # noqa: N818 - control flow, not an error
+    """Raised by a visitor to leave the backbone's forward; `Taps.visit` catches it."""
+
+
+class _CallState(threading.local):
+    """The visitor of the forward that runs in this thread, None outside of one.
+
+    Per thread, so one model serves many threads. Copies and pickles start empty: a call in flight belongs to the
+    model it was made on.
+    """
+
+    visitor: Visitor | None = None
+
+    def __reduce__(self):
+        return _CallState, ()
+
+    def __deepcopy__(self, memo):
+        return _CallState()
+
+
+class Taps:
+    """Forward hooks at named modules of a backbone, silent unless a visitor is at work.
+
+    The hooks are partials of this object's methods, and this object knows names and call state alone: a copy of the
+    backbone takes its taps along and nothing else, and copies and pickles answer to themselves.
+
+    Args:
+        names: Names of the tapped modules, shallow to deep; tap k's tensor is the module's output.
+        classifier: Name of the backbone's classifier. What enters it is visited last, under index `len(names)`.
+    """
+
+    def __init__(self, names: Sequence[str], classifier: str):
+        self.names = tuple(names)
+        self.classifier = classifier
+        self._state = _CallState()
+
+    def install(self, backbone: nn.Module) -> None:
+        """Put hooks where they are missing: at first, and where a module was replaced since (sync-BN, freezing)."""
+        for idx, name in enumerate(self.names):
+            module = backbone.get_submodule(name)
+            if not self._is_hooked(module._forward_hooks, idx):
+                module.register_forward_hook(partial(self._on_output, idx))
+        classifier = backbone.get_submodule(self.classifier)
+        if not self._is_hooked(classifier._forward_pre_hooks, len(self.names)):
+            classifier.register_forward_pre_hook(partial(self._on_input, len(self.names)))
+
+    def visit(self, backbone: nn.Module, x: Tensor, visitor: Visitor) -> Tensor | None:
+        """Run the backbone with a visitor at its taps.
+
+        Args:
+            backbone: The module that `install` was called on, or a copy of it.
+            x: Input batch, [B, C, H, W].
+            visitor: Called with (tap index, tensor) as each tensor arrives. What it returns, if anything, replaces
+                the tensor; it may raise `ForwardStopped`.
+
+        Returns:
+            The backbone's output, None if the visitor stopped it.
+        """
+        self.install(backbone)
+        outer = self._state.visitor
+        self._state.visitor = visitor
+        try:
+            return backbone(x)
+        except ForwardStopped:
+            return None
+        finally:
+            self._state.visitor = outer
+
+    def collect(self, backbone: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the backbone and keep what passes its taps.
+
+        Returns:
+            The backbone's output, and one tensor per tap in declared order, the classifier's input last.
+
+        Raises:
+            RuntimeError: A tap did not fire.
+        """
+        tensors: list[Tensor | None] = [None] * (len(self.names) + 1)
+
+        def keep(idx: int, tensor: Tensor) -> None:
+            tensors[idx] = tensor
+
+        output = self.visit(backbone, x, keep)
+        for name, tensor in zip((*self.names, self.classifier), tensors):
+            if tensor is None:
+                raise RuntimeError(f"Tap '{name}' did not fire, the backbone's forward does not call this module.")
+        return output, tensors
+
+    def stop(self, backbone: nn.Module, x: Tensor, idx: int) -> Tensor:
+        """Run the backbone up to tap `idx`, nothing after it.
+
+        Returns:
+            The tensor that arrived there.
+
+        Raises:
+            RuntimeError: The tap did not fire.
+        """
+        tensors: list[Tensor] = []
+
+        def stop(at: int, tensor: Tensor) -> None:
+            if at == idx:
+                tensors.append(tensor)
+                raise ForwardStopped
+
+        self.visit(backbone, x, stop)
+        if not tensors:
+            raise RuntimeError(f"Tap '{self.names[idx]}' did not fire, the backbone's forward does not call this module.")
+        return tensors[0]
+
+    def _on_output(self, idx, module, args, output):
+        visitor = self._state.visitor
+        return None if visitor is None else visitor(idx, output)
+
+    def _on_input(self, idx, module, args):
+        visitor = self._state.visitor
+        return None if visitor is None else visitor(idx, args[0])
+
+    def _is_hooked(self, hooks: dict, idx: int) -> bool:
+        # Told by owner, not by the method itself: torch.compile cannot compare bound methods.
+        return any(
+            isinstance(hook, partial) and getattr(hook.func, '__self__', None) is self and hook.args == (idx,)
+            for hook in hooks.values()
+        )
+
+
+def resolve_tap(backbone: nn.Module, name: str) -> str:
+    """Return the module to hook for a stage: the stage, or its last child as long as that is what the stage returns.
+
+    With gradient checkpointing timm runs the children of a plain `nn.Sequential` one by one and never calls the
+    container, so that a hook on it stays silent. A subclass with a forward of its own is called, and kept.
+
+    Args:
+        backbone: The module that holds the stage.
+        name: Name of the stage, as in `named_modules()`.
+
+    Raises:
+        AttributeError: There is no module of that name.
+    """
+    module = backbone.get_submodule(name)
+    while type(module).forward is nn.Sequential.forward and len(module):
+        child, module = list(module.named_children())[-1]
+        name = f'{name}.{child}'
+    return name
