@@ -1,11 +1,21 @@
 """Fixtures of all tests: seeded, one thread, small models with lively weights."""
 
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
 from torch import nn
 
 from timm_multiexit.attach import attach_exits
+
+# train.py and validate.py are imported as modules.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # Two busy cores make a second OpenMP thread wait more than it works: 30 times slower, measured.
 torch.set_num_threads(1)
@@ -48,3 +58,40 @@ def make_model(make_backbone):
         return _enliven(attach_exits(backbone, exits, input_size=input_size, **kwargs))
 
     return make
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A folder of two classes that a network can tell apart: 12 images each to train on, 5 and 6 to validate on."""
+    return write_images(tmp_path / 'images')
+
+
+def write_images(root):
+    generator = np.random.RandomState(0)
+    for split, counts in (('train', (12, 12)), ('val', (5, 6))):
+        for label, (name, count) in enumerate(zip(('cat', 'dog'), counts)):
+            (root / split / name).mkdir(parents=True)
+            for idx in range(count):
+                pixels = generator.randint(0, 80, (40, 40, 3)).astype('uint8')
+                pixels[:, :, label] += 150
+                Image.fromarray(pixels).save(root / split / name / f'{idx}.jpg')
+    return root
+
+
+@pytest.fixture
+def run_script(monkeypatch, tmp_path, capsys):
+    """Return a function that runs a script's main(argv) in an empty folder and returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main, *argv):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            code = main([str(arg) for arg in argv])
+        except SystemExit as error:  # argparse
+            code = error.code
+        finally:
+            logging.disable(logging.NOTSET)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -9,6 +9,7 @@ import torch
 from timm.utils import freeze
 from torch import nn
 
+from timm_multiexit.attach import attach_exits
 from timm_multiexit.taps import ForwardStopped, Taps, resolve_tap
 
 NAMES = ('0', '1')
@@ -67,9 +68,9 @@ def num_hooks(module):
     return sum(len(child._forward_hooks) + len(child._forward_pre_hooks) for child in module.modules())
 
 
-def assert_same_outputs(outputs, expected):
+def assert_same_outputs(outputs, expected, rtol=1e-5, atol=1e-6):
     for kind in ('logits', 'features'):
-        torch.testing.assert_close(getattr(outputs, kind), getattr(expected, kind), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(getattr(outputs, kind), getattr(expected, kind), rtol=rtol, atol=atol)
 
 
 # What a visitor sees and may do
@@ -222,9 +223,7 @@ def test_taps_of_two_owners_on_one_backbone_do_not_disturb_each_other():
     assert num_hooks(chain) == 5
 
 
-def test_two_models_on_one_backbone_answer_as_each_does_alone(make_backbone, make_model):
-    from timm_multiexit.attach import attach_exits
-
+def test_two_models_on_one_backbone_answer_as_each_does_alone(make_backbone):
     x = torch.randn(2, 3, 64, 64)
     backbone = make_backbone().eval()
     first = attach_exits(backbone, ['layer1', 'layer3']).eval()
@@ -359,8 +358,9 @@ def test_model_gives_the_same_answers_after_timm_replaced_a_tapped_norm(make_mod
     before = model.backbone.features.norm0
     model.backbone = replace(model.backbone)
     assert model.backbone.features.norm0 is not before
-    assert_same_outputs(model(x, exits=True), expected)
-    torch.testing.assert_close(model(x, exit_idx=0), expected.logits[0], rtol=1e-5, atol=1e-6)
+    # A frozen norm rounds differently.
+    assert_same_outputs(model(x, exits=True), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model(x, exit_idx=0), expected.logits[0], rtol=1e-3, atol=1e-4)
 
 
 # Which module is hooked
@@ -409,10 +409,11 @@ def test_tap_descends_plain_sequentials_alone(stage, expected):
 def test_stages_of_rdnet_which_have_a_forward_of_their_own_are_kept():
     with torch.device('meta'):
         backbone = timm.create_model('rdnet_tiny')
-    stages = [entry['module'] for entry in backbone.feature_info]
-    assert len(stages) >= 4
-    assert all(isinstance(backbone.get_submodule(stage), nn.Sequential) for stage in stages)
-    assert [resolve_tap(backbone, stage) for stage in stages] == stages
+    stages = [resolve_tap(backbone, entry['module']) for entry in backbone.feature_info]
+    assert len(stages) == 4
+    for stage in map(backbone.get_submodule, stages):
+        assert type(stage).__name__ == 'DenseStage'
+        assert isinstance(stage, nn.Sequential)
 
 
 def test_unknown_stage_is_an_attribute_error():
@@ -435,36 +436,36 @@ def hold_norm_and_dropout(model):
 
 
 def gradients(model, run):
+    """Return the gradients by name, and how many convolutions the backward ran forward again."""
     model.zero_grad()
-    sum(logits.square().mean() for logits in run(model)).backward()
-    return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+    logits = run(model)
+    repeated = []
+    convs = [module for module in model.backbone.modules() if isinstance(module, nn.Conv2d)]
+    handles = [conv.register_forward_pre_hook(lambda *args: repeated.append(1)) for conv in convs]
+    sum(single.square().mean() for single in logits).backward()
+    for handle in handles:
+        handle.remove()
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}, len(repeated)
 
 
+def run_all(x):
+    return lambda model: model(x, exits=True).logits
+
+
+def run_one(x):
+    return lambda model: [model(x, exit_idx=1)]
+
+
+@pytest.mark.parametrize('run', [run_all, run_one])
 @pytest.mark.parametrize('name', CHECKPOINTED)
-def test_all_taps_fire_under_gradient_checkpointing_with_equal_gradients(make_model, name):
+def test_taps_fire_under_gradient_checkpointing_and_gradients_are_the_same(make_model, name, run):
     x = torch.randn(2, 3, 64, 64)
     model = hold_norm_and_dropout(make_model(name))
-    expected = gradients(model, lambda model: model(x, exits=True).logits)
-    logits = model(x, exits=True).logits
-    forwards = []
-    handle = model.backbone.get_submodule(model.exits.specs[0].module).register_forward_hook(
-        lambda *args: forwards.append(1)
-    )
+    expected, repeated = gradients(model, run(x))
+    assert repeated == 0
+    if run is run_all:
+        assert set(expected) == {name for name, _ in model.named_parameters()}
     model.set_grad_checkpointing()
-    torch.testing.assert_close(model(x, exits=True).logits, logits)
-    actual = gradients(model, lambda model: model(x, exits=True).logits)
-    handle.remove()
-    assert len(forwards) == 3, 'two forwards and the one that checkpointing repeats'
-    assert set(expected) == {name for name, _ in model.named_parameters()}
-    torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize('name', CHECKPOINTED)
-def test_one_exit_alone_trains_under_gradient_checkpointing_with_equal_gradients(make_model, name):
-    x = torch.randn(2, 3, 64, 64)
-    model = hold_norm_and_dropout(make_model(name))
-    expected = gradients(model, lambda model: [model(x, exit_idx=1)])
-    model.set_grad_checkpointing()
-    actual = gradients(model, lambda model: [model(x, exit_idx=1)])
-    assert any(name.startswith('backbone') for name in expected)
+    actual, repeated = gradients(model, run(x))
+    assert repeated > 0
     torch.testing.assert_close(actual, expected)

@@ -19,11 +19,12 @@ from timm_multiexit.losses import LOSSES
 DIGITS_DEFAULTS: dict[str, Any] = {
     'dataset': DIGITS,
     'test_split': 'test',
-    'model': 'resnet10t',
+    'model': 'cs3darknet_s',
     'num_classes': 10,
     'img_size': DIGITS_SIZE,
-    'epochs': 12,
+    'epochs': 10,
     'warmup_epochs': 1,
+    'sched_on_updates': True,
     'batch_size': 64,
     'opt': 'adamw',
     'lr': 2e-3,
@@ -33,6 +34,7 @@ DIGITS_DEFAULTS: dict[str, Any] = {
     'scale': [0.7, 1.0],
     'ratio': [0.9, 1.1],
     'crop_pct': 1.0,
+    'smoothing': 0.0,
     'workers': 0,
     'log_interval': 10,
 }

@@ -68,7 +68,7 @@ def attach_exits(
     Args:
         backbone: A timm classification model whose stages give NCHW maps.
         exits: 'auto' for all stages before the last, without the stem where three or more remain; an int for that
-            many of them, spread evenly in cost; a list of ints for indices into `feature_info`; a list of strings
+            many of them, spread evenly in cost, the stem only if there are not enough others; a list of ints for indices into `feature_info`; a list of strings
             for module names.
         head: 'conv', narrow and cheap; 'paper', the paper's widths, so that features can be distilled; 'linear',
             norm, pooling and a linear layer.
@@ -203,15 +203,13 @@ def _choose(backbone: nn.Module, exits: ExitsArg, survey: _Survey) -> list[ExitP
     early = stages[:-1]
     if isinstance(exits, bool):
         raise MultiExitError(f"exits is {exits}, allowed are 'auto', a number of exits, or a list.")
+    if not early and not isinstance(exits, (list, tuple)):
+        raise MultiExitError(f'{type(backbone).__name__} has one stage only ({stages[0].module}): name modules to tap.')
+    past_stem = early[1:] if len(early) >= 4 else early
     if exits == 'auto':
-        chosen = early[1:] if len(early) >= 4 else early
-        if not chosen:
-            raise MultiExitError(
-                f'{type(backbone).__name__} has one stage only ({stages[0].module}): name modules to exit at.'
-            )
-        return chosen
+        return past_stem
     if isinstance(exits, int):
-        return _spread(exits, early, survey.total)
+        return _spread(exits, past_stem if exits <= len(past_stem) else early, survey.total)
     if isinstance(exits, (list, tuple)) and exits:
         return _pick(backbone, exits, survey)
     raise MultiExitError(f"exits is {exits!r}, allowed are 'auto', a number of exits, or a list. {_legal(survey)}")

@@ -16,7 +16,8 @@ import safetensors.torch
 import timm
 import torch
 from torch import nn
-from timm.models import load_state_dict, save_for_hf
+from timm.models import load_state_dict
+from timm.models._hub import save_config_for_hf
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from timm_multiexit.attach import attach_exits
@@ -62,13 +63,20 @@ def save_pretrained(
         exits = [spec.to_dict() for spec in model.exits.specs]
         config[CONFIG_KEY] = {'format_version': FORMAT_VERSION, 'weights': EXITS_NAME, 'exits': exits}
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=directory.parent) as temporary:
-        save_for_hf(backbone, temporary, model_config=config, safe_serialization=True, data_config=data_config)
+        save_config_for_hf(backbone, Path(temporary, CONFIG_NAME), model_config=config, data_config=data_config)
+        _save_tensors(backbone.state_dict(), Path(temporary, BACKBONE_NAME))
         if isinstance(model, MultiExitModel):
-            tensors = {f'exits.{key}': tensor.contiguous() for key, tensor in model.exits.state_dict().items()}
-            safetensors.torch.save_file(tensors, Path(temporary, EXITS_NAME), metadata={'format': 'pt'})
+            tensors = {f'exits.{key}': tensor for key, tensor in model.exits.state_dict().items()}
+            _save_tensors(tensors, Path(temporary, EXITS_NAME))
         # config.json last: until then a reader sees the old network or an incomplete one, not a mixture it accepts.
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG_NAME):
             shutil.move(path, directory / path.name)
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    # Contiguous, which weights in channels_last are not.
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, path, metadata={'format': 'pt'})
 
 
 def read_specs(directory: str | os.PathLike) -> tuple[ExitSpec, ...] | None:

@@ -14,6 +14,8 @@ DIGITS = 'digits'
 DIGITS_SIZE = 32
 # Places in a fixed shuffle of the 1,797 images. The epoch is chosen on 'validation' and 'test' is reported.
 _DIGITS_SPLITS = {'test': slice(0, 360), 'validation': slice(360, 540), 'train': slice(540, None)}
+# Names that timm takes for one another where a folder holds its splits as folders.
+_SPLIT_FOLDERS = ({'train', 'training'}, {'val', 'valid', 'validation', 'eval', 'evaluation'}, {'test'})
 
 
 class DigitsReader(Reader):
@@ -78,12 +80,24 @@ def create_checked_dataset(name: str, *, root: str | None, split: str, **kwargs:
     """
     if name == DIGITS:
         return ImageDataset('', reader=DigitsReader(split), input_img_mode=kwargs.get('input_img_mode') or 'RGB')
-    if not name and not Path(root or '').is_dir():
-        raise MultiExitError(f"There is no data folder '{root}': give one that holds {split}/CLASS/*.jpg.")
+    if not name and not (root and Path(root).is_dir()):
+        raise MultiExitError(f"There is no data folder '{root or ''}': give one that holds {split}/CLASS/*.jpg.")
+    if not name:
+        _check_split(Path(root), split)
     try:
         return create_dataset(name, root=root, split=split, **kwargs)
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
         raise MultiExitError(f"No data set '{name or root}', split '{split}': {error}".rstrip('.') + '.') from error
+
+
+def _check_split(root: Path, split: str) -> None:
+    """Raise if timm would take the whole folder, all splits together, for a split that is not there."""
+    split = split.split('[')[0]
+    folders = {path.name for path in root.iterdir() if path.is_dir()}
+    synonyms = next((names for names in _SPLIT_FOLDERS if split in names), {split})
+    others = sorted(folders & set().union(*_SPLIT_FOLDERS))
+    if others and not folders & {*synonyms, split}:
+        raise MultiExitError(f"{root} has no split '{split}', allowed are {', '.join(others)}.")
 
 
 def class_to_idx(dataset: Any) -> dict[str, int] | None:

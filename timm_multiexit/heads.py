@@ -5,6 +5,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from timm.layers import ConvNormAct, LayerNorm2d, SelectAdaptivePool2d, SeparableConvNormAct
 
+from timm_multiexit.config import MultiExitError
+
 Widths = tuple[int, ...]
 
 
@@ -17,10 +19,17 @@ class ExitHead(nn.Module):
         widths: Output channels of the convolutions, see the type's `build`.
         num_classes: Outputs of the classifier; 0 leaves it out and the logits are the features.
         drop_rate: Dropout probability in front of the classifier, in training.
+
+    Raises:
+        MultiExitError: Unknown type, or widths are missing.
     """
 
     def __init__(self, head: str, *, in_chans: int, widths: Widths, num_classes: int, drop_rate: float = 0.0):
         super().__init__()
+        if head not in HEADS:
+            raise MultiExitError(f"Unknown head '{head}', allowed are {', '.join(HEADS)}.")
+        if not widths and HEADS[head].num_widths(1):
+            raise MultiExitError(f"A '{head}' head needs the widths of its convolutions, none are given.")
         self.num_features = widths[-1] if widths else in_chans
         self.convs = HEADS[head].build(in_chans, widths)
         self.global_pool = SelectAdaptivePool2d(pool_type='avg', flatten=True)

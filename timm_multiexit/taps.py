@@ -19,7 +19,9 @@ class _CallState(threading.local):
     model it was made on.
     """
 
-    visitor: Visitor | None = None
+    def __init__(self):
+        # In the instance, not the class: torch.compile guards on the attribute being there.
+        self.visitor: Visitor | None = None
 
     def __reduce__(self):
         return _CallState, ()
@@ -93,7 +95,7 @@ class Taps:
         output = self.visit(backbone, x, keep)
         for name, tensor in zip((*self.names, self.classifier), tensors):
             if tensor is None:
-                raise RuntimeError(f"Tap '{name}' did not fire, the backbone's forward does not call this module.")
+                raise RuntimeError(_silent_message(name))
         return output, tensors
 
     def stop(self, backbone: nn.Module, x: Tensor, idx: int) -> Tensor:
@@ -114,7 +116,7 @@ class Taps:
 
         self.visit(backbone, x, stop)
         if not tensors:
-            raise RuntimeError(f"Tap '{self.names[idx]}' did not fire, the backbone's forward does not call this module.")
+            raise RuntimeError(_silent_message(self.names[idx]))
         return tensors[0]
 
     def _on_output(self, idx, module, args, output):
@@ -131,6 +133,10 @@ class Taps:
             isinstance(hook, partial) and getattr(hook.func, '__self__', None) is self and hook.args == (idx,)
             for hook in hooks.values()
         )
+
+
+def _silent_message(name: str) -> str:
+    return f"Tap '{name}' did not fire: the backbone's forward does not call this module, tap another one."
 
 
 def resolve_tap(backbone: nn.Module, name: str) -> str:

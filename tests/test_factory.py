@@ -1,0 +1,47 @@
+import pytest
+import timm
+import torch
+
+import timm_multiexit as tme
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'message'),
+    [
+        ('resnet51', {}, "no model 'resnet51', nearest are .*resnet50"),
+        ('qqqqqq', {}, r'timm.list_models\(\) lists'),
+        ('org/net', {}, 'looks like a Hugging Face Hub repo id'),
+        ('s3:net', {}, "Unknown model source 's3'"),
+        ('hf-hub:org/net', {}, 'not supported yet'),
+        ('local-dir:/nowhere', {}, 'is no model folder'),
+        ('test_resnet', {'features_only': True}, 'features_only has no classifier'),
+        ('test_resnet', {'exits': [9]}, r'no exit 9. Allowed are 0 \(act1, 1/2\)'),
+        ('test_resnet', {'head': 'mlp'}, "Unknown head 'mlp', allowed are conv, paper, linear"),
+    ],
+    ids=['near', 'far', 'path', 'source', 'hub', 'folder', 'features', 'exit', 'head'],
+)
+def test_wrong_request_is_one_clear_line(name, kwargs, message):
+    with pytest.raises(tme.MultiExitError, match=message) as error:
+        tme.create_model(name, **kwargs)
+    assert '\n' not in str(error.value)
+
+
+def test_keywords_reach_timm():
+    model = tme.create_model('test_resnet', num_classes=7, in_chans=1, drop_rate=0.3, global_pool='max')
+    assert model.backbone.drop_rate == 0.3
+    assert [head.drop.p for head in model.exits] == [0.3] * 3
+    assert model.backbone.global_pool.pool_type == 'max'
+    assert model(torch.randn(2, 1, 32, 32), exits=True).logits[0].shape == (2, 7)
+
+
+def test_input_size_brings_its_channels():
+    model = tme.create_model('test_resnet', input_size=(1, 32, 32)).eval()
+    assert model.input_size == (1, 32, 32)
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 1000)
+
+
+def test_trained_backbone_with_fresh_exits_is_warned_of_once(tmp_path, caplog):
+    tme.save_pretrained(timm.create_model('test_resnet', num_classes=5), tmp_path)
+    tme.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    warnings = [record.message for record in caplog.records if 'exits are not' in record.message]
+    assert len(warnings) == 1

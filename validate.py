@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Accuracy and cost of every exit: `validate.py --model local-dir:output/train/RUN/best --data-dir DIR`.
+
+Takes a model folder, a training checkpoint or a timm name. Flags are timm's (`validate.py --help`).
+"""
+import csv
+import json
+import logging
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+from timm.data import create_loader, resolve_data_config
+from timm.models import parse_model_name
+from timm.utils import setup_default_logging
+
+import timm_multiexit as tme
+from timm_multiexit.arguments import create_validate_parser
+from timm_multiexit.checkpoint import load_checkpoint, read_specs, read_training_checkpoint, restore_exits
+from timm_multiexit.data import DIGITS, check_classes, create_checked_dataset
+from timm_multiexit.engine import evaluate_loader
+from timm_multiexit.factory import check_model_name, make_table
+from timm_multiexit.metrics import describe_environment
+from timm_multiexit.model import MultiExitModel
+
+_logger = logging.getLogger('validate')
+
+# What a checkpoint remembers of the run that wrote it, for the flags that are not given here.
+REMEMBERED = ('model', 'num_classes', 'img_size', 'input_size', 'in_chans', 'gp', 'mean', 'std', 'crop_pct',
+              'interpolation', 'model_kwargs')
+
+
+def create_model(args):
+    """Return the model that the flags name, with the exits it was saved with."""
+    checkpoint = read_training_checkpoint(args.checkpoint) if args.checkpoint else {}
+    trained = vars(checkpoint['args']) if isinstance(checkpoint.get('args'), object) and 'args' in checkpoint else {}
+    for name in REMEMBERED:
+        if not getattr(args, name) and trained.get(name):
+            setattr(args, name, trained[name])
+    if args.model is None:
+        raise tme.MultiExitError('No model: give --model NAME, --model local-dir:FOLDER, or --checkpoint PATH.')
+    kwargs = dict(
+        pretrained=args.pretrained,
+        num_classes=args.num_classes,
+        in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
+        global_pool=args.gp,
+        **args.model_kwargs,
+    )
+    source = check_model_name(args.model)
+    size = args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
+    is_folder = source == 'local-dir'
+    if is_folder:
+        kwargs['pretrained'] = True
+    if args.exits is not None or (is_folder and read_specs(parse_model_name(args.model)[1])):
+        model = tme.create_model(
+            args.model, exits=args.exits, head=args.exit_head, head_widths=args.head_widths, input_size=size, **kwargs)
+    else:
+        backbone = timm.create_model(args.model, **kwargs)
+        if (checkpoint.get('task_state') or {}).get('exits'):
+            model = restore_exits(backbone, checkpoint)
+        else:
+            model = MultiExitModel(backbone, [])
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
+    return model
+
+
+def validate(args, accelerator):
+    args.data_dir = args.data_dir or args.data
+    if not args.data_dir and not args.dataset:
+        args.dataset, args.split = DIGITS, 'test'
+        _logger.info('No data named (--data-dir, --dataset): the test split of the handwritten digits.')
+    model = create_model(args).to(accelerator.device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    data_config = resolve_data_config(vars(args), model=model)
+    dataset = create_checked_dataset(
+        args.dataset,
+        root=args.data_dir,
+        split=args.split,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
+    )
+    num_classes = check_classes(dataset, None)
+    if num_classes and num_classes > model.num_classes:
+        raise tme.MultiExitError(f'The data has {num_classes} classes, the model {model.num_classes}: set --num-classes.')
+    loader = create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=args.batch_size,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        device=accelerator.device,
+        distributed=accelerator.num_processes > 1,
+        use_prefetcher=not args.no_prefetcher,
+    )
+    result = evaluate_loader(model, loader, accelerator=accelerator, channels_last=args.channels_last)
+    return make_table(model, result.metrics, input_size=data_config['input_size'], num_samples=result.num_samples)
+
+
+def write_results(args, table):
+    """Write the table: csv is one line per classifier, json has the environment beside it."""
+    path = Path(args.results_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if args.results_format == 'json':
+        results = dict(
+            model=args.model, split=args.split, num_samples=table.num_samples, rows=table.rows, **describe_environment())
+        path.write_text(json.dumps(results, indent=2) + '\n')
+        return
+    with path.open('w', newline='') as file:
+        writer = csv.DictWriter(file, fieldnames=['model', *table.rows[0]])
+        writer.writeheader()
+        writer.writerows({'model': args.model, **row} for row in table.rows)
+
+
+def main(argv=None):
+    setup_default_logging()
+    args = create_validate_parser().parse_args(argv)
+    try:
+        precision = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(args.amp_dtype, args.amp_dtype) if args.amp else None
+        if precision == 'fp16' and not torch.cuda.is_available():
+            raise tme.MultiExitError('--amp in float16 needs a GPU: use --amp-dtype bfloat16.')
+        accelerator = Accelerator(mixed_precision=precision)
+        table = validate(args, accelerator)
+    except tme.MultiExitError as error:
+        print(f'validate.py: error: {error}', file=sys.stderr)
+        return 2
+    if accelerator.is_main_process:
+        print(f'\n{args.model} on the {args.split} split, {table.num_samples} images:\n\n{table}\n')
+        if args.results_file:
+            write_results(args, table)
+        # Nothing after this line: timm's bulk tools read the rest of the output as JSON.
+        print(f'--result\n{json.dumps({"model": args.model, "rows": table.rows}, indent=4)}', flush=True)
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
