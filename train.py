@@ -423,6 +423,7 @@ def is_decreasing(metric):
 
 def main(argv=None):
     setup_default_logging()
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files every epoch
     try:
         args = parse_train_args(argv)
         accelerator = create_accelerator(args)

@@ -66,9 +66,9 @@ def image_folder(tmp_path):
     return write_images(tmp_path / 'images')
 
 
-def write_images(root):
+def write_images(root, num_train=12):
     generator = np.random.RandomState(0)
-    for split, counts in (('train', (12, 12)), ('val', (5, 6))):
+    for split, counts in (('train', (num_train, num_train)), ('val', (5, 6))):
         for label, (name, count) in enumerate(zip(('cat', 'dog'), counts)):
             (root / split / name).mkdir(parents=True)
             for idx in range(count):

@@ -213,14 +213,14 @@ def test_visit_inside_a_visit_gives_the_outer_visitor_back():
 
 def test_taps_of_two_owners_on_one_backbone_do_not_disturb_each_other():
     chain, first = make_chain()
-    second = Taps(('1',), '2')
+    second = Taps(NAMES, '2')
     second.install(chain)
     recorders = Recorder(), Recorder()
     first.visit(chain, torch.tensor([1.0]), recorders[0])
     second.visit(chain, torch.tensor([10.0]), recorders[1])
     assert recorders[0].visits == [(0, [2.0]), (1, [6.0]), (2, [6.0])]
-    assert recorders[1].visits == [(0, [60.0]), (1, [60.0])]
-    assert num_hooks(chain) == 5
+    assert recorders[1].visits == [(0, [20.0]), (1, [60.0]), (2, [60.0])]
+    assert num_hooks(chain) == 6
 
 
 def test_two_models_on_one_backbone_answer_as_each_does_alone(make_backbone):
@@ -228,9 +228,9 @@ def test_two_models_on_one_backbone_answer_as_each_does_alone(make_backbone):
     backbone = make_backbone().eval()
     first = attach_exits(backbone, ['layer1', 'layer3']).eval()
     expected = first(x, exits=True)
-    second = attach_exits(backbone, ['layer2'], head='linear').eval()
+    second = attach_exits(backbone, ['layer1', 'layer2'], head='linear').eval()
     alone = second(x, exits=True)
-    assert len(alone.logits) == 2
+    assert len(alone.logits) == 3
     assert_same_outputs(first(x, exits=True), expected)
     assert_same_outputs(second(x, exits=True), alone)
     torch.testing.assert_close(first(x, exit_idx=1), expected.logits[1])
@@ -319,6 +319,15 @@ def test_taps_are_installed_again_where_a_module_was_replaced():
     recorder = Recorder()
     assert taps.visit(chain, torch.tensor([1.0]), recorder).tolist() == [154.0]
     assert recorder.visits == [(0, [2.0]), (1, [14.0]), (2, [14.0])]
+
+
+def test_taps_are_installed_again_where_a_module_was_replaced_by_its_copy():
+    # The copy brings hooks along, which answer to a copy of the taps.
+    chain, taps = make_chain()
+    chain[0], chain[2] = copy.deepcopy(chain[0]), copy.deepcopy(chain[2])
+    recorder = Recorder()
+    taps.visit(chain, torch.tensor([1.0]), recorder)
+    assert recorder.visits == [(0, [2.0]), (1, [6.0]), (2, [6.0])]
 
 
 def test_hooks_do_not_pile_up():

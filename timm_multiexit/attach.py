@@ -3,6 +3,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,12 @@ class ExitPoint:
     channels: int
     reduction: int
     size: tuple[int, int]
+    cost: Cost
+
+
+class _Arrival(NamedTuple):
+    tensor: Tensor
+    version: int
     cost: Cost
 
 
@@ -137,17 +144,17 @@ def _survey(backbone: nn.Module, names: Sequence[str], input_size: tuple[int, in
     )
     copy = meta_copy(backbone)
     meter = CostMeter(copy)
-    arrivals: dict[int, list[tuple[object, Cost]]] = {}
+    arrivals: dict[int, list[_Arrival]] = {}
 
     def note(idx: int, tensor: Tensor) -> None:
-        arrivals.setdefault(idx, []).append((tensor, meter.read()))
+        arrivals.setdefault(idx, []).append(_Arrival(tensor, getattr(tensor, '_version', 0), meter.read()))
 
     with meter:
         taps.visit(copy, torch.empty(2, *input_size, device='meta'), note)
     total = meter.read()
-    features = arrivals.pop(len(taps.names), [(None, total)])[0][0]
-    if not isinstance(features, Tensor):
-        raise MultiExitError(f'{type(backbone).__name__} does not call its classifier {taps.classifier!r} on a tensor.')
+    features = [arrival.tensor for arrival in arrivals.get(len(taps.names), [])]
+    if len(features) != 1 or not isinstance(features[0], Tensor):
+        raise MultiExitError(f'{type(backbone).__name__} does not call its classifier {taps.classifier!r} once, on a tensor.')
     points, rejected = [], {}
     for idx, name in enumerate(taps.names):
         index = indices.get(name)
@@ -156,7 +163,7 @@ def _survey(backbone: nn.Module, names: Sequence[str], input_size: tuple[int, in
         if reason:
             rejected[name] = reason
             continue
-        ((tensor, cost),) = arrivals[idx]
+        tensor, _, cost = arrivals[idx][0]
         points.append(ExitPoint(
             index=index,
             module=name,
@@ -166,7 +173,7 @@ def _survey(backbone: nn.Module, names: Sequence[str], input_size: tuple[int, in
             cost=replace(cost, macs=cost.macs // 2),
         ))
     points.sort(key=lambda point: point.cost.macs)
-    return _Survey(tuple(points), rejected, features.flatten(1).shape[1], replace(total, macs=total.macs // 2))
+    return _Survey(tuple(points), rejected, features[0].flatten(1).shape[1], replace(total, macs=total.macs // 2))
 
 
 def _stages(backbone: nn.Module) -> dict[str, dict]:
@@ -181,16 +188,18 @@ def _stages(backbone: nn.Module) -> dict[str, dict]:
     return {entry['module']: entry for entry in entries}
 
 
-def _unfit(arrivals: list, channels: int | None) -> str | None:
+def _unfit(arrivals: list[_Arrival], channels: int | None) -> str | None:
     """Return why a place cannot be tapped, None if it can."""
     if len(arrivals) != 1:
         return 'its module is not called in the forward' if not arrivals else 'its module is called more than once'
-    tensor = arrivals[0][0]
+    tensor, version, _ = arrivals[0]
     if not isinstance(tensor, Tensor) or tensor.ndim != 4:
         kind = f'a tensor {list(tensor.shape)}' if isinstance(tensor, Tensor) else f'a {type(tensor).__name__}'
         return f'it gives {kind}, not an NCHW map'
     if channels is not None and tensor.shape[1] != channels:
         return f'it gives {list(tensor.shape)}, not an NCHW map of {channels} channels'
+    if tensor._version != version:
+        return 'the layer after it changes its output in place, tap that one'
     return None
 
 

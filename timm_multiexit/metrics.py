@@ -141,9 +141,9 @@ def describe_environment() -> dict[str, str]:
     hardware = f'{os.cpu_count()} CPUs, {platform.machine()}'
     if torch.cuda.is_available():
         hardware = f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}'
-    libraries = ('timm', 'torch', 'torchvision', 'accelerate', 'timm-multiexit')
-    versions = ', '.join(f'{name} {version(name)}' for name in libraries)
-    return {'commit': commit, 'versions': f'python {platform.python_version()}, {versions}', 'hardware': hardware}
+    versions = [f'python {platform.python_version()}']
+    versions += [f'{name} {version(name)}' for name in ('timm', 'torch', 'torchvision', 'accelerate')]
+    return {'commit': commit, 'versions': ', '.join(versions), 'hardware': hardware}
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
