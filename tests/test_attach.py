@@ -246,6 +246,48 @@ def test_conv_heads_are_cheap_and_every_exit_is_cheaper_than_the_plain_network(m
     assert main.head.macs == 0
 
 
+class Topheavy(nn.Module):
+    """97 % of the MACs are in front of the exit, so that a head of 3 % would undo what leaving early saves."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_classes = 10
+        self.num_features = self.head_hidden_size = 64
+        self.pretrained_cfg = self.default_cfg = {'input_size': (3, 32, 32)}
+        self.feature_info = [
+            {'num_chs': 128, 'reduction': 4, 'module': 'early'},
+            {'num_chs': 64, 'reduction': 8, 'module': 'late'},
+        ]
+        convs = [nn.Conv2d(128, 128, 3, padding=1) for _ in range(2)]
+        self.early = nn.Sequential(nn.Conv2d(3, 128, 3, stride=4, padding=1), *convs)
+        self.late = nn.Conv2d(128, 64, 3, stride=2, padding=1, groups=2)
+        self.fc = nn.Linear(64, 10)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        return self.fc(self.late(self.early(x)).mean((2, 3)))
+
+
+def test_head_is_narrowed_further_where_little_is_left_to_save():
+    early = 64 * 128 * 3 * 9 + 2 * 64 * 128 * 128 * 9
+    late = 16 * 64 * 64 * 9 + 64 * 10
+
+    def head_macs(width):
+        # 1x1 at 8x8, then depthwise 3x3 and 1x1 at 4x4, linear.
+        return 64 * 128 * width + 16 * width * 9 + 16 * width * width + width * 10
+
+    # The widest is within 4 % of the MACs, yet dearer than what it saves; 32 spare half of it, 48 do not.
+    assert late < head_macs(64) < 0.04 * (early + late)
+    assert head_macs(32) < late / 2 < head_macs(48)
+    model = attach_exits(Topheavy())
+    exit_cost, main = model.cost()
+    assert main.fixed.macs == early + late
+    assert exit_cost.fixed.macs == early + head_macs(32) < main.fixed.macs
+    assert model.exits.specs[0].widths == (32, 32)
+
+
 def test_zoo_holds_fifteen_backbones():
     assert len(ZOO) == 15
 

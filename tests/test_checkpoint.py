@@ -27,7 +27,9 @@ def folder(tmp_path):
 
 def equal_outputs(first, second, images):
     with torch.no_grad():
-        return all(torch.equal(a, b) for a, b in zip(first(images, exits=True).logits, second(images, exits=True).logits))
+        return all(
+            torch.equal(a, b) for a, b in zip(first(images, exits=True).logits, second(images, exits=True).logits)
+        )
 
 
 def test_folder_gives_the_same_outputs_back(folder):
@@ -59,7 +61,9 @@ def test_saving_again_keeps_other_files_and_leaves_no_temporary_ones(folder):
     other = make_model()
     tme.save_pretrained(other, path)
     assert (path / 'notes.txt').read_text() == 'mine'
-    assert equal_outputs(other, tme.create_model(f'local-dir:{path}', pretrained=True).eval(), torch.randn(1, 3, 64, 64))
+    assert equal_outputs(
+        other, tme.create_model(f'local-dir:{path}', pretrained=True).eval(), torch.randn(1, 3, 64, 64)
+    )
     assert [file.name for file in path.parent.iterdir()] == ['net']
 
 
@@ -73,7 +77,9 @@ def test_failed_save_leaves_the_folder_as_it_was(folder, monkeypatch):
     with pytest.raises(OSError, match='No space'):
         tme.save_pretrained(make_model(), path)
     monkeypatch.undo()
-    assert equal_outputs(model, tme.create_model(f'local-dir:{path}', pretrained=True).eval(), torch.randn(1, 3, 64, 64))
+    assert equal_outputs(
+        model, tme.create_model(f'local-dir:{path}', pretrained=True).eval(), torch.randn(1, 3, 64, 64)
+    )
     assert [file.name for file in path.parent.iterdir()] == ['net']
 
 
@@ -90,7 +96,11 @@ def test_other_class_count_keeps_all_but_the_classifiers(folder):
     state, own = model.state_dict(), other.state_dict()
     assert other(torch.randn(1, 3, 64, 64), exits=True).logits[0].shape == (1, 7)
     differing = {key for key in state if state[key].shape != own[key].shape or not torch.equal(state[key], own[key])}
-    linear = {f'{prefix}.{kind}' for prefix in ('backbone.fc', *(f'exits.{k}.fc' for k in range(3))) for kind in ('weight', 'bias')}
+    linear = {
+        f'{prefix}.{kind}'
+        for prefix in ('backbone.fc', *(f'exits.{k}.fc' for k in range(3)))
+        for kind in ('weight', 'bias')
+    }
     assert differing == linear
 
 

@@ -25,7 +25,11 @@ def test_two_processes_train_one_network_and_count_every_sample_once(tmp_path, i
     script = (str(ROOT / 'train.py'), *FLAGS, '-b', '4', '--data-dir', str(image_folder))
     done = launch(
         tmp_path,
-        'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', *script,
+        'accelerate.commands.launch',
+        '--multi_gpu',
+        '--num_processes',
+        '2',
+        *script,
         ACCELERATE_USE_CPU='true',
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -44,7 +48,13 @@ def test_processes_that_do_not_find_each_other_are_told_the_command_that_works(t
     # accelerate launch --cpu with two processes starts one; torchrun without a GPU starts two that are alone
     done = launch(
         tmp_path,
-        'torch.distributed.run', '--nproc_per_node', '2', str(ROOT / 'train.py'), *FLAGS, '--data-dir', str(image_folder),
+        'torch.distributed.run',
+        '--nproc_per_node',
+        '2',
+        str(ROOT / 'train.py'),
+        *FLAGS,
+        '--data-dir',
+        str(image_folder),
     )
     if torch.cuda.device_count() > 1:
         pytest.skip('torchrun works where there are several GPUs')

@@ -88,9 +88,7 @@ def test_nan_names_the_classifier_and_the_batch_it_began_with(make_model):
     model.exits[1].register_forward_hook(poison)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with pytest.raises(MultiExitError, match='The loss of exit1 is NaN or infinite at batch 2 of this epoch') as error:
-        train_one_epoch(
-            0, task, make_batches(5), optimizer, accelerator=Accelerator(cpu=True), config=EpochConfig(1)
-        )
+        train_one_epoch(0, task, make_batches(5), optimizer, accelerator=Accelerator(cpu=True), config=EpochConfig(1))
     assert '\n' not in str(error.value)
 
 

@@ -45,3 +45,10 @@ def test_trained_backbone_with_fresh_exits_is_warned_of_once(tmp_path, caplog):
     tme.create_model(f'local-dir:{tmp_path}', pretrained=True)
     warnings = [record.message for record in caplog.records if 'exits are not' in record.message]
     assert len(warnings) == 1
+
+
+def test_models_are_made_inside_inference_mode():
+    with torch.inference_mode():
+        model = tme.create_model('test_resnet', num_classes=5)
+        assert model.eval()(torch.randn(1, 3, 32, 32), exit_idx=0).shape == (1, 5)
+        assert model.cost()[-1].fixed.macs > 0

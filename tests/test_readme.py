@@ -8,9 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import write_images
+
 import train
 import validate
-from conftest import write_images
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
@@ -48,12 +49,18 @@ def test_first_command_trains_from_a_fresh_clone(tmp_path):
     if shutil.which('git') is None or shutil.which('pip') is None:
         pytest.skip('a clone needs git, and the README command pip')
     subprocess.run(['git', 'clone', '-q', ROOT, tmp_path / 'clone'], check=True)
-    env = {key: value for key, value in os.environ.items() if key not in ('VIRTUAL_ENV', 'PYTHONPATH', 'OMP_NUM_THREADS')}
+    env = {
+        key: value for key, value in os.environ.items() if key not in ('VIRTUAL_ENV', 'PYTHONPATH', 'OMP_NUM_THREADS')
+    }
     command = BLOCKS[0][1].strip()
     assert command.endswith('accelerate launch train.py --eed')
     done = subprocess.run(['bash', '-c', command], cwd=tmp_path / 'clone', env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line[:4].strip() in ('0', '1', '2', 'main', 'ens')}
+    rows = {
+        line.split()[0]: line.split()
+        for line in done.stdout.splitlines()
+        if line[:4].strip() in ('0', '1', '2', 'main', 'ens')
+    }
     assert list(rows) == ['0', '1', '2', 'main', 'ens']
     assert float(rows['main'][5]) >= 97.0
     assert not subprocess.run(

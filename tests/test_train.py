@@ -4,10 +4,10 @@ import json
 import pytest
 import timm
 import torch
-import train
 import yaml
 
 import timm_multiexit as tme
+import train
 
 QUICK = ('--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0', '--opt', 'adamw', '--lr', '0.002')
 QUICK += ('--warmup-epochs', '0', '--epochs', '2')
@@ -37,15 +37,25 @@ def train_on_images(run_script, image_folder):
 
 
 def test_run_without_data_trains_on_the_digits(run_script, tmp_path):
-    code, out, err = run_script(train.main, '--eed', '--model', 'test_resnet', '--epochs', '2', '--experiment', 'digits')
+    code, out, err = run_script(
+        train.main, '--eed', '--model', 'test_resnet', '--epochs', '2', '--experiment', 'digits'
+    )
     assert code == 0, err
     run = tmp_path / 'output/train/digits'
     assert {path.name for path in run.iterdir()} >= {
-        'args.yaml', 'summary.csv', 'results.json', 'best', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-1.pth.tar'
+        'args.yaml',
+        'summary.csv',
+        'results.json',
+        'best',
+        'last.pth.tar',
+        'model_best.pth.tar',
+        'checkpoint-1.pth.tar',
     }
     rows = read_csv(run / 'summary.csv')
     assert [row['epoch'] for row in rows] == ['0', '1']
-    assert {'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr', 'eval_exit0_top1', 'eval_ens_top1'} <= set(rows[0])
+    assert {'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr', 'eval_exit0_top1', 'eval_ens_top1'} <= set(
+        rows[0]
+    )
     assert yaml.safe_load((run / 'args.yaml').read_text())['exit_loss'] == 'eed'
 
     results = json.loads((run / 'results.json').read_text())
@@ -159,8 +169,18 @@ def test_resumed_run_goes_on_where_it_was(train_on_images, run_script, image_fol
     whole, _ = train_on_images('whole', '--eed', '--epochs', '4', '--sched', 'constant', '--no-aug')
     half, _ = train_on_images('half', '--eed', '--epochs', '2', '--sched', 'constant', '--no-aug')
     code, _, err = run_script(
-        train.main, *QUICK, '--eed', '--epochs', '4', '--sched', 'constant', '--no-aug', '--data-dir', image_folder,
-        '--resume', half / 'last.pth.tar',
+        train.main,
+        *QUICK,
+        '--eed',
+        '--epochs',
+        '4',
+        '--sched',
+        'constant',
+        '--no-aug',
+        '--data-dir',
+        image_folder,
+        '--resume',
+        half / 'last.pth.tar',
     )
     assert code == 0, err
     rows = read_csv(half / 'summary.csv')
@@ -194,8 +214,14 @@ BAD_INPUT = {
     'exits-index': (('--exits', '[9]'), 'no exit 9. Allowed are 0 (act1, 1/2), 1 (layer1.0, 1/4)'),
     'exits-count': (('--exits', '9'), '9 exits asked for, this backbone has room for 1 to 4'),
     'exits-empty': (('--exits', ','), "',' names no exit"),
-    'stages': (('--model', 'vit_tiny_patch16_224', '--img-size', '224', '--eed'), 'has no stage that exits can be attached'),
-    'features': (('--eed', '--exit-feature-weight', '1', '--exit-widths', '16-32-48-64,32-48-64,48-64'), "use head='paper'"),
+    'stages': (
+        ('--model', 'vit_tiny_patch16_224', '--img-size', '224', '--eed'),
+        'has no stage that exits can be attached',
+    ),
+    'features': (
+        ('--eed', '--exit-feature-weight', '1', '--exit-widths', '16-32-48-64,32-48-64,48-64'),
+        "use head='paper'",
+    ),
     'byot': (('--exit-loss', 'byot', '--exit-widths', '16-32-48-64,32-48-64,48-64'), 'exit 0 has 64'),
     'widths': (('--eed', '--exit-widths', '16-32,16-32,16-32'), 'takes 4 widths, 2 were given'),
     'contradiction': (('--eed', '--exit-loss', 'ce'), '--eed and --exit-loss ce contradict'),
@@ -257,7 +283,19 @@ def test_misfit_resume_changes_nothing(train_on_images):
 
 
 def test_nan_stops_the_run_and_keeps_what_was_good(train_on_images):
-    flags = ('--eed', '--opt', 'sgd', '--sched', 'multistep', '--decay-milestones', '1', '--decay-rate', '1e30', '--lr', '0.01')
+    flags = (
+        '--eed',
+        '--opt',
+        'sgd',
+        '--sched',
+        'multistep',
+        '--decay-milestones',
+        '1',
+        '--decay-rate',
+        '1e30',
+        '--lr',
+        '0.01',
+    )
     run, (_, _, err) = train_on_images('run', *flags, '--epochs', '3', code=2)
     line = err.strip().splitlines()[-1]
     assert 'is NaN or infinite at batch' in line

@@ -3,16 +3,18 @@ import json
 
 import pytest
 import torch
-import train
-import validate
 
 import timm_multiexit as tme
+import train
+import validate
 
 
 @pytest.fixture
 def run_folder(run_script, image_folder):
     flags = ('--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '1', '--exits', '1,3')
-    code, _, err = run_script(train.main, *flags, '--eed', '--data-dir', image_folder, '--output', 'out', '--experiment', 'r')
+    code, _, err = run_script(
+        train.main, *flags, '--eed', '--data-dir', image_folder, '--output', 'out', '--experiment', 'r'
+    )
     assert code == 0, err
     return image_folder.parent / 'out/r'
 
@@ -34,13 +36,26 @@ def test_folder_and_checkpoint_give_the_training_runs_table(run_script, run_fold
 
 
 def test_model_name_with_fresh_exits(run_script, image_folder):
-    flags = ('--model', 'test_resnet', '--exits', '2', '--exit-head', 'linear', '--num-classes', '2', '--img-size', '64')
+    flags = (
+        '--model',
+        'test_resnet',
+        '--exits',
+        '2',
+        '--exit-head',
+        'linear',
+        '--num-classes',
+        '2',
+        '--img-size',
+        '64',
+    )
     _, result = run_validate(run_script, *flags, image_folder)
     assert [row['exit'] for row in result['rows']] == ['0', '1', 'main', 'ens']
 
 
 def test_plain_model_has_one_row(run_script, image_folder):
-    _, result = run_validate(run_script, '--model', 'test_resnet', '--num-classes', '2', '--img-size', '64', image_folder)
+    _, result = run_validate(
+        run_script, '--model', 'test_resnet', '--num-classes', '2', '--img-size', '64', image_folder
+    )
     assert [row['exit'] for row in result['rows']] == ['main']
 
 

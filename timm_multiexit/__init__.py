@@ -1,4 +1,5 @@
 """Multi-exit image classifiers from any timm backbone, trained with Exit-Ensemble Distillation."""
+
 from timm_multiexit.attach import ExitPoint as ExitPoint
 from timm_multiexit.attach import attach_exits as attach_exits
 from timm_multiexit.attach import exit_points as exit_points

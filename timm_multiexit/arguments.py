@@ -2,6 +2,7 @@
 
 Parsers are made by functions, so that importing a script parses nothing and tests can call `main([...])`.
 """
+
 import argparse
 import math
 from collections.abc import Sequence
@@ -328,5 +329,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--no-prefetcher', action='store_true', help='leave out the prefetcher')
     group.add_argument('--output', default='', metavar='DIR', help='default: output/train')
     group.add_argument('--experiment', default='', metavar='NAME', help='folder in --output (default: time and model)')
-    group.add_argument('--eval-metric', default='top1', metavar='M', help='that chooses the best epoch: a column of'
-                       ' summary.csv without eval_ (top1, exit0_top1, ens_top1, loss, ...)')
+    group.add_argument(
+        '--eval-metric',
+        default='top1',
+        metavar='M',
+        help='that chooses the best epoch: a column of'
+        ' summary.csv without eval_ (top1, exit0_top1, ens_top1, loss, ...)',
+    )

@@ -1,4 +1,5 @@
 """Attaching exits: which places of a backbone can be tapped, which are chosen, and how wide their heads are."""
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,8 +7,8 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 from timm.models import get_model_input_config
+from torch import Tensor, nn
 
 from timm_multiexit.config import ExitSpec, MultiExitError
 from timm_multiexit.cost import Cost, CostMeter, meta_copy
@@ -75,8 +76,8 @@ def attach_exits(
     Args:
         backbone: A timm classification model whose stages give NCHW maps.
         exits: 'auto' for all stages before the last, without the stem where three or more remain; an int for that
-            many of them, spread evenly in cost, the stem only if there are not enough others; a list of ints for indices into `feature_info`; a list of strings
-            for module names.
+            many of them, spread evenly in cost, the stem only if there are not enough others; a list of ints for
+            indices into `feature_info`; a list of strings for module names.
         head: 'conv', narrow and cheap; 'paper', the paper's widths, so that features can be distilled; 'linear',
             norm, pooling and a linear layer.
         head_widths: Output channels of the convolutions, one list per exit, in place of the head's own rule.
@@ -98,7 +99,7 @@ def attach_exits(
     survey = _survey(backbone, _named(exits), input_size)
     points = _choose(backbone, exits, survey)
     if head_widths is not None and len(head_widths) != len(points):
-        raise MultiExitError(f'{len(head_widths)} lists of head widths for {len(points)} exits, give one list per exit.')
+        raise MultiExitError(f'{len(head_widths)} lists of head widths for {len(points)} exits, give one per exit.')
     specs = [
         _build_spec(point, head, survey, None if head_widths is None else tuple(head_widths[idx]), backbone.num_classes)
         for idx, point in enumerate(points)
@@ -125,6 +126,7 @@ def _named(exits: ExitsArg) -> tuple[str, ...]:
     return tuple(item for item in exits if isinstance(item, str)) if isinstance(exits, (list, tuple)) else ()
 
 
+@torch.inference_mode(False)  # inference tensors have no version to tell a change in place by
 @torch.no_grad()
 def _survey(backbone: nn.Module, names: Sequence[str], input_size: tuple[int, int, int]) -> _Survey:
     """Run a data-free copy once with a tap at every stage and every named module."""
@@ -150,11 +152,13 @@ def _survey(backbone: nn.Module, names: Sequence[str], input_size: tuple[int, in
         arrivals.setdefault(idx, []).append(_Arrival(tensor, getattr(tensor, '_version', 0), meter.read()))
 
     with meter:
-        taps.visit(copy, torch.empty(2, *input_size, device='meta'), note)
+        taps.visit(copy, torch.empty(1, *input_size, device='meta'), note)
     total = meter.read()
     features = [arrival.tensor for arrival in arrivals.get(len(taps.names), [])]
     if len(features) != 1 or not isinstance(features[0], Tensor):
-        raise MultiExitError(f'{type(backbone).__name__} does not call its classifier {taps.classifier!r} once, on a tensor.')
+        raise MultiExitError(
+            f'{type(backbone).__name__} does not call its classifier {taps.classifier!r} once, on a tensor.'
+        )
     points, rejected = [], {}
     for idx, name in enumerate(taps.names):
         index = indices.get(name)
@@ -164,16 +168,18 @@ def _survey(backbone: nn.Module, names: Sequence[str], input_size: tuple[int, in
             rejected[name] = reason
             continue
         tensor, _, cost = arrivals[idx][0]
-        points.append(ExitPoint(
-            index=index,
-            module=name,
-            channels=tensor.shape[1],
-            reduction=entry.get('reduction') or max(1, round(input_size[-1] / tensor.shape[-1])),
-            size=tuple(tensor.shape[-2:]),
-            cost=replace(cost, macs=cost.macs // 2),
-        ))
+        points.append(
+            ExitPoint(
+                index=index,
+                module=name,
+                channels=tensor.shape[1],
+                reduction=entry.get('reduction') or max(1, round(input_size[-1] / tensor.shape[-1])),
+                size=tuple(tensor.shape[-2:]),
+                cost=cost,
+            )
+        )
     points.sort(key=lambda point: point.cost.macs)
-    return _Survey(tuple(points), rejected, features[0].flatten(1).shape[1], replace(total, macs=total.macs // 2))
+    return _Survey(tuple(points), rejected, features[0].flatten(1).shape[1], total)
 
 
 def _stages(backbone: nn.Module) -> dict[str, dict]:
@@ -218,7 +224,7 @@ def _choose(backbone: nn.Module, exits: ExitsArg, survey: _Survey) -> list[ExitP
     if exits == 'auto':
         return past_stem
     if isinstance(exits, int):
-        return _spread(exits, past_stem if exits <= len(past_stem) else early, survey.total)
+        return _spread(exits, past_stem if 1 <= exits <= len(past_stem) else early, survey.total)
     if isinstance(exits, (list, tuple)) and exits:
         return _pick(backbone, exits, survey)
     raise MultiExitError(f"exits is {exits!r}, allowed are 'auto', a number of exits, or a list. {_legal(survey)}")
@@ -227,11 +233,13 @@ def _choose(backbone: nn.Module, exits: ExitsArg, survey: _Survey) -> list[ExitP
 def _spread(count: int, early: list[ExitPoint], total: Cost) -> list[ExitPoint]:
     """Return `count` points whose costs are nearest to an even division of the backbone's, from the deepest up."""
     if not 1 <= count <= len(early):
-        raise MultiExitError(f'{count} exits asked for, this backbone has room for 1 to {len(early)} before its last stage.')
+        raise MultiExitError(
+            f'{count} exits asked for, this backbone has room for 1 to {len(early)} before its last stage.'
+        )
     chosen: list[ExitPoint] = []
     for step in reversed(range(count)):
         # Leave enough shallower points for the exits still to be placed.
-        candidates = early[step:early.index(chosen[0])] if chosen else early[step:]
+        candidates = early[step : early.index(chosen[0])] if chosen else early[step:]
         target = total.macs * (step + 1) / (count + 1)
         chosen.insert(0, min(candidates, key=lambda point: abs(point.cost.macs - target)))
     return chosen

@@ -3,6 +3,7 @@
 A folder holds `model.safetensors`, the backbone under timm's own keys, `exits.safetensors`, the heads, and
 `config.json`, timm's configuration with one more key, `multiexit`. Plain timm loads it as the main network.
 """
+
 import json
 import logging
 import os
@@ -15,10 +16,10 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from torch import nn
 from timm.models import load_state_dict
 from timm.models._hub import save_config_for_hf
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from torch import nn
 
 from timm_multiexit.attach import attach_exits
 from timm_multiexit.config import FORMAT_VERSION, ExitSpec, MultiExitError

@@ -1,4 +1,5 @@
 """What is stored beside the weights: the exits of a model, and the one error that users see."""
+
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 

@@ -1,4 +1,5 @@
 """What a forward costs: multiply-accumulates (MACs) of one image, and parameters."""
+
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass

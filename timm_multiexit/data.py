@@ -1,4 +1,5 @@
 """Data sets: timm's, checked before work begins, and the handwritten digits that need no download."""
+
 from io import BytesIO
 from pathlib import Path
 from typing import Any

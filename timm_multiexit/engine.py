@@ -1,4 +1,5 @@
 """One epoch of training, and one pass over a data set: the loops that the scripts share."""
+
 import logging
 import math
 import time
@@ -8,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from accelerate import Accelerator
 from timm.task import TrainingTask
 from timm.task.evaluator import evaluation_sample_limit
 from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
 
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.metrics import ExitEvaluator, exit_names
@@ -176,9 +177,8 @@ def _log_progress(epoch, epochs, batch, num_batches, progress, rate, optimizer) 
         parts[0] += f', features {means["feature_distance"]:.3f})' if means['feature_distance'] else ')'
     parts += [f'{name} {means[f"{name}_loss"]:.3f} {means[f"{name}_top1"]:.1f}%' for name in progress.names]
     lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
-    _logger.info(
-        f'Train {epoch + 1:>3}/{epochs} [{batch:>4}/{num_batches}]  {" | ".join(parts)} | lr {lr:.2e} | {rate:.0f} img/s'
-    )
+    parts += [f'lr {lr:.2e}', f'{rate:.0f} img/s']
+    _logger.info(f'Train {epoch + 1:>3}/{epochs} [{batch:>4}/{num_batches}]  {" | ".join(parts)}')
 
 
 @dataclass

@@ -1,4 +1,5 @@
 """`create_model` and `evaluate`: what most users need."""
+
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -143,14 +144,16 @@ def make_table(
         # The ensemble runs everything, so it costs what main costs in sequence, and has no fixed path.
         cost = costs[min(idx, len(costs) - 1)]
         is_ensemble = name == ENSEMBLE
-        rows.append({
-            'exit': name.removeprefix('exit'),
-            'tap': taps.get(name, '-' if is_ensemble else 'classifier'),
-            'params': cost.sequential.params if is_ensemble else cost.fixed.params,
-            'GMACs fixed': None if is_ensemble else cost.fixed.macs / 1e9,
-            'GMACs sequential': cost.sequential.macs / 1e9,
-            'top-1': values['top1'],
-            'top-5': values['top5'],
-            'ECE': values['ece'],
-        })
+        rows.append(
+            {
+                'exit': name.removeprefix('exit'),
+                'tap': taps.get(name, '-' if is_ensemble else 'classifier'),
+                'params': cost.sequential.params if is_ensemble else cost.fixed.params,
+                'GMACs fixed': None if is_ensemble else cost.fixed.macs / 1e9,
+                'GMACs sequential': cost.sequential.macs / 1e9,
+                'top-1': values['top1'],
+                'top-5': values['top5'],
+                'ECE': values['ece'],
+            }
+        )
     return ExitTable(tuple(rows), num_samples)

@@ -1,9 +1,10 @@
 """Heads: the small networks that classify at a tap, and the rules for their widths."""
+
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor, nn
 from timm.layers import ConvNormAct, LayerNorm2d, SelectAdaptivePool2d, SeparableConvNormAct
+from torch import Tensor, nn
 
 from timm_multiexit.config import MultiExitError
 

@@ -1,4 +1,5 @@
 """Accuracy and calibration of every exit, and the table they are shown in."""
+
 import os
 import platform
 import subprocess
@@ -9,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from timm.task.evaluator import ClassificationEvaluator
+from torch import Tensor
 
 ENSEMBLE = 'ens'
 

@@ -1,12 +1,13 @@
 """The multi-exit model: a timm backbone, its taps, its heads, and timm's own surface."""
+
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from timm.models import get_model_input_config, group_parameters
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
-from timm.models import get_model_input_config, group_parameters
 
 from timm_multiexit.config import ExitSpec, MultiExitError
 from timm_multiexit.cost import Cost, CostMeter, ExitCost, combine_costs, meta_copy
@@ -52,18 +53,20 @@ class Exits(nn.ModuleList):
         self.specs = tuple(specs)
 
     def __str__(self) -> str:
-        return format_table([
-            {
-                'exit': idx,
-                'tap': spec.module,
-                'channels': spec.channels,
-                'reduction': spec.reduction,
-                'head': spec.head,
-                'widths': '-'.join(map(str, spec.widths)),
-                'params': sum(param.numel() for param in head.parameters()),
-            }
-            for idx, (spec, head) in enumerate(zip(self.specs, self))
-        ])
+        return format_table(
+            [
+                {
+                    'exit': idx,
+                    'tap': spec.module,
+                    'channels': spec.channels,
+                    'reduction': spec.reduction,
+                    'head': spec.head,
+                    'widths': '-'.join(map(str, spec.widths)),
+                    'params': sum(param.numel() for param in head.parameters()),
+                }
+                for idx, (spec, head) in enumerate(zip(self.specs, self))
+            ]
+        )
 
 
 class MultiExitModel(nn.Module):

@@ -1,4 +1,5 @@
 """Taps: the only code that registers or answers forward hooks."""
+
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial

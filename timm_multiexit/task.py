@@ -1,11 +1,12 @@
 """The training step: all classifiers in one forward, one loss, as a timm task."""
+
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from timm_multiexit.losses import MultiExitLoss
 from timm_multiexit.metrics import ExitEvaluator
