@@ -57,8 +57,8 @@ def imported_modules(source):
 
 
 def test_every_module_has_a_level():
-    assert len(FILES) >= 9
-    assert {module_name(path) for path in FILES} <= set(LEVELS)
+    assert len(FILES) == 15
+    assert {module_name(path) for path in FILES} == set(LEVELS)
 
 
 @pytest.mark.parametrize('path', FILES, ids=module_name)

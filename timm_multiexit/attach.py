@@ -95,7 +95,7 @@ def attach_exits(
     """
     if head not in HEADS:
         raise MultiExitError(f"Unknown head '{head}', allowed are {', '.join(HEADS)}.")
-    input_size = tuple(input_size or get_model_input_config(backbone)['input_size'])
+    input_size = _input_size(backbone, input_size)
     survey = _survey(backbone, _named(exits), input_size)
     points = _choose(backbone, exits, survey)
     if head_widths is not None and len(head_widths) != len(points):
@@ -119,7 +119,11 @@ def exit_points(backbone: nn.Module, input_size: tuple[int, int, int] | None = N
     Raises:
         MultiExitError: The backbone has no stages that give NCHW maps.
     """
-    return _survey(backbone, (), tuple(input_size or get_model_input_config(backbone)['input_size'])).points
+    return _stage_points(backbone, _survey(backbone, (), _input_size(backbone, input_size)))
+
+
+def _input_size(backbone: nn.Module, input_size: Sequence[int] | None) -> tuple[int, int, int]:
+    return tuple(input_size or get_model_input_config(backbone)['input_size'])
 
 
 def _named(exits: ExitsArg) -> tuple[str, ...]:
@@ -209,12 +213,17 @@ def _unfit(arrivals: list[_Arrival], channels: int | None) -> str | None:
     return None
 
 
-def _choose(backbone: nn.Module, exits: ExitsArg, survey: _Survey) -> list[ExitPoint]:
-    """Return the points that `exits` means, shallow to deep."""
-    stages = [point for point in survey.points if point.index is not None]
+def _stage_points(backbone: nn.Module, survey: _Survey) -> tuple[ExitPoint, ...]:
+    stages = tuple(point for point in survey.points if point.index is not None)
     if not stages:
         reasons = '; '.join(f'{name}: {reason}' for name, reason in survey.rejected.items())
         raise MultiExitError(f'{type(backbone).__name__} has no stage that exits can be attached to ({reasons}).')
+    return stages
+
+
+def _choose(backbone: nn.Module, exits: ExitsArg, survey: _Survey) -> Sequence[ExitPoint]:
+    """Return the points that `exits` means, shallow to deep."""
+    stages = _stage_points(backbone, survey)
     early = stages[:-1]
     if isinstance(exits, bool):
         raise MultiExitError(f"exits is {exits}, allowed are 'auto', a number of exits, or a list.")
@@ -230,7 +239,7 @@ def _choose(backbone: nn.Module, exits: ExitsArg, survey: _Survey) -> list[ExitP
     raise MultiExitError(f"exits is {exits!r}, allowed are 'auto', a number of exits, or a list. {_legal(survey)}")
 
 
-def _spread(count: int, early: list[ExitPoint], total: Cost) -> list[ExitPoint]:
+def _spread(count: int, early: Sequence[ExitPoint], total: Cost) -> list[ExitPoint]:
     """Return `count` points whose costs are nearest to an even division of the backbone's, from the deepest up."""
     if not 1 <= count <= len(early):
         raise MultiExitError(

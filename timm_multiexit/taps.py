@@ -49,11 +49,10 @@ class Taps:
 
     def install(self, backbone: nn.Module) -> None:
         """Put hooks where they are missing: at first, and where a module was replaced since (sync-BN, freezing)."""
-        for idx, name in enumerate(self.names):
-            module = backbone.get_submodule(name)
+        *modules, classifier = [backbone.get_submodule(name) for name in (*self.names, self.classifier)]
+        for idx, module in enumerate(modules):
             if not self._is_hooked(module._forward_hooks, idx):
                 module.register_forward_hook(partial(self._on_output, idx))
-        classifier = backbone.get_submodule(self.classifier)
         if not self._is_hooked(classifier._forward_pre_hooks, len(self.names)):
             classifier.register_forward_pre_hook(partial(self._on_input, len(self.names)))
 
