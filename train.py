@@ -40,7 +40,7 @@ from timm.utils import (
 import timm_multiexit as tme
 from timm_multiexit.arguments import parse_train_args
 from timm_multiexit.checkpoint import load_checkpoint, save_pretrained
-from timm_multiexit.data import check_classes, create_checked_dataset
+from timm_multiexit.data import check_classes, create_checked_dataset, create_eval_loader, loader_kwargs
 from timm_multiexit.engine import EpochConfig, evaluate_loader, train_one_epoch
 from timm_multiexit.factory import check_model_name, make_table
 from timm_multiexit.losses import create_loss
@@ -186,7 +186,6 @@ def create_train_loader(args, dataset, data_config, accelerator, *, mixing):
     interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
     loader = create_loader(
         dataset,
-        input_size=data_config['input_size'],
         batch_size=args.batch_size,
         is_training=True,
         no_aug=args.no_aug,
@@ -208,30 +207,6 @@ def create_train_loader(args, dataset, data_config, accelerator, *, mixing):
     if len(loader) == 0:
         raise tme.MultiExitError(f'{len(dataset)} training images do not fill one batch of {args.batch_size}.')
     return loader, mixup_fn
-
-
-def create_eval_loader(args, dataset, data_config, accelerator):
-    return create_loader(
-        dataset,
-        input_size=data_config['input_size'],
-        batch_size=args.validation_batch_size or args.batch_size,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        **loader_kwargs(args, data_config, accelerator),
-    )
-
-
-def loader_kwargs(args, data_config, accelerator):
-    # Accelerate does not prepare the loaders: it does nothing to timm's prefetcher, and would shard a second time.
-    return dict(
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
-        device=accelerator.device,
-        distributed=accelerator.num_processes > 1,
-        use_prefetcher=not args.no_prefetcher,
-    )
 
 
 def create_train_optimizer(args, model, accelerator):

@@ -12,14 +12,14 @@ from pathlib import Path
 import timm
 import torch
 from accelerate import Accelerator
-from timm.data import create_loader, resolve_data_config
+from timm.data import resolve_data_config
 from timm.models import parse_model_name
 from timm.utils import setup_default_logging
 
 import timm_multiexit as tme
 from timm_multiexit.arguments import create_validate_parser
 from timm_multiexit.checkpoint import load_checkpoint, read_specs, read_training_checkpoint, restore_exits
-from timm_multiexit.data import DIGITS, check_classes, create_checked_dataset
+from timm_multiexit.data import DIGITS, check_classes, create_checked_dataset, create_eval_loader
 from timm_multiexit.engine import evaluate_loader
 from timm_multiexit.factory import check_model_name, make_table
 from timm_multiexit.metrics import describe_environment
@@ -88,20 +88,7 @@ def validate(args, accelerator):
     num_classes = check_classes(dataset, None)
     if num_classes and num_classes > model.num_classes:
         raise tme.MultiExitError(f'The data has {num_classes} classes, the model {model.num_classes}: set --num-classes.')
-    loader = create_loader(
-        dataset,
-        input_size=data_config['input_size'],
-        batch_size=args.batch_size,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
-        device=accelerator.device,
-        distributed=accelerator.num_processes > 1,
-        use_prefetcher=not args.no_prefetcher,
-    )
+    loader = create_eval_loader(args, dataset, data_config, accelerator)
     result = evaluate_loader(model, loader, accelerator=accelerator, channels_last=args.channels_last)
     return make_table(model, result.metrics, input_size=data_config['input_size'], num_samples=result.num_samples)
 

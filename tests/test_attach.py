@@ -416,7 +416,7 @@ class Unstaged(nn.Module):
     ],
     ids=['sequential', 'unstaged', 'vit', 'swin', 'mambaout'],
 )
-@pytest.mark.parametrize('exits', ['auto', 2, [1], None], ids=repr)
+@pytest.mark.parametrize('exits', ['auto', [1]], ids=repr)
 def test_backbone_without_stages_of_maps_is_refused_in_one_line(make, fragments, exits):
     with torch.device('meta'):
         backbone = make()

@@ -261,7 +261,7 @@ def test_loss_of_an_exit_reaches_its_head_and_the_backbone_up_to_its_tap_alone(m
 
 def test_eight_threads_get_their_own_answers_from_one_model(make_model):
     num_threads, num_calls, tolerance = 8, 1000, 1e-5
-    model = make_model(input_size=(3, 32, 32)).eval()
+    model = make_model(head='linear', input_size=(3, 32, 32)).eval()
     forms = [{}, {'exits': True}, *({'exit_idx': idx} for idx in range(-1, 3))]
     inputs = torch.randn(num_threads, 1, 3, 32, 32)
 
@@ -468,3 +468,9 @@ def test_ema_copy_follows_the_model_and_answers_to_itself(make_model, x):
     assert_close(ema.module(x, exit_idx=1), after.logits[1])
     for old, new in zip(before.logits, after.logits):
         assert (old - new).abs().max() > 1e-2
+
+
+def test_model_is_in_the_mode_of_its_backbone(make_backbone, x):
+    model = attach_exits(make_backbone().eval(), input_size=(3, 32, 32))
+    assert not any(module.training for module in model.modules())
+    assert model.train().exits[0].training

@@ -1,5 +1,6 @@
 """Attaching exits: which places of a backbone can be tapped, which are chosen, and how wide their heads are."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from timm_multiexit.cost import Cost, CostMeter, meta_copy
 from timm_multiexit.heads import HEADS, ExitHead
 from timm_multiexit.model import MultiExitModel, classifier_name
 from timm_multiexit.taps import Taps, resolve_tap
+
+_logger = logging.getLogger(__name__)
 
 # A head of a type that offers several widths takes the widest one that costs at most this share of the backbone's
 # MACs: less than half of what is allowed, since dynamic inference runs every head on the way.
@@ -216,8 +219,11 @@ def _unfit(arrivals: list[_Arrival], channels: int | None) -> str | None:
 def _stage_points(backbone: nn.Module, survey: _Survey) -> tuple[ExitPoint, ...]:
     stages = tuple(point for point in survey.points if point.index is not None)
     if not stages:
-        reasons = '; '.join(f'{name}: {reason}' for name, reason in survey.rejected.items())
-        raise MultiExitError(f'{type(backbone).__name__} has no stage that exits can be attached to ({reasons}).')
+        reasons = [f'{name}: {reason}' for name, reason in survey.rejected.items()] or ['none is named']
+        more = f'; {len(reasons) - 1} more like it' if len(reasons) > 1 else ''
+        raise MultiExitError(
+            f'{type(backbone).__name__} has no stage that exits can be attached to ({reasons[0]}{more}).'
+        )
     return stages
 
 
@@ -310,7 +316,12 @@ def _build_spec(
     for widths in candidates[:-1]:
         if _head_macs(replace(spec, widths=widths), point, num_classes) <= allowed:
             return replace(spec, widths=widths)
-    return replace(spec, widths=candidates[-1])
+    spec = replace(spec, widths=candidates[-1])
+    if kind.num_widths(1) and len(candidates) > 1 and _head_macs(spec, point, num_classes) > allowed:
+        _logger.warning(
+            f'No head at {point.module} is within {HEAD_MACS_FRAC:.0%} of the MACs; the narrowest, {spec.widths}, is taken.'
+        )
+    return spec
 
 
 def _head_macs(spec: ExitSpec, point: ExitPoint, num_classes: int) -> int:

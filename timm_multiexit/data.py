@@ -1,12 +1,14 @@
 """Data sets: timm's, checked before work begins, and the handwritten digits that need no download."""
 
+from argparse import Namespace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, create_dataset, create_loader
 from timm.data.readers.reader import Reader
 
 from timm_multiexit.config import MultiExitError
@@ -127,3 +129,32 @@ def check_classes(train: Any, val: Any | None) -> int | None:
             ' both: give both the same class folders, or a --class-map.'
         )
     return max(classes.values()) + 1
+
+
+def loader_kwargs(args: Namespace, data_config: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """Return what the loaders of training and evaluation have in common, for `timm.data.create_loader`.
+
+    Accelerate does not prepare the loaders: it does nothing to timm's prefetcher, and would shard a second time what
+    timm's samplers have sharded.
+    """
+    return {
+        'input_size': data_config['input_size'],
+        'mean': data_config['mean'],
+        'std': data_config['std'],
+        'num_workers': args.workers,
+        'pin_memory': args.pin_mem,
+        'device': accelerator.device,
+        'distributed': accelerator.num_processes > 1,
+        'use_prefetcher': not args.no_prefetcher,
+    }
+
+
+def create_eval_loader(args: Namespace, dataset: Any, data_config: dict[str, Any], accelerator: Accelerator) -> Any:
+    """Return a loader that gives every image once, in order, this rank's share of them."""
+    return create_loader(
+        dataset,
+        batch_size=getattr(args, 'validation_batch_size', None) or args.batch_size,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        **loader_kwargs(args, data_config, accelerator),
+    )

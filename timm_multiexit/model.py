@@ -99,6 +99,9 @@ class MultiExitModel(nn.Module):
         self.exits = Exits(specs, num_classes=backbone.num_classes, drop_rate=drop_rate)
         param = next(backbone.parameters())
         self.exits.to(device=param.device, dtype=param.dtype)
+        # Not self.train(...), which would undo a backbone's frozen parts.
+        self.training = backbone.training
+        self.exits.train(backbone.training)
         self._taps = Taps([spec.module for spec in specs], classifier_name(backbone))
         try:
             self._taps.install(backbone)

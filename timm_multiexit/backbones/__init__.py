@@ -1,0 +1,14 @@
+"""The CIFAR networks of the EED paper. Importing this package registers them with timm.
+
+Source: Lee and Lee, arXiv 2104.00299, Tables I and II.
+
+>>> import timm
+>>> import timm_multiexit.backbones
+>>> model = timm.create_model('cifar_resnet18', num_classes=10)
+>>> model.multiexit_preset['head_widths']
+[[128, 256, 512], [256, 512], [512]]
+"""
+
+from timm_multiexit.backbones import cifar_resnet, cifar_vgg, pyramidnet, wide_resnet
+
+__all__ = ['cifar_resnet', 'cifar_vgg', 'pyramidnet', 'wide_resnet']
