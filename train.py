@@ -138,6 +138,8 @@ def create_train_model(args, num_classes):
         size = args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
         model = tme.create_model(
             args.model, exits=args.exits, head=args.exit_head, head_widths=args.head_widths, input_size=size, **kwargs)
+        if args.exit_projectors:
+            model.add_projectors()
     if args.initial_checkpoint:
         load_checkpoint(model, args.initial_checkpoint)
     if args.resume:

@@ -27,7 +27,7 @@ class Scale(nn.Module):
 def make_chain():
     """Return x -> 2x -> 6x -> 30x with taps at 2x, at 6x and at what enters the last layer, 6x again."""
     chain = nn.Sequential(Scale(2.0), Scale(3.0), Scale(5.0))
-    taps = Taps(NAMES, '2')
+    taps = Taps(NAMES, ('2',))
     taps.install(chain)
     return chain, taps
 
@@ -122,10 +122,11 @@ def test_stopped_visit_returns_none_and_runs_nothing_after_the_tap():
 
 def test_collect_returns_output_and_tensors_in_declared_order():
     chain = nn.Sequential(Scale(2.0), Scale(3.0), Scale(5.0))
-    taps = Taps(('1', '0'), '2')
-    output, tensors = taps.collect(chain, torch.tensor([1.0]))
+    taps = Taps(('1', '0'), ('2',))
+    output, tensors, entering = taps.collect(chain, torch.tensor([1.0]))
     assert output.tolist() == [30.0]
-    assert [tensor.tolist() for tensor in tensors] == [[6.0], [2.0], [6.0]]
+    assert [tensor.tolist() for tensor in tensors] == [[6.0], [2.0]]
+    assert [tensor.tolist() for tensor in entering] == [[6.0]]
 
 
 @pytest.mark.parametrize(('idx', 'expected'), [(0, 2.0), (1, 6.0), (2, 6.0)])
@@ -135,7 +136,7 @@ def test_stop_returns_the_tensor_of_the_tap(idx, expected):
 
 
 def test_tap_that_does_not_fire_is_an_error():
-    backbone, taps = Skipping(), Taps(('used', 'unused'), 'fc')
+    backbone, taps = Skipping(), Taps(('used', 'unused'), ('fc',))
     with pytest.raises(RuntimeError, match="'unused' did not fire"):
         taps.collect(backbone, torch.ones(1))
     with pytest.raises(RuntimeError, match="'unused' did not fire"):
@@ -146,7 +147,7 @@ def test_tap_that_does_not_fire_is_an_error():
 def test_classifier_that_is_not_called_is_an_error():
     backbone = Skipping()
     with pytest.raises(RuntimeError, match="'unused' did not fire"):
-        Taps(('used',), 'unused').collect(backbone, torch.ones(1))
+        Taps(('used',), ('unused',)).collect(backbone, torch.ones(1))
 
 
 # Nothing stays behind between two calls
@@ -213,7 +214,7 @@ def test_visit_inside_a_visit_gives_the_outer_visitor_back():
 
 def test_taps_of_two_owners_on_one_backbone_do_not_disturb_each_other():
     chain, first = make_chain()
-    second = Taps(NAMES, '2')
+    second = Taps(NAMES, ('2',))
     second.install(chain)
     recorders = Recorder(), Recorder()
     first.visit(chain, torch.tensor([1.0]), recorders[0])
@@ -340,7 +341,7 @@ def test_hooks_do_not_pile_up():
 
 def test_taps_survive_sync_batch_norm_conversion_of_the_tapped_modules():
     x = torch.randn(2, 3, 12, 12)
-    backbone, taps = Normed().eval(), Taps(('norm0', 'norm1'), 'fc')
+    backbone, taps = Normed().eval(), Taps(('norm0', 'norm1'), ('fc',))
     taps.install(backbone)
     expected = taps.collect(backbone, x)
     backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)

@@ -1,6 +1,6 @@
 """Multi-exit image classifiers from any timm backbone, trained with Exit-Ensemble Distillation."""
 
-from timm_multiexit.attach import ExitPoint as ExitPoint
+from timm_multiexit import backbones as backbones  # registers the CIFAR networks with timm
 from timm_multiexit.attach import attach_exits as attach_exits
 from timm_multiexit.attach import exit_points as exit_points
 from timm_multiexit.checkpoint import load_checkpoint as load_checkpoint
@@ -15,4 +15,5 @@ from timm_multiexit.losses import MultiExitLoss as MultiExitLoss
 from timm_multiexit.losses import create_loss as create_loss
 from timm_multiexit.model import ExitOutputs as ExitOutputs
 from timm_multiexit.model import MultiExitModel as MultiExitModel
+from timm_multiexit.survey import ExitPoint as ExitPoint
 from timm_multiexit.task import MultiExitTask as MultiExitTask

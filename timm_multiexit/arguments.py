@@ -238,6 +238,9 @@ def _add_exits(parser: argparse.ArgumentParser, *, is_training: bool) -> None:
     group.add_argument('--exit-output-loss', choices=('kl', 'mse'), help='distance of outputs (default: kl)')
     group.add_argument('--exit-output-weight', type=float, metavar='W', help='default: 0.1 for kl, 1 for mse')
     group.add_argument('--exit-feature-weight', type=float, metavar='W', help='default: 1 for byot, else 0')
+    group.add_argument(
+        '--exit-projectors', action='store_true', help="bring narrow features to main's width in training"
+    )
     group.add_argument('--exit-temperature', type=float, metavar='T', help='temperature of kl (default: 3)')
 
 

@@ -3,19 +3,19 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from typing import NamedTuple
+from dataclasses import replace
 
+import timm
 import torch
 from timm.models import get_model_input_config
-from torch import Tensor, nn
+from torch import nn
 
 from timm_multiexit.config import ExitSpec, MultiExitError
-from timm_multiexit.cost import Cost, CostMeter, meta_copy
+from timm_multiexit.cost import Cost, CostMeter
 from timm_multiexit.heads import HEADS, ExitHead
-from timm_multiexit.model import MultiExitModel, classifier_name
-from timm_multiexit.taps import Taps, resolve_tap
+from timm_multiexit.model import MultiExitModel
+from timm_multiexit.survey import ExitPoint, Survey, survey_backbone
+from timm_multiexit.taps import resolve_tap
 
 _logger = logging.getLogger(__name__)
 
@@ -26,43 +26,6 @@ HEAD_MACS_FRAC = 0.04
 SPARED_FRAC = 0.5
 
 ExitsArg = str | int | Sequence[int] | Sequence[str]
-
-
-@dataclass(frozen=True)
-class ExitPoint:
-    """A place where an exit can be attached.
-
-    Attributes:
-        index: Index in the backbone's `feature_info`; None for a module that is named otherwise.
-        module: Name of the module to tap.
-        channels: Channels of its NCHW map.
-        reduction: Input pixels per pixel of the map along one side.
-        size: Height and width of the map.
-        cost: MACs and parameters up to here.
-    """
-
-    index: int | None
-    module: str
-    channels: int
-    reduction: int
-    size: tuple[int, int]
-    cost: Cost
-
-
-class _Arrival(NamedTuple):
-    tensor: Tensor
-    version: int
-    cost: Cost
-
-
-@dataclass(frozen=True)
-class _Survey:
-    """What one forward of a data-free copy of the backbone tells."""
-
-    points: tuple[ExitPoint, ...]
-    rejected: dict[str, str]
-    num_features: int
-    total: Cost
 
 
 def attach_exits(
@@ -77,10 +40,12 @@ def attach_exits(
     """Return a model that owns the backbone and fresh heads at the places asked for.
 
     Args:
-        backbone: A timm classification model whose stages give NCHW maps.
-        exits: 'auto' for all stages before the last, without the stem where three or more remain; an int for that
-            many of them, spread evenly in cost, the stem only if there are not enough others; a list of ints for
-            indices into `feature_info`; a list of strings for module names.
+        backbone: A timm classification model.
+        exits: 'auto' for all stages before the last, without the stem where three or more remain, and of a backbone of
+            one resolution three, at a quarter, half and three quarters of its depth; the CIFAR networks of this
+            package have their paper's places and, with head='paper', widths. An int for that many of them, spread
+            evenly in cost, the stem only if there are not enough others; a list of ints for indices into
+            `feature_info`; a list of strings for module names.
         head: 'conv', narrow and cheap; 'paper', the paper's widths, so that features can be distilled; 'linear',
             norm, pooling and a linear layer.
         head_widths: Output channels of the convolutions, one list per exit, in place of the head's own rule.
@@ -99,7 +64,12 @@ def attach_exits(
     if head not in HEADS:
         raise MultiExitError(f"Unknown head '{head}', allowed are {', '.join(HEADS)}.")
     input_size = _input_size(backbone, input_size)
-    survey = _survey(backbone, _named(exits), input_size)
+    preset = getattr(backbone, 'multiexit_preset', None)
+    if exits == 'auto' and preset is not None:
+        exits = preset['exits']
+        if head_widths is None and head == preset['head']:
+            head_widths = preset['head_widths']
+    survey = survey_backbone(backbone, _named(exits), input_size)
     points = _choose(backbone, exits, survey)
     if head_widths is not None and len(head_widths) != len(points):
         raise MultiExitError(f'{len(head_widths)} lists of head widths for {len(points)} exits, give one per exit.')
@@ -112,17 +82,26 @@ def attach_exits(
     return MultiExitModel(backbone, specs, drop_rate=drop_rate, input_size=input_size)
 
 
-def exit_points(backbone: nn.Module, input_size: tuple[int, int, int] | None = None) -> tuple[ExitPoint, ...]:
+def exit_points(
+    backbone: nn.Module | str,
+    input_size: tuple[int, int, int] | None = None,
+) -> tuple[ExitPoint, ...]:
     """Return the places that `feature_info` names where an exit can be attached, shallow to deep.
 
     Args:
-        backbone: A timm classification model.
+        backbone: A timm classification model, or the name of one.
         input_size: (channels, height, width) that costs are reckoned for; the backbone's own if not given.
 
     Raises:
-        MultiExitError: The backbone has no stages that give NCHW maps.
+        MultiExitError: The backbone has no such stages, or no classifier.
+
+    >>> [(point.index, point.module, point.reduction) for point in exit_points('resnet18')]
+    [(0, 'act1', 2), (1, 'layer1.1', 4), (2, 'layer2.1', 8), (3, 'layer3.1', 16), (4, 'layer4.1', 32)]
     """
-    return _stage_points(backbone, _survey(backbone, (), _input_size(backbone, input_size)))
+    if isinstance(backbone, str):
+        with torch.device('meta'):
+            backbone = timm.create_model(backbone)
+    return _stage_points(backbone, survey_backbone(backbone, (), _input_size(backbone, input_size)))
 
 
 def _input_size(backbone: nn.Module, input_size: Sequence[int] | None) -> tuple[int, int, int]:
@@ -133,115 +112,31 @@ def _named(exits: ExitsArg) -> tuple[str, ...]:
     return tuple(item for item in exits if isinstance(item, str)) if isinstance(exits, (list, tuple)) else ()
 
 
-@torch.inference_mode(False)  # inference tensors have no version to tell a change in place by
-@torch.no_grad()
-def _survey(backbone: nn.Module, names: Sequence[str], input_size: tuple[int, int, int]) -> _Survey:
-    """Run a data-free copy once with a tap at every stage and every named module."""
-    stages = _stages(backbone)
-    modules = dict(backbone.named_modules())
-    unknown = [name for name in names if name not in modules or not name]
-    if unknown:
-        near = get_close_matches(unknown[0], modules, n=3)
-        hint = f', nearest are {", ".join(near)}' if near else ''
-        raise MultiExitError(
-            f"{type(backbone).__name__} has no module '{unknown[0]}'{hint}; its stages are {', '.join(stages)}."
-        )
-    indices = {resolve_tap(backbone, stage): idx for idx, stage in enumerate(stages) if stage in modules}
-    taps = Taps(
-        list(dict.fromkeys([*indices, *(resolve_tap(backbone, name) for name in names)])),
-        classifier=classifier_name(backbone),
-    )
-    copy = meta_copy(backbone)
-    meter = CostMeter(copy)
-    arrivals: dict[int, list[_Arrival]] = {}
-
-    def note(idx: int, tensor: Tensor) -> None:
-        arrivals.setdefault(idx, []).append(_Arrival(tensor, getattr(tensor, '_version', 0), meter.read()))
-
-    with meter:
-        taps.visit(copy, torch.empty(1, *input_size, device='meta'), note)
-    total = meter.read()
-    features = [arrival.tensor for arrival in arrivals.get(len(taps.names), [])]
-    if len(features) != 1 or not isinstance(features[0], Tensor):
-        raise MultiExitError(
-            f'{type(backbone).__name__} does not call its classifier {taps.classifier!r} once, on a tensor.'
-        )
-    points, rejected = [], {}
-    for idx, name in enumerate(taps.names):
-        index = indices.get(name)
-        entry = {} if index is None else list(stages.values())[index]
-        reason = _unfit(arrivals.get(idx, []), entry.get('num_chs'))
-        if reason:
-            rejected[name] = reason
-            continue
-        tensor, _, cost = arrivals[idx][0]
-        points.append(
-            ExitPoint(
-                index=index,
-                module=name,
-                channels=tensor.shape[1],
-                reduction=entry.get('reduction') or max(1, round(input_size[-1] / tensor.shape[-1])),
-                size=tuple(tensor.shape[-2:]),
-                cost=cost,
-            )
-        )
-    points.sort(key=lambda point: point.cost.macs)
-    return _Survey(tuple(points), rejected, features[0].flatten(1).shape[1], total)
-
-
-def _stages(backbone: nn.Module) -> dict[str, dict]:
-    """Return module name -> entry of `feature_info`, shallow to deep."""
-    info = getattr(backbone, 'feature_info', None)
-    entries = info.info if hasattr(info, 'info') else info
-    if not entries or not all(isinstance(entry, dict) and 'module' in entry for entry in entries):
-        raise MultiExitError(
-            f'{type(backbone).__name__} names no stages (feature_info), so no exits can be attached:'
-            ' allowed are timm classification models with stages.'
-        )
-    return {entry['module']: entry for entry in entries}
-
-
-def _unfit(arrivals: list[_Arrival], channels: int | None) -> str | None:
-    """Return why a place cannot be tapped, None if it can."""
-    if len(arrivals) != 1:
-        return 'its module is not called in the forward' if not arrivals else 'its module is called more than once'
-    tensor, version, _ = arrivals[0]
-    if not isinstance(tensor, Tensor) or tensor.ndim != 4:
-        kind = f'a tensor {list(tensor.shape)}' if isinstance(tensor, Tensor) else f'a {type(tensor).__name__}'
-        return f'it gives {kind}, not an NCHW map'
-    if channels is not None and tensor.shape[1] != channels:
-        return f'it gives {list(tensor.shape)}, not an NCHW map of {channels} channels'
-    if tensor._version != version:
-        return 'the layer after it changes its output in place, tap that one'
-    return None
-
-
-def _stage_points(backbone: nn.Module, survey: _Survey) -> tuple[ExitPoint, ...]:
-    stages = tuple(point for point in survey.points if point.index is not None)
-    if not stages:
+def _stage_points(backbone: nn.Module, survey: Survey) -> tuple[ExitPoint, ...]:
+    if not survey.stages:
         reasons = [f'{name}: {reason}' for name, reason in survey.rejected.items()] or ['none is named']
         more = f'; {len(reasons) - 1} more like it' if len(reasons) > 1 else ''
         raise MultiExitError(
             f'{type(backbone).__name__} has no stage that exits can be attached to ({reasons[0]}{more}).'
         )
-    return stages
+    return survey.stages
 
 
-def _choose(backbone: nn.Module, exits: ExitsArg, survey: _Survey) -> Sequence[ExitPoint]:
+def _choose(backbone: nn.Module, exits: ExitsArg, survey: Survey) -> Sequence[ExitPoint]:
     """Return the points that `exits` means, shallow to deep."""
     stages = _stage_points(backbone, survey)
-    early = stages[:-1]
-    if isinstance(exits, bool):
-        raise MultiExitError(f"exits is {exits}, allowed are 'auto', a number of exits, or a list.")
-    if not early and not isinstance(exits, (list, tuple)):
-        raise MultiExitError(f'{type(backbone).__name__} has one stage only ({stages[0].module}): name modules to tap.')
-    past_stem = early[1:] if len(early) >= 4 else early
-    if exits == 'auto':
-        return past_stem
-    if isinstance(exits, int):
-        return _spread(exits, past_stem if 1 <= exits <= len(past_stem) else early, survey.total)
     if isinstance(exits, (list, tuple)) and exits:
         return _pick(backbone, exits, survey)
+    early = stages[:-1]
+    if not early:
+        raise MultiExitError(f'{type(backbone).__name__} has one stage only ({stages[0].module}): name modules to tap.')
+    past_stem = early[1:] if len(early) >= 4 and not survey.is_isotropic else early
+    if exits == 'auto':
+        if survey.is_isotropic and len(stages) > 4:
+            return [stages[round(len(stages) * quarter / 4) - 1] for quarter in (1, 2, 3)]
+        return past_stem
+    if isinstance(exits, int) and not isinstance(exits, bool):
+        return _spread(exits, past_stem if 1 <= exits <= len(past_stem) else early, survey.total)
     raise MultiExitError(f"exits is {exits!r}, allowed are 'auto', a number of exits, or a list. {_legal(survey)}")
 
 
@@ -260,18 +155,17 @@ def _spread(count: int, early: Sequence[ExitPoint], total: Cost) -> list[ExitPoi
     return chosen
 
 
-def _pick(backbone: nn.Module, exits: Sequence[int] | Sequence[str], survey: _Survey) -> list[ExitPoint]:
+def _pick(backbone: nn.Module, exits: Sequence[int] | Sequence[str], survey: Survey) -> list[ExitPoint]:
     """Return the points named by index or module, checked and in order of depth."""
-    by_index = {point.index: point for point in survey.points if point.index is not None}
+    by_index = {point.index: point for point in survey.stages}
     by_name = {point.module: point for point in survey.points}
-    num_stages = len(_stages(backbone))
     chosen = []
     for item in exits:
         if isinstance(item, str):
             name = resolve_tap(backbone, item)
             point, reason = by_name.get(name), survey.rejected.get(name, '')
         elif isinstance(item, int) and not isinstance(item, bool):
-            point, reason = by_index.get(item + num_stages if item < 0 else item), ''
+            point, reason = by_index.get(item + survey.num_stages if item < 0 else item), ''
         else:
             raise MultiExitError(f'exits holds {item!r}, allowed are indices or module names. {_legal(survey)}')
         if point is None:
@@ -283,29 +177,38 @@ def _pick(backbone: nn.Module, exits: Sequence[int] | Sequence[str], survey: _Su
     return sorted(chosen, key=lambda point: point.cost.macs)
 
 
-def _legal(survey: _Survey) -> str:
-    points = [point for point in survey.points if point.index is not None]
-    return 'Allowed are ' + ', '.join(f'{point.index} ({point.module}, 1/{point.reduction})' for point in points) + '.'
+def _legal(survey: Survey) -> str:
+    return 'Allowed are ' + ', '.join(f'{p.index} ({p.module}, 1/{p.reduction})' for p in survey.stages) + '.'
 
 
 def _build_spec(
     point: ExitPoint,
     head: str,
-    survey: _Survey,
+    survey: Survey,
     widths: tuple[int, ...] | None,
     num_classes: int,
 ) -> ExitSpec:
     """Return the exit at a point, its widths given or found by the head's rule and the cost it may have."""
-    last = [other for other in survey.points if other.index is not None][-1]
     # The nearest count where sizes are not powers of two apart (299 pixels, say).
-    halvings = max(1, round(math.log2(point.size[0] / last.size[0])))
+    halvings = max(1, round(math.log2(point.size[0] / survey.stages[-1].size[0])))
     kind = HEADS[head]
-    spec = ExitSpec(module=point.module, channels=point.channels, reduction=point.reduction, head=head)
+    spec = ExitSpec(
+        module=point.module,
+        channels=point.channels,
+        reduction=point.reduction,
+        head=head,
+        layout=point.layout,
+        num_prefix_tokens=point.num_prefix_tokens,
+        output=point.output,
+    )
     if widths is not None:
-        if len(widths) != kind.num_widths(halvings):
+        most = kind.num_widths(halvings)
+        # The paper's heads may end on a larger map than the last stage's.
+        least = min(1, most) if head == 'paper' else most
+        if not least <= len(widths) <= most:
+            allowed = most if least == most else f'{least} to {most}'
             raise MultiExitError(
-                f"A '{head}' head at {point.module} takes {kind.num_widths(halvings)} widths, {len(widths)} were given:"
-                f' {list(widths)}.'
+                f"A '{head}' head at {point.module} takes {allowed} widths, {len(widths)} were given: {list(widths)}."
             )
         return replace(spec, widths=widths)
     candidates = kind.candidates(point.channels, survey.num_features, halvings)
@@ -317,9 +220,9 @@ def _build_spec(
         if _head_macs(replace(spec, widths=widths), point, num_classes) <= allowed:
             return replace(spec, widths=widths)
     spec = replace(spec, widths=candidates[-1])
-    if kind.num_widths(1) and len(candidates) > 1 and _head_macs(spec, point, num_classes) > allowed:
+    if len(candidates) > 1 and _head_macs(spec, point, num_classes) > allowed:
         _logger.warning(
-            f'No head at {point.module} is within {HEAD_MACS_FRAC:.0%} of the MACs; the narrowest, {spec.widths}, is taken.'
+            f'No head at {point.module} is as cheap as it should be; the narrowest is taken: {spec.widths}.'
         )
     return spec
 

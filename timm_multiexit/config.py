@@ -1,9 +1,10 @@
 """What is stored beside the weights: the exits of a model, and the one error that users see."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 FORMAT_VERSION = 1
+LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
 
 class MultiExitError(ValueError):
@@ -18,10 +19,14 @@ class ExitSpec:
 
     Attributes:
         module: Name of the tapped module in the backbone, as in `backbone.named_modules()`.
-        channels: Channels of the tapped NCHW map.
-        reduction: Input pixels per pixel of the tapped map along one side.
+        channels: Channels of the tapped map or tokens.
+        reduction: Input pixels per pixel (or token) of the tapped map along one side.
         head: Key of the table of heads (`timm_multiexit.heads.HEADS`).
-        widths: Output channels of the head's convolutions, first to last; empty for a head that has none.
+        widths: Output channels of the head's convolutions, first to last, 0 for a 2x2 max pooling between two;
+            empty for a head that has none.
+        layout: How the module lays its output out: 'NCHW', 'NHWC' or 'NLC' (tokens).
+        num_prefix_tokens: Tokens in front of the grid (class, register tokens) that are left out; of 'NLC'.
+        output: Which output to read of a module that has several.
     """
 
     module: str
@@ -29,17 +34,28 @@ class ExitSpec:
     reduction: int
     head: str
     widths: tuple[int, ...] = ()
+    layout: str = 'NCHW'
+    num_prefix_tokens: int = 0
+    output: int = 0
 
     def __post_init__(self):
         for name in ('module', 'head'):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise MultiExitError(f'Exit {name} is {getattr(self, name)!r}, allowed is a non-empty string.')
         object.__setattr__(self, 'widths', tuple(self.widths))
-        for number in (self.channels, self.reduction, *self.widths):
-            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 65536:
+        if self.layout not in LAYOUTS:
+            raise MultiExitError(f'Exit layout is {self.layout!r}, allowed are {", ".join(LAYOUTS)}.')
+        numbers = [('channel count', self.channels, 1), ('reduction', self.reduction, 1)]
+        numbers += [('width', width, 0) for width in self.widths]
+        numbers += [('count of prefix tokens', self.num_prefix_tokens, 0), ('output index', self.output, 0)]
+        if self.widths and 0 in (self.widths[0], self.widths[-1]):
+            raise MultiExitError(
+                f"'{self.module}' has a head of widths {list(self.widths)}, a head begins and ends with a convolution."
+            )
+        for name, number, least in numbers:
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= 65536:
                 raise MultiExitError(
-                    f"Exit at '{self.module}' has a channel count, reduction or width of {number!r},"
-                    ' allowed are integers from 1 to 65536.'
+                    f"Exit at '{self.module}' has a {name} of {number!r}, allowed are integers from {least} to 65536."
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,8 +73,9 @@ class ExitSpec:
             MultiExitError: A field is missing or out of range, or `values` is not a mapping.
         """
         names = [field.name for field in fields(cls)]
-        if not isinstance(values, dict) or not set(names) <= set(values):
-            raise MultiExitError(f'An exit in config.json must be an object with the keys {", ".join(names)}.')
+        required = [field.name for field in fields(cls) if field.default is MISSING] + ['widths']
+        if not isinstance(values, dict) or not set(required) <= set(values):
+            raise MultiExitError(f'An exit in config.json must be an object with the keys {", ".join(required)}.')
         if not isinstance(values['widths'], (list, tuple)):
             raise MultiExitError(f'Exit widths are {values["widths"]!r}, allowed is a list of integers.')
-        return cls(**{name: values[name] for name in names})
+        return cls(**{name: values[name] for name in names if name in values})

@@ -1,8 +1,9 @@
 """Heads: the small networks that classify at a tap, and the rules for their widths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from timm.layers import ConvNormAct, LayerNorm2d, SelectAdaptivePool2d, SeparableConvNormAct
 from torch import Tensor, nn
 
@@ -29,12 +30,15 @@ class ExitHead(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise MultiExitError(f"Unknown head '{head}', allowed are {', '.join(HEADS)}.")
+        if 0 in widths and head != 'paper':
+            raise MultiExitError(f"A '{head}' head takes widths without 0, given are {list(widths)}.")
         if not widths and HEADS[head].num_widths(1):
             raise MultiExitError(f"A '{head}' head needs the widths of its convolutions, none are given.")
-        self.num_features = widths[-1] if widths else in_chans
+        self.num_features = next((width for width in reversed(widths) if width), in_chans)
         self.convs = HEADS[head].build(in_chans, widths)
         self.global_pool = SelectAdaptivePool2d(pool_type='avg', flatten=True)
         self.drop = nn.Dropout(drop_rate)
+        self.projector: nn.Module | None = None
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -45,9 +49,46 @@ class ExitHead(nn.Module):
             self.fc.to(device=old.device, dtype=old.dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits [B, num_classes] and features [B, num_features] of a map [B, in_chans, H, W]."""
+        """Return logits [B, num_classes] and features [B, num_features] of a map [B, in_chans, H, W].
+
+        In training a projector, if there is one, brings the features that are returned to main's width.
+        """
         features = self.global_pool(self.convs(x))
-        return self.fc(self.drop(features)), features
+        logits = self.fc(self.drop(features))
+        return logits, features if self.projector is None or not self.training else self.projector(features)
+
+
+def to_map(x: Tensor, layout: str, *, num_prefix_tokens: int = 0, image_size: tuple[int, int]) -> Tensor:
+    """Return what a backbone's module gives as a map [B, C, H, W].
+
+    Args:
+        x: [B, C, H, W], [B, H, W, C] or tokens [B, L, C], as `layout` ('NCHW', 'NHWC', 'NLC') says.
+        layout: See `x`.
+        num_prefix_tokens: Tokens in front of the grid, which are left out.
+        image_size: Height and width of the images, for the shape of the grid of tokens.
+    """
+    if layout == 'NCHW':
+        return x
+    if layout == 'NHWC':
+        return x.permute(0, 3, 1, 2)
+    x = x[:, num_prefix_tokens:]
+    height = round((x.shape[1] * image_size[0] / image_size[1]) ** 0.5)
+    return x.transpose(1, 2).unflatten(2, (height, -1))  # [B, C, H, W]
+
+
+def combine_features(entering: Sequence[Tensor]) -> Tensor:
+    """Return main's features [B, D] of what entered its classifiers.
+
+    Several of one width are averaged, as distilled models average their logits; of several widths (the branches of
+    multi-scale models) they are concatenated. Of a sequence of tokens the first counts, which attention pools read.
+
+    Args:
+        entering: [B, D], [B, D, 1, 1] or [B, L, D] tensors.
+    """
+    flat = [tensor[:, 0] if tensor.ndim == 3 else tensor.flatten(1) for tensor in entering]
+    if len({tensor.shape[1] for tensor in flat}) > 1:
+        return torch.cat(flat, 1)
+    return flat[0] if len(flat) == 1 else torch.stack(flat).mean(0)
 
 
 class HeadType(NamedTuple):
@@ -66,9 +107,12 @@ class HeadType(NamedTuple):
 
 
 def _build_paper(in_chans: int, widths: Widths) -> nn.Module:
-    """Stride-2 3x3 convolutions, one per width."""
-    chans = (in_chans, *widths)
-    return nn.Sequential(*(ConvNormAct(i, o, kernel_size=3, stride=2) for i, o in zip(chans, widths)))
+    """Stride-2 3x3 convolutions, one per width; 2x2 max pooling for a width of 0."""
+    layers = []
+    for width in widths:
+        layers.append(ConvNormAct(in_chans, width, kernel_size=3, stride=2) if width else nn.MaxPool2d(2))
+        in_chans = width or in_chans
+    return nn.Sequential(*layers)
 
 
 def _paper_candidates(in_chans: int, num_features: int, halvings: int) -> list[Widths]:

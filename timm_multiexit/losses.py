@@ -193,7 +193,7 @@ class MultiExitLoss(nn.Module):
         others = ', '.join(f'exit {exit_idx} has {width}' for exit_idx, width in enumerate(exits) if width != main)
         raise MultiExitError(
             f'Feature distillation needs features of one width, but {others} and main has {main};'
-            " use head='paper' (--exit-head paper), or feature_weight 0."
+            " use head='paper' (--exit-head paper), projectors (--exit-projectors), or feature_weight 0."
         )
 
     def extra_repr(self) -> str:

@@ -11,9 +11,9 @@ from torch.utils._pytree import _register_namedtuple
 
 from timm_multiexit.config import ExitSpec, MultiExitError
 from timm_multiexit.cost import Cost, CostMeter, ExitCost, combine_costs, meta_copy
-from timm_multiexit.heads import ExitHead
+from timm_multiexit.heads import ExitHead, combine_features, to_map
 from timm_multiexit.metrics import format_table
-from timm_multiexit.taps import Taps
+from timm_multiexit.taps import Taps, classifier_names
 
 
 class ExitOutputs(NamedTuple):
@@ -76,13 +76,13 @@ class MultiExitModel(nn.Module):
     with timm's keys and `exits.*`. What a call is doing belongs to the call, so threads may share a model.
 
     Args:
-        backbone: A timm model with one classifier module.
+        backbone: A timm classification model.
         specs: Its exits, shallow to deep.
         drop_rate: Dropout probability of the heads.
         input_size: (channels, height, width) that costs are reported for; the backbone's own if not given.
 
     Raises:
-        MultiExitError: The backbone has no single classifier module, or a tapped module is not there.
+        MultiExitError: The backbone has no classifier module, or a tapped module is not there.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class MultiExitModel(nn.Module):
     ):
         super().__init__()
         self.backbone = backbone
+        self.is_backbone_frozen = False
         self.input_size = tuple(input_size or get_model_input_config(backbone)['input_size'])
         self.exits = Exits(specs, num_classes=backbone.num_classes, drop_rate=drop_rate)
         param = next(backbone.parameters())
@@ -102,11 +103,19 @@ class MultiExitModel(nn.Module):
         # Not self.train(...), which would undo a backbone's frozen parts.
         self.training = backbone.training
         self.exits.train(backbone.training)
-        self._taps = Taps([spec.module for spec in specs], classifier_name(backbone))
+        self._set_taps()
+
+    def _set_taps(self) -> None:
+        specs = self.exits.specs
+        self._taps = Taps(
+            [spec.module for spec in specs],
+            classifier_names(self.backbone),
+            outputs=[spec.output for spec in specs],
+        )
         try:
-            self._taps.install(backbone)
+            self._taps.install(self.backbone)
         except AttributeError as error:
-            raise MultiExitError(f'{type(backbone).__name__} has no module to tap: {error}.') from error
+            raise MultiExitError(f'{type(self.backbone).__name__} has no module to tap: {error}.') from error
 
     def forward(
         self,
@@ -138,12 +147,18 @@ class MultiExitModel(nn.Module):
         return self.backbone(x)
 
     def _forward_all(self, x: Tensor) -> ExitOutputs:
-        output, (*taps, main_features) = self._taps.collect(self.backbone, x)
-        results = [head(tap) for head, tap in zip(self.exits, taps)]
+        output, tensors, entering = self._taps.collect(self.backbone, x)
+        results = [self._run_head(idx, tensor, x) for idx, tensor in enumerate(tensors)]
         return ExitOutputs(
             logits=(*(logits for logits, _ in results), output),
-            features=(*(features for _, features in results), main_features.flatten(1)),
+            features=(*(features for _, features in results), combine_features(entering)),
         )
+
+    def _run_head(self, idx: int, tensor: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and features of exit `idx` for the tensor at its tap; `x` are the images."""
+        spec = self.exits.specs[idx]
+        size = (x.shape[-2], x.shape[-1])
+        return self.exits[idx](to_map(tensor, spec.layout, num_prefix_tokens=spec.num_prefix_tokens, image_size=size))
 
     def _forward_one(self, x: Tensor, exit_idx: int) -> Tensor:
         num_exits = len(self.exits)
@@ -155,7 +170,7 @@ class MultiExitModel(nn.Module):
         idx = exit_idx % (num_exits + 1)
         if idx == num_exits:
             return self.backbone(x)
-        logits, _ = self.exits[idx](self._taps.stop(self.backbone, x, idx))
+        logits, _ = self._run_head(idx, self._taps.stop(self.backbone, x, idx), x)
         return logits
 
     @torch.no_grad()
@@ -169,18 +184,19 @@ class MultiExitModel(nn.Module):
         """
         model = meta_copy(self)
         meter = CostMeter(model.backbone)
+        images = torch.empty(1, *(input_size or self.input_size), device='meta')
         paths: dict[int, Cost] = {}
-        maps: dict[int, Tensor] = {}
+        tensors: dict[int, Tensor] = {}
 
         def note(idx: int, tensor: Tensor) -> None:
-            paths[idx], maps[idx] = meter.read(), tensor
+            paths[idx], tensors[idx] = meter.read(), tensor
 
         with meter:
-            model._taps.visit(model.backbone, torch.empty(1, *(input_size or self.input_size), device='meta'), note)
+            model._taps.visit(model.backbone, images, note)
         heads = []
         for idx, head in enumerate(model.exits):
             with CostMeter(head) as head_meter:
-                head(maps[idx])
+                model._run_head(idx, tensors[idx], images)
             heads.append(head_meter.read())
         return combine_costs([*(paths[idx] for idx in range(len(heads))), meter.read()], heads)
 
@@ -198,8 +214,17 @@ class MultiExitModel(nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        """Width of main's pre-logits features."""
+        """Width of main's pre-logits features, as timm gives it; see `feature_widths`."""
         return self.backbone.head_hidden_size
+
+    @torch.no_grad()
+    def feature_widths(self) -> tuple[int, ...]:
+        """Return how wide the features are that each classifier is distilled by, shallow to deep, main last."""
+        images = torch.empty(1, *self.input_size, device='meta')
+        model = meta_copy(self)
+        widths = [features.shape[1] for features in model(images, exits=True).features]
+        projectors = [head.projector for head in model.exits]
+        return (*(p.out_features if p is not None else w for p, w in zip(projectors, widths)), widths[-1])
 
     @property
     def in_chans(self) -> int:
@@ -224,6 +249,56 @@ class MultiExitModel(nn.Module):
     def get_classifier(self) -> nn.Module:
         """Return main's classifier."""
         return self.backbone.get_classifier()
+
+    def freeze_backbone(self, freeze: bool = True) -> None:
+        """Train the heads alone: no gradients for the backbone, and its norms and dropout in eval mode.
+
+        Args:
+            freeze: False undoes it.
+        """
+        self.is_backbone_frozen = freeze
+        self.backbone.requires_grad_(not freeze)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> 'MultiExitModel':
+        """Set the mode; a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self.is_backbone_frozen:
+            self.backbone.eval()
+        return self
+
+    def add_projectors(self) -> None:
+        """Give every head whose features are not as wide as main's a linear map to that width, for training.
+
+        With them features can be distilled into narrow heads. They act in training mode only, and `save_pretrained`
+        leaves them out.
+        """
+        *widths, main = self.feature_widths()
+        for head, width in zip(self.exits, widths):
+            if width != main:
+                head.projector = nn.Linear(width, main).to(head.fc.weight.device, head.fc.weight.dtype)
+
+    def drop_exits(self, exits: Sequence[int]) -> None:
+        """Remove exits for good; the others keep their order and weights.
+
+        Args:
+            exits: Which, 0 is the shallowest.
+
+        Raises:
+            MultiExitError: There is no such exit.
+        """
+        num_exits = len(self.exits)
+        wrong = [idx for idx in exits if not -num_exits <= idx < num_exits]
+        if wrong:
+            raise MultiExitError(f'There is no exit {wrong[0]} to drop, allowed are 0 to {num_exits - 1}.')
+        dropped = {idx % num_exits for idx in exits}
+        kept = [idx for idx in range(num_exits) if idx not in dropped]
+        self._taps.remove(self.backbone)
+        heads, specs = [self.exits[idx] for idx in kept], [self.exits.specs[idx] for idx in kept]
+        self.exits = Exits([], num_classes=self.num_classes)
+        self.exits.extend(heads)
+        self.exits.specs = tuple(specs)
+        self._set_taps()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give main and every exit a fresh classifier with `num_classes` outputs."""
@@ -265,19 +340,3 @@ class MultiExitModel(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return main's logits, or its features, of the backbone's last map."""
         return self.backbone.forward_head(x, pre_logits=pre_logits)
-
-
-def classifier_name(backbone: nn.Module) -> str:
-    """Return the name of the module that makes the backbone's logits.
-
-    Raises:
-        MultiExitError: There is none, or there are several.
-    """
-    classifier = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
-    for name, module in backbone.named_modules():
-        if module is classifier:
-            return name
-    raise MultiExitError(
-        f'{type(backbone).__name__} has no single classifier module (get_classifier() gives'
-        f' {type(classifier).__name__}); exits need a timm classifier with one.'
-    )

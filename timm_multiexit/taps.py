@@ -6,6 +6,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from timm_multiexit.config import MultiExitError
+
 Visitor = Callable[[int, Tensor], Tensor | None]
 
 
@@ -39,22 +41,33 @@ class Taps:
 
     Args:
         names: Names of the tapped modules, shallow to deep; tap k's tensor is the module's output.
-        classifier: Name of the backbone's classifier. What enters it is visited last, under index `len(names)`.
+        classifiers: Names of the backbone's linear classifiers, one as a rule. What enters them is visited under the
+            indices from `len(names)` on.
+        outputs: Which output to read of each module where it has several; None for all of them, as they come.
     """
 
-    def __init__(self, names: Sequence[str], classifier: str):
+    def __init__(self, names: Sequence[str], classifiers: Sequence[str], outputs: Sequence[int | None] | None = None):
         self.names = tuple(names)
-        self.classifier = classifier
+        self.classifiers = tuple(classifiers)
+        self.outputs = tuple(outputs) if outputs is not None else (0,) * len(self.names)
         self._state = _CallState()
 
     def install(self, backbone: nn.Module) -> None:
         """Put hooks where they are missing: at first, and where a module was replaced since (sync-BN, freezing)."""
-        *modules, classifier = [backbone.get_submodule(name) for name in (*self.names, self.classifier)]
+        modules = [backbone.get_submodule(name) for name in (*self.names, *self.classifiers)]
         for idx, module in enumerate(modules):
-            if not self._is_hooked(module._forward_hooks, idx):
-                module.register_forward_hook(partial(self._on_output, idx))
-        if not self._is_hooked(classifier._forward_pre_hooks, len(self.names)):
-            classifier.register_forward_pre_hook(partial(self._on_input, len(self.names)))
+            if idx < len(self.names):
+                if not self._is_hooked(module._forward_hooks, idx):
+                    module.register_forward_hook(partial(self._on_output, idx))
+            elif not self._is_hooked(module._forward_pre_hooks, idx):
+                module.register_forward_pre_hook(partial(self._on_input, idx))
+
+    def remove(self, backbone: nn.Module) -> None:
+        """Take the hooks away again."""
+        for module in backbone.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if self._is_own(hook)]:
+                    del hooks[key]
 
     def visit(self, backbone: nn.Module, x: Tensor, visitor: Visitor) -> Tensor | None:
         """Run the backbone with a visitor at its taps.
@@ -78,25 +91,29 @@ class Taps:
         finally:
             self._state.visitor = outer
 
-    def collect(self, backbone: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def collect(self, backbone: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run the backbone and keep what passes its taps.
 
         Returns:
-            The backbone's output, and one tensor per tap in declared order, the classifier's input last.
+            The backbone's output; one tensor per tap, in declared order; and what entered the classifiers.
 
         Raises:
-            RuntimeError: A tap did not fire.
+            RuntimeError: A tap did not fire, or none of the classifiers.
         """
-        tensors: list[Tensor | None] = [None] * (len(self.names) + 1)
+        num_taps = len(self.names)
+        tensors: list[Tensor | None] = [None] * (num_taps + len(self.classifiers))
 
         def keep(idx: int, tensor: Tensor) -> None:
             tensors[idx] = tensor
 
         output = self.visit(backbone, x, keep)
-        for name, tensor in zip((*self.names, self.classifier), tensors):
+        for name, tensor in zip(self.names, tensors):
             if tensor is None:
                 raise RuntimeError(_silent_message(name))
-        return output, tensors
+        entering = [tensor for tensor in tensors[num_taps:] if tensor is not None]
+        if not entering:
+            raise RuntimeError(_silent_message(', '.join(self.classifiers)))
+        return output, tensors[:num_taps], entering
 
     def stop(self, backbone: nn.Module, x: Tensor, idx: int) -> Tensor:
         """Run the backbone up to tap `idx`, nothing after it.
@@ -121,18 +138,47 @@ class Taps:
 
     def _on_output(self, idx, module, args, output):
         visitor = self._state.visitor
-        return None if visitor is None else visitor(idx, output)
+        if visitor is None:
+            return None
+        which = self.outputs[idx]
+        if which is None or isinstance(output, Tensor):
+            return visitor(idx, output)
+        replacement = visitor(idx, output[which])
+        return None if replacement is None else type(output)([*output[:which], replacement, *output[which + 1 :]])
 
     def _on_input(self, idx, module, args):
         visitor = self._state.visitor
         return None if visitor is None else visitor(idx, args[0])
 
     def _is_hooked(self, hooks: dict, idx: int) -> bool:
+        return any(self._is_own(hook) and hook.args == (idx,) for hook in hooks.values())
+
+    def _is_own(self, hook: Callable) -> bool:
         # Told by owner, not by the method itself: torch.compile cannot compare bound methods.
-        return any(
-            isinstance(hook, partial) and getattr(hook.func, '__self__', None) is self and hook.args == (idx,)
-            for hook in hooks.values()
+        return isinstance(hook, partial) and getattr(hook.func, '__self__', None) is self
+
+
+def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that make the backbone's logits out of features.
+
+    There is one as a rule; distilled and multi-branch models have several.
+
+    Raises:
+        MultiExitError: There is none.
+    """
+    classifier = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
+    parts = list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
+    parts = [leaf for part in parts for leaf in (part if isinstance(part, nn.ModuleList) else [part])]
+    # A timm head that pools before its linear layer is entered by a map.
+    parts = [part.fc if hasattr(part, 'fc') and hasattr(part, 'global_pool') else part for part in parts]
+    owned = {id(module): name for name, module in backbone.named_modules()}
+    names = tuple(owned[id(part)] for part in parts if id(part) in owned)
+    if not names:
+        raise MultiExitError(
+            f'{type(backbone).__name__} has no classifier module (get_classifier() gives {type(classifier).__name__}):'
+            ' exits need a classification model, and num_classes above 0 where the default is 0.'
         )
+    return names
 
 
 def _silent_message(name: str) -> str:
@@ -143,7 +189,8 @@ def resolve_tap(backbone: nn.Module, name: str) -> str:
     """Return the module to hook for a stage: the stage, or its last child as long as that is what the stage returns.
 
     With gradient checkpointing timm runs the children of a plain `nn.Sequential` one by one and never calls the
-    container, so that a hook on it stays silent. A subclass with a forward of its own is called, and kept.
+    container, so that a hook on it stays silent; a `ModuleList` is never called. A subclass with a forward of its own
+    is called, and kept.
 
     Args:
         backbone: The module that holds the stage.
@@ -153,7 +200,7 @@ def resolve_tap(backbone: nn.Module, name: str) -> str:
         AttributeError: There is no module of that name.
     """
     module = backbone.get_submodule(name)
-    while type(module).forward is nn.Sequential.forward and len(module):
+    while (type(module).forward is nn.Sequential.forward or isinstance(module, nn.ModuleList)) and len(module):
         child, module = list(module.named_children())[-1]
         name = f'{name}.{child}'
     return name

@@ -48,7 +48,8 @@ class MultiExitTask(TrainingTask):
         verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        loss.check_features([*(head.num_features for head in model.exits), model.head_hidden_size])
+        if loss.feature_weight > 0:
+            loss.check_features(model.feature_widths())
         self.trainable_module = model
         self.loss = loss.to(self.device)
 

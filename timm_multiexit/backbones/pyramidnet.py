@@ -2,7 +2,7 @@
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+from torch.nn import functional as F
 
 from timm_multiexit.backbones.staged import StagedNet, cifar_cfg
 
@@ -41,8 +41,8 @@ class PyramidBlock(nn.Module):
 class PyramidNet(StagedNet):
     """Additive PyramidNet: three stages of basic blocks, every block wider than the one before by the same step.
 
-    The blocks are basic ones: depth 110 and alpha 270 then give 286 features and 28.5M parameters, the 286 and '28.3M'
-    of the paper's table. With bottlenecks they would give 1144 features and 18.5M.
+    The blocks are basic ones: depth 110 and alpha 270 then give 286 features and 28.5M parameters, where the paper has
+    286 and 28.3M. With bottlenecks they would give 1144 features and 18.5M.
 
     Args:
         depth: Convolutions on the way and the classifier, 6n + 2 for n blocks per stage.
@@ -50,7 +50,8 @@ class PyramidNet(StagedNet):
         in_chans: Channels of an image.
         **kwargs: What `StagedNet` takes.
 
-    Source: Han, Kim and Kim, arXiv 1610.02915, equation 2, Figure 6d and Table 4.
+    Source: Han, Kim and Kim, arXiv 1610.02915, additive widths and the unit proposed there;
+        jhkim89/PyramidNet@1c5c452:README.md for the counts.
     """
 
     def __init__(self, depth: int, alpha: int, *, in_chans: int = 3, **kwargs):
