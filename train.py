@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from timm.data import FastCollateMixup, Mixup, create_loader, resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.loss import create_classification_loss
-from timm.models import safe_model_name
+from timm.models import resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
@@ -122,6 +122,7 @@ def create_datasets(args):
 
 def create_train_model(args, num_classes):
     """Return the model that the flags name, with exits if they ask for some."""
+    check_model_name(args.model)
     kwargs = dict(
         pretrained=args.pretrained,
         in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
@@ -131,8 +132,11 @@ def create_train_model(args, num_classes):
         global_pool=args.gp,
         **args.model_kwargs,
     )
+    # Models made for one image size (transformers) must be told another.
+    img_size = resolve_model_input_args(args.model, vars(args), **args.model_kwargs).get('img_size')
+    if img_size is not None:
+        kwargs['img_size'] = img_size
     if args.exits is None:
-        check_model_name(args.model)
         model = timm.create_model(args.model, **kwargs)
     else:
         size = args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))

@@ -13,7 +13,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from timm.data import resolve_data_config
-from timm.models import parse_model_name
+from timm.models import parse_model_name, resolve_model_input_args
 from timm.utils import setup_default_logging
 
 import timm_multiexit as tme
@@ -49,6 +49,9 @@ def create_model(args):
         **args.model_kwargs,
     )
     source = check_model_name(args.model)
+    img_size = resolve_model_input_args(args.model, vars(args), **args.model_kwargs).get('img_size')
+    if img_size is not None:
+        kwargs['img_size'] = img_size
     size = args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
     is_folder = source == 'local-dir'
     if is_folder:

@@ -8,6 +8,7 @@ import yaml
 
 import timm_multiexit as tme
 import train
+import validate
 
 QUICK = ('--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0', '--opt', 'adamw', '--lr', '0.002')
 QUICK += ('--warmup-epochs', '0', '--epochs', '2')
@@ -156,6 +157,19 @@ def test_flags_train_and_validate(flags, train_on_images):
     assert all(torch.isfinite(torch.tensor(float(row['train_loss']))) for row in rows)
 
 
+def test_transformer_trains_at_the_image_size_it_is_told(train_on_images, run_script, image_folder):
+    run, (_, out, _) = train_on_images('run', '--eed', '--model', 'test_vit', '--epochs', '1')
+    model = tme.create_model(f'local-dir:{run}/best', pretrained=True)
+    assert model.input_size == (3, 32, 32)
+    assert [spec.layout for spec in model.exits.specs] == ['NLC'] * 3
+    result = run_script(validate.main, '-j', '0', '--checkpoint', run / 'last.pth.tar', '--data-dir', image_folder)
+    assert result[0] == 0, result[2]
+    assert (
+        result[1].split('images:')[1].split('--result')[0].split()
+        == out.split('images')[1].split(':', 1)[1].split('out/run')[0].split()
+    )
+
+
 def test_moving_average_is_what_is_evaluated_and_kept(train_on_images):
     run, _ = train_on_images('run', '--eed', '--epochs', '1', '--model-ema', '--model-ema-decay', '0.5')
     average = timm.models.load_state_dict(str(run / 'last.pth.tar'), use_ema=True)
@@ -214,10 +228,7 @@ BAD_INPUT = {
     'exits-index': (('--exits', '[9]'), 'no exit 9. Allowed are 0 (act1, 1/2), 1 (layer1.0, 1/4)'),
     'exits-count': (('--exits', '9'), '9 exits asked for, this backbone has room for 1 to 4'),
     'exits-empty': (('--exits', ','), "',' names no exit"),
-    'stages': (
-        ('--model', 'vit_tiny_patch16_224', '--img-size', '224', '--eed'),
-        'has no stage that exits can be attached',
-    ),
+    'encoder': (('--model', 'mobilenetv5_300m_enc', '--eed'), 'has no classifier module'),
     'features': (
         ('--eed', '--exit-feature-weight', '1', '--exit-widths', '16-32-48-64,32-48-64,48-64'),
         "use head='paper'",

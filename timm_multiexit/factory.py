@@ -75,7 +75,7 @@ def check_model_name(model_name: str) -> str | None:
     """Return the source of a model name: None for timm's registry, or 'local-dir'.
 
     Raises:
-        MultiExitError: There is no such model; the message has the nearest names.
+        MultiExitError: There is no such model, the message has the nearest names; or no such folder.
     """
     try:
         source, name = parse_model_name(model_name)
@@ -86,6 +86,8 @@ def check_model_name(model_name: str) -> str | None:
             f"'{model_name}': loading from the Hub is not supported yet; download the repository and give"
             " 'local-dir:FOLDER'."
         )
+    if source == 'local-dir':
+        read_specs(name)  # says so if there is no such folder
     if source is None and not timm.is_model(name):
         near = get_close_matches(name.split('.')[0], timm.list_models(), n=3, cutoff=0.5)
         hint = f'nearest are {", ".join(near)}' if near else 'timm.list_models() lists what there is'
