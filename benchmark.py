@@ -1,21 +1,30 @@
 #!/usr/bin/env python3
-"""Speed of a multi-exit network as ratios to plain timm in the same run: `benchmark.py infer --model resnet18`.
+"""What exits cost: `benchmark.py infer` in time, `heads` in MACs, `coverage` which of timm's models take them.
 
-Every variant runs once per round and the rounds are interleaved, so that a busy machine slows all of them alike; the
-table gives medians, and plain timm twice, whose difference is the noise.
+Speed is given as ratios to plain timm in the same run. Every variant runs once per round, the rounds are interleaved,
+so that a busy machine slows all of them alike; the table gives medians, and plain timm twice, whose difference is the
+noise.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections import Counter
 from copy import deepcopy
 
+import timm
 import torch
 
 import timm_multiexit as tme
 from timm_multiexit.arguments import parse_exits
 from timm_multiexit.metrics import describe_environment, format_table
+
+POPULAR = """
+    resnet18 resnet50 resnet10t mobilenetv3_large_100 mobilenetv4_conv_small efficientnet_b0 efficientnet_lite0
+    convnext_tiny regnety_008 densenet121 vgg19_bn ghostnet_100 repvit_m1 fastvit_t8 swin_tiny_patch4_window7_224
+    vit_small_patch16_224 vit_tiny_patch16_224 deit_tiny_patch16_224 mobilevit_s hgnetv2_b0
+""".split()
 
 
 def time_interleaved(variants, rounds, device):
@@ -71,10 +80,61 @@ def infer(args):
     print(', '.join(describe_environment().values()), f'\n\n{format_table(rows)}', sep='')
 
 
+def create_empty(name):
+    """Return a model with exits whose tensors hold no data."""
+    with torch.device('meta'):
+        backbone = timm.create_model(name)
+        if backbone.num_classes == 0:
+            backbone = timm.create_model(name, num_classes=1000)
+    return tme.attach_exits(backbone)
+
+
+def heads(args):
+    """Print what each exit costs as a share of its backbone."""
+    rows = []
+    for name in args.models:
+        model = create_empty(name)
+        *costs, main_cost = model.cost()
+        total = main_cost.fixed.macs
+        rows.append(
+            {
+                'model': name,
+                'GMACs': total / 1e9,
+                'heads, % of MACs': ' '.join(f'{100 * cost.head.macs / total:.1f}' for cost in costs),
+                'fixed, % of MACs': ' '.join(f'{100 * cost.fixed.macs / total:.0f}' for cost in costs),
+                'sequential, %': f'{100 * main_cost.sequential.macs / total:.1f}',
+            }
+        )
+    print(format_table(rows))
+
+
+def coverage(args):
+    """Print how many of timm's models take exits, by what their stages give, and why the others do not."""
+    names = [name for name in timm.list_models() if not name.startswith('cifar_')]
+    kinds, refused = Counter(), {}
+    for name in names[:: args.every]:
+        try:
+            specs = create_empty(name).exits.specs
+        except tme.MultiExitError as error:
+            refused[name] = str(error)
+            continue
+        kinds[' and '.join(sorted({spec.layout for spec in specs}))] += 1
+    print(format_table([{'stages give': kind, 'models': count} for kind, count in kinds.most_common()]))
+    print(f'\n{sum(kinds.values())} of {len(names[:: args.every])} models of timm {timm.__version__} take exits')
+    for name, reason in refused.items():
+        print(f'{name}: {reason}')
+
+
 def main(argv=None):
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest='command', required=True)
+    command = commands.add_parser('coverage', help='which models take exits (a quarter of an hour)')
+    command.add_argument('--every', type=int, default=1, metavar='N', help='look at every Nth name only')
+    command.set_defaults(run=coverage)
+    command = commands.add_parser('heads', help='MACs of heads')
+    command.add_argument('models', nargs='*', default=POPULAR, metavar='NAME', help='default: twenty popular ones')
+    command.set_defaults(run=heads)
     command = commands.add_parser('infer', help='forward passes')
     command.add_argument('--model', default='resnet18', metavar='NAME', help='timm name (default: resnet18)')
     command.add_argument('--exits', type=parse_exits, default='auto', metavar='E', help='as in train.py')
@@ -83,9 +143,10 @@ def main(argv=None):
     command.add_argument('--img-size', type=int, default=224, metavar='N', help='default: 224')
     command.add_argument('--rounds', type=int, default=20, metavar='N', help='default: 20')
     command.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME')
+    command.set_defaults(run=infer)
     args = parser.parse_args(argv)
     try:
-        infer(args)
+        args.run(args)
     except tme.MultiExitError as error:
         print(f'benchmark.py: error: {error}', file=sys.stderr)
         return 2
