@@ -977,6 +977,13 @@ def test_dropping_an_exit_that_is_not_there_is_an_error_that_changes_nothing(mak
     assert_same_answers(model, before, x)
 
 
+def test_exits_can_be_sliced_as_a_list_of_modules_can(make_small):
+    model = make_small('test_resnet')
+    heads = [model.exits[idx] for idx in range(3)]
+    assert list(model.exits[1:]) == heads[1:]
+    assert list(model.exits[:2]) == heads[:2]
+
+
 # Projectors
 
 

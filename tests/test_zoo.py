@@ -17,7 +17,15 @@ NAMES = [name for name in timm.list_models() if not name.startswith('cifar_')]
 NUM_CHUNKS = 32
 
 # Encoders without a classifier: there is nothing that an exit could be an early answer of.
-ENCODERS = ()
+ENCODERS = (
+    'deepseek_vit_412m_enc',
+    'gemma4_vit_167m_enc',
+    'gemma4_vit_570m_enc',
+    'mobilenetv5_300m_enc',
+    'qwen3_vit_306m_enc',
+    'qwen3_vit_416m_enc',
+    'qwen3_vit_88m_enc',
+)
 
 # The smallest member of each class, encoders apart.
 FAMILIES = {
@@ -125,7 +133,7 @@ def make_backbone(name):
 def test_registry_is_the_one_that_was_counted():
     assert len(NAMES) == 1371
     assert set(ENCODERS) <= set(NAMES)
-    assert len(ENCODERS) <= 8
+    assert len(NAMES) - len(ENCODERS) == 1364
     assert len(FAMILIES) == 93
 
 

@@ -64,6 +64,7 @@ def create_model(
         'auto' if exits is None else exits,
         head=head,
         head_widths=head_widths,
+        drop_rate=kwargs.get('drop_rate'),
         input_size=input_size,
     )
     if pretrained:

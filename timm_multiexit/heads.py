@@ -1,5 +1,6 @@
 """Heads: the small networks that classify at a tap, and the rules for their widths."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,22 +59,45 @@ class ExitHead(nn.Module):
         return logits, features if self.projector is None or not self.training else self.projector(features)
 
 
-def to_map(x: Tensor, layout: str, *, num_prefix_tokens: int = 0, image_size: tuple[int, int]) -> Tensor:
+def to_map(
+    x: Tensor,
+    layout: str,
+    *,
+    image_size: tuple[int, int],
+    reduction: int = 1,
+    num_prefix_tokens: int = 0,
+) -> Tensor:
     """Return what a backbone's module gives as a map [B, C, H, W].
 
     Args:
         x: [B, C, H, W], [B, H, W, C] or tokens [B, L, C], as `layout` ('NCHW', 'NHWC', 'NLC') says.
         layout: See `x`.
-        num_prefix_tokens: Tokens in front of the grid, which are left out.
         image_size: Height and width of the images, for the shape of the grid of tokens.
+        reduction: Pixels of the image per token along one side.
+        num_prefix_tokens: Tokens in front of the grid, which are left out.
     """
     if layout == 'NCHW':
         return x
     if layout == 'NHWC':
         return x.permute(0, 3, 1, 2)
     x = x[:, num_prefix_tokens:]
-    height = round((x.shape[1] * image_size[0] / image_size[1]) ** 0.5)
+    height = _grid_height(x.shape[1], image_size, reduction)
     return x.transpose(1, 2).unflatten(2, (height, -1))  # [B, C, H, W]
+
+
+def _grid_height(length: int, image_size: tuple[int, int], reduction: int) -> int:
+    """Return the height of a grid of so many tokens over an image: by its reduction, rounded up or down, or its aspect.
+
+    Backbones that pad or crop by their own rule fit no reduction exactly; then the divisor of the aspect nearest to the
+    image's counts.
+    """
+    height, width = image_size
+    for rows in (-(-height // reduction), height // reduction):
+        for columns in (-(-width // reduction), width // reduction):
+            if rows * columns == length:
+                return rows
+    divisors = [rows for rows in range(1, length + 1) if length % rows == 0]
+    return min(divisors, key=lambda rows: abs(math.log(rows * rows * width / (length * height))))
 
 
 def combine_features(entering: Sequence[Tensor]) -> Tensor:

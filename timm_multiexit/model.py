@@ -1,7 +1,7 @@
 """The multi-exit model: a timm backbone, its taps, its heads, and timm's own surface."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,17 +39,8 @@ class Exits(nn.ModuleList):
         specs: Where each head is attached and how it was built.
     """
 
-    def __init__(self, specs: Sequence[ExitSpec], *, num_classes: int, drop_rate: float = 0.0):
-        super().__init__(
-            ExitHead(
-                spec.head,
-                in_chans=spec.channels,
-                widths=spec.widths,
-                num_classes=num_classes,
-                drop_rate=drop_rate,
-            )
-            for spec in specs
-        )
+    def __init__(self, heads: Iterable[nn.Module] = (), specs: Sequence[ExitSpec] = ()):
+        super().__init__(heads)
         self.specs = tuple(specs)
 
     def __str__(self) -> str:
@@ -95,9 +86,19 @@ class MultiExitModel(nn.Module):
     ):
         super().__init__()
         self.backbone = backbone
-        self.is_backbone_frozen = False
+        self._frozen_names: tuple[str, ...] | None = None
         self.input_size = tuple(input_size or get_model_input_config(backbone)['input_size'])
-        self.exits = Exits(specs, num_classes=backbone.num_classes, drop_rate=drop_rate)
+        heads = [
+            ExitHead(
+                spec.head,
+                in_chans=spec.channels,
+                widths=spec.widths,
+                num_classes=backbone.num_classes,
+                drop_rate=drop_rate,
+            )
+            for spec in specs
+        ]
+        self.exits = Exits(heads, specs)
         param = next(backbone.parameters())
         self.exits.to(device=param.device, dtype=param.dtype)
         # Not self.train(...), which would undo a backbone's frozen parts.
@@ -157,8 +158,15 @@ class MultiExitModel(nn.Module):
     def _run_head(self, idx: int, tensor: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and features of exit `idx` for the tensor at its tap; `x` are the images."""
         spec = self.exits.specs[idx]
-        size = (x.shape[-2], x.shape[-1])
-        return self.exits[idx](to_map(tensor, spec.layout, num_prefix_tokens=spec.num_prefix_tokens, image_size=size))
+        return self.exits[idx](
+            to_map(
+                tensor,
+                spec.layout,
+                image_size=(x.shape[-2], x.shape[-1]),
+                reduction=spec.reduction,
+                num_prefix_tokens=spec.num_prefix_tokens,
+            )
+        )
 
     def _forward_one(self, x: Tensor, exit_idx: int) -> Tensor:
         num_exits = len(self.exits)
@@ -256,9 +264,20 @@ class MultiExitModel(nn.Module):
         Args:
             freeze: False undoes it.
         """
-        self.is_backbone_frozen = freeze
-        self.backbone.requires_grad_(not freeze)
+        if freeze == self.is_backbone_frozen:
+            return
+        params = dict(self.backbone.named_parameters())
+        # Only what is frozen here is let go later: a layer that was frozen before stays so.
+        names = [name for name, param in params.items() if param.requires_grad] if freeze else self._frozen_names
+        for name in names:
+            params[name].requires_grad_(not freeze)
+        self._frozen_names = tuple(names) if freeze else None
         self.train(self.training)
+
+    @property
+    def is_backbone_frozen(self) -> bool:
+        """Whether only the heads train."""
+        return self._frozen_names is not None
 
     def train(self, mode: bool = True) -> 'MultiExitModel':
         """Set the mode; a frozen backbone stays in eval mode."""
@@ -274,9 +293,10 @@ class MultiExitModel(nn.Module):
         leaves them out.
         """
         *widths, main = self.feature_widths()
+        param = next(self.backbone.parameters())
         for head, width in zip(self.exits, widths):
             if width != main:
-                head.projector = nn.Linear(width, main).to(head.fc.weight.device, head.fc.weight.dtype)
+                head.projector = nn.Linear(width, main).to(param.device, param.dtype)
 
     def drop_exits(self, exits: Sequence[int]) -> None:
         """Remove exits for good; the others keep their order and weights.
@@ -294,10 +314,9 @@ class MultiExitModel(nn.Module):
         dropped = {idx % num_exits for idx in exits}
         kept = [idx for idx in range(num_exits) if idx not in dropped]
         self._taps.remove(self.backbone)
-        heads, specs = [self.exits[idx] for idx in kept], [self.exits.specs[idx] for idx in kept]
-        self.exits = Exits([], num_classes=self.num_classes)
-        self.exits.extend(heads)
-        self.exits.specs = tuple(specs)
+        training = self.exits.training
+        self.exits = Exits([self.exits[idx] for idx in kept], [self.exits.specs[idx] for idx in kept])
+        self.exits.training = training
         self._set_taps()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -134,18 +134,23 @@ def survey_backbone(backbone: nn.Module, names: Sequence[str], input_size: tuple
             stages.setdefault(resolve_tap(backbone, entry['module']), idx)
     taps_at = list(dict.fromkeys([*stages, *(resolve_tap(backbone, name) for name in names)]))
     taps = Taps(taps_at, classifier_names(backbone), outputs=[None] * len(taps_at))
-    arrivals, total = _run(backbone, taps, input_size)
+    arrivals, output, total = _run(backbone, taps, input_size)
     points, rejected = [], {}
+    is_channels_last = _is_channels_last(
+        arrivals, [entries[stages[name]] if name in stages else {} for name in taps_at]
+    )
     for idx, name in enumerate(taps_at):
         index = stages.get(name)
         entry = {} if index is None else entries[index]
-        point = _read_point(name, index, entry, arrivals.get(idx, []), input_size)
+        point = _read_point(name, index, {**entry, 'last': is_channels_last}, arrivals.get(idx, []), input_size)
         if isinstance(point, str):
             rejected[name] = point
         else:
             points.append(point)
     points.sort(key=lambda point: point.cost.macs)
     entering = [arrival[0].output for idx, arrival in arrivals.items() if idx >= len(taps_at)]
+    if not entering and backbone.num_classes == 0:
+        entering = [output]
     if not entering:
         raise MultiExitError(f'{type(backbone).__name__} does not call its classifier {", ".join(taps.classifiers)}.')
     return Survey(tuple(points), rejected, len(entries), combine_features(entering).shape[1], total)
@@ -160,7 +165,11 @@ def _check_names(backbone: nn.Module, names: Sequence[str], modules: dict, entri
         raise MultiExitError(f"{type(backbone).__name__} has no module '{unknown[0]}'{hint}; its stages are {stages}.")
 
 
-def _run(backbone: nn.Module, taps: Taps, input_size: tuple[int, int, int]) -> tuple[dict[int, list[_Arrival]], Cost]:
+def _run(
+    backbone: nn.Module,
+    taps: Taps,
+    input_size: tuple[int, int, int],
+) -> tuple[dict[int, list[_Arrival]], Tensor, Cost]:
     copy = meta_copy(backbone)
     meter = CostMeter(copy)
     arrivals: dict[int, list[_Arrival]] = {}
@@ -170,8 +179,19 @@ def _run(backbone: nn.Module, taps: Taps, input_size: tuple[int, int, int]) -> t
         arrivals.setdefault(idx, []).append(_Arrival(output, versions, meter.read()))
 
     with meter:
-        taps.visit(copy, torch.empty(1, *input_size, device='meta'), note)
-    return arrivals, meter.read()
+        output = taps.visit(copy, torch.empty(1, *input_size, device='meta'), note)
+    return arrivals, output, meter.read()
+
+
+def _is_channels_last(arrivals: dict[int, list[_Arrival]], entries: list[dict]) -> bool:
+    """Return whether maps are NHWC, by those of which `feature_info` leaves no doubt."""
+    for idx, entry in enumerate(entries):
+        for arrival in arrivals.get(idx, []):
+            for tensor in _tensors(arrival.output):
+                is_channels = [size == entry.get('num_chs') for size in tensor.shape]
+                if tensor.ndim == 4 and is_channels[1] != is_channels[3]:
+                    return is_channels[3]
+    return False
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -219,7 +239,7 @@ def _read_layout(
     if tensor.ndim == 4:
         # `feature_info` tells the channels; without it, the two equal (or nearest) sides are height and width.
         channels = entry.get('num_chs')
-        last = tensor.shape[3] == channels and tensor.shape[1] != channels
+        last = tensor.shape[3] == channels and (tensor.shape[1] != channels or entry['last'])
         if channels is None or channels not in (tensor.shape[1], tensor.shape[3]):
             aspect = input_size[1] / input_size[2]
             last = abs(tensor.shape[1] / tensor.shape[2] - aspect) < abs(tensor.shape[2] / tensor.shape[3] - aspect)

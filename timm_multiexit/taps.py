@@ -111,6 +111,8 @@ class Taps:
             if tensor is None:
                 raise RuntimeError(_silent_message(name))
         entering = [tensor for tensor in tensors[num_taps:] if tensor is not None]
+        if not entering and all(isinstance(backbone.get_submodule(name), nn.Identity) for name in self.classifiers):
+            entering = [output]  # without classes some backbones skip their classifiers and return the features
         if not entering:
             raise RuntimeError(_silent_message(', '.join(self.classifiers)))
         return output, tensors[:num_taps], entering
