@@ -50,6 +50,17 @@ def make_backbone():
 
 
 @pytest.fixture
+def make_empty():
+    """Return a function that makes a timm model without data, on the meta device."""
+
+    def make(name, **kwargs):
+        with torch.device('meta'):
+            return timm.create_model(name, **kwargs)
+
+    return make
+
+
+@pytest.fixture
 def make_model(make_backbone):
     """Return a function that makes a multi-exit model; keywords go to `attach_exits`."""
 

@@ -1,7 +1,6 @@
 """Attaching: which exits a request means, how wide their heads are, and what is refused."""
 
 import pytest
-import timm
 import torch
 from timm.layers import LayerNorm2d
 from torch import nn
@@ -29,17 +28,6 @@ ZOO = {
     'fastvit_t8': 3,
     'hgnetv2_b0': 3,
 }
-
-
-@pytest.fixture
-def make_empty():
-    """Return a function that makes a timm model without data, as published."""
-
-    def make(name, **kwargs):
-        with torch.device('meta'):
-            return timm.create_model(name, **kwargs)
-
-    return make
 
 
 def modules(model):

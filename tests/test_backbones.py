@@ -54,17 +54,6 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def make_empty():
-    """Return a function that makes a registered network without data."""
-
-    def make(name, **kwargs):
-        with torch.device('meta'):
-            return timm.create_model(name, **kwargs)
-
-    return make
-
-
 def make_small(name, **kwargs):
     """Return a small network whose norms differ from the identity."""
     model = SMALL[name](num_classes=10, **kwargs)

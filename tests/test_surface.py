@@ -172,17 +172,6 @@ def make_small(make_backbone):
 
 
 @pytest.fixture
-def make_empty():
-    """Return a function that makes a timm model without data."""
-
-    def make(name, **kwargs):
-        with torch.device('meta'):
-            return timm.create_model(name, **kwargs)
-
-    return make
-
-
-@pytest.fixture
 def x():
     return torch.randn(2, 3, 64, 64)
 
