@@ -19,9 +19,10 @@ from timm.utils import setup_default_logging
 import timm_multiexit as tme
 from timm_multiexit.arguments import create_validate_parser
 from timm_multiexit.checkpoint import load_checkpoint, read_specs, read_training_checkpoint, restore_exits
-from timm_multiexit.data import DIGITS, check_classes, create_checked_dataset, create_eval_loader
+from timm_multiexit.data import DIGITS, check_classes, create_checked_dataset
 from timm_multiexit.engine import evaluate_loader
 from timm_multiexit.factory import check_model_name, make_table
+from timm_multiexit.loaders import create_eval_loader
 from timm_multiexit.metrics import describe_environment
 from timm_multiexit.model import MultiExitModel
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.distillation import DepthWeights
 from timm_multiexit.losses import LOSSES, MultiExitLoss, create_loss
 
 
@@ -58,9 +59,10 @@ def slow_mse(teacher, student):
     return sum(errors) / len(errors)
 
 
-def slow_mean(tables, members):
+def slow_mean(tables, members, base=1.0):
+    total = sum(base**k for k in members)
     return [
-        [sum(tables[k][b][n] for k in members) / len(members) for n in range(len(tables[0][0]))]
+        [sum(base**k * tables[k][b][n] for k in members) / total for n in range(len(tables[0][0]))]
         for b in range(len(tables[0]))
     ]
 
@@ -69,23 +71,29 @@ def slow_terms(logits, features, target, members, **settings):
     """Return task, output and feature, one value per classifier, and the weighted total.
 
     `members` are the teacher's classifiers, 0-based; `teacher_logits` are what the teacher is made from if not the
-    students' own logits.
+    students' own logits; `base` and `balance` are BEED's numbers.
     """
     s = {'output_loss': 'kl', 'output_weight': 0.1, 'feature_weight': 0.0, 'temperature': 3.0} | settings
     count = len(logits)
-    task = [slow_cross_entropy(rows, target, s.get('smoothing', 0.0)) for rows in logits]
+    base, balance = s.get('base', 1.0), s.get('balance', 1.0)
+    shallow_to_deep = [balance ** (count - 1 - k) for k in range(count)]
+    task = [
+        (2 - factor) * slow_cross_entropy(rows, target, s.get('smoothing', 0.0))
+        for factor, rows in zip(shallow_to_deep, logits, strict=True)
+    ]
     output, feature = [0.0] * count, [0.0] * count
     if members:
-        teacher = slow_mean(s.get('teacher_logits', logits), members)
+        teacher = slow_mean(s.get('teacher_logits', logits), members, base)
         for k in range(count):
             if members == [count - 1] and k == count - 1:
                 continue
             if s['output_loss'] == 'kl':
-                output[k] = s['output_weight'] * slow_kl(teacher, logits[k], s['temperature'])
+                output[k] = slow_kl(teacher, logits[k], s['temperature'])
             else:
-                output[k] = s['output_weight'] * slow_mse(teacher, logits[k])
+                output[k] = slow_mse(teacher, logits[k])
+            output[k] *= s['output_weight'] * shallow_to_deep[k]
             if s['feature_weight']:
-                feature[k] = s['feature_weight'] * slow_mse(slow_mean(features, members), features[k])
+                feature[k] = s['feature_weight'] * slow_mse(slow_mean(features, members, base), features[k])
     weights = s.get('exit_weights') or [1.0] * count
     total = sum(w * (a + b + c) for w, a, b, c in zip(weights, task, output, feature, strict=True))
     return task, output, feature, total
@@ -221,8 +229,25 @@ def test_each_row_of_losses_equals_the_twin(name, members, settings, exits):
     assert_equal_to_twin(create_loss(name), outputs, target, members, **settings)
 
 
+@pytest.mark.parametrize('feature_weight', [0.0, 0.1])
+@pytest.mark.parametrize('exits', [1, 2, 3, 4])
+def test_beed_equals_the_twin(exits, feature_weight):
+    outputs, target = random_outputs(exits)
+    settings = {'output_weight': 1.0, 'feature_weight': feature_weight, 'base': 1.6, 'balance': 1.15}
+    loss = create_loss('beed', feature_weight=feature_weight)
+    assert_equal_to_twin(loss, outputs, target, list(range(exits + 1)), **settings)
+
+
+@pytest.mark.parametrize(('teacher', 'members'), [([0, -1], [0, 3]), ((3, 0, 2), [0, 2, 3]), ('main', [3])])
+def test_beed_with_another_teacher_equals_the_twin(teacher, members):
+    outputs, target = random_outputs(3)
+    loss = create_loss('beed', teacher=teacher, output_loss='mse', exit_weights=[0.5, 1.0, 0.0, 2.0])
+    settings = {'output_loss': 'mse', 'output_weight': 1.0, 'base': 1.6, 'balance': 1.15}
+    assert_equal_to_twin(loss, outputs, target, members, exit_weights=[0.5, 1.0, 0.0, 2.0], **settings)
+
+
 def test_every_row_of_losses_is_tested_against_the_twin():
-    assert sorted(LOSSES) == ['byot', 'ce', 'eed', 'phuong']
+    assert sorted(LOSSES) == ['beed', 'byot', 'ce', 'eed', 'phuong']
 
 
 @pytest.mark.parametrize('output_loss', ['kl', 'mse'])
@@ -358,7 +383,7 @@ def test_feature_gradient_is_that_of_a_frozen_teacher():
 
 
 @pytest.mark.parametrize('name', sorted(LOSSES))
-@pytest.mark.parametrize('exits', [1, 5])
+@pytest.mark.parametrize('exits', [1, 4])
 def test_gradient_reaches_the_logits_of_every_classifier(name, exits):
     outputs, target = random_outputs(exits)
     for gradient in gradients(create_loss(name)(outputs, target), outputs.logits):
@@ -491,6 +516,7 @@ def test_defaults_of_eed_are_the_decided_ones():
     got = (loss_fn.teacher, loss_fn.output_loss, loss_fn.output_weight, loss_fn.feature_weight, loss_fn.temperature)
     assert got == ('all', 'kl', 0.1, 0.0, 3.0)
     assert create_loss('eed', output_loss='mse').output_weight == 1.0
+    assert create_loss('eed', output_loss='bernoulli').output_weight == 0.1
 
 
 def test_none_overrides_keep_the_defaults():
@@ -512,8 +538,8 @@ def test_an_override_replaces_the_row_and_leaves_the_table():
 @pytest.mark.parametrize(
     ('settings', 'parts'),
     [
-        pytest.param({'output_loss': 'l1'}, ["'l1'", "'kl' and 'mse'"], id='output-loss'),
-        pytest.param({'output_loss': None}, ['None', "'kl' and 'mse'"], id='output-loss-none'),
+        pytest.param({'output_loss': 'l1'}, ["'l1'", "'kl', 'mse' and 'bernoulli'"], id='output-loss'),
+        pytest.param({'output_loss': None}, ['None', "'kl', 'mse' and 'bernoulli'"], id='output-loss-none'),
         pytest.param({'temperature': 0}, ['temperature is 0', 'above 0'], id='temperature-zero'),
         pytest.param({'temperature': math.nan}, ['temperature is nan', 'finite'], id='temperature-nan'),
         pytest.param({'temperature': -3.0}, ['temperature is -3.0'], id='temperature-negative'),
@@ -540,6 +566,12 @@ def test_an_override_replaces_the_row_and_leaves_the_table():
             ['output_weight is 0.1 but there is no teacher'],
             id='outputs-without-teacher',
         ),
+        pytest.param(
+            {'teacher': None, 'depth_weights': DepthWeights(balance=1.1)},
+            ['depth_weights is DepthWeights(teacher=1.0, balance=1.1) but there is no teacher'],
+            id='depth-weights-without-teacher',
+        ),
+        pytest.param({'depth_weights': 1.6}, ['depth_weights is 1.6', 'DepthWeights'], id='depth-weights'),
         pytest.param({'multi_label': True}, ["'kl' with multi_label", "output_loss='mse'"], id='multi-label-kl'),
         pytest.param({'criterion': 'bce'}, ["criterion is 'bce'", 'callable'], id='criterion'),
     ],
@@ -564,6 +596,16 @@ def assert_message(error, parts):
         pytest.param({'exit_weights': [1.0] * 4}, ['has 4 values', '3 classifiers (2 exits and main)'], id='too-many'),
         pytest.param({'teacher': [0, 3]}, ['[0, 3]', '3 classifiers', '0 to 2'], id='teacher-beyond'),
         pytest.param({'teacher': [-4]}, ['[-4]', 'to -3'], id='teacher-before'),
+        pytest.param(
+            {'depth_weights': DepthWeights([1.0, 2.0])},
+            ['has 2 weights', '3 classifiers teach', "'all'"],
+            id='teacher-weights-too-few',
+        ),
+        pytest.param(
+            {'depth_weights': DepthWeights(balance=1.5)},
+            ['balance is 1.5', '3 classifiers', '-0.2500 (2 - 1.5^2)', 'at most 1 exits', 'below 1.4142'],
+            id='balance-beyond',
+        ),
         pytest.param({'teacher': [2, -1]}, ['[2, -1]', 'twice', 'main is -1 and 2'], id='teacher-twice'),
         pytest.param(
             {'criterion': nn.CrossEntropyLoss(reduction='none')},
@@ -577,6 +619,10 @@ def test_a_setting_that_does_not_fit_the_model_is_named(settings, parts):
     with pytest.raises(MultiExitError) as error:
         MultiExitLoss(**({'teacher': 'all'} | settings))(outputs, target)
     assert_message(error, parts)
+    if 'criterion' not in settings:
+        with pytest.raises(MultiExitError) as before:
+            MultiExitLoss(**({'teacher': 'all'} | settings)).check_count(3)
+        assert str(before.value) == str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -625,10 +671,10 @@ def test_check_features_lets_any_width_pass_without_feature_distillation(name):
 @pytest.mark.parametrize(
     ('name', 'parts'),
     [
-        pytest.param('EED', ["'EED'", 'byot, ce, eed, phuong', "did you mean 'eed'?"], id='upper-case'),
+        pytest.param('EED', ["'EED'", 'beed, byot, ce, eed, phuong', "did you mean 'eed'?"], id='upper-case'),
         pytest.param('phoung', ["did you mean 'phuong'?"], id='misspelled'),
-        pytest.param('xyzzy', ['byot, ce, eed, phuong', 'LOSSES'], id='nothing-near'),
-        pytest.param(None, ['None', 'byot, ce, eed, phuong'], id='none'),
+        pytest.param('xyzzy', ['beed, byot, ce, eed, phuong', 'LOSSES'], id='nothing-near'),
+        pytest.param(None, ['None', 'beed, byot, ce, eed, phuong'], id='none'),
     ],
 )
 def test_unknown_loss_names_the_legal_and_the_nearest(name, parts):

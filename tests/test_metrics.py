@@ -1,11 +1,26 @@
 """Accuracy, calibration and the tables they are shown in."""
 
 import math
+import multiprocessing
+import platform
 
 import pytest
 import torch
+import torch.distributed as dist
+from sklearn.metrics import average_precision_score, f1_score
 
-from timm_multiexit.metrics import CalibrationError, ExitEvaluator, exit_names, flatten_metrics, format_table
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.metrics import (
+    CalibrationError,
+    ExitEvaluator,
+    _cpu_name,
+    default_metric,
+    describe_environment,
+    evaluation_columns,
+    exit_names,
+    flatten_metrics,
+    format_table,
+)
 
 BATCHES = (7, 1, 16, 5)  # samples, uneven
 
@@ -140,6 +155,89 @@ def test_evaluator_takes_half_precision_logits(predictions):
     assert metrics['ens']['loss'] == pytest.approx(metrics_loop(ensemble, target)['loss'], abs=1e-4)
 
 
+@pytest.fixture
+def labelled():
+    """Return logits of an exit and main, and the labels [B, C] of samples that have none to several of five."""
+    target = (torch.rand(sum(BATCHES), 5) < 0.3).float()
+    return [torch.randn(sum(BATCHES), 5) + strength * (2 * target - 1) for strength in (0.3, 1.0)], target
+
+
+def multi_label_reference(logits, target, threshold):
+    """BCE by its formula, the rest by scikit-learn, in percent."""
+    probs = logits.double().sigmoid()
+    loss = -(target * probs.log() + (1 - target) * (1 - probs).log()).mean()
+    labels, predicted = target.int().numpy(), (probs >= threshold).int().numpy()
+    f1 = {
+        f'{kind.removesuffix("s")}_f1': 100 * f1_score(labels, predicted, average=kind, zero_division=0)
+        for kind in ('micro', 'macro', 'samples')
+    }
+    precision = average_precision_score(labels, logits.numpy(), average='macro')
+    return {'loss': float(loss), 'map': 100 * precision, **f1}
+
+
+@pytest.mark.parametrize(('threshold', 'limit'), [(0.5, None), (0.8, None), (0.5, 20)])
+def test_multi_label_metrics_equal_scikit_learn_for_each_classifier_and_the_ensemble(labelled, threshold, limit):
+    logits, target = labelled
+    metrics = evaluate(labelled, 2, multi_label=True, threshold=threshold, max_samples=limit).compute()
+    sources = {'exit0': logits[0], 'main': logits[1], 'ens': (logits[0] + logits[1]) / 2}
+    assert list(metrics) == list(sources)
+    for name, single in sources.items():
+        expected = multi_label_reference(single[:limit], target[:limit], threshold)
+        assert dict(metrics[name]) == pytest.approx(expected, abs=1e-4), name
+    assert len({round(values['map'], 6) for values in metrics.values()}) == 3
+
+
+def evaluate_share(rank, path, predictions, multi_label, results):
+    """Measure every second sample, after which a sampler's padding repeats the first."""
+    dist.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=2)
+    logits, target = predictions
+    places = list(range(rank, len(target), 2))
+    evaluator = ExitEvaluator(len(logits) - 1, max_samples=len(places), multi_label=multi_label)
+    places += [0]
+    evaluator.update([single[places] for single in logits], target[places])
+    results.put((rank, evaluator.compute(distributed=True)))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='starts its ranks by fork')
+@pytest.mark.parametrize('multi_label', [False, True], ids=['single-label', 'multi-label'])
+def test_two_ranks_with_uneven_shares_measure_what_one_process_does(tmp_path, predictions, labelled, multi_label):
+    given = labelled if multi_label else predictions
+    context = multiprocessing.get_context('fork')
+    results = context.SimpleQueue()
+    args = [(rank, tmp_path / 'store', given, multi_label, results) for rank in (0, 1)]
+    ranks = [context.Process(target=evaluate_share, args=each) for each in args]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(30)
+        assert rank.exitcode == 0
+    expected = evaluate(given, len(given[0]), multi_label=multi_label).compute()
+    for _ in ranks:
+        _, metrics = results.get()
+        assert {name: pytest.approx(values, abs=1e-4) for name, values in metrics.items()} == expected
+
+
+@pytest.mark.parametrize('threshold', [0, 1, -0.5, float('nan')])
+def test_threshold_out_of_range_is_refused(threshold):
+    with pytest.raises(MultiExitError, match=f'predictions is {threshold}, allowed is a number above 0 and below 1'):
+        ExitEvaluator(1, multi_label=True, threshold=threshold)
+
+
+@pytest.mark.parametrize(
+    ('multi_label', 'shape', 'message'),
+    [
+        (False, (4, 10), r'shape \[4, 10\], single-label evaluation of logits \[4, 10\] allows \[4\]'),
+        (True, (4,), r'shape \[4\], multi-label evaluation of logits \[4, 10\] allows \[4, 10\]'),
+        (True, (4, 9), r'shape \[4, 9\], multi-label'),
+    ],
+)
+def test_targets_of_the_other_kind_are_refused(multi_label, shape, message):
+    evaluator = ExitEvaluator(0, multi_label=multi_label)
+    with pytest.raises(MultiExitError, match=message):
+        evaluator.update([torch.zeros(4, 10)], torch.zeros(shape, dtype=torch.long))
+
+
 def test_exit_names_end_with_main():
     assert exit_names(3) == ('exit0', 'exit1', 'exit2', 'main')
     assert exit_names(0) == ('main',)
@@ -149,17 +247,54 @@ def test_flattened_metrics_begin_with_main_under_timm_names():
     metrics = {
         'exit0': {'loss': 3.0, 'top1': 10.0},
         'main': {'loss': 1.0, 'top1': 30.0},
-        'ens': {'loss': 2.0, 'top1': 20.0},
+        'ens': {'loss': 2.5, 'top1': 35.0},
     }
     assert list(flatten_metrics(metrics).items()) == [
         ('loss', 1.0),
         ('top1', 30.0),
         ('exit0_loss', 3.0),
         ('exit0_top1', 10.0),
-        ('ens_loss', 2.0),
-        ('ens_top1', 20.0),
+        ('ens_loss', 2.5),
+        ('ens_top1', 35.0),
+        ('mean_loss', 2.0),  # of exit0 and main, without the ensemble
+        ('mean_top1', 20.0),
     ]
     assert metrics['main'] == {'loss': 1.0, 'top1': 30.0}
+
+
+def test_plain_model_has_the_columns_of_timm_and_no_mean():
+    assert list(flatten_metrics({'main': {'loss': 1.0, 'top1': 30.0}})) == ['loss', 'top1']
+
+
+@pytest.mark.parametrize(
+    ('multi_label', 'keys'),
+    [(False, ('loss', 'top1', 'top5', 'ece')), (True, ('loss', 'map', 'micro_f1', 'macro_f1', 'sample_f1'))],
+)
+def test_columns_hold_every_metric_of_main_exits_ensemble_and_mean(multi_label, keys):
+    prefixes = ('', 'exit0_', 'exit1_', 'ens_', 'mean_')
+    columns = evaluation_columns(2, multi_label=multi_label)
+    assert columns == tuple(prefix + key for prefix in prefixes for key in keys)
+    assert default_metric(multi_label) == ExitEvaluator(2, multi_label=multi_label).default_metric
+    assert default_metric(multi_label) in columns
+
+
+def test_environment_names_the_threads_that_torch_uses():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert describe_environment()['threads'] == '3 torch threads'
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cpu_is_named_by_its_model_where_the_system_tells_it(tmp_path):
+    (tmp_path / 'x86').write_text(
+        'processor\t: 0\nmodel\t\t: 85\nmodel name\t: Maker: Model 7\n\nmodel name\t: Other\n'
+    )
+    (tmp_path / 'arm').write_text('processor\t: 0\nBogoMIPS\t: 50.00\n')
+    assert _cpu_name(tmp_path / 'x86') == 'Maker: Model 7'
+    assert _cpu_name(tmp_path / 'arm') == platform.machine()
+    assert _cpu_name(tmp_path / 'none') == platform.machine()
 
 
 def test_table_puts_numbers_right_and_text_left():

@@ -1,18 +1,25 @@
 """Data sets: timm's, checked before work begins, and the handwritten digits that need no download."""
 
-from argparse import Namespace
+import logging
+import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
-from PIL import Image
-from timm.data import ImageDataset, create_dataset, create_loader
+from PIL import Image, UnidentifiedImageError
+from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import IterableDataset
 
 from timm_multiexit.config import MultiExitError
 
+_logger = logging.getLogger(__name__)
+
+BAD_IMAGES = ('skip', 'stop')
+# What Pillow raises for damaged files, found by damaging 24,000 of them in seven formats.
+_READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 DIGITS = 'digits'
 DIGITS_SIZE = 32
 # Places in a fixed shuffle of the 1,797 images. The epoch is chosen on 'validation' and 'test' is reported.
@@ -69,17 +76,108 @@ def _encode_digit(image) -> bytes:
     return content.getvalue()
 
 
-def create_checked_dataset(name: str, *, root: str | None, split: str, **kwargs: Any) -> Any:
+class BadImageError(MultiExitError):
+    """An image that cannot be read; the message is one line also when it comes out of a loader's worker."""
+
+    def __init__(self, message: str):
+        # torch raises a worker's error anew with the whole traceback as its message; the last line is what was said.
+        super().__init__(message.strip().splitlines()[-1].split(f'{type(self).__name__}: ', 1)[-1])
+
+
+class CheckedImages(ImageDataset):
+    """A timm `ImageDataset` that names the files it cannot read, and leaves them out or stops.
+
+    Args:
+        dataset: Where reader, image mode and transforms are taken from.
+        bad_images: 'skip' takes the next image instead, as timm does, and names a file once (per worker process);
+            'stop' raises.
+
+    Raises:
+        MultiExitError: `bad_images` is something else.
+        BadImageError: On reading, with 'stop', or when ten images in a row cannot be read (timm's
+            TIMM_DATASET_MAX_RETRIES sets another number).
+    """
+
+    def __init__(self, dataset: ImageDataset, *, bad_images: str = 'skip'):
+        if bad_images not in BAD_IMAGES:
+            raise MultiExitError(f"--bad-images is '{bad_images}', allowed are {', '.join(BAD_IMAGES)}.")
+        super().__init__(
+            '',
+            reader=dataset.reader,
+            load_bytes=dataset.load_bytes,
+            input_img_mode=dataset.input_img_mode,
+            transform=dataset.transform,
+            target_transform=dataset.target_transform,
+            additional_features=dataset.additional_features,
+        )
+        self.bad_images = bad_images
+        self._named = set()
+
+    def __getitem__(self, index: int) -> tuple:
+        image, target, *features = self._read_next(index)
+        if self.transform is not None:
+            image = self.transform(image)
+        if target is None:
+            target = -1  # timm's mark of a missing label
+        elif self.target_transform is not None:
+            target = self.target_transform(target)
+        return (image, target) if self.additional_features is None else (image, target, *features)
+
+    def _read_next(self, index: int) -> tuple:
+        """Return the image at the index, or with 'skip' the first after it that can be read, and its labels."""
+        for _ in range(self._max_retries):
+            try:
+                return self._read(index)
+            except _READ_ERRORS as error:
+                name, reason = self._name(index), _one_line(error)
+                if self.bad_images == 'stop':
+                    raise BadImageError(
+                        f'{name} cannot be read: {reason}; remove or mend it, or --bad-images skip.'
+                    ) from error
+                if name not in self._named:
+                    self._named.add(name)
+                    _logger.warning(f'{name} cannot be read and is skipped: {reason}')
+                index = (index + 1) % len(self.reader)
+        raise BadImageError(f'{self._max_retries} images in a row cannot be read, the last is {name}: {reason}.')
+
+    def _read(self, index: int) -> tuple:
+        file, *labels = self.reader[index]
+        with file:
+            if self.load_bytes:
+                return file.read(), *labels
+            image = Image.open(file)
+            image.load()  # reads to the end: a file that was cut short shows itself here
+            return image.convert(self.input_img_mode) if self.input_img_mode else image, *labels
+
+    def _name(self, index: int) -> str:
+        return ' '.join(str(self.filename(index, absolute=True) or f'image {index}').splitlines())
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return 'it is not an image'  # Pillow's own words name an address in memory
+    return ' '.join((getattr(error, 'strerror', None) or str(error) or type(error).__name__).splitlines()).rstrip('.')
+
+
+def create_checked_dataset(
+    name: str,
+    *,
+    root: str | None,
+    split: str,
+    bad_images: str = 'skip',
+    **kwargs: Any,
+) -> Any:
     """Return a data set: 'digits', or what `timm.data.create_dataset` makes of the name.
 
     Args:
         name: 'digits', a timm name such as 'torch/cifar10', or '' for a folder of class folders.
         root: Folder of the data.
         split: Name of the split, and of its folder.
+        bad_images: 'skip' or 'stop', see `CheckedImages`; torchvision's data sets stop always.
         **kwargs: For `timm.data.create_dataset`.
 
     Raises:
-        MultiExitError: The folder is missing or holds no images, or the data set cannot be made.
+        MultiExitError: The folder is missing or holds no images, a class has none, or the data set cannot be made.
     """
     if name == DIGITS:
         return ImageDataset('', reader=DigitsReader(split), input_img_mode=kwargs.get('input_img_mode') or 'RGB')
@@ -88,9 +186,33 @@ def create_checked_dataset(name: str, *, root: str | None, split: str, **kwargs:
     if not name:
         _check_split(Path(root), split)
     try:
-        return create_dataset(name, root=root, split=split, **kwargs)
+        dataset = create_dataset(name, root=root, split=split, **kwargs)
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
         raise MultiExitError(f"No data set '{name or root}', split '{split}': {error}".rstrip('.') + '.') from error
+    if isinstance(dataset, IterableDataset) and bad_images == 'stop':
+        raise MultiExitError(f"'{name}' is a stream, which cannot stop at a bad image: use --bad-images skip.")
+    # With a --class-map the numbers of the classes do not hang on which folders hold images.
+    if isinstance(getattr(dataset, 'reader', None), ReaderImageFolder) and not kwargs.get('class_map'):
+        _check_class_folders(dataset.reader)
+    return CheckedImages(dataset, bad_images=bad_images) if isinstance(dataset, ImageDataset) else dataset
+
+
+def _check_class_folders(reader: ReaderImageFolder) -> None:
+    """Raise if a class folder holds no images: timm leaves it out, and the classes after it get other numbers."""
+    filled = {os.path.dirname(path) for path, _ in reader.samples}
+    pending = [reader.root]
+    while pending:
+        folder = pending.pop()
+        try:
+            below = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] not in '._')
+        except OSError as error:
+            raise MultiExitError(f'{folder} cannot be read: {_one_line(error)}.') from error
+        name = os.path.basename(folder)
+        if not below and name not in reader.class_to_idx:
+            raise MultiExitError(
+                f"Class '{name}' in {os.path.dirname(folder)} has no images: add some, or remove the folder."
+            )
+        pending += [path for path in reversed(below) if path not in filled]
 
 
 def _check_split(root: Path, split: str) -> None:
@@ -105,8 +227,12 @@ def _check_split(root: Path, split: str) -> None:
 
 def class_to_idx(dataset: Any) -> dict[str, int] | None:
     """Return class name -> index of a data set, None where it does not say."""
-    for owner in (dataset, getattr(dataset, 'reader', None)):
-        mapping = getattr(owner, 'class_to_idx', None)
+    reader = getattr(dataset, 'reader', None)
+    for mapping in (
+        getattr(dataset, 'class_to_idx', None),
+        getattr(reader, 'class_to_idx', None),
+        getattr(reader, 'class_name_to_idx', None),  # timm's reader of tar files
+    ):
         if mapping:
             return dict(mapping)
     return None
@@ -129,32 +255,3 @@ def check_classes(train: Any, val: Any | None) -> int | None:
             ' both: give both the same class folders, or a --class-map.'
         )
     return max(classes.values()) + 1
-
-
-def loader_kwargs(args: Namespace, data_config: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    """Return what the loaders of training and evaluation have in common, for `timm.data.create_loader`.
-
-    Accelerate does not prepare the loaders: it does nothing to timm's prefetcher, and would shard a second time what
-    timm's samplers have sharded.
-    """
-    return {
-        'input_size': data_config['input_size'],
-        'mean': data_config['mean'],
-        'std': data_config['std'],
-        'num_workers': args.workers,
-        'pin_memory': args.pin_mem,
-        'device': accelerator.device,
-        'distributed': accelerator.num_processes > 1,
-        'use_prefetcher': not args.no_prefetcher,
-    }
-
-
-def create_eval_loader(args: Namespace, dataset: Any, data_config: dict[str, Any], accelerator: Accelerator) -> Any:
-    """Return a loader that gives every image once, in order, this rank's share of them."""
-    return create_loader(
-        dataset,
-        batch_size=getattr(args, 'validation_batch_size', None) or args.batch_size,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        **loader_kwargs(args, data_config, accelerator),
-    )

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,169 +16,235 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from timm_multiexit.config import MultiExitError
-from timm_multiexit.metrics import ExitEvaluator, exit_names
+from timm_multiexit.metrics import ExitEvaluator
+from timm_multiexit.progress import Progress
+from timm_multiexit.records import show_progress
+from timm_multiexit.regimes import RegimeControl
+from timm_multiexit.seeding import SeededLoader, Stream, seed_generators
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class EpochConfig:
+class TrainerConfig:
     """What stays the same from epoch to epoch.
 
     Attributes:
         epochs: Epochs in all, for the progress line.
+        seed: Of every step's random numbers.
         grad_accum_steps: Batches per optimizer step; the last step of an epoch takes what is left.
         clip_grad: Bound for the gradients, None for none.
         clip_mode: 'norm', 'value' or 'agc'.
         log_interval: Batches between progress lines.
         channels_last: Give images to the model in that memory format.
+        multi_label: Targets are [B, C] labels.
+        loss_scale: Factor of the loss where batches are of several sizes: 'none', 'sqrt' or 'linear' in the size over
+            `batch_size`.
+        batch_size: Mean size of a batch.
+        synchronize: Wait for the device after every step.
+        shows_progress: Draw a bar.
     """
 
-    epochs: int
+    epochs: int = 1
+    seed: int = 42
     grad_accum_steps: int = 1
     clip_grad: float | None = None
     clip_mode: str = 'norm'
     log_interval: int = 50
     channels_last: bool = False
+    multi_label: bool = False
+    loss_scale: str = 'none'
+    batch_size: float = 1.0
+    synchronize: bool = False
+    shows_progress: bool = False
 
 
-class _Progress:
-    """Running sums of an epoch, kept on the device: nothing is read before a progress line is due."""
-
-    def __init__(self, num_classifiers: int, device: torch.device):
-        self.names = exit_names(num_classifiers - 1)
-        self.num_samples = 0
-        self.sums = {
-            key: torch.zeros(num_classifiers, device=device)
-            for key in ('correct', 'task', 'output_distance', 'feature_distance')
-        }
-        self.loss = torch.zeros((), device=device)
-        self.first_bad = torch.full((num_classifiers,), math.inf, device=device)
-
-    @torch.no_grad()
-    def update(self, result: dict[str, Any], target: Tensor, batch_idx: int) -> None:
-        logits = torch.stack([single.detach() for single in result.get('logits', [result['output']])])
-        labels = target.argmax(-1) if target.ndim > 1 else target
-        size = len(target)
-        self.num_samples += size
-        self.loss += result['loss'].detach() * size
-        self.sums['correct'] += logits.argmax(-1).eq(labels).float().sum(-1)
-        parts = {'task': result['loss'].detach()[None], **result}  # timm's own tasks have one loss and no parts
-        for key in ('task', 'output_distance', 'feature_distance'):
-            if key in parts:
-                self.sums[key] += parts[key].float() * size
-        bad = ~torch.isfinite(parts['task'] + parts.get('output_distance', 0) + parts.get('feature_distance', 0))
-        self.first_bad.masked_fill_(bad & torch.isinf(self.first_bad), batch_idx)
-
-    def check_finite(self, accelerator: Accelerator) -> None:
-        """Raise if a loss was NaN or infinite, on every rank at the same batch."""
-        first_bad = self.first_bad
-        if accelerator.num_processes > 1:
-            first_bad = accelerator.gather(first_bad[None]).amin(0)
-        first = float(first_bad.min())
-        if math.isfinite(first):
-            culprits = [name for name, at in zip(self.names, first_bad.tolist()) if at == first]
-            raise MultiExitError(
-                f'The loss of {", ".join(culprits)} is NaN or infinite at batch {int(first)} of this epoch. Training'
-                ' stops, the checkpoints so far are kept: lower --lr, or set --clip-grad, and resume.'
-            )
-
-    def metrics(self) -> dict[str, float]:
-        """Return means over the epoch: loss, the parts that distillation adds, top-1 per classifier."""
-        count = max(self.num_samples, 1)
-        means = {'loss': float(self.loss) / count}
-        for key in ('task', 'output_distance', 'feature_distance'):
-            means[key] = float(self.sums[key].sum()) / count
-        for name, correct in zip(self.names, self.sums['correct'].tolist()):
-            means[f'{name}_top1'] = 100.0 * correct / count
-        for name, task in zip(self.names, self.sums['task'].tolist()):
-            means[f'{name}_loss'] = task / count
-        return means
-
-
-def train_one_epoch(
-    epoch: int,
-    task: TrainingTask,
-    loader: Iterable,
-    optimizer: Any,
-    *,
-    accelerator: Accelerator,
-    config: EpochConfig,
-    scheduler: Any | None = None,
-    mixup_fn: Any | None = None,
-) -> dict[str, float]:
-    """Train for one epoch.
+class Trainer:
+    """Trains a task, epoch by epoch.
 
     Args:
-        epoch: Its number, from 0.
         task: Gives the loss of a batch; its `trainable_module` is prepared by `accelerator`.
-        loader: Batches of images and targets, already this rank's share.
         optimizer: Prepared by `accelerator`.
         accelerator: Owns device, precision, gradients and their synchronisation.
-        config: See `EpochConfig`.
+        config: See `TrainerConfig`.
         scheduler: A timm scheduler; `step_update` is called after every optimizer step.
         mixup_fn: Mixes a batch where the loader does not.
+        regime: What trains when; everything, always, if not given.
+        on_update: Called after every optimizer step with the trainer.
 
-    Returns:
-        Means of this rank: loss and its parts, top-1 of each classifier in percent.
-
-    Raises:
-        MultiExitError: A loss became NaN or infinite; the message names the classifier it began with.
+    Attributes:
+        epoch: The epoch at work, from 0.
+        batch: Batches of it that are done.
+        num_updates: Optimizer steps of the run so far.
+        progress: Running sums of the epoch, None before its first batch.
+        images: The last batch's images.
+        batch_metrics: Its numbers, see `Progress.update`.
+        data_seconds: Time that the epoch waited for data.
     """
-    task.train()
-    num_batches = len(loader)
-    accum = config.grad_accum_steps
-    num_updates = epoch * math.ceil(num_batches / accum)
-    progress, started = None, time.perf_counter()
-    optimizer.zero_grad()
-    for batch_idx, (images, target) in enumerate(loader):
-        images, target = images.to(accelerator.device), target.to(accelerator.device)
-        if mixup_fn is not None:
-            images, target = mixup_fn(images, target)
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        optimizer: Any,
+        *,
+        accelerator: Accelerator,
+        config: TrainerConfig,
+        scheduler: Any | None = None,
+        mixup_fn: Callable | None = None,
+        regime: RegimeControl | None = None,
+        on_update: Callable[['Trainer'], None] | None = None,
+    ):
+        self.task = task
+        self.optimizer = optimizer
+        self.accelerator = accelerator
+        self.config = config
+        self.scheduler = scheduler
+        self.mixup_fn = mixup_fn
+        self.regime = regime
+        self.on_update = on_update
+        raw = getattr(optimizer, 'optimizer', optimizer)
+        self._is_second_order = bool(getattr(raw, 'is_second_order', False))
+        self._sync_lookahead = getattr(raw, 'sync_lookahead', None)
+        self.epoch = self.batch = self.num_updates = 0
+        self.progress: Progress | None = None
+        self.images: Tensor | None = None
+        self.batch_metrics: Tensor | None = None
+        self.data_seconds = 0.0
+
+    def train_epoch(self, epoch: int, loader: SeededLoader, first_batch: int = 0) -> dict[str, float]:
+        """Train for one epoch, or for what is left of it.
+
+        Args:
+            epoch: Its number, from 0.
+            loader: Batches of images and targets, this rank's share.
+            first_batch: Where to begin; `progress` holds the sums of what was before.
+
+        Returns:
+            Means over the epoch and all ranks: loss and its parts, top-1 of each classifier in percent.
+
+        Raises:
+            MultiExitError: A loss became NaN or infinite; the message names the classifier it began with.
+        """
+        config, accelerator = self.config, self.accelerator
+        self.task.train()
+        num_batches, accum = len(loader), config.grad_accum_steps
+        self.epoch, self.batch = epoch, first_batch
+        self.num_updates = epoch * math.ceil(num_batches / accum) + first_batch // accum
+        self.progress = self.progress if first_batch else None
+        self.data_seconds, self._seen, self._started = 0.0, 0, time.perf_counter()
+        self.optimizer.zero_grad()
+        batches = show_progress(
+            loader.epoch(epoch, first_batch),
+            is_shown=config.shows_progress,
+            total=num_batches - first_batch,
+            description=f'Epoch {epoch + 1}/{config.epochs}',
+        )
+        for images, target in self._timed(batches):
+            batch_idx = self.batch
+            is_last = batch_idx + 1 == num_batches
+            # The true window: the tail of an epoch is shorter, and its gradient must not be scaled as if it were full.
+            window = min(accum, num_batches - batch_idx // accum * accum)
+            is_step = is_last or (batch_idx + 1) % accum == 0
+            if self.regime:
+                self.regime.begin_step(epoch + batch_idx / num_batches)
+            seed_generators(config.seed, Stream.STEP, epoch, batch_idx, accelerator.process_index, all_devices=True)
+            with nullcontext() if is_step else accelerator.no_sync(self.task.trainable_module):
+                result, target = self._forward_backward(images, target, window)
+            self._note(result, target)
+            self.batch += 1
+            if is_last or (batch_idx and batch_idx % config.log_interval == 0):
+                self.progress.check_finite(accelerator)
+            if is_step:
+                self._step()
+                if self.on_update:
+                    self.on_update(self)
+            if batch_idx and batch_idx % config.log_interval == 0 and not is_last:
+                self._log(num_batches)
+        if self._sync_lookahead:
+            self._sync_lookahead()
+        return self.progress.metrics(self.progress.state_dict(accelerator))
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of all ranks per second, in this epoch."""
+        return self._seen * self.accelerator.num_processes / (time.perf_counter() - self._started)
+
+    @property
+    def learning_rate(self) -> float:
+        """Mean over the optimizer's groups."""
+        groups = self.optimizer.param_groups
+        return sum(group['lr'] for group in groups) / len(groups)
+
+    @property
+    def data_share(self) -> float:
+        """Share of the epoch's time spent waiting for data, 0 to 1."""
+        return self.data_seconds / (time.perf_counter() - self._started)
+
+    def _timed(self, batches: Iterable) -> Iterator:
+        batches = iter(batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.data_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def _forward_backward(self, images: Tensor, target: Tensor, window: int) -> tuple[dict[str, Any], Tensor]:
+        config, device = self.config, self.accelerator.device
+        images, target = images.to(device), target.to(device)
+        if self.mixup_fn is not None:
+            images, target = self.mixup_fn(images, target)
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        is_last = batch_idx + 1 == num_batches
-        # The true window: the tail of an epoch is shorter, and its gradient must not be scaled as if it were full.
-        window = min(accum, num_batches - batch_idx // accum * accum)
-        is_step = is_last or (batch_idx + 1) % accum == 0
-        with nullcontext() if is_step else accelerator.no_sync(task.trainable_module):
-            result = task(images, target)
-            accelerator.backward(result['loss'] / window)
-        if is_step:
-            _step(task, optimizer, accelerator, config)
-            num_updates += 1
-            task.update_ema(step=num_updates)
-            if scheduler is not None:
-                scheduler.step_update(num_updates=num_updates)
-        if progress is None:
-            progress = _Progress(len(result.get('logits', [0])), accelerator.device)
-        progress.update(result, target, batch_idx)
-        if is_last or batch_idx % config.log_interval == 0:
-            progress.check_finite(accelerator)
-            rate = progress.num_samples * accelerator.num_processes / (time.perf_counter() - started)
-            _log_progress(epoch, config.epochs, batch_idx + 1, num_batches, progress, rate, optimizer)
-    return progress.metrics()
+        self.images = images
+        scale = 1.0
+        if config.loss_scale != 'none':
+            scale = len(images) / config.batch_size
+            scale = math.sqrt(scale) if config.loss_scale == 'sqrt' else scale
+        with self.accelerator.autocast():
+            result = self.task(images, target)
+        kwargs = {'create_graph': True} if self._is_second_order else {}
+        self.accelerator.backward(result['loss'] * (scale / window), **kwargs)
+        self._seen += len(images)
+        return result, target
 
+    def _note(self, result: dict[str, Any], target: Tensor) -> None:
+        if self.progress is None:
+            count = len(result.get('logits', [0]))
+            self.progress = Progress(count, self.accelerator.device, multi_label=self.config.multi_label)
+        self.batch_metrics = self.progress.update(result, target, self.batch)
 
-def _step(task: TrainingTask, optimizer: Any, accelerator: Accelerator, config: EpochConfig) -> None:
-    if config.clip_grad is not None:
-        accelerator.unscale_gradients(optimizer)
-        params = task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
-        dispatch_clip_grad(params, value=config.clip_grad, mode=config.clip_mode)
-    optimizer.step()
-    optimizer.zero_grad()
+    def _step(self) -> None:
+        config = self.config
+        if config.clip_grad is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            params = self.task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
+            params = [param for param in params if param.grad is not None]
+            dispatch_clip_grad(params, value=config.clip_grad, mode=config.clip_mode)
+        with self.regime.rates() if self.regime else nullcontext():
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.num_updates += 1
+        self.task.update_ema(step=self.num_updates)
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=self.num_updates)
+        if config.synchronize and self.accelerator.device.type == 'cuda':
+            torch.cuda.synchronize()
 
-
-def _log_progress(epoch, epochs, batch, num_batches, progress, rate, optimizer) -> None:
-    means = progress.metrics()
-    parts = [f'loss {means["loss"]:.3f}']
-    if means['output_distance']:
-        parts[0] += f' (task {means["task"]:.3f}, distillation {means["output_distance"]:.3f}'
-        parts[0] += f', features {means["feature_distance"]:.3f})' if means['feature_distance'] else ')'
-    parts += [f'{name} {means[f"{name}_loss"]:.3f} {means[f"{name}_top1"]:.1f}%' for name in progress.names]
-    lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
-    parts += [f'lr {lr:.2e}', f'{rate:.0f} img/s']
-    _logger.info(f'Train {epoch + 1:>3}/{epochs} [{batch:>4}/{num_batches}]  {" | ".join(parts)}')
+    def _log(self, num_batches: int) -> None:
+        means = self.progress.metrics()
+        parts = [f'loss {means["loss"]:.3f}']
+        added = {'distillation': 'output_distance', 'features': 'feature_distance', 'teacher': 'kd_distance'}
+        added = ', '.join(f'{name} {means[key]:.3f}' for name, key in added.items() if means[key])
+        if added:
+            parts[0] += f' (task {means["task"]:.3f}, {added})'
+        parts += [f'{name} {means[f"{name}_loss"]:.3f} {means[f"{name}_top1"]:.1f}%' for name in self.progress.names]
+        parts += [f'lr {self.learning_rate:.2e}']
+        parts += [f'{self.images_per_second:.0f} img/s, {100 * self.data_share:.0f}% of it waiting for data']
+        _logger.info(
+            f'Train {self.epoch + 1:>3}/{self.config.epochs} [{self.batch:>4}/{num_batches}]  {" | ".join(parts)}'
+        )
 
 
 @dataclass
@@ -186,7 +252,7 @@ class Evaluation:
     """What a pass over a data set found.
 
     Attributes:
-        metrics: name -> {loss, top1, top5, ece}, as `ExitEvaluator.compute` gives them.
+        metrics: name -> {loss, top1, top5, ece}, or {loss, map, ...}, as `ExitEvaluator.compute` gives them.
         num_samples: Images counted, over all ranks.
         input_size: (channels, height, width) of the first batch.
     """
@@ -204,6 +270,8 @@ def evaluate_loader(
     device: torch.device | str | None = None,
     accelerator: Accelerator | None = None,
     channels_last: bool = False,
+    multi_label: bool = False,
+    threshold: float = 0.5,
 ) -> Evaluation:
     """Measure every classifier of a model, and the ensemble, on every sample once.
 
@@ -213,13 +281,21 @@ def evaluate_loader(
         device: Where to run; the accelerator's, else where the model is.
         accelerator: Gives precision and, with several processes, sums over all of them.
         channels_last: Give images to the model in that memory format.
+        multi_label: Targets are [B, C] labels.
+        threshold: Probability from which a label counts as predicted.
 
     Raises:
         MultiExitError: The loader gives no batch.
     """
     num_exits = len(model.exits) if hasattr(model, 'exits') else 0
     device = torch.device(device or (accelerator.device if accelerator else next(model.parameters()).device))
-    evaluator = ExitEvaluator(num_exits, device=device, max_samples=evaluation_sample_limit(loader))
+    evaluator = ExitEvaluator(
+        num_exits,
+        device=device,
+        max_samples=evaluation_sample_limit(loader),
+        multi_label=multi_label,
+        threshold=threshold,
+    )
     evaluation = Evaluation()
     training = [module.training for module in model.modules()]
     model.eval()

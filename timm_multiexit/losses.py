@@ -1,10 +1,7 @@
 """Losses of multi-exit training: a task term for each classifier, and the pull of a teacher made of classifiers."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +9,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.distillation import (
+    OUTPUT_WEIGHTS,
+    DepthWeights,
+    KDConfig,
+    checked_logits,
+    checked_number,
+    checked_teacher,
+    checked_weights,
+    full_precision,
+    output_distance,
+    resolve_teacher,
+    scale_rows,
+    upcast,
+)
 
 # One row for each method. The names mean the forms that the EED paper (arXiv 2104.00299) compares; where an original
 # differs, the row says so. Every row can be changed by the keyword arguments of `create_loss`.
@@ -29,36 +40,54 @@ LOSSES: dict[str, dict[str, Any]] = {
     # Exit-Ensemble Distillation, Lee and Lee 2021: equations 5 to 8, all teach all. The feature ensemble (weight 1 in
     # the paper) is off because it needs exits as wide as main: `head='paper'` with `feature_weight=1.0` turns it on.
     'eed': {'teacher': 'all', 'feature_weight': 0.0},
+    # BEED, Lee and Lee 2022 (ACCV): a teacher that leans to the deep classifiers, and shallow classifiers that lean to
+    # the teacher, for at most five classifiers. The numbers are those of hjdw2/BEED, which has four classifiers and
+    # distils features too, with a weight of 0.1; off here for the reason above.
+    'beed': {
+        'teacher': 'all',
+        'output_weight': 1.0,
+        'feature_weight': 0.0,
+        'depth_weights': DepthWeights(teacher=1.6, balance=1.15),
+    },
 }
-
-# The KL pull is multiplied by T^2 besides; both are the values of the authors' script.
-_OUTPUT_WEIGHTS = {'kl': 0.1, 'mse': 1.0}
 
 
 class MultiExitLoss(nn.Module):
     """The sum over classifiers of a task term and of the distances to a teacher's outputs and features.
 
-    The teacher is the detached mean of the logits (and features) of the classifiers that `teacher` names. Every
-    classifier is a student, members of the teacher too; only main is not its own student when it teaches alone. All is
-    computed in float32 at least, whatever the inputs' precision and the surrounding autocast; float64 stays float64.
+    For classifier k of K exits and main, with j = K - k deeper ones:
 
-    Output distances, for teacher logits t and student logits s: 'kl' is T^2 * KL(softmax(t / T) || softmax(s / T)),
-    summed over classes and averaged over the batch; 'mse' is the squared difference of t and s averaged over batch and
-    classes. Feature distance: the squared difference averaged over batch and features.
+        loss = sum_k exit_weights[k] * (task_k + output_k + feature_k + kd_k)
+        task_k = (2 - a^j) * criterion(z_k, target)            a: depth_weights.balance, 1 if not given
+        output_k = distill_scale * output_weight * a^j * D(mean_i b_i z_i, z_k)    b: depth_weights.teacher
+        feature_k = distill_scale * feature_weight * mean((mean_i b_i f_i - f_k)^2)
+        kd_k = T_kd^2 * KL(outside teacher || z_k), weighed as `KDConfig` says; see `terms`
+
+    The teacher is the detached weighted mean of the logits z (and features f) of the classifiers that `teacher` names.
+    Every classifier is a student, members of the teacher too; only main is not its own student when it teaches alone.
+    All is computed in float32 at least, whatever the inputs' precision and the surrounding autocast; float64 stays.
 
     Args:
         teacher: None (no distillation), 'main', 'all', or the indices of the classifiers whose mean teaches: 0-based,
             shallow to deep, main is -1 or the number of exits.
-        output_loss: Distance between outputs, 'kl' or 'mse'.
-        output_weight: Factor of the output distance, at least 0; None stands for 0.1 with 'kl' and 1.0 with 'mse'.
+        output_loss: The distance D of teacher logits t and student logits s, averaged over the batch: 'kl',
+            T^2 * KL(softmax(t / T) || softmax(s / T)) summed over classes; 'mse', the squared difference averaged over
+            classes; 'bernoulli', T^2 * KL(sigmoid(t / T) || sigmoid(s / T)) averaged over classes.
+        output_weight: Factor of the output distance, at least 0; None stands for 1.0 with 'mse', else for 0.1.
         feature_weight: Factor of the feature distance, at least 0; 0 leaves features unread.
-        temperature: T of 'kl', above 0; 'mse' has none.
+        temperature: T of 'kl' and 'bernoulli', above 0; 'mse' has none.
         exit_weights: One factor for each classifier, exits shallow to deep, then main, at least 0: it multiplies all
             terms of that classifier. None stands for ones.
+        depth_weights: Weights of the classifiers in the teacher, and of the terms of each classifier; None for equal.
         criterion: The task term: (logits [B, C], target) -> scalar. None stands for cross-entropy with targets
             [B] of class indices or [B, C] of probabilities; with `multi_label`, for binary cross-entropy averaged over
             batch and classes with targets [B, C] in 0 to 1.
         multi_label: True when classes do not exclude each other.
+
+    Attributes:
+        distill_scale: Factor of the output and feature distances (not of an outside teacher's), a float that a
+            training loop may set at every step, e.g. 0 to 1 during a warm-up. At 0 the distances are still computed,
+            so that projectors get a gradient, of zero, as distributed training wants.
 
     Raises:
         MultiExitError: An argument is out of range, or arguments contradict each other.
@@ -91,40 +120,50 @@ class MultiExitLoss(nn.Module):
         feature_weight: float = 0.0,
         temperature: float = 3.0,
         exit_weights: Sequence[float] | None = None,
+        depth_weights: DepthWeights | None = None,
         criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         multi_label: bool = False,
     ):
         """Keep the settings, which the class describes."""
         super().__init__()
-        if output_loss not in _OUTPUT_WEIGHTS:
-            raise MultiExitError(f"output_loss is {output_loss!r}, allowed are 'kl' and 'mse'; choose one of them.")
-        self.teacher = _checked_teacher(teacher)
-        self.output_loss = output_loss
-        if output_weight is None:
-            output_weight = 0.0 if teacher is None else _OUTPUT_WEIGHTS[output_loss]
-        self.output_weight = _checked_number('output_weight', output_weight)
-        self.feature_weight = _checked_number('feature_weight', feature_weight)
-        self.temperature = _checked_number('temperature', temperature, is_positive=True)
-        self.exit_weights = None if exit_weights is None else _checked_exit_weights(exit_weights)
+        if output_loss not in OUTPUT_WEIGHTS:
+            raise MultiExitError(
+                f"output_loss is {output_loss!r}, allowed are 'kl', 'mse' and 'bernoulli'; choose one of them."
+            )
+        if not isinstance(depth_weights, DepthWeights | None):
+            raise MultiExitError(f'depth_weights is {depth_weights!r}, allowed are a DepthWeights or None.')
         if criterion is not None and not callable(criterion):
             raise MultiExitError(
                 f'criterion is {criterion!r}, allowed is a callable (logits, target) -> scalar or None.'
             )
+        self.teacher = checked_teacher(teacher)
+        self.output_loss = output_loss
+        if output_weight is None:
+            output_weight = 0.0 if teacher is None else OUTPUT_WEIGHTS[output_loss]
+        self.output_weight = checked_number('output_weight', output_weight)
+        self.feature_weight = checked_number('feature_weight', feature_weight)
+        self.temperature = checked_number('temperature', temperature, is_positive=True)
+        self.exit_weights = None if exit_weights is None else checked_weights('exit_weights', exit_weights)
+        self.depth_weights = depth_weights or DepthWeights()
         self.criterion = criterion or (_binary_cross_entropy if multi_label else F.cross_entropy)
         self.multi_label = bool(multi_label)
+        self.distill_scale = 1.0
         self._check_combination()
 
     def _check_combination(self) -> None:
-        for name in ('output_weight', 'feature_weight'):
-            if self.teacher is None and getattr(self, name) > 0:
+        settings = [(name, getattr(self, name)) for name in ('output_weight', 'feature_weight')]
+        if self.depth_weights != DepthWeights():
+            settings.append(('depth_weights', self.depth_weights))
+        for name, value in settings:
+            if self.teacher is None and value:
                 raise MultiExitError(
-                    f"{name} is {getattr(self, name)} but there is no teacher; name one (teacher='main', 'all' or a"
-                    f" list of classifiers; the losses 'phuong', 'byot' and 'eed' have one) or leave {name} out."
+                    f"{name} is {value} but there is no teacher; name one (teacher='main', 'all' or a list of"
+                    f" classifiers; the losses 'phuong', 'byot', 'eed' and 'beed' have one) or leave {name} out."
                 )
         if self.multi_label and self.teacher is not None and self.output_loss == 'kl':
             raise MultiExitError(
                 "output_loss is 'kl' with multi_label, but its softmax needs classes that exclude each other;"
-                " use output_loss='mse'."
+                " use output_loss='mse' or 'bernoulli'."
             )
 
     def forward(self, outputs: Any, target: torch.Tensor) -> torch.Tensor:
@@ -139,7 +178,13 @@ class MultiExitLoss(nn.Module):
         """
         return self.terms(outputs, target)['loss']
 
-    def terms(self, outputs: Any, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    def terms(
+        self,
+        outputs: Any,
+        target: torch.Tensor,
+        outside: torch.Tensor | None = None,
+        kd: KDConfig | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Return the total and its parts, for logs.
 
         Args:
@@ -147,32 +192,58 @@ class MultiExitLoss(nn.Module):
                 to deep, main last; and, read only with a feature weight above 0, `features`, one [B, D] float tensor
                 per classifier.
             target: What the criterion takes; as a rule [B] int64 class indices or [B, C] float probabilities.
+            outside: Logits [B, C] of a teacher that is not a part of the model, or None. Every classifier is its
+                student, by the 'kl' of the outputs, or by 'bernoulli' with `multi_label`.
+            kd: How the outside teacher is weighed; None for timm's defaults.
 
         Returns:
-            'loss', a scalar with gradient, and the detached 'task', 'output' and 'feature', each [K+1], one value per
-            classifier with its own factor (`output_weight` and T^2, `feature_weight`) in it; zero where a classifier
-            has no such term. 'loss' is exactly `(exit_weights * (task + output + feature)).sum()`.
+            'loss', a scalar with gradient, and the detached 'task', 'output', 'feature' and, with an outside teacher,
+            'kd', each [K+1], one value per classifier with its factors in it, all but `exit_weights`; zero where a
+            classifier has no such term. 'loss' is exactly `(exit_weights * (task + output + feature + kd)).sum()`.
 
         Raises:
-            MultiExitError: Outputs without logits or with unequal shapes, features missing or of unequal widths, a
-                teacher that the model does not have, a wrong number of exit weights, or a criterion without a scalar.
+            MultiExitError: Outputs without logits or with unequal shapes, features missing or of unequal widths,
+                settings that do not fit the number of classifiers, a criterion without a scalar, or an outside
+                teacher of another shape.
         """
-        logits = _checked_logits(outputs)
-        self._check_count(len(logits))
-        with _full_precision(logits[0].device.type):
-            logits = [_upcast(tensor) for tensor in logits]
+        logits = checked_logits(outputs)
+        count = len(logits)
+        self.check_count(count)
+        task_factor, kd_factor = (kd or KDConfig()).factors if outside is not None else (1.0, 0.0)
+        with full_precision(logits[0].device.type):
+            logits = [upcast(tensor) for tensor in logits]
             task = self._task_rows(logits, target)  # [K+1]
-            output, feature = torch.zeros_like(task), torch.zeros_like(task)
-            if self.output_weight > 0:
-                output = self._output_rows(torch.stack(logits))
-            if self.feature_weight > 0:
-                feature = self._feature_rows(outputs, len(logits))
-            rows = task + output + feature
-            if self.exit_weights is not None:
-                # A tensor of the weights would be copied to the device at every call; Python numbers are not.
-                rows = torch.stack([weight * rows[idx] for idx, weight in enumerate(self.exit_weights)])
-            total = rows.sum()
-        return {'loss': total, 'task': task.detach(), 'output': output.detach(), 'feature': feature.detach()}
+            parts = {
+                'task': scale_rows(task, [task_factor * factor for factor in self.depth_weights.task_factors(count)]),
+                'output': self._output_rows(torch.stack(logits)) if self.output_weight > 0 else torch.zeros_like(task),
+                'feature': self._feature_rows(outputs, count) if self.feature_weight > 0 else torch.zeros_like(task),
+            }
+            if outside is not None:
+                parts['kd'] = kd_factor * self._outside_rows(torch.stack(logits), outside, kd or KDConfig())
+            rows = scale_rows(sum(parts.values()), self.exit_weights or [1.0] * count)
+        return {'loss': rows.sum(), **{name: part.detach() for name, part in parts.items()}}
+
+    def check_count(self, count: int) -> None:
+        """Raise if the settings do not fit a model's number of classifiers.
+
+        Args:
+            count: Exits and main.
+
+        Raises:
+            MultiExitError: A wrong number of exit weights or of the teacher's weights, a teacher that the model does
+                not have, or a balance that turns a task term negative.
+
+        Example:
+            >>> create_loss('beed').check_count(5)
+        """
+        if self.exit_weights is not None and len(self.exit_weights) != count:
+            raise MultiExitError(
+                f'exit_weights has {len(self.exit_weights)} values, but the model has {count} classifiers'
+                f' ({count - 1} exits and main); give one for each, exits shallow to deep, then main.'
+            )
+        self.depth_weights.task_factors(count)
+        if self.teacher is not None:
+            resolve_teacher(self.teacher, self.depth_weights, count)
 
     def check_features(self, widths: Sequence[int]) -> None:
         """Raise if features are distilled and not all of one width.
@@ -199,44 +270,17 @@ class MultiExitLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings that `print` shows."""
         names = ('teacher', 'output_loss', 'output_weight', 'feature_weight', 'temperature', 'exit_weights')
+        names += ('depth_weights',) if self.depth_weights != DepthWeights() else ()
         return ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
-
-    def _check_count(self, count: int) -> None:
-        if self.exit_weights is not None and len(self.exit_weights) != count:
-            raise MultiExitError(
-                f'exit_weights has {len(self.exit_weights)} values, but the model has {count} classifiers'
-                f' ({count - 1} exits and main); give one for each, exits shallow to deep, then main.'
-            )
-
-    def _members(self, count: int) -> tuple[int, ...]:
-        """Return the teacher's classifiers as rising indices from 0 to count - 1."""
-        if self.teacher == 'all':
-            return tuple(range(count))
-        indices = (-1,) if self.teacher == 'main' else self.teacher
-        if not all(-count <= idx < count for idx in indices):
-            raise MultiExitError(
-                f'teacher is {list(indices)}, but the model has {count} classifiers;'
-                f' name them by 0 to {count - 1} (main), or from the end by -1 (main) to {-count}.'
-            )
-        members = tuple(sorted({idx % count for idx in indices}))
-        if len(members) < len(indices):
-            raise MultiExitError(
-                f'teacher is {list(indices)} and names a classifier of this model twice;'
-                f' name each once (main is -1 and {count - 1}).'
-            )
-        return members
 
     def _split(self, stacked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the students [S, B, N], S at most K+1, and the detached teacher [B, N] of stacked [K+1, B, N]."""
-        count = len(stacked)
-        members = self._members(count)
+        members = resolve_teacher(self.teacher, self.depth_weights, len(stacked))
         fixed = stacked.detach()
-        if members == (count - 1,):
+        if list(members) == [len(stacked) - 1]:
             return stacked[:-1], fixed[-1]
-        if len(members) < count:
-            # Not fixed[list]: its index tensor would be copied to the device at every call.
-            fixed = torch.stack([fixed[idx] for idx in members])
-        return stacked, fixed.mean(0)
+        # No tensor of indices or weights, which would be copied to the device at every call.
+        return stacked, sum(weight * fixed[idx] for idx, weight in members.items())
 
     def _task_rows(self, logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         if target.is_floating_point():
@@ -250,15 +294,18 @@ class MultiExitLoss(nn.Module):
         return torch.stack(rows)
 
     def _output_rows(self, logits: torch.Tensor) -> torch.Tensor:
-        students, teacher = self._split(logits)
-        if self.output_loss == 'mse':
-            rows = (students - teacher).square().mean((1, 2))
-        else:
-            log_student = F.log_softmax(students / self.temperature, dim=-1)
-            log_teacher = F.log_softmax(teacher / self.temperature, dim=-1)
-            divergence = log_teacher.exp() * (log_teacher - log_student)  # [S, B, C]
-            rows = divergence.sum(-1).mean(-1) * self.temperature**2
-        return F.pad(self.output_weight * rows, (0, len(logits) - len(rows)))  # [K+1]
+        rows = output_distance(self.output_loss, *self._split(logits), self.temperature)
+        rows = F.pad(self.output_weight * rows, (0, len(logits) - len(rows)))  # [K+1]
+        return scale_rows(rows, self.depth_weights.output_factors(len(logits))) * self.distill_scale
+
+    def _outside_rows(self, logits: torch.Tensor, outside: torch.Tensor, kd: KDConfig) -> torch.Tensor:
+        if outside.shape != logits[0].shape:
+            raise MultiExitError(
+                f'The outside teacher gives logits of shape {list(outside.shape)}, allowed is that of the model,'
+                f' {list(logits[0].shape)}; take a teacher of the same classes.'
+            )
+        kind = 'bernoulli' if self.multi_label else 'kl'
+        return output_distance(kind, logits, outside.detach().to(logits.dtype), kd.temperature)
 
     def _feature_rows(self, outputs: Any, count: int) -> torch.Tensor:
         features = getattr(outputs, 'features', None)
@@ -268,16 +315,16 @@ class MultiExitLoss(nn.Module):
                 ' call the model with exits=True, or use feature_weight 0.'
             )
         self.check_features([tensor.shape[-1] for tensor in features])
-        students, teacher = self._split(torch.stack([_upcast(tensor) for tensor in features]))
+        students, teacher = self._split(torch.stack([upcast(tensor) for tensor in features]))
         rows = (students - teacher).square().mean((1, 2))
-        return F.pad(self.feature_weight * rows, (0, count - len(rows)))  # [K+1]
+        return F.pad(self.feature_weight * rows, (0, count - len(rows))) * self.distill_scale  # [K+1]
 
 
 def create_loss(name: str, **overrides: Any) -> MultiExitLoss:
     """Return the loss of a named method.
 
     Args:
-        name: Key of `LOSSES`: 'ce', 'phuong', 'byot' or 'eed'.
+        name: Key of `LOSSES`: 'ce', 'phuong', 'byot', 'eed' or 'beed'.
         **overrides: Keyword arguments of `MultiExitLoss` in place of the row's; one that is None is left out, so that
             a command-line flag left unset keeps the method's value.
 
@@ -297,59 +344,5 @@ exit_weights=None)
     return MultiExitLoss(**{**LOSSES[name], **given})
 
 
-def _checked_number(name: str, value: float, is_positive: bool = False) -> float:
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < 0 or (is_positive and value == 0):
-        allowed = 'above 0' if is_positive else 'of 0 or more'
-        raise MultiExitError(f'{name} is {value!r}, allowed is a finite number {allowed}; change it.')
-    return float(value)
-
-
-def _checked_exit_weights(exit_weights: Sequence[float]) -> tuple[float, ...]:
-    if isinstance(exit_weights, str) or not isinstance(exit_weights, Iterable):
-        raise MultiExitError(
-            f'exit_weights is {exit_weights!r}, allowed is a list with one number for each classifier;'
-            ' give them exits shallow to deep, then main.'
-        )
-    return tuple(_checked_number(f'exit_weights[{idx}]', weight) for idx, weight in enumerate(exit_weights))
-
-
-def _checked_teacher(teacher: str | Sequence[int] | None) -> str | tuple[int, ...] | None:
-    if teacher is None or (isinstance(teacher, str) and teacher in ('main', 'all')):
-        return teacher
-    is_list = isinstance(teacher, Sequence) and not isinstance(teacher, str)
-    if not is_list or not teacher or not all(isinstance(idx, int) and not isinstance(idx, bool) for idx in teacher):
-        raise MultiExitError(
-            f"teacher is {teacher!r}, allowed are None, 'main', 'all' or a list of classifiers such as [0, -1];"
-            ' name classifiers by 0-based index, shallow to deep, main is -1.'
-        )
-    return tuple(teacher)
-
-
-def _checked_logits(outputs: Any) -> Sequence[torch.Tensor]:
-    logits = getattr(outputs, 'logits', None)
-    if not isinstance(logits, (tuple, list)) or not logits:
-        raise MultiExitError(
-            f'Outputs of type {type(outputs).__name__} have no tuple of logits, allowed is what a multi-exit model'
-            ' returns for all its exits; call the model with exits=True.'
-        )
-    if any(tensor.shape != logits[0].shape for tensor in logits):
-        shapes = ', '.join(str(list(tensor.shape)) for tensor in logits)
-        raise MultiExitError(
-            f'Logits have the shapes {shapes}, allowed is one shape [B, C] for all classifiers;'
-            ' give every exit the same batch and num_classes as main.'
-        )
-    return logits
-
-
 def _binary_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
-
-
-def _upcast(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _full_precision(device_type: str) -> AbstractContextManager:
-    # Not asked of torch.amp.is_autocast_available, which torch.compile does not trace in torch 2.8.
-    return nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False)

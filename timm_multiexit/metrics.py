@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.task.evaluator import ClassificationEvaluator
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import Tensor
 
+from timm_multiexit.config import MultiExitError
+
 ENSEMBLE = 'ens'
+MEAN = 'mean'
 
 
 def exit_names(num_exits: int) -> tuple[str, ...]:
@@ -63,7 +66,7 @@ class CalibrationError:
 
 
 class ExitEvaluator:
-    """Top-1, top-5, loss and ECE of every classifier, and of their ensemble if there are exits, over a data set.
+    """Accuracy and loss of every classifier, and of their ensemble if there are exits, over a data set.
 
     The ensemble's logits are the mean of all classifiers' logits. Counting is timm's; a sample counts once, the
     padding of distributed samplers is left out.
@@ -72,79 +75,152 @@ class ExitEvaluator:
         num_exits: Exits, without main.
         device: Where the running sums live.
         max_samples: Real samples on this rank (`timm.task.evaluator.evaluation_sample_limit`); None for all.
+        multi_label: Targets say of every class whether it is there, and timm's multi-label metrics take the place of
+            top-1, top-5 and ECE.
+        threshold: Probability from which on a class counts as predicted, in (0, 1); for the F1 of `multi_label`.
+
+    Raises:
+        MultiExitError: The threshold is out of range.
 
     Source: the ensemble is that of Lee and Lee, arXiv 2104.00299, equation 5.
     """
 
-    def __init__(self, num_exits: int, *, device: torch.device | str = 'cpu', max_samples: int | None = None):
+    def __init__(
+        self,
+        num_exits: int,
+        *,
+        device: torch.device | str = 'cpu',
+        max_samples: int | None = None,
+        multi_label: bool = False,
+        threshold: float = 0.5,
+    ):
+        if not 0 < threshold < 1:
+            raise MultiExitError(
+                f'The threshold of multi-label predictions is {threshold}, allowed is a number above 0 and below 1.'
+            )
         self.names = (*exit_names(num_exits), ENSEMBLE) if num_exits else exit_names(0)
         self.max_samples = max_samples
+        self.multi_label = multi_label
+        self.default_metric = default_metric(multi_label)
         self.num_samples = 0
-        self.accuracy = [ClassificationEvaluator(device) for _ in self.names]
-        self.calibration = [CalibrationError(device=device) for _ in self.names]
+        # max_samples is not for timm's evaluators: they are given batches that are cut already.
+        if multi_label:
+            self.accuracy = [MultiLabelClassificationEvaluator(device, threshold=threshold) for _ in self.names]
+            self.calibration = []
+        else:
+            self.accuracy = [ClassificationEvaluator(device) for _ in self.names]
+            self.calibration = [CalibrationError(device=device) for _ in self.names]
 
     @torch.no_grad()
     def update(self, logits: Sequence[Tensor], target: Tensor) -> None:
-        """Add a batch: one [B, C] tensor per classifier, main last, and class indices [B]."""
+        """Add a batch.
+
+        Args:
+            logits: One [B, C] tensor per classifier, main last.
+            target: Class indices [B], or with `multi_label` [B, C] numbers in [0, 1].
+
+        Raises:
+            MultiExitError: The targets have another shape.
+        """
+        expected = logits[-1].shape if self.multi_label else logits[-1].shape[:1]
+        if target.shape != expected:
+            kind = 'multi-label' if self.multi_label else 'single-label'
+            raise MultiExitError(
+                f'Targets have the shape {list(target.shape)}, {kind} evaluation of logits {list(logits[-1].shape)}'
+                f' allows {list(expected)}: see --task and --num-classes.'
+            )
         count = len(target)
         if self.max_samples is not None:
             count = max(0, min(count, self.max_samples - self.num_samples))
         if count == 0:
             return
         self.num_samples += count
+        target = target[:count]
         logits = [single[:count].float() for single in logits]
-        for single, accuracy, calibration in zip(
-            [*logits, torch.stack(logits).mean(0)],
-            self.accuracy,
-            self.calibration,
-        ):
-            accuracy.update(single, target[:count])
-            calibration.update(single, target[:count])
+        logits.append(torch.stack(logits).mean(0))
+        for meters in (self.accuracy, self.calibration):
+            for single, meter in zip(logits, meters):
+                meter.update(single, target)
 
     def compute(self, distributed: bool = False) -> dict[str, dict[str, float]]:
-        """Return name -> {loss, top1, top5, ece}, in percent but for the loss; over all ranks if `distributed`."""
-        return {
-            name: {**accuracy.compute(distributed), 'ece': calibration.compute(distributed)}
-            for name, accuracy, calibration in zip(self.names, self.accuracy, self.calibration)
-        }
+        """Return the metrics of each classifier, over all ranks if `distributed`.
+
+        Returns:
+            name -> {loss, top1, top5, ece}, with `multi_label` name -> {loss, map, micro_f1, macro_f1, sample_f1};
+            in percent but for the loss.
+        """
+        metrics = {name: dict(meter.compute(distributed)) for name, meter in zip(self.names, self.accuracy)}
+        for name, meter in zip(self.names, self.calibration):
+            metrics[name]['ece'] = meter.compute(distributed)
+        return metrics
+
+
+def default_metric(multi_label: bool = False) -> str:
+    """Return the metric of main that timm chooses the best epoch by.
+
+    >>> default_metric(), default_metric(multi_label=True)
+    ('top1', 'map')
+    """
+    return (MultiLabelClassificationEvaluator if multi_label else ClassificationEvaluator).default_metric
 
 
 def flatten_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the metrics as columns: main's under timm's names, then those of the exits and the ensemble.
+    """Return the metrics as columns: main's under timm's names, then of each exit, the ensemble, and the mean.
 
-    >>> flatten_metrics({'exit0': {'loss': 2.0, 'top1': 50.0, 'top5': 90.0}, 'main': {'loss': 1.0, 'top1': 60.0,
-    ...     'top5': 95.0}})
-    {'loss': 1.0, 'top1': 60.0, 'top5': 95.0, 'exit0_loss': 2.0, 'exit0_top1': 50.0, 'exit0_top5': 90.0}
+    The mean is over the exits and main; a model without exits has main's columns alone.
+
+    >>> flatten_metrics({'exit0': {'loss': 2.0, 'top1': 50.0}, 'main': {'loss': 1.0, 'top1': 60.0}})
+    {'loss': 1.0, 'top1': 60.0, 'exit0_loss': 2.0, 'exit0_top1': 50.0, 'mean_loss': 1.5, 'mean_top1': 55.0}
     """
     columns = dict(metrics['main'])
     for name, values in metrics.items():
         if name != 'main':
             columns |= {f'{name}_{key}': value for key, value in values.items()}
+    single = [values for name, values in metrics.items() if name != ENSEMBLE]
+    if len(single) > 1:
+        columns |= {f'{MEAN}_{key}': sum(values[key] for values in single) / len(single) for key in metrics['main']}
     return columns
 
 
-def evaluation_columns(num_exits: int) -> tuple[str, ...]:
+def evaluation_columns(num_exits: int, multi_label: bool = False) -> tuple[str, ...]:
     """Return the columns that `flatten_metrics` gives for a model with so many exits, main's first.
 
     >>> evaluation_columns(0)
     ('loss', 'top1', 'top5', 'ece')
+    >>> evaluation_columns(0, multi_label=True)
+    ('loss', 'map', 'micro_f1', 'macro_f1', 'sample_f1')
     """
-    return tuple(flatten_metrics(ExitEvaluator(num_exits).compute()))
+    return tuple(flatten_metrics(ExitEvaluator(num_exits, multi_label=multi_label).compute()))
 
 
 def describe_environment() -> dict[str, str]:
-    """Return what a measurement must be stamped with: commit, library versions, hardware."""
+    """Return what a measurement must be stamped with: commit, library versions, hardware, CPU threads of torch."""
     git = ('git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--abbrev=12')
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = 'unknown'
-    hardware = f'{os.cpu_count()} CPUs, {platform.machine()}'
+    hardware = [f'{os.cpu_count()} x {_cpu_name()}']
     if torch.cuda.is_available():
-        hardware = f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}'
+        hardware.insert(0, f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}')
     versions = [f'python {platform.python_version()}']
     versions += [f'{name} {version(name)}' for name in ('timm', 'torch', 'torchvision', 'accelerate')]
-    return {'commit': commit, 'versions': ', '.join(versions), 'hardware': hardware}
+    return {
+        'commit': commit,
+        'versions': ', '.join(versions),
+        'hardware': ', '.join(hardware),
+        'threads': f'{torch.get_num_threads()} torch threads',
+    }
+
+
+def _cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
+    """Return the CPU's model, or where the system does not tell it the kind of machine, such as 'x86_64'."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    return next(names, '') or platform.machine()
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,33 +1,49 @@
 """The training step: all classifiers in one forward, one loss, as a timm task."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from timm.task import TrainingTask
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.distillation import KDConfig
 from timm_multiexit.losses import MultiExitLoss
 from timm_multiexit.metrics import ExitEvaluator
-from timm_multiexit.model import MultiExitModel
+from timm_multiexit.model import ExitOutputs, MultiExitModel
+from timm_multiexit.taps import classifier_names
 
 
 class MultiExitTask(TrainingTask):
-    """Train a `MultiExitModel` with a `MultiExitLoss`.
+    """Train a `MultiExitModel` with a `MultiExitLoss`, and with a frozen outside teacher if there is one.
 
     EMA, checkpoints and resume are timm's. Under `DistributedDataParallel`, and Accelerate, wrap `trainable_module`,
-    not the task: its EMA copy gets no gradients.
+    not the task: its EMA copy and the outside teacher get no gradients.
 
     Args:
         model: The model to train.
         loss: What to minimise, e.g. `create_loss('eed')`.
-        device: Where the loss and the evaluator live.
-        dtype: Kept for timm's signature.
+        teacher: A model that every classifier learns from, main and exits: a `timm.task.DistillationTeacher`, a model,
+            or the name of a pretrained timm model of the same classes. It is frozen in place, stays in eval mode, is
+            no part of `trainable_module`, and sees the images normalised as its own `pretrained_cfg` says.
+        kd: How that teacher is weighed; None for timm's defaults.
+        autocast: Gives the context that the teacher runs in, `accelerator.autocast` where Accelerate's wrapper puts
+            the model alone into mixed precision; the surrounding one if not given.
+        device: Where the loss, the teacher and the evaluator live.
+        dtype: Of the teacher, if it is made here.
         verbose: Log what was set up.
 
+    Attributes:
+        trains_main_alone: Run the backbone and its own classifier only, by their task term.
+
     Raises:
-        MultiExitError: The loss distils features and the widths of the heads do not allow it.
+        MultiExitError: The loss does not fit the model's classifiers, it distils features and the widths of the heads
+            do not allow it, or the teacher has other classes.
 
     >>> import torch
     >>> from timm_multiexit.attach import attach_exits
@@ -43,15 +59,74 @@ class MultiExitTask(TrainingTask):
         model: MultiExitModel,
         loss: MultiExitLoss,
         *,
+        teacher: DistillationTeacher | nn.Module | str | None = None,
+        kd: KDConfig | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        loss.check_count(len(model.exits) + 1)
         if loss.feature_weight > 0:
             loss.check_features(model.feature_widths())
         self.trainable_module = model
         self.loss = loss.to(self.device)
+        self._main_loss = MultiExitLoss(criterion=loss.criterion, multi_label=loss.multi_label)
+        self.trains_main_alone = False
+        self.kd = kd or KDConfig()
+        self.autocast = autocast
+        self.teacher: DistillationTeacher | None = None
+        if teacher is not None:
+            self._set_teacher(teacher)
+        elif kd is not None:
+            raise MultiExitError(f'kd is {kd}, but there is no outside teacher to weigh; give one or leave kd out.')
+
+    def _set_teacher(self, teacher: DistillationTeacher | nn.Module | str) -> None:
+        model = self.trainable_module
+        if isinstance(teacher, DistillationTeacher):
+            name, made = type(unwrap_model(teacher.model)).__name__, teacher
+        else:
+            name = teacher if isinstance(teacher, str) else type(unwrap_model(teacher)).__name__
+            made = DistillationTeacher(
+                teacher, num_classes=model.num_classes, in_chans=model.in_chans, device=self.device, dtype=self.dtype
+            )
+        inner = unwrap_model(made.model)
+        num_classes = getattr(inner, 'num_classes', model.num_classes)
+        if isinstance(teacher, str):
+            # timm gives it the student's classes, with a fresh classifier where the weights have others.
+            num_classes = inner.pretrained_cfg.get('num_classes', num_classes)
+        if num_classes != model.num_classes:
+            raise MultiExitError(
+                f'The outside teacher {name} knows {num_classes} classes and the model has {model.num_classes};'
+                ' take a teacher that was trained on these classes.'
+            )
+        self.teacher = made.to(self.device).eval().requires_grad_(False)
+        # timm's normalize_input compares values, which waits for a GPU; the map to the teacher's pixels is fixed here.
+        mean, std = (
+            torch.tensor(model.pretrained_cfg.get(key, default), device=self.device).view(1, -1, 1, 1)
+            for key, default in (('mean', IMAGENET_DEFAULT_MEAN), ('std', IMAGENET_DEFAULT_STD))
+        )
+        pairs = ((mean, made.mean_kd), (std, made.std_kd))
+        same = all(torch.equal(ours.to(theirs.dtype), theirs) for ours, theirs in pairs)
+        self.register_buffer('teacher_scale', None if same else std / made.std_kd, persistent=False)
+        self.register_buffer('teacher_shift', None if same else (mean - made.mean_kd) / made.std_kd, persistent=False)
+
+    @torch.no_grad()
+    def _outside_logits(self, images: Tensor) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        if self.teacher_scale is not None:
+            images = images * self.teacher_scale + self.teacher_shift
+        with self.autocast():
+            return self.teacher(images.to(next(self.teacher.parameters()).dtype))
+
+    def train(self, mode: bool = True) -> 'MultiExitTask':
+        """Set the mode; an outside teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:  # noqa: A002 - timm's name
         """Run all classifiers and the loss.
@@ -63,10 +138,13 @@ class MultiExitTask(TrainingTask):
         Returns:
             loss: scalar to call backward on; output: main's logits [B, C]; logits: all, shallow to deep, main last;
             and, detached and one value per classifier [K+1], the parts of the loss: task, output_distance,
-            feature_distance.
+            feature_distance, and with an outside teacher kd_distance. While main trains alone K is 0.
         """
-        outputs = self.trainable_module(input, exits=True)
-        terms = self.loss.terms(outputs, target)
+        if self.trains_main_alone:
+            outputs, loss = ExitOutputs((self.trainable_module(input),), ()), self._main_loss
+        else:
+            outputs, loss = self.trainable_module(input, exits=True), self.loss
+        terms = loss.terms(outputs, target, self._outside_logits(input), self.kd)
         return {
             'loss': terms['loss'],
             'output': outputs.logits[-1],
@@ -74,6 +152,7 @@ class MultiExitTask(TrainingTask):
             'task': terms['task'],
             'output_distance': terms['output'],
             'feature_distance': terms['feature'],
+            **({'kd_distance': terms['kd']} if 'kd' in terms else {}),
         }
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'MultiExitTask':
@@ -82,8 +161,10 @@ class MultiExitTask(TrainingTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the model in place, so that its keys and its type stay, and return it."""
+        """Compile the model in place, so that its keys and its type stay, the teacher too, and return the model."""
         self.trainable_module.compile(backend=backend, mode=mode, **compile_kwargs)
+        if self.teacher is not None:
+            self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
         return self.trainable_module
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
@@ -91,7 +172,8 @@ class MultiExitTask(TrainingTask):
         model = unwrap_model(self.trainable_module)
         excluded = set()
         if exclude_head:
-            linears = [model.get_classifier(), *(head.fc for head in model.exits)]
+            linears = [model.backbone.get_submodule(name) for name in classifier_names(model.backbone)]
+            linears += [head.fc for head in model.exits]
             excluded = {id(param) for linear in linears for param in linear.parameters()}
         return [param for param in model.parameters() if id(param) not in excluded]
 
@@ -101,4 +183,6 @@ class MultiExitTask(TrainingTask):
 
     def create_evaluator(self, **kwargs: Any) -> ExitEvaluator:
         """Return an evaluator for every exit and the ensemble."""
+        if self.loss.multi_label:
+            kwargs.setdefault('multi_label', True)
         return ExitEvaluator(len(unwrap_model(self.trainable_module).exits), device=self.device, **kwargs)

@@ -1,0 +1,254 @@
+"""Model, task and optimizer from command-line arguments."""
+
+from argparse import Namespace
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.loss import create_classification_loss
+from timm.models import parse_model_name, resolve_model_input_args
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    MultiLabelClassificationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+from torch import nn
+
+from timm_multiexit.checkpoint import load_checkpoint, read_specs, read_training_checkpoint
+from timm_multiexit.checks import loss_kwargs
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.distillation import KDConfig
+from timm_multiexit.factory import check_model_name, create_model
+from timm_multiexit.losses import create_loss
+from timm_multiexit.model import MultiExitModel
+from timm_multiexit.regimes import Regime, split_exit_groups
+from timm_multiexit.task import MultiExitTask
+
+_SQRT_SCALED = ('ada', 'lamb')  # optimizers whose rate timm scales with the root of the batch
+
+
+def create_train_model(args: Namespace, num_classes: int | None, resume: Any = None) -> nn.Module:
+    """Return the model that the flags name, with exits if they ask for some, and its weights loaded.
+
+    Args:
+        args: Arguments; `num_classes` is set to what the model has.
+        num_classes: Of the data, None if it does not say.
+        resume: Checkpoint of a run to go on with, None for a new one.
+
+    Raises:
+        MultiExitError: No such model or exits, weights that do not fit, or fewer classes than the data has.
+    """
+    if args.fast_norm:
+        set_fast_norm()
+    check_model_name(args.model)
+    model = _create_architecture(args)
+    if args.initial_checkpoint:
+        load_checkpoint(model, args.initial_checkpoint)
+    if resume:
+        _check_resumed(model, resume)
+        load_checkpoint(model, resume, use_ema=False)
+    args.num_classes = model.num_classes
+    if num_classes and num_classes > args.num_classes:
+        raise MultiExitError(f'The data has {num_classes} classes, the model {args.num_classes}: set --num-classes.')
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    if not resume:
+        _init_classifiers(args, model)
+    return model
+
+
+def _create_architecture(args: Namespace) -> nn.Module:
+    kwargs = {
+        'pretrained': args.pretrained,
+        'in_chans': args.in_chans or (args.input_size[0] if args.input_size else None),
+        'num_classes': args.num_classes,
+        'drop_rate': args.drop,
+        'drop_path_rate': args.drop_path,
+        'drop_block_rate': args.drop_block,
+        'global_pool': args.gp,
+        'bn_momentum': args.bn_momentum,
+        'bn_eps': args.bn_eps,
+        **args.model_kwargs,
+    }
+    if args.pretrained_path:
+        # -1 classes: not the file's, so that a classifier of another size is made anew.
+        kwargs['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
+    # Models made for one image size (transformers) must be told another.
+    img_size = resolve_model_input_args(args.model, vars(args), **args.model_kwargs).get('img_size')
+    if img_size is not None:
+        kwargs['img_size'] = img_size
+    if args.exits is None:
+        return timm.create_model(args.model, **kwargs)
+    size = args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
+    exits = None if _has_own_exits(args) and args.exits == 'auto' else args.exits
+    model = create_model(
+        args.model, exits=exits, head=args.exit_head, head_widths=args.head_widths, input_size=size, **kwargs
+    )
+    # Projectors that no loss reads would have no gradient, which distributed training takes for an error.
+    if args.exit_projectors and create_train_loss(args).feature_weight > 0:
+        model.add_projectors()
+    return model
+
+
+def _has_own_exits(args: Namespace) -> bool:
+    """Return whether the model's folder holds trained exits, which 'auto' then means."""
+    source, name = parse_model_name(args.model)
+    return source == 'local-dir' and args.pretrained and bool(read_specs(name))
+
+
+def _check_resumed(model: nn.Module, path: Any) -> None:
+    exits = (read_training_checkpoint(path).get('task_state') or {}).get('exits')
+    if isinstance(model, MultiExitModel) and exits is None:
+        raise MultiExitError(
+            f'{path} is of a run without exits, so it cannot be gone on with: start from its weights with'
+            f' --initial-checkpoint {path}, or leave the exits out.'
+        )
+
+
+def _init_classifiers(args: Namespace, model: nn.Module) -> None:
+    classifiers = [model.get_classifier(), *(head.fc for head in getattr(model, 'exits', ()))]
+    with torch.no_grad():
+        for linear in classifiers:
+            if args.head_init_scale is not None:
+                linear.weight.mul_(args.head_init_scale)
+                linear.bias.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                linear.bias.fill_(args.head_init_bias)
+
+
+def place_model(args: Namespace, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Return the model on its device, its normalization layers split or synchronized as the flags say."""
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    if args.sync_bn and accelerator.num_processes > 1:
+        args.dist_bn = ''
+        model = convert_sync_batchnorm(model)
+    model.to(device=accelerator.device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def create_criterion(args: Namespace) -> nn.Module:
+    """Return the task term: timm's loss for the flags."""
+    return create_classification_loss(**loss_kwargs(args, args.num_classes))
+
+
+def create_train_loss(args: Namespace) -> nn.Module:
+    """Return the multi-exit loss that the flags name."""
+    return create_loss(
+        args.exit_loss,
+        teacher=args.exit_teacher,
+        output_loss=args.exit_output_loss,
+        output_weight=args.exit_output_weight,
+        feature_weight=args.exit_feature_weight,
+        temperature=args.exit_temperature,
+        exit_weights=args.exit_weights,
+        criterion=create_criterion(args),
+        multi_label=args.task == 'multilabel',
+    )
+
+
+def create_task(args: Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
+    """Return the task: what is minimised in a step.
+
+    Raises:
+        MultiExitError: The teacher cannot be had, or flags contradict each other.
+    """
+    common = {'device': device, 'dtype': getattr(torch, args.model_dtype) if args.model_dtype else None}
+    common['verbose'] = False
+    teacher = args.kd_model_name
+    if teacher:
+        check_model_name(teacher)
+    weights = {'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
+    if isinstance(model, MultiExitModel):
+        kd = KDConfig(**weights, temperature=args.kd_temperature) if teacher else None
+        return MultiExitTask(model, create_train_loss(args), teacher=teacher, kd=kd, **common)
+    if teacher:
+        return _create_distillation_task(args, model, teacher, weights, common)
+    if args.task == 'multilabel':
+        return MultiLabelClassificationTask(
+            model, create_criterion(args), threshold=args.multilabel_threshold, **common
+        )
+    return ClassificationTask(model, create_criterion(args), **common)
+
+
+def _create_distillation_task(args, model, teacher, weights, common) -> TrainingTask:
+    common = {
+        'student_model': model,
+        'teacher_model': teacher,
+        'criterion': create_criterion(args),
+        **weights,
+        **common,
+    }
+    if args.kd_distill_type == 'feature':
+        return FeatureDistillationTask(
+            student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim, **common
+        )
+    if args.kd_distill_type == 'token':
+        return TokenDistillationTask(distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
+    return LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
+
+
+def create_regime(args: Namespace, model: nn.Module) -> Regime:
+    """Return what trains when.
+
+    Fresh heads on a trained backbone first learn alone, or they would pull it away from its weights.
+    """
+    if not isinstance(model, MultiExitModel):
+        return Regime()
+    name = args.regime or 'joint'
+    backbone_epochs = 0
+    if name == 'mixed':
+        backbone_epochs = args.epochs // 2 if args.backbone_epochs is None else args.backbone_epochs
+    is_trained = args.pretrained or args.pretrained_path or args.initial_checkpoint or backbone_epochs
+    has_fresh_heads = not _has_own_exits(args) and not _checkpoint_has_exits(args.initial_checkpoint)
+    warmup = args.head_warmup_epochs
+    if warmup is None:
+        warmup = 1.0 if is_trained and has_fresh_heads and name != 'frozen' else 0.0
+    return Regime(name, backbone_epochs, 0.0 if name == 'frozen' else warmup, args.exit_warmup_epochs)
+
+
+def _checkpoint_has_exits(path: str) -> bool:
+    return bool(path) and any(key.startswith('exits.') for key in timm.models.load_state_dict(path))
+
+
+def create_train_optimizer(
+    args: Namespace, model: nn.Module, batch_size: float, accelerator: Accelerator
+) -> torch.optim.Optimizer:
+    """Return the optimizer, the heads in groups of their own; `args.lr` is set if it was not given.
+
+    Args:
+        args: Arguments.
+        model: What is trained; frozen parameters are left out.
+        batch_size: Mean batch size of one process.
+        accelerator: Knows how many there are.
+    """
+    if not args.lr:
+        is_sqrt = any(name in args.opt.lower() for name in _SQRT_SCALED)
+        args.lr_base_scale = args.lr_base_scale or ('sqrt' if is_sqrt else 'linear')
+        ratio = batch_size * accelerator.num_processes * args.grad_accum_steps / args.lr_base_size
+        args.lr = args.lr_base * (ratio**0.5 if args.lr_base_scale == 'sqrt' else ratio)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    split_exit_groups(optimizer, model, args.exit_lr_scale)
+    return optimizer
+
+
+def prepare(task: TrainingTask, optimizer: torch.optim.Optimizer, accelerator: Accelerator, **ddp: Any) -> Any:
+    """Wrap a task's model for its processes and precision, and return the wrapped optimizer.
+
+    Args:
+        task: Its `trainable_module` is replaced.
+        optimizer: Of its parameters.
+        accelerator: Wraps.
+        **ddp: For `DistributedDataParallel`.
+    """
+    accelerator.ddp_handler = DistributedDataParallelKwargs(**ddp)
+    task.trainable_module, prepared = accelerator.prepare(task.trainable_module, optimizer)
+    return prepared

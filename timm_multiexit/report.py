@@ -1,0 +1,82 @@
+"""The end of a run: the best network's table, printed and written beside it."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import timm
+from accelerate import Accelerator
+
+from timm_multiexit.engine import evaluate_loader
+from timm_multiexit.factory import create_model, make_table
+from timm_multiexit.loaders import create_eval_loader
+from timm_multiexit.metrics import describe_environment
+from timm_multiexit.model import MultiExitModel
+
+
+def report(
+    args: Namespace,
+    accelerator: Accelerator,
+    folder: Path,
+    dataset: Any,
+    *,
+    data_config: dict[str, Any],
+    best_epoch: int | None,
+    num_epochs: int,
+) -> None:
+    """Print the table of the network in `folder/best` and write it to `folder/results.json`; all ranks take part.
+
+    Args:
+        args: Of the run.
+        accelerator: Of the run.
+        folder: Of the run.
+        dataset: What the table is of.
+        data_config: How images are made ready.
+        best_epoch: From 0; None where no epoch was chosen.
+        num_epochs: Of the run.
+    """
+    best = load_best(args, f'{folder}/best').to(accelerator.device)
+    result = evaluate_loader(
+        best,
+        create_eval_loader(args, dataset, data_config, accelerator),
+        accelerator=accelerator,
+        multi_label=args.task == 'multilabel',
+        threshold=args.multilabel_threshold,
+    )
+    if not accelerator.is_main_process:
+        return
+    split = args.test_split or args.val_split
+    chosen_on = f'the {args.val_split} split'
+    if args.val_from_train:
+        chosen_on = f'{args.val_from_train} images held out of the {args.train_split} split'
+    table = make_table(best, result.metrics, input_size=data_config['input_size'], num_samples=result.num_samples)
+    chosen = ''
+    if best_epoch is not None:
+        is_same = split == args.val_split and not args.val_from_train
+        chosen = f', epoch {best_epoch + 1} of {num_epochs} chosen by {args.eval_metric} on'
+        chosen += ' this split' if is_same else f' {chosen_on}'
+    print(
+        f'\n{args.model} on the {split} split, {table.num_samples} images{chosen}:\n\n{table}\n\n'
+        f'{folder}/best is the network: create_model("local-dir:{folder}/best", pretrained=True)\n',
+        flush=True,
+    )
+    results = {
+        'split': split,
+        'num_samples': table.num_samples,
+        'epoch_chosen_on': chosen_on.removeprefix('the ').removesuffix(' split'),
+        'best_epoch': best_epoch,
+        'rows': table.rows,
+        'seed': args.seed,
+        'command': sys.argv,
+        **describe_environment(),
+    }
+    (folder / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+
+
+def load_best(args: Namespace, folder: str) -> MultiExitModel:
+    """Return the network of a run's folder, without exits if the run had none."""
+    if args.exits is not None:
+        return create_model(f'local-dir:{folder}', pretrained=True)
+    return MultiExitModel(timm.create_model(f'local-dir:{folder}', pretrained=True), [])

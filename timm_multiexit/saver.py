@@ -1,0 +1,175 @@
+"""A training run's files, whole after a kill at any moment: timm's checkpoints, and the best network as a folder."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import CheckpointSaver
+from torch import nn
+
+from timm_multiexit.checkpoint import read_training_checkpoint, save_pretrained
+from timm_multiexit.config import MultiExitError
+
+BEST_NAME = 'best'
+_OLD_BEST_NAME = '.best-old'
+_NEW_BEST_NAME = '.best-new'
+
+
+class RunSaver(CheckpointSaver):
+    """timm's saver, with files that are there whole or not at all, and with where the run stands.
+
+    Args:
+        run_state: Returns what the run needs to go on besides weights and optimizer: plain values and tensors.
+        **kwargs: For timm's `CheckpointSaver`.
+    """
+
+    def __init__(self, *, run_state: Callable[[], dict[str, Any]], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.run_state = run_state
+
+    def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
+        """Return timm's bookkeeping and, under 'run', where the run stands."""
+        return {**super().state_dict(epoch, metric), 'run': self.run_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the bookkeeping of a checkpoint in this folder; call it when all else has been restored.
+
+        If that checkpoint closed an epoch, its files are written once more: a kill may have come between them.
+        """
+        epoch, metric = state_dict.get('pending', (None, None))
+        super().load_state_dict({**state_dict, 'pending': (None, None)})
+        self.clean()
+        if epoch is not None and not state_dict.get('run', {}).get('batch'):
+            # timm's own list may hold the file already, where the list was read from a later checkpoint.
+            path = self._checkpoint_path(epoch)
+            self.checkpoint_files = [entry for entry in self.checkpoint_files if entry[0] != path]
+            self.save_checkpoint(epoch, metric)
+
+    def is_best(self, metric: float | None) -> bool:
+        """Return whether a network with this metric is the best so far; the latest is, where nothing is measured."""
+        return metric is None or self.best_metric is None or self.cmp(metric, self.best_metric)
+
+    def save_best(self, model: nn.Module, **kwargs: Any) -> None:
+        """Write a network to the folder `best` in one move; before `save_checkpoint`, which says that it was the best.
+
+        Args:
+            model: The network.
+            **kwargs: For `save_pretrained`.
+        """
+        best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
+        shutil.rmtree(new, ignore_errors=True)
+        with _explained(best):
+            save_pretrained(model, new, **kwargs)
+        shutil.rmtree(old, ignore_errors=True)
+        if best.exists():
+            best.rename(old)
+        new.rename(best)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+        """See timm; recovery checkpoints of the epoch are removed, the run has gone past them."""
+        best = super().save_checkpoint(epoch, metric)
+        for path in self.recovery_files():
+            path.unlink(missing_ok=True)
+        self.curr_recovery_file = self.prev_recovery_file = ''
+        return best
+
+    def recovery_files(self) -> list[Path]:
+        """Return the checkpoints from the middle of an epoch."""
+        return sorted(Path(self.checkpoint_dir).glob(f'{self.recovery_prefix}-*{self.extension}'))
+
+    def clean(self) -> None:
+        """Remove what a kill left half written."""
+        folder = Path(self.checkpoint_dir)
+        best, old = folder / BEST_NAME, folder / _OLD_BEST_NAME
+        if old.exists() and not best.exists():
+            old.rename(best)
+        for path in (old, folder / _NEW_BEST_NAME, *folder.glob(f'.{_NEW_BEST_NAME}-*')):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (*folder.glob(f'*tmp{self.extension}'), *folder.glob('.link-*'), *folder.glob('.*.tmp')):
+            path.unlink(missing_ok=True)
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        with _explained(save_path), open(save_path, 'wb') as file:
+            super()._save(file, epoch, metric)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _replace(self, src: str, dst: str) -> None:
+        # timm removes the old file first, and a kill in between leaves neither.
+        os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        temporary = Path(dst).with_name(f'.link-{Path(dst).name}')
+        temporary.unlink(missing_ok=True)
+        with _explained(dst):
+            try:
+                os.link(src, temporary)
+            except (OSError, NotImplementedError):
+                shutil.copy2(src, temporary)
+            os.replace(temporary, dst)
+
+
+class _explained:  # noqa: N801 - reads as a statement
+    """Turns a full or unwritable disk into one line, and removes the part that was written."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    def __enter__(self) -> None:
+        """Nothing."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Raise `MultiExitError` for what the disk refused."""
+        # torch's writer raises RuntimeError when the file object refuses.
+        if isinstance(error, (OSError, RuntimeError)):
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            if self.path.is_file() and self.path.name.endswith(('tmp.pth.tar',)):
+                self.path.unlink(missing_ok=True)
+            raise MultiExitError(
+                f'{self.path} could not be written: {str(cause).splitlines()[0]}. What was there before is whole: make'
+                ' room and go on with --resume.'
+            ) from error
+
+
+def find_resume(folder: str | os.PathLike) -> Path | None:
+    """Return the checkpoint of a run's folder that is furthest, None if there is none.
+
+    Raises:
+        MultiExitError: A checkpoint cannot be read.
+    """
+    paths = [*Path(folder).glob('last.pth.tar'), *Path(folder).glob('recovery-*.pth.tar')]
+    paths = [path for path in paths if 'tmp' not in path.name]
+    return max(paths, key=lambda path: (*read_position(read_training_checkpoint(path)), path.name), default=None)
+
+
+def read_position(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """Return the epoch and the batch that a run goes on from, given `read_training_checkpoint`'s dict.
+
+    A checkpoint that timm's own script wrote goes on with the next epoch.
+    """
+    run = (checkpoint.get('saver') or {}).get('run')
+    if run:
+        return int(run['epoch']), int(run['batch'])
+    epoch = checkpoint.get('epoch')
+    if epoch is None:
+        return 0, 0
+    return int(epoch) + (1 if checkpoint.get('version', 0) > 1 else 0), 0
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
+    """Load a checkpoint's optimizer state.
+
+    Raises:
+        MultiExitError: It is of another optimizer or of other parameters.
+    """
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+    except (KeyError, ValueError) as error:
+        raise MultiExitError(
+            f"The optimizer in {path} does not fit this run's: {str(error).splitlines()[0].rstrip('.')}. Give the flags"
+            ' it was trained with, or --no-resume-opt.'
+        ) from error

@@ -1,0 +1,442 @@
+"""A training run from its arguments to its folder: set up, go on, train, evaluate, keep, report."""
+
+import json
+import logging
+import os
+import signal
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.data import resolve_data_config
+from timm.models import safe_model_name
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
+from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import distribute_bn, random_seed, unwrap_model
+from torchvision.utils import save_image
+
+from timm_multiexit.build import (
+    create_regime,
+    create_task,
+    create_train_model,
+    create_train_optimizer,
+    place_model,
+    prepare,
+)
+from timm_multiexit.checkpoint import read_training_checkpoint
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.engine import Evaluation, Trainer, TrainerConfig, evaluate_loader
+from timm_multiexit.journal import Journal
+from timm_multiexit.loaders import create_datasets, create_eval_loader, create_train_loader, encode_targets
+from timm_multiexit.metrics import default_metric, evaluation_columns, flatten_metrics
+from timm_multiexit.model import MultiExitModel
+from timm_multiexit.progress import Progress
+from timm_multiexit.records import check_trackers
+from timm_multiexit.regimes import RegimeControl
+from timm_multiexit.report import report
+from timm_multiexit.saver import BEST_NAME, RunSaver, find_resume, load_optimizer, read_position
+
+_logger = logging.getLogger(__name__)
+
+# Updates between looks at whether a rank was asked to stop; they must agree, which costs a message.
+_STOP_CHECK_INTERVAL = 10
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved where it is.
+
+    Attributes:
+        signal: The number of the signal.
+    """
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.signal = signal_number
+
+
+class _ScalerState:
+    """Accelerate's gradient scaler under the name that timm's checkpoints give it."""
+
+    state_dict_key = 'amp_scaler'
+
+    def __init__(self, scaler: Any):
+        self.state_dict = scaler.state_dict
+        self.load_state_dict = scaler.load_state_dict
+
+
+class TrainingRun:
+    """A run of `train.py`. Making it checks all that can be wrong and writes nothing.
+
+    Args:
+        args: What `parse_train_args` returned; what the run resolves is written back to it.
+        accelerator: What `create_accelerator` returned.
+
+    Raises:
+        MultiExitError: Anything that the arguments, the data or the checkpoint have wrong.
+    """
+
+    def __init__(self, args: Namespace, accelerator: Accelerator):
+        self.args, self.accelerator = args, accelerator
+        check_trackers(args.log_with)
+        self.output_dir = choose_output_dir(args)
+        self.resume = self._find_resume()
+        random_seed(args.seed, accelerator.process_index)
+        self.datasets, num_classes = create_datasets(args)
+        if args.is_demo:
+            _logger.info(
+                'No data named (--data-dir, --dataset): training on the handwritten digits that come with scikit-learn,'
+                f' {len(self.datasets[0])} images, with {args.model} and settings made for them.'
+            )
+        if num_classes and args.num_classes is None and not args.pretrained:
+            args.num_classes = num_classes
+        model = create_train_model(args, num_classes, self.resume)
+        encode_targets(args, self.datasets)
+        self._check_metric(model)
+        self.data_config = resolve_data_config(vars(args), model=model)
+        self.regime = create_regime(args, model)
+        if self.regime.name == 'frozen':
+            model.freeze_backbone()
+        model = place_model(args, model, accelerator)
+        if args.kd_model_name:
+            # Where the tasks look for how the student's images are normalized.
+            model.pretrained_cfg.update(mean=self.data_config['mean'], std=self.data_config['std'])
+        self.task = create_task(args, model, accelerator.device)
+        self._create_loaders()
+        self._create_optimizer()
+        num_exits = len(model.exits) if isinstance(model, MultiExitModel) else 0
+        self.last_epoch = self.num_epochs if args.stop_epoch is None else min(self.num_epochs, args.stop_epoch)
+        self.journal = Journal(args, accelerator, num_exits=num_exits, epochs=self.last_epoch)
+        self.saver: RunSaver | None = None
+        self.start_epoch = self.start_batch = 0
+        self._stop_signal = 0
+
+    def _find_resume(self) -> Path | None:
+        path = self.args.resume
+        if path == 'auto':
+            path = find_resume(self.output_dir)
+            _logger.info(f'Resuming from {path}.' if path else f'Nothing to resume in {self.output_dir}: a new run.')
+        return Path(path) if path else None
+
+    def _check_metric(self, model: torch.nn.Module) -> None:
+        args = self.args
+        is_multi_label = args.task == 'multilabel'
+        columns = evaluation_columns(
+            len(model.exits) if isinstance(model, MultiExitModel) else 0, multi_label=is_multi_label
+        )
+        if is_multi_label and args.eval_metric == 'top1':
+            args.eval_metric = default_metric(multi_label=True)
+        if args.eval_metric not in columns:
+            raise MultiExitError(f"--eval-metric is '{args.eval_metric}', allowed are {', '.join(columns)}.")
+        self.is_decreasing = args.eval_metric.endswith(('loss', 'ece'))
+
+    def _create_loaders(self) -> None:
+        args = self.args
+        self.loader, self.mixup_fn = create_train_loader(args, self.datasets[0], self.data_config, self.accelerator)
+        self.loader_eval = None
+        if self.datasets[1] is not None:
+            self.loader_eval = create_eval_loader(args, self.datasets[1], self.data_config, self.accelerator)
+
+    def _create_optimizer(self) -> None:
+        args = self.args
+        batch_size = getattr(self.loader.loader.batch_sampler, 'average_batch_size', args.batch_size)
+        module = self.task.get_trainable_module()
+        self.optimizer = create_train_optimizer(args, module, batch_size, self.accelerator)
+        self.updates_per_epoch = -(-len(self.loader) // args.grad_accum_steps)
+        try:
+            self.scheduler, self.num_epochs = create_scheduler_v2(
+                self.optimizer,
+                **scheduler_kwargs(args, decreasing_metric=self.is_decreasing),
+                updates_per_epoch=self.updates_per_epoch,
+            )
+        except (AssertionError, ValueError) as error:
+            raise MultiExitError(f'--sched {args.sched} cannot be made so: {str(error).rstrip(".")}.') from error
+        # The copy before anything is wrapped, so that neither compiled nor prepared forwards are copied.
+        if args.model_ema:
+            self.task.setup_ema(
+                decay=args.model_ema_decay,
+                use_warmup=args.model_ema_warmup,
+                device='cpu' if args.model_ema_force_cpu else None,
+            )
+        if args.torchcompile:
+            torch._dynamo.config.recompile_limit = 64  # one forward serves several modes and batch sizes
+            module.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        prepared = prepare(
+            self.task,
+            self.optimizer,
+            self.accelerator,
+            broadcast_buffers=not args.no_ddp_bb,
+            find_unused_parameters=self.regime.changes,
+        )
+        self.trainer = Trainer(
+            self.task,
+            prepared,
+            accelerator=self.accelerator,
+            config=TrainerConfig(
+                epochs=self.num_epochs,
+                seed=args.seed,
+                grad_accum_steps=args.grad_accum_steps,
+                clip_grad=args.clip_grad,
+                clip_mode=args.clip_mode,
+                log_interval=args.log_interval,
+                channels_last=args.channels_last,
+                multi_label=args.task == 'multilabel',
+                loss_scale=args.variable_batch_loss_scale if args.train_img_sizes else 'none',
+                batch_size=batch_size,
+                synchronize=args.synchronize_step,
+                shows_progress=args.progress and self.accelerator.is_main_process,
+            ),
+            scheduler=self.scheduler,
+            mixup_fn=self.mixup_fn,
+            regime=RegimeControl(self.regime, self.task, self.optimizer),
+            on_update=self._on_update,
+        )
+
+    def open(self) -> None:
+        """Make the folder of the run, or go on in that of a checkpoint."""
+        args, accelerator = self.args, self.accelerator
+        self._scaler = _ScalerState(accelerator.scaler) if accelerator.scaler else None
+        if accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.saver = RunSaver(
+                run_state=self._state,
+                model=unwrap_model(self.task.get_trainable_module()),
+                optimizer=self.optimizer,
+                args=args,
+                task=self.task,
+                amp_scaler=self._scaler,
+                checkpoint_dir=str(self.output_dir),
+                recovery_dir=str(self.output_dir),
+                decreasing=self.is_decreasing,
+                max_history=args.checkpoint_hist,
+            )
+            self.saver.clean()
+        if self.resume:
+            self._restore()
+        if args.start_epoch is not None:
+            self.start_epoch, self.start_batch = args.start_epoch, 0
+        self._place_schedule()
+        if self.saver:
+            (self.output_dir / 'args.yaml').write_text(yaml.safe_dump(vars(args), default_flow_style=False))
+        self.journal.open(self.output_dir, self._updates_done())
+        if self.saver:
+            self.journal.write()
+
+    def _updates_done(self) -> int:
+        return self.start_epoch * self.updates_per_epoch + self.start_batch // self.args.grad_accum_steps
+
+    def _restore(self) -> None:
+        args = self.args
+        checkpoint = read_training_checkpoint(self.resume)
+        resume_task_checkpoint(self.task, str(self.resume), log_info=False)
+        if not args.no_resume_opt:
+            load_optimizer(self.optimizer, checkpoint, self.resume)
+            if self._scaler and self._scaler.state_dict_key in checkpoint:
+                self._scaler.load_state_dict(checkpoint[self._scaler.state_dict_key])
+        if args.model_ema:
+            load_task_ema_checkpoint(self.task, str(self.resume))
+        self.start_epoch, self.start_batch = read_position(checkpoint)
+        run = (checkpoint.get('saver') or {}).get('run') or {}
+        if run:
+            self.journal.summary.load_state_dict(run['summary'])
+            if isinstance(self.scheduler, PlateauLRScheduler) and run['plateau']:
+                self.scheduler.lr_scheduler.load_state_dict(run['plateau'])
+        if self.start_batch:
+            self._check_same_batches(run)
+            self._restore_progress(run['progress'])
+        if self.saver and self.resume.parent.resolve() == self.output_dir.resolve():
+            self.trainer.epoch, self.trainer.batch = self.start_epoch, self.start_batch
+            self.saver.load_state_dict(checkpoint['saver'])
+
+    def _check_same_batches(self, run: dict[str, Any]) -> None:
+        if run['num_batches'] != len(self.loader):
+            raise MultiExitError(
+                f'{self.resume} is from the middle of an epoch of {run["num_batches"]} batches, here are'
+                f' {len(self.loader)}: give the data, --batch-size and number of processes it was trained with.'
+            )
+
+    def _restore_progress(self, state: dict[str, Any]) -> None:
+        is_multi_label = self.args.task == 'multilabel'
+        self.trainer.progress = Progress(len(state['correct']), self.accelerator.device, multi_label=is_multi_label)
+        if self.accelerator.is_main_process:
+            self.trainer.progress.load_state_dict(state)
+
+    def _place_schedule(self) -> None:
+        is_new = not (self.start_epoch or self.start_batch)
+        # The plateau schedule's rate came with the optimizer; the others are functions of time.
+        if self.scheduler is None or is_new or isinstance(self.scheduler, PlateauLRScheduler):
+            return
+        self.scheduler.step(self.start_epoch)
+        self.scheduler.step_update(self._updates_done())
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs besides weights and optimizer for the run to go on."""
+        trainer = self.trainer
+        plateau = self.scheduler.lr_scheduler.state_dict() if isinstance(self.scheduler, PlateauLRScheduler) else None
+        return {
+            'epoch': trainer.epoch,
+            'batch': trainer.batch,
+            'num_batches': len(self.loader),
+            'progress': self._progress_state if trainer.batch else None,
+            'summary': self.journal.summary.state_dict(),
+            'plateau': plateau,
+        }
+
+    def fit(self) -> None:
+        """Train and evaluate epoch by epoch, and keep what timm keeps, and the best network as a folder.
+
+        Raises:
+            Stopped: The process got SIGTERM or SIGINT, and where it was is saved.
+        """
+        with self._stoppable():
+            for epoch in range(self.start_epoch, self.last_epoch):
+                self._fit_epoch(epoch, self.last_epoch)
+
+    def _fit_epoch(self, epoch: int, last: int) -> None:
+        args, trainer, journal = self.args, self.trainer, self.journal
+        journal.begin_epoch()
+        train_metrics = trainer.train_epoch(epoch, self.loader, self.start_batch)
+        self.start_batch = 0
+        journal.flush(trainer)
+        rate, lr = trainer.images_per_second, trainer.learning_rate
+        is_evaluated = (epoch + 1) % args.val_interval == 0 or epoch + 1 == last
+        model, metrics = self._evaluate() if is_evaluated else (None, {})
+        journal.note_epoch(epoch, train_metrics, metrics, lr)
+        if self.scheduler is not None:
+            self.scheduler.step(epoch + 1, metrics.get(args.eval_metric))
+        # From here on the run stands at the beginning of the next epoch.
+        trainer.epoch, trainer.batch = epoch + 1, 0
+        if is_evaluated and self.saver:
+            self._keep(epoch, model, metrics.get(args.eval_metric))
+        journal.end_epoch(trainer, rate)
+
+    def _keep(self, epoch: int, model: torch.nn.Module, metric: float | None) -> None:
+        if self.saver.is_best(metric):
+            self.saver.save_best(model, data_config=self.data_config)
+        self.saver.save_checkpoint(epoch, metric=metric)
+        if self.args.save_epochs and epoch + 1 in self.args.save_epochs:
+            self.saver.save_milestone(epoch + 1)
+        self.journal.write()
+
+    def _evaluate(self) -> tuple[torch.nn.Module, dict[str, float]]:
+        """Return the model that counts, the moving average if there is one, and its metrics as columns."""
+        args, accelerator = self.args, self.accelerator
+        uses_ema = args.model_ema and not args.model_ema_force_cpu
+        model = unwrap_model(self.task.get_trainable_module(ema=uses_ema))
+        if accelerator.num_processes > 1 and args.dist_bn in ('broadcast', 'reduce'):
+            for is_ema in {False, uses_ema}:
+                module = unwrap_model(self.task.get_trainable_module(ema=is_ema))
+                distribute_bn(module, accelerator.num_processes, args.dist_bn == 'reduce')
+        model = unwrap_model(self.task.get_eval_model(ema=uses_ema))
+        if self.loader_eval is None:
+            return model, {}
+        return model, flatten_metrics(self._measure(model, self.loader_eval).metrics)
+
+    def _measure(self, model: torch.nn.Module, loader: Any) -> Evaluation:
+        args = self.args
+        return evaluate_loader(
+            model,
+            loader,
+            accelerator=self.accelerator,
+            channels_last=args.channels_last,
+            multi_label=args.task == 'multilabel',
+            threshold=args.multilabel_threshold,
+        )
+
+    def _on_update(self, trainer: Trainer) -> None:
+        args = self.args
+        self.journal.note_step(trainer)
+        update_idx = (trainer.batch - 1) // args.grad_accum_steps
+        if args.save_images and self.saver and update_idx % args.log_interval == 0:
+            save_image(trainer.images, self.output_dir / f'train-batch-{trainer.batch - 1}.jpg', normalize=True)
+        if trainer.batch == len(self.loader):
+            return  # the epoch is closed by its own checkpoint
+        if args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
+            self._save_recovery()
+        if self._is_asked_to_stop():
+            self._save_recovery()
+            raise Stopped(self._stop_signal)
+
+    def _save_recovery(self) -> None:
+        trainer = self.trainer
+        trainer.progress.check_finite(self.accelerator)
+        self._progress_state = trainer.progress.state_dict(self.accelerator)
+        if self.saver:
+            self.saver.save_recovery(trainer.epoch, trainer.batch)
+
+    def _is_asked_to_stop(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return bool(self._stop_signal)
+        if self.trainer.num_updates % _STOP_CHECK_INTERVAL:
+            return False
+        asked = torch.tensor([self._stop_signal], device=self.accelerator.device)
+        self._stop_signal = int(self.accelerator.gather(asked).max())
+        return bool(self._stop_signal)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """While training, let SIGTERM and the first SIGINT end the run after the step, with a checkpoint."""
+        process = os.getpid()
+
+        def note(number: int, frame: Any) -> None:
+            if os.getpid() != process:
+                return  # data loading processes, which inherit this, must outlive the step
+            if self._stop_signal:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+            _logger.info(f'{signal.Signals(number).name}: saving and stopping after this step.')
+
+        try:
+            previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread, where no handler can be set
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def report(self) -> None:
+        """Print the table of the best network, write it beside the run, and list the best epochs as timm does."""
+        self.accelerator.wait_for_everyone()
+        best_epoch = self.saver.best_epoch if self.saver else None
+        best_epoch, folder = broadcast_object_list([best_epoch, str(self.output_dir)])
+        if self.datasets[2] is not None and Path(folder, BEST_NAME).exists():
+            report(
+                self.args,
+                self.accelerator,
+                Path(folder),
+                self.datasets[2],
+                data_config=self.data_config,
+                best_epoch=best_epoch,
+                num_epochs=self.num_epochs,
+            )
+        if self.accelerator.is_main_process:
+            # Nothing after these lines: timm's bulk tools read the rest of the output as JSON.
+            rows = self.journal.best_epochs(self.args.eval_metric, is_decreasing=self.is_decreasing)
+            print('--result\n[' + ',\n '.join(json.dumps(row) for row in rows) + ']', flush=True)
+
+
+def choose_output_dir(args: Namespace) -> Path:
+    """Return the folder of the run: a new one, or that of the checkpoint it goes on from.
+
+    Raises:
+        MultiExitError: It holds a run already, or `--resume auto` does not say which.
+    """
+    if args.resume and args.resume != 'auto' and not (args.output or args.experiment):
+        return Path(args.resume).parent
+    if args.resume == 'auto' and not args.experiment:
+        raise MultiExitError('--resume auto needs --experiment NAME, the folder of the run to go on with.')
+    size = (args.input_size or (args.img_size,))[-1]
+    stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
+    name = args.experiment or '-'.join(str(part) for part in (stamp, safe_model_name(args.model), size) if part)
+    path = Path(args.output or 'output/train', name)
+    if not args.resume and (path / 'summary.csv').exists():
+        raise MultiExitError(f'{path} holds a run: name another --experiment, or go on with --resume auto.')
+    return path
