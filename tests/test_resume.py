@@ -114,7 +114,7 @@ def test_killed_and_resumed_run_equals_the_whole_one(workers, train_here):
     [
         ('--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5'),
         ('--no-prefetcher', '--use-multi-epochs-loader'),
-        ('--train-img-sizes', '24', '32', '--sched', 'wsd'),
+        ('--train-img-sizes', '24', '32', '--sched', 'wsd', '--decay-epochs', '1'),
         ('--regime', 'mixed', '--backbone-epochs', '1', '--head-warmup-epochs', '0.5'),
     ],
     ids=['plateau', 'host', 'sizes', 'mixed'],

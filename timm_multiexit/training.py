@@ -246,7 +246,8 @@ class TrainingRun:
         if run:
             self.journal.summary.load_state_dict(run['summary'])
             if isinstance(self.scheduler, PlateauLRScheduler) and run['plateau']:
-                self.scheduler.lr_scheduler.load_state_dict(run['plateau'])
+                self.scheduler.lr_scheduler.load_state_dict(run['plateau']['counters'])
+                self.scheduler.restore_lr = run['plateau']['restore_lr']
         if self.start_batch:
             self._check_same_batches(run)
             self._restore_progress(run['progress'])
@@ -278,7 +279,12 @@ class TrainingRun:
     def _state(self) -> dict[str, Any]:
         """Return what a checkpoint needs besides weights and optimizer for the run to go on."""
         trainer = self.trainer
-        plateau = self.scheduler.lr_scheduler.state_dict() if isinstance(self.scheduler, PlateauLRScheduler) else None
+        plateau = None
+        if isinstance(self.scheduler, PlateauLRScheduler):  # whose own state_dict leaves its counters out
+            plateau = {
+                'counters': self.scheduler.lr_scheduler.state_dict(),
+                'restore_lr': self.scheduler.restore_lr,
+            }
         return {
             'epoch': trainer.epoch,
             'batch': trainer.batch,
