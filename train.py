@@ -26,15 +26,18 @@ def main(argv=None):
         run.open()
         run.fit()
         run.report()
+        code = 0
     except tme.MultiExitError as error:
         print(f'train.py: error: {error}', file=sys.stderr)
         return 2
     except Stopped as stopped:
-        accelerator.end_training()
-        print(f'train.py: stopped, saved in {run.output_dir}: go on with the same command and --resume auto', file=sys.stderr)
-        return 128 + stopped.signal
+        code = 128 + stopped.signal
+        if accelerator.is_main_process:
+            print(f'train.py: stopped, go on with --resume auto --experiment {run.output_dir.name}', file=sys.stderr)
+    # Together: a process that leaves while others still talk to it takes them along.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
-    return 0
+    return code
 
 
 if __name__ == '__main__':

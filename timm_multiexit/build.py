@@ -127,6 +127,8 @@ def place_model(args: Namespace, model: nn.Module, accelerator: Accelerator) -> 
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     if args.sync_bn and accelerator.num_processes > 1:
+        if accelerator.device.type == 'cpu':
+            raise MultiExitError('--sync-bn needs GPUs, torch has none for CPUs: leave it out.')
         args.dist_bn = ''
         model = convert_sync_batchnorm(model)
     model.to(device=accelerator.device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)

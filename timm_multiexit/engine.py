@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ class Trainer:
         self.regime = regime
         self.on_update = on_update
         raw = getattr(optimizer, 'optimizer', optimizer)
+        # Accelerate's wrapper searches the disk for a package at every step; it is of use to loss scaling alone.
+        self._stepping = optimizer if accelerator.scaler else raw
         self._is_second_order = bool(getattr(raw, 'is_second_order', False))
         self._sync_lookahead = getattr(raw, 'sync_lookahead', None)
         self.epoch = self.batch = self.num_updates = 0
@@ -123,7 +126,8 @@ class Trainer:
             Means over the epoch and all ranks: loss and its parts, top-1 of each classifier in percent.
 
         Raises:
-            MultiExitError: A loss became NaN or infinite; the message names the classifier it began with.
+            MultiExitError: A loss became NaN or infinite, the message names the classifier it began with; or there
+                was no batch.
         """
         config, accelerator = self.config, self.accelerator
         self.task.train()
@@ -139,7 +143,8 @@ class Trainer:
             total=num_batches - first_batch,
             description=f'Epoch {epoch + 1}/{config.epochs}',
         )
-        for images, target in self._timed(batches):
+        # A stream may have another number of batches than it says: more would be of no epoch.
+        for images, target in self._timed(islice(batches, num_batches - first_batch)):
             batch_idx = self.batch
             is_last = batch_idx + 1 == num_batches
             # The true window: the tail of an epoch is shorter, and its gradient must not be scaled as if it were full.
@@ -162,6 +167,12 @@ class Trainer:
                 self._log(num_batches)
         if self._sync_lookahead:
             self._sync_lookahead()
+        if self.progress is None:
+            raise MultiExitError(
+                f'The training data gave no batch in epoch {epoch + 1}: see --batch-size and --workers.'
+            )
+        if self.batch < num_batches:
+            self.progress.check_finite(accelerator)
         return self.progress.metrics(self.progress.state_dict(accelerator))
 
     @property
@@ -223,8 +234,8 @@ class Trainer:
             params = [param for param in params if param.grad is not None]
             dispatch_clip_grad(params, value=config.clip_grad, mode=config.clip_mode)
         with self.regime.rates() if self.regime else nullcontext():
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+            self._stepping.step()
+        self._stepping.zero_grad()
         self.num_updates += 1
         self.task.update_ema(step=self.num_updates)
         if self.scheduler is not None:

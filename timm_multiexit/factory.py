@@ -19,6 +19,17 @@ from timm_multiexit.model import MultiExitModel
 
 _logger = logging.getLogger(__name__)
 
+# Metrics of `ExitEvaluator` as the table has them: one group for one label per image, one for several.
+_METRIC_HEADERS = {
+    'top1': 'top-1',
+    'top5': 'top-5',
+    'ece': 'ECE',
+    'map': 'mAP',
+    'micro_f1': 'micro-F1',
+    'macro_f1': 'macro-F1',
+    'sample_f1': 'sample-F1',
+}
+
 
 def create_model(
     model_name: str,
@@ -102,7 +113,8 @@ class ExitTable:
 
     Attributes:
         rows: One dict per classifier, shallow to deep, then the ensemble: exit, tap, params (of the path to the exit
-            and its head), GMACs fixed, GMACs sequential, top-1, top-5 and ECE in percent.
+            and its head), GMACs fixed, GMACs sequential, then in percent top-1, top-5 and ECE, or of several labels
+            per image mAP, micro-F1, macro-F1 and sample-F1.
         num_samples: Images that were counted.
     """
 
@@ -119,16 +131,20 @@ def evaluate(
     *,
     device: torch.device | str | None = None,
     input_size: tuple[int, int, int] | None = None,
+    multi_label: bool = False,
+    threshold: float = 0.5,
 ) -> ExitTable:
     """Return accuracy and cost of every classifier and of their ensemble.
 
     Args:
         model: The model; it stays in the mode it is in after the call, and is in eval mode during it.
-        loader: Batches of images [B, in_chans, H, W] and class indices [B].
+        loader: Batches of images [B, in_chans, H, W] and class indices [B], or labels [B, C] with `multi_label`.
         device: Where to run; where the model is if not given.
         input_size: (channels, height, width) that MACs are given for; that of the loader's first batch if not given.
+        multi_label: An image has any number of classes.
+        threshold: Probability from which a label counts as predicted, for the F1 of `multi_label`.
     """
-    result = evaluate_loader(model, loader, device=device)
+    result = evaluate_loader(model, loader, device=device, multi_label=multi_label, threshold=threshold)
     return make_table(model, result.metrics, input_size=input_size or result.input_size, num_samples=result.num_samples)
 
 
@@ -154,9 +170,7 @@ def make_table(
                 'params': cost.sequential.params if is_ensemble else cost.fixed.params,
                 'GMACs fixed': None if is_ensemble else cost.fixed.macs / 1e9,
                 'GMACs sequential': cost.sequential.macs / 1e9,
-                'top-1': values['top1'],
-                'top-5': values['top5'],
-                'ECE': values['ece'],
+                **{header: values[key] for key, header in _METRIC_HEADERS.items() if key in values},
             }
         )
     return ExitTable(tuple(rows), num_samples)

@@ -24,11 +24,15 @@ def create_accelerator(args: Namespace) -> Accelerator:
         MultiExitError: A way of launching that is not supported, or fewer processes than were asked for.
     """
     for module in args.device_modules or ():
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise MultiExitError(
+                f"--device-modules names '{module}', which cannot be imported: {str(error).splitlines()[0]}."
+            ) from error
     _check_launcher()
     has_gpu = torch.cuda.is_available()
-    if args.amp and args.amp_dtype == 'float16' and not (has_gpu and args.device != 'cpu'):
-        raise MultiExitError('--amp in float16 needs a GPU (on a CPU it would be float32): use --amp-dtype bfloat16.')
+    _check_precision(args, has_gpu and args.device != 'cpu')
     if has_gpu:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -49,6 +53,26 @@ def create_accelerator(args: Namespace) -> Accelerator:
             f' torchrun --nproc-per-node {launched} train.py ...'
         )
     return accelerator
+
+
+def _check_precision(args: Namespace, has_gpu: bool) -> None:
+    if args.amp:
+        if args.amp_dtype == 'float16' and not has_gpu:
+            raise MultiExitError(
+                '--amp in float16 needs a GPU (on a CPU it would be float32): use --amp-dtype bfloat16.'
+            )
+        return
+    # Without --amp, what `accelerate launch` or its configuration says holds.
+    precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no').lower()
+    if precision not in ('no', 'fp16', 'bf16'):
+        raise MultiExitError(
+            f"Accelerate's --mixed_precision is {precision}, allowed are no, fp16 and bf16: change it in accelerate"
+            ' launch or accelerate config.'
+        )
+    if precision == 'fp16' and not has_gpu:
+        raise MultiExitError(
+            "Accelerate's --mixed_precision fp16 needs a GPU (on a CPU it would be float32): use bf16 or no."
+        )
 
 
 def _check_launcher() -> None:

@@ -27,8 +27,11 @@ class Progress:
         self.names = exit_names(num_classifiers - 1)
         self.multi_label = multi_label
         self.num_samples = 0
-        self.sums = {key: torch.zeros(num_classifiers, device=device) for key in ('correct', *_PARTS)}
-        self.sums['loss'] = torch.zeros(1, device=device)
+        # One tensor for all, so that a batch is added in one operation: a GPU takes longer to be told than to add.
+        self._totals = torch.zeros(1 + (1 + len(_PARTS)) * num_classifiers, device=device)
+        loss, *rows = self._totals.split((1, *[num_classifiers] * (1 + len(_PARTS))))
+        self.sums = dict(zip(('loss', 'correct', *_PARTS), (loss, *rows)))
+        self._nothing = torch.zeros(num_classifiers, device=device)
         self.first_bad = torch.full((num_classifiers,), math.inf, device=device)
 
     @torch.no_grad()
@@ -46,21 +49,20 @@ class Progress:
         size = len(target)
         logits = torch.stack([single.detach() for single in result.get('logits', [result['output']])])  # [K, B, C]
         loss = result['loss'].detach().float()[None]
-        batch = {'loss': loss, 'correct': torch.zeros_like(self.sums['correct'])}
+        correct = self._nothing
         if not self.multi_label:
             labels = target.argmax(-1) if target.ndim > 1 else target
             # Augmentation splits have the batch's targets once for each split.
-            batch['correct'] = logits.argmax(-1).eq(labels).float().mean(-1)
+            correct = logits.argmax(-1).eq(labels).float().mean(-1)
         parts = {'task': loss.expand(len(logits)), **result}
-        for key in _PARTS:
-            batch[key] = parts[key].detach().float() if key in parts else torch.zeros_like(batch['correct'])
-        bad = ~torch.isfinite(sum(batch[key] for key in _PARTS))
-        self.first_bad.masked_fill_(bad & torch.isinf(self.first_bad), batch_idx)
+        parts = [parts[key].detach().float() if key in parts else self._nothing for key in _PARTS]
+        numbers = torch.cat((loss, correct, *parts))
         self.num_samples += size
-        for key, value in batch.items():
-            self.sums[key] += value * size
-        batch['correct'] = 100.0 * batch['correct']
-        return torch.cat([batch[key] for key in ('loss', 'correct', *_PARTS)])
+        self._totals.add_(numbers, alpha=size)
+        is_good = torch.isfinite(numbers[1 + len(logits) :].view(len(_PARTS), -1).sum(0))
+        self.first_bad = torch.minimum(self.first_bad, torch.where(is_good, math.inf, float(batch_idx)))
+        numbers[1 : 1 + len(logits)] *= 100.0
+        return numbers
 
     def columns(self) -> list[str]:
         """Return names for the numbers that `update` returns."""
@@ -90,7 +92,8 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over sums; one rank takes those of all, the others begin with nothing."""
         self.num_samples = int(state['num_samples'])
-        self.sums = {key: state[key].to(value.device) for key, value in self.sums.items()}
+        for key, value in self.sums.items():
+            value.copy_(state[key])
 
     def metrics(self, state: dict[str, Any] | None = None) -> dict[str, float]:
         """Return means: loss, the parts of it that were there, top-1 in percent and loss per classifier.

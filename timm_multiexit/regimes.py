@@ -23,8 +23,10 @@ class Regime:
             backbone alone for `backbone_epochs`, then everything together.
         backbone_epochs: Epochs of the backbone alone.
         head_warmup_epochs: Then, epochs in which fresh heads learn alone, each by its task term: backbone and teacher
-            wait, the rate is the schedule's highest.
-        exit_warmup_epochs: Then, epochs in which the teacher's pull rises from 0 to its weight.
+            wait, the rate is the schedule's highest. Over as many epochs after them the backbone's rate rises from 0
+            to the schedule's: its optimizer state is new, and the schedule may stand at its highest.
+        exit_warmup_epochs: Then, epochs in which the teacher's pull rises from 0 to its weight; at least as many as
+            the heads' warm-up has.
 
     Source: the regimes are those of Kubaty et al., arXiv 2407.14320.
 
@@ -50,9 +52,14 @@ class Regime:
         """Return the factor of the teacher's pull, from 0 to 1."""
         if time < self._joint_from:
             return 0.0
-        if time >= self._joint_from + self.exit_warmup_epochs:
+        length = max(self.exit_warmup_epochs, self.head_warmup_epochs)
+        return min(1.0, (time - self._joint_from) / length) if length else 1.0
+
+    def backbone_scale(self, time: float) -> float:
+        """Return the factor of the backbone's learning rate, from 0 to 1."""
+        if not self.head_warmup_epochs or self.phase(time) != 'joint':
             return 1.0
-        return (time - self._joint_from) / self.exit_warmup_epochs
+        return min(1.0, (time - self._joint_from) / self.head_warmup_epochs)
 
     @property
     def _joint_from(self) -> float:
@@ -79,6 +86,7 @@ class RegimeControl:
         self.optimizer = optimizer
         self.model = unwrap_model(task.get_trainable_module())
         self.phase = 'joint'
+        self.backbone_scale = 1.0
 
     def begin_step(self, time: float) -> None:
         """Set what trains in the step at `time`, in epochs."""
@@ -90,19 +98,22 @@ class RegimeControl:
             self.task.trains_main_alone = phase == 'backbone'
             self.phase = phase
         self.task.loss.distill_scale = self.regime.distill_scale(time)
+        self.backbone_scale = self.regime.backbone_scale(time)
 
     @contextmanager
     def rates(self) -> Iterator[None]:
-        """While the heads warm up, let them learn at the schedule's highest rate.
+        """While the heads warm up let them learn at the schedule's highest rate, and afterwards hold the backbone back.
 
-        A schedule that begins with a warm-up would leave them untrained when the backbone joins.
+        A schedule that begins with a warm-up would leave the heads untrained when the backbone joins.
         """
-        groups = []
-        if self.phase == 'heads' and self.regime.name != 'frozen':
-            groups = [group for group in self.optimizer.param_groups if group.get('is_exit')]
+        groups = self.optimizer.param_groups
         scheduled = [group['lr'] for group in groups]
+        is_warmup = self.phase == 'heads' and self.regime.name != 'frozen'
         for group in groups:
-            group['lr'] = group.get('initial_lr', group['lr']) * group.get('lr_scale', 1.0)
+            if is_warmup and group.get('is_exit'):
+                group['lr'] = group.get('initial_lr', group['lr']) * group.get('lr_scale', 1.0)
+            elif self.backbone_scale < 1 and not group.get('is_exit'):
+                group['lr'] *= self.backbone_scale
         try:
             yield
         finally:

@@ -3,10 +3,12 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.utils import CheckpointSaver
 from torch import nn
 
@@ -63,10 +65,10 @@ class RunSaver(CheckpointSaver):
         shutil.rmtree(new, ignore_errors=True)
         with _explained(best):
             save_pretrained(model, new, **kwargs)
-        shutil.rmtree(old, ignore_errors=True)
-        if best.exists():
-            best.rename(old)
-        new.rename(best)
+            shutil.rmtree(old, ignore_errors=True)
+            if best.exists():
+                best.rename(old)
+            new.rename(best)
         shutil.rmtree(old, ignore_errors=True)
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
@@ -93,19 +95,20 @@ class RunSaver(CheckpointSaver):
             path.unlink(missing_ok=True)
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
-        with _explained(save_path), open(save_path, 'wb') as file:
+        with _explained(save_path, draft=save_path), open(save_path, 'wb') as file:
             super()._save(file, epoch, metric)
             file.flush()
             os.fsync(file.fileno())
 
     def _replace(self, src: str, dst: str) -> None:
         # timm removes the old file first, and a kill in between leaves neither.
-        os.replace(src, dst)
+        with _explained(dst):
+            os.replace(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
         temporary = Path(dst).with_name(f'.link-{Path(dst).name}')
         temporary.unlink(missing_ok=True)
-        with _explained(dst):
+        with _explained(dst, draft=temporary):
             try:
                 os.link(src, temporary)
             except (OSError, NotImplementedError):
@@ -114,21 +117,25 @@ class RunSaver(CheckpointSaver):
 
 
 class _explained:  # noqa: N801 - reads as a statement
-    """Turns a full or unwritable disk into one line, and removes the part that was written."""
+    """Turns a full or unwritable disk into one line, and removes `draft`, the part that was written."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, draft: str | os.PathLike | None = None):
         self.path = Path(path)
+        self.draft = draft and Path(draft)
 
     def __enter__(self) -> None:
         """Nothing."""
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Raise `MultiExitError` for what the disk refused."""
+        cause = error
         # torch's writer raises RuntimeError when the file object refuses.
-        if isinstance(error, (OSError, RuntimeError)):
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            if self.path.is_file() and self.path.name.endswith(('tmp.pth.tar',)):
-                self.path.unlink(missing_ok=True)
+        while isinstance(cause, RuntimeError):
+            cause = cause.__context__
+        if isinstance(cause, (OSError, SafetensorError)):
+            if self.draft:
+                with suppress(OSError):
+                    self.draft.unlink()
             raise MultiExitError(
                 f'{self.path} could not be written: {str(cause).splitlines()[0]}. What was there before is whole: make'
                 ' room and go on with --resume.'
@@ -164,12 +171,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any],
     """Load a checkpoint's optimizer state.
 
     Raises:
-        MultiExitError: It is of another optimizer or of other parameters.
+        MultiExitError: There is none, or it is of another optimizer or of other parameters.
     """
+    if 'optimizer' not in checkpoint:
+        raise MultiExitError(f'{path} has no optimizer state: go on without it by --no-resume-opt.')
+    own = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
+        _check_settings(own, optimizer.param_groups)
     except (KeyError, ValueError) as error:
         raise MultiExitError(
             f"The optimizer in {path} does not fit this run's: {str(error).splitlines()[0].rstrip('.')}. Give the flags"
             ' it was trained with, or --no-resume-opt.'
         ) from error
+
+
+def _check_settings(own: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    """Raise where torch has loaded the settings of another optimizer: with as many parameters it does not mind."""
+    for before, after in zip(own, loaded):
+        # A schedule, which may be another one now, notes its highest rate there.
+        missing = sorted(before.keys() - after.keys() - {'initial_lr'})
+        if missing:
+            raise ValueError(f'it has no {", ".join(missing)}')

@@ -321,6 +321,8 @@ class TrainingRun:
         if is_evaluated and self.saver:
             self._keep(epoch, model, metrics.get(args.eval_metric))
         journal.end_epoch(trainer, rate)
+        if is_evaluated and epoch + 1 < last and self._is_asked_to_stop():
+            raise Stopped(self._stop_signal)
 
     def _keep(self, epoch: int, model: torch.nn.Module, metric: float | None) -> None:
         if self.saver.is_best(metric):
@@ -365,7 +367,8 @@ class TrainingRun:
             return  # the epoch is closed by its own checkpoint
         if args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
             self._save_recovery()
-        if self._is_asked_to_stop():
+        is_due = self.accelerator.num_processes == 1 or trainer.num_updates % _STOP_CHECK_INTERVAL == 0
+        if is_due and self._is_asked_to_stop():
             self._save_recovery()
             raise Stopped(self._stop_signal)
 
@@ -377,12 +380,9 @@ class TrainingRun:
             self.saver.save_recovery(trainer.epoch, trainer.batch)
 
     def _is_asked_to_stop(self) -> bool:
-        if self.accelerator.num_processes == 1:
-            return bool(self._stop_signal)
-        if self.trainer.num_updates % _STOP_CHECK_INTERVAL:
-            return False
-        asked = torch.tensor([self._stop_signal], device=self.accelerator.device)
-        self._stop_signal = int(self.accelerator.gather(asked).max())
+        if self.accelerator.num_processes > 1:
+            asked = torch.tensor([self._stop_signal], device=self.accelerator.device)
+            self._stop_signal = int(self.accelerator.gather(asked).max())
         return bool(self._stop_signal)
 
     @contextmanager
