@@ -28,8 +28,11 @@ from timm_multiexit.factory import check_model_name, create_model
 from timm_multiexit.losses import create_loss
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.regimes import Regime, split_exit_groups
+from timm_multiexit.taps import classifier_names
 from timm_multiexit.task import MultiExitTask
 
+# What timm and torch raise for keywords and numbers that they do not take, and for weights that are not to be had.
+_REFUSALS = (TypeError, ValueError, AssertionError, IndexError, RuntimeError, OSError)
 _SQRT_SCALED = ('ada', 'lamb')  # optimizers whose rate timm scales with the root of the batch
 
 
@@ -47,9 +50,19 @@ def create_train_model(args: Namespace, num_classes: int | None, resume: Any = N
     if args.fast_norm:
         set_fast_norm()
     check_model_name(args.model)
-    model = _create_architecture(args)
+    try:
+        model = _create_architecture(args)
+    except MultiExitError:
+        raise
+    except _REFUSALS as error:
+        raise MultiExitError(
+            f'{args.model} cannot be made so: {_first_line(error)}. See the flags of the model and --model-kwargs.'
+        ) from error
     if args.initial_checkpoint:
         load_checkpoint(model, args.initial_checkpoint)
+    if args.split_bn:
+        # Before the backbone is frozen and a run's checkpoint is loaded, which has the further norms too.
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
     if resume:
         _check_resumed(model, resume)
         load_checkpoint(model, resume, use_ema=False)
@@ -112,20 +125,25 @@ def _check_resumed(model: nn.Module, path: Any) -> None:
 
 
 def _init_classifiers(args: Namespace, model: nn.Module) -> None:
-    classifiers = [model.get_classifier(), *(head.fc for head in getattr(model, 'exits', ()))]
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    backbone = getattr(model, 'backbone', model)
+    classifiers = [backbone.get_submodule(name) for name in classifier_names(backbone)]
+    classifiers += [head.fc for head in getattr(model, 'exits', ())]
     with torch.no_grad():
-        for linear in classifiers:
+        for classifier in classifiers:
+            # Some have a norm before the linear layer.
+            linear = [module for module in classifier.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
             if args.head_init_scale is not None:
                 linear.weight.mul_(args.head_init_scale)
-                linear.bias.mul_(args.head_init_scale)
-            if args.head_init_bias is not None:
-                linear.bias.fill_(args.head_init_bias)
+            if linear.bias is not None:
+                linear.bias.mul_(1.0 if args.head_init_scale is None else args.head_init_scale)
+                if args.head_init_bias is not None:
+                    linear.bias.fill_(args.head_init_bias)
 
 
 def place_model(args: Namespace, model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Return the model on its device, its normalization layers split or synchronized as the flags say."""
-    if args.split_bn:
-        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    """Return the model on its device, its normalization layers synchronized if the flags say so."""
     if args.sync_bn and accelerator.num_processes > 1:
         if accelerator.device.type == 'cpu':
             raise MultiExitError('--sync-bn needs GPUs, torch has none for CPUs: leave it out.')
@@ -135,6 +153,10 @@ def place_model(args: Namespace, model: nn.Module, accelerator: Accelerator) -> 
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return ' '.join((str(error).splitlines() or [type(error).__name__])[0].split()).rstrip('.:') or type(error).__name__
 
 
 def create_criterion(args: Namespace) -> nn.Module:
@@ -168,6 +190,17 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device) -> Trai
     teacher = args.kd_model_name
     if teacher:
         check_model_name(teacher)
+    try:
+        return _create_task(args, model, teacher, common)
+    except MultiExitError:
+        raise
+    except _REFUSALS as error:
+        if not teacher:
+            raise
+        raise MultiExitError(f'--kd-model-name {teacher} cannot teach so: {_first_line(error)}.') from error
+
+
+def _create_task(args: Namespace, model: nn.Module, teacher: str | None, common: dict[str, Any]) -> TrainingTask:
     weights = {'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
     if isinstance(model, MultiExitModel):
         kd = KDConfig(**weights, temperature=args.kd_temperature) if teacher else None
@@ -209,12 +242,21 @@ def create_regime(args: Namespace, model: nn.Module) -> Regime:
     backbone_epochs = 0
     if name == 'mixed':
         backbone_epochs = args.epochs // 2 if args.backbone_epochs is None else args.backbone_epochs
-    is_trained = args.pretrained or args.pretrained_path or args.initial_checkpoint or backbone_epochs
-    has_fresh_heads = not _has_own_exits(args) and not _checkpoint_has_exits(args.initial_checkpoint)
-    warmup = args.head_warmup_epochs
+    # timm replaces a classifier of other classes by a fresh one.
+    is_other = args.pretrained and model.pretrained_cfg.get('num_classes') != args.num_classes
+    has_fresh_classifier = bool(is_other and not args.initial_checkpoint)
+    warmup = 0.0 if name == 'frozen' else args.head_warmup_epochs
     if warmup is None:
-        warmup = 1.0 if is_trained and has_fresh_heads and name != 'frozen' else 0.0
-    return Regime(name, backbone_epochs, 0.0 if name == 'frozen' else warmup, args.exit_warmup_epochs)
+        is_trained = args.pretrained or args.pretrained_path or args.initial_checkpoint or backbone_epochs
+        has_trained_heads = _has_own_exits(args) or _checkpoint_has_exits(args.initial_checkpoint)
+        warmup = 1.0 if is_trained and (has_fresh_classifier or not has_trained_heads) else 0.0
+    return Regime(
+        name,
+        backbone_epochs,
+        warmup,
+        args.exit_warmup_epochs,
+        trains_classifier=has_fresh_classifier and not backbone_epochs,
+    )
 
 
 def _checkpoint_has_exits(path: str) -> bool:
@@ -222,7 +264,7 @@ def _checkpoint_has_exits(path: str) -> bool:
 
 
 def create_train_optimizer(
-    args: Namespace, model: nn.Module, batch_size: float, accelerator: Accelerator
+    args: Namespace, model: nn.Module, batch_size: float, accelerator: Accelerator, regime: Regime
 ) -> torch.optim.Optimizer:
     """Return the optimizer, the heads in groups of their own; `args.lr` is set if it was not given.
 
@@ -231,14 +273,23 @@ def create_train_optimizer(
         model: What is trained; frozen parameters are left out.
         batch_size: Mean batch size of one process.
         accelerator: Knows how many there are.
+        regime: What trains when.
+
+    Raises:
+        MultiExitError: The optimizer does not take what the flags say.
     """
     if not args.lr:
         is_sqrt = any(name in args.opt.lower() for name in _SQRT_SCALED)
         args.lr_base_scale = args.lr_base_scale or ('sqrt' if is_sqrt else 'linear')
         ratio = batch_size * accelerator.num_processes * args.grad_accum_steps / args.lr_base_size
         args.lr = args.lr_base * (ratio**0.5 if args.lr_base_scale == 'sqrt' else ratio)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    split_exit_groups(optimizer, model, args.exit_lr_scale)
+    try:
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    except _REFUSALS as error:
+        raise MultiExitError(
+            f'--opt {args.opt} cannot be made so: {_first_line(error)}. See its flags and --opt-kwargs.'
+        ) from error
+    split_exit_groups(optimizer, model, args.exit_lr_scale, trains_classifier=regime.trains_classifier)
     return optimizer
 
 

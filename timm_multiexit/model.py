@@ -258,21 +258,30 @@ class MultiExitModel(nn.Module):
         """Return main's classifier."""
         return self.backbone.get_classifier()
 
-    def freeze_backbone(self, freeze: bool = True) -> None:
+    def freeze_backbone(self, freeze: bool = True, *, trains_classifier: bool = False) -> None:
         """Train the heads alone: no gradients for the backbone, and its norms and dropout in eval mode.
 
         Args:
             freeze: False undoes it.
+            trains_classifier: Leave main's own classifier free, for one that is as fresh as the heads.
         """
         if freeze == self.is_backbone_frozen:
             return
         params = dict(self.backbone.named_parameters())
         # Only what is frozen here is let go later: a layer that was frozen before stays so.
         names = [name for name, param in params.items() if param.requires_grad] if freeze else self._frozen_names
+        if freeze and trains_classifier:
+            free = {id(param) for param in self.classifier_parameters()}
+            names = [name for name in names if id(params[name]) not in free]
         for name in names:
             params[name].requires_grad_(not freeze)
         self._frozen_names = tuple(names) if freeze else None
         self.train(self.training)
+
+    def classifier_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of main's own classifier, or of its two in distilled models."""
+        modules = [self.backbone.get_submodule(name) for name in classifier_names(self.backbone)]
+        return [param for module in modules for param in module.parameters()]
 
     @property
     def is_backbone_frozen(self) -> bool:

@@ -27,6 +27,7 @@ class Regime:
             to the schedule's: its optimizer state is new, and the schedule may stand at its highest.
         exit_warmup_epochs: Then, epochs in which the teacher's pull rises from 0 to its weight; at least as many as
             the heads' warm-up has.
+        trains_classifier: Main's own classifier is as fresh as the heads and trains with them.
 
     Source: the regimes are those of Kubaty et al., arXiv 2407.14320.
 
@@ -41,6 +42,7 @@ class Regime:
     backbone_epochs: int = 0
     head_warmup_epochs: float = 0.0
     exit_warmup_epochs: float = 0.0
+    trains_classifier: bool = False
 
     def phase(self, time: float) -> str:
         """Return what trains: 'backbone', 'heads' or 'joint'."""
@@ -94,7 +96,7 @@ class RegimeControl:
             return
         phase = self.regime.phase(time)
         if phase != self.phase:
-            self.model.freeze_backbone(phase == 'heads')
+            self.model.freeze_backbone(phase == 'heads', trains_classifier=self.regime.trains_classifier)
             self.task.trains_main_alone = phase == 'backbone'
             self.phase = phase
         self.task.loss.distill_scale = self.regime.distill_scale(time)
@@ -121,21 +123,25 @@ class RegimeControl:
                 group['lr'] = lr
 
 
-def split_exit_groups(optimizer: torch.optim.Optimizer, model: torch.nn.Module, lr_scale: float = 1.0) -> None:
+def split_exit_groups(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, lr_scale: float = 1.0, *, trains_classifier: bool = False
+) -> None:
     """Put the heads' parameters into groups of their own, marked 'is_exit'.
 
     Args:
         optimizer: Fresh; its groups are changed in place.
         model: Nothing happens without exits.
         lr_scale: Factor of the heads' learning rate.
+        trains_classifier: Main's own classifier goes with the heads.
     """
     if not isinstance(model, MultiExitModel):
         return
-    exits = {id(param) for param in model.exits.parameters()}
+    heads = [*model.exits.parameters(), *(model.classifier_parameters() if trains_classifier else ())]
+    heads = {id(param) for param in heads}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         for is_exit in (False, True):
-            params = [param for param in group['params'] if (id(param) in exits) == is_exit]
+            params = [param for param in group['params'] if (id(param) in heads) == is_exit]
             if params:
                 lr = group['lr'] * (lr_scale if is_exit else 1.0)
                 groups.append({**group, 'params': params, 'lr': lr, 'is_exit': is_exit})

@@ -1,5 +1,6 @@
 """A training run's files, whole after a kill at any moment: timm's checkpoints, and the best network as a folder."""
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from timm.layers import SplitBatchNorm2d
 from timm.utils import CheckpointSaver
 from torch import nn
 
@@ -64,7 +66,7 @@ class RunSaver(CheckpointSaver):
         best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
         shutil.rmtree(new, ignore_errors=True)
         with _explained(best):
-            save_pretrained(model, new, **kwargs)
+            save_pretrained(_joined(model), new, **kwargs)
             shutil.rmtree(old, ignore_errors=True)
             if best.exists():
                 best.rename(old)
@@ -114,6 +116,17 @@ class RunSaver(CheckpointSaver):
             except (OSError, NotImplementedError):
                 shutil.copy2(src, temporary)
             os.replace(temporary, dst)
+
+
+def _joined(model: nn.Module) -> nn.Module:
+    """Return the model without the norms that --split-bn gives to further augmentation splits in training."""
+    if not any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, SplitBatchNorm2d):
+            module.aux_bn = nn.ModuleList()
+    return model
 
 
 class _explained:  # noqa: N801 - reads as a statement

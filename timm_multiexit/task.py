@@ -16,7 +16,6 @@ from timm_multiexit.distillation import KDConfig
 from timm_multiexit.losses import MultiExitLoss
 from timm_multiexit.metrics import ExitEvaluator
 from timm_multiexit.model import ExitOutputs, MultiExitModel
-from timm_multiexit.taps import classifier_names
 
 
 class MultiExitTask(TrainingTask):
@@ -172,9 +171,8 @@ class MultiExitTask(TrainingTask):
         model = unwrap_model(self.trainable_module)
         excluded = set()
         if exclude_head:
-            linears = [model.backbone.get_submodule(name) for name in classifier_names(model.backbone)]
-            linears += [head.fc for head in model.exits]
-            excluded = {id(param) for linear in linears for param in linear.parameters()}
+            params = [*model.classifier_parameters(), *(param for head in model.exits for param in head.fc.parameters())]
+            excluded = {id(param) for param in params}
         return [param for param in model.parameters() if id(param) not in excluded]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class TrainingRun:
         self.data_config = resolve_data_config(vars(args), model=model)
         self.regime = create_regime(args, model)
         if self.regime.name == 'frozen':
-            model.freeze_backbone()
+            model.freeze_backbone(trains_classifier=self.regime.trains_classifier)
         model = place_model(args, model, accelerator)
         if args.kd_model_name:
             # Where the tasks look for how the student's images are normalized.
@@ -147,7 +147,7 @@ class TrainingRun:
         args = self.args
         batch_size = getattr(self.loader.loader.batch_sampler, 'average_batch_size', args.batch_size)
         module = self.task.get_trainable_module()
-        self.optimizer = create_train_optimizer(args, module, batch_size, self.accelerator)
+        self.optimizer = create_train_optimizer(args, module, batch_size, self.accelerator, self.regime)
         self.updates_per_epoch = -(-len(self.loader) // args.grad_accum_steps)
         try:
             self.scheduler, self.num_epochs = create_scheduler_v2(
