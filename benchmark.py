@@ -22,7 +22,7 @@ import torch
 
 import timm_multiexit as tme
 from timm_multiexit.arguments import parse_exits, parse_train_args
-from timm_multiexit.build import create_task, create_train_model, create_train_optimizer, place_model
+from timm_multiexit.build import create_regime, create_task, create_train_model, create_train_optimizer, place_model
 from timm_multiexit.launch import create_accelerator
 from timm_multiexit.losses import LOSSES
 from timm_multiexit.metrics import describe_environment, format_table
@@ -125,7 +125,8 @@ def create_step(train_args, accelerator):
     """
     model = place_model(train_args, create_train_model(train_args, None), accelerator)
     task = create_task(train_args, model, accelerator.device).train()
-    optimizer = create_train_optimizer(train_args, model, train_args.batch_size, accelerator)
+    regime = create_regime(train_args, model)
+    optimizer = create_train_optimizer(train_args, model, train_args.batch_size, accelerator, regime)
     if train_args.torchcompile:
         torch._dynamo.config.recompile_limit = 64
         model.compile(backend=train_args.torchcompile)

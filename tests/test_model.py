@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import set_reentrant_ckpt
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -474,3 +475,28 @@ def test_model_is_in_the_mode_of_its_backbone(make_backbone, x):
     model = attach_exits(make_backbone().eval(), input_size=(3, 32, 32))
     assert not any(module.training for module in model.modules())
     assert model.train().exits[0].training
+
+
+def test_one_exit_is_not_trained_alone_under_reentrant_checkpointing(make_model):
+    model = make_model().train()
+    model.set_grad_checkpointing()
+    x = torch.randn(2, 3, 64, 64)
+    set_reentrant_ckpt(True)
+    try:
+        with pytest.raises(MultiExitError, match='the backbone would get no gradient'):
+            model(x, exit_idx=1)
+        with torch.no_grad():
+            model(x, exit_idx=1)
+        model(x, exit_idx=-1)
+        model.eval()(x, exit_idx=1)
+    finally:
+        set_reentrant_ckpt(False)
+    # Not reentrant, the stem gets the gradient that it gets without checkpointing.
+    gradients = []
+    for enable in (True, False):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model.train()(x, exit_idx=1).square().sum().backward()
+        gradients.append(model.backbone.conv1[0].weight.grad.clone())
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients)

@@ -170,6 +170,27 @@ def test_transformer_trains_at_the_image_size_it_is_told(train_on_images, run_sc
     )
 
 
+def test_recipe_of_timm_runs_with_and_without_exits_by_changing_nothing_else(train_on_images, tmp_path):
+    (tmp_path / 'recipe.yaml').write_text(
+        'opt: adamw\nweight_decay: 0.05\nlr: 2.0e-3\nsched: cosine\nmin_lr: 1e-5\n'
+        'aa: rand-m9-mstd0.5-inc1\nreprob: 0.25\nmixup: 0.8\ncutmix: 1.0\nsmoothing: 0.1\ndrop_path: 0.1\n'
+        'model_ema: true\nmodel_ema_decay: 0.9\nclip_grad: 1.0\namp: true\namp_dtype: bfloat16\n'
+    )
+    runs = {
+        name: train_on_images(name, '--config', tmp_path / 'recipe.yaml', *flags)[0]
+        for name, flags in (('plain', ()), ('eed', ('--eed',)))
+    }
+    args = {name: yaml.safe_load((run / 'args.yaml').read_text()) for name, run in runs.items()}
+    differing = {key for key in args['plain'] if args['plain'][key] != args['eed'][key]}
+    assert differing == {'eed', 'exit_loss', 'exits', 'experiment'}
+    rows = {name: read_csv(run / 'summary.csv') for name, run in runs.items()}
+    assert [len(table) for table in rows.values()] == [2, 2]
+    # timm's columns come first in both, and a plain run has the same of them.
+    first = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+    assert list(rows['plain'][0])[:6] == list(rows['eed'][0])[:6] == first
+    assert [row['lr'] for row in rows['plain']] == [row['lr'] for row in rows['eed']]
+
+
 def test_moving_average_is_what_is_evaluated_and_kept(train_on_images):
     run, _ = train_on_images('run', '--eed', '--epochs', '1', '--model-ema', '--model-ema-decay', '0.5')
     average = timm.models.load_state_dict(str(run / 'last.pth.tar'), use_ema=True)

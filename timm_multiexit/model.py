@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import use_reentrant_ckpt
 from timm.models import get_model_input_config, group_parameters
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
@@ -137,7 +138,8 @@ class MultiExitModel(nn.Module):
             the logits [B, C] of that exit.
 
         Raises:
-            MultiExitError: Both `exits` and `exit_idx` are given, or there is no such exit.
+            MultiExitError: Both `exits` and `exit_idx` are given, there is no such exit, or one exit is trained alone
+                under reentrant gradient checkpointing.
         """
         if exit_idx is not None:
             if exits:
@@ -178,8 +180,16 @@ class MultiExitModel(nn.Module):
         idx = exit_idx % (num_exits + 1)
         if idx == num_exits:
             return self.backbone(x)
+        if self.training and torch.is_grad_enabled() and use_reentrant_ckpt() and self._checkpoints_gradients():
+            raise MultiExitError(
+                'One exit cannot be trained alone under reentrant gradient checkpointing, the backbone would get no'
+                ' gradient: use exits=True, or timm.layers.set_reentrant_ckpt(False).'
+            )
         logits, _ = self._run_head(idx, self._taps.stop(self.backbone, x, idx), x)
         return logits
+
+    def _checkpoints_gradients(self) -> bool:
+        return any(getattr(module, 'grad_checkpointing', False) for module in self.backbone.modules())
 
     @torch.no_grad()
     def cost(self, input_size: tuple[int, int, int] | None = None) -> tuple[ExitCost, ...]:

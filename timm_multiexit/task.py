@@ -171,8 +171,8 @@ class MultiExitTask(TrainingTask):
         model = unwrap_model(self.trainable_module)
         excluded = set()
         if exclude_head:
-            params = [*model.classifier_parameters(), *(param for head in model.exits for param in head.fc.parameters())]
-            excluded = {id(param) for param in params}
+            heads = [param for head in model.exits for param in head.fc.parameters()]
+            excluded = {id(param) for param in (*model.classifier_parameters(), *heads)}
         return [param for param in model.parameters() if id(param) not in excluded]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
