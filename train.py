@@ -11,7 +11,8 @@ from timm.utils import setup_default_logging
 import timm_multiexit as tme
 from timm_multiexit.arguments import parse_train_args
 from timm_multiexit.launch import create_accelerator
-from timm_multiexit.training import Stopped, TrainingRun
+from timm_multiexit.stopping import Stopped
+from timm_multiexit.training import TrainingRun
 
 
 def main(argv=None):

@@ -19,6 +19,7 @@ from timm_multiexit.build import (
     create_train_optimizer,
     place_model,
 )
+from timm_multiexit.regimes import Regime
 
 BASE = ('--model', 'test_resnet', '--img-size', '32', '--num-classes', '3', '--data-dir', 'images')
 CPU = torch.device('cpu')
@@ -176,7 +177,12 @@ def test_outside_teacher_of_a_plain_network(kind, teacher):
     task = create_task(args, model, CPU).eval()
     images, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
-        wanted = network(images)
+        # The teacher sees the images as its own configuration normalizes them.
+        (own_mean, own_std), (mean, std) = (
+            [torch.tensor(net.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ('mean', 'std')]
+            for net in (model, network)
+        )
+        wanted = network((images * own_std + own_mean - mean) / std)
         if kind == 'token':
             model.eval().set_distilled_training(True)
             model.train()
@@ -262,11 +268,14 @@ REFUSED = {
 
 @pytest.mark.parametrize(('flags', 'message'), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_made_is_one_line(flags, message):
-    with pytest.raises(tme.MultiExitError, match=message) as error:
+    def build():
         args = parse(*flags)
         model = create_train_model(args, 3)
         create_task(args, model, CPU)
-        create_train_optimizer(args, model, 8, Accelerator(cpu=True))
+        create_train_optimizer(args, model, 8, Accelerator(cpu=True), Regime())
+
+    with pytest.raises(tme.MultiExitError, match=message) as error:
+        build()
     assert '\n' not in str(error.value)
 
 
@@ -283,7 +292,7 @@ def test_what_cannot_be_made_is_one_line(flags, message):
 def test_learning_rate_grows_with_the_global_batch(flags, lr):
     args = parse('--grad-accum-steps', '2', *flags)
     model = create_train_model(args, 3)
-    optimizer = create_train_optimizer(args, model, 64, Accelerator(cpu=True))
+    optimizer = create_train_optimizer(args, model, 64, Accelerator(cpu=True), Regime())
     assert {group['lr'] for group in optimizer.param_groups} == {pytest.approx(lr)}
 
 

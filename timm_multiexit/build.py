@@ -248,7 +248,8 @@ def create_regime(args: Namespace, model: nn.Module) -> Regime:
     warmup = 0.0 if name == 'frozen' else args.head_warmup_epochs
     if warmup is None:
         is_trained = args.pretrained or args.pretrained_path or args.initial_checkpoint or backbone_epochs
-        has_trained_heads = _has_own_exits(args) or _checkpoint_has_exits(args.initial_checkpoint)
+        has_own_heads = args.exits == 'auto' and _has_own_exits(args)
+        has_trained_heads = has_own_heads or _checkpoint_has_exits(args.initial_checkpoint)
         warmup = 1.0 if is_trained and (has_fresh_classifier or not has_trained_heads) else 0.0
     return Regime(
         name,

@@ -56,17 +56,17 @@ class RunSaver(CheckpointSaver):
         """Return whether a network with this metric is the best so far; the latest is, where nothing is measured."""
         return metric is None or self.best_metric is None or self.cmp(metric, self.best_metric)
 
-    def save_best(self, model: nn.Module, **kwargs: Any) -> None:
+    def save_best(self, model: nn.Module, *, data_config: dict[str, Any] | None = None) -> None:
         """Write a network to the folder `best` in one move; before `save_checkpoint`, which says that it was the best.
 
         Args:
             model: The network.
-            **kwargs: For `save_pretrained`.
+            data_config: For `save_pretrained`.
         """
         best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
         shutil.rmtree(new, ignore_errors=True)
         with _explained(best):
-            save_pretrained(_joined(model), new, **kwargs)
+            save_pretrained(_joined(model), new, data_config=data_config and _fit_channels(data_config))
             shutil.rmtree(old, ignore_errors=True)
             if best.exists():
                 best.rename(old)
@@ -116,6 +116,17 @@ class RunSaver(CheckpointSaver):
             except (OSError, NotImplementedError):
                 shutil.copy2(src, temporary)
             os.replace(temporary, dst)
+
+
+def _fit_channels(data_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with one mean and deviation per channel, as timm's loaders normalize other images."""
+    channels = data_config['input_size'][0]
+    fitted = {
+        key: (sum(data_config[key]) / len(data_config[key]),) * channels
+        for key in ('mean', 'std')
+        if len(data_config[key]) != channels
+    }
+    return {**data_config, **fitted}
 
 
 def _joined(model: nn.Module) -> nn.Module:

@@ -2,23 +2,17 @@
 
 import json
 import logging
-import os
-import signal
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.data import resolve_data_config
 from timm.models import safe_model_name
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
-from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import distribute_bn, random_seed, unwrap_model
 from torchvision.utils import save_image
 
@@ -30,45 +24,20 @@ from timm_multiexit.build import (
     place_model,
     prepare,
 )
-from timm_multiexit.checkpoint import read_training_checkpoint
+from timm_multiexit.checkpointing import Checkpointing
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.engine import Evaluation, Trainer, TrainerConfig, evaluate_loader
 from timm_multiexit.journal import Journal
 from timm_multiexit.loaders import create_datasets, create_eval_loader, create_train_loader, encode_targets
 from timm_multiexit.metrics import default_metric, evaluation_columns, flatten_metrics
 from timm_multiexit.model import MultiExitModel
-from timm_multiexit.progress import Progress
 from timm_multiexit.records import check_trackers
 from timm_multiexit.regimes import RegimeControl
 from timm_multiexit.report import report
-from timm_multiexit.saver import BEST_NAME, RunSaver, find_resume, load_optimizer, read_position
+from timm_multiexit.saver import BEST_NAME, find_resume
+from timm_multiexit.stopping import Stopped, Stopper
 
 _logger = logging.getLogger(__name__)
-
-# Updates between looks at whether a rank was asked to stop; they must agree, which costs a message.
-_STOP_CHECK_INTERVAL = 10
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has saved where it is.
-
-    Attributes:
-        signal: The number of the signal.
-    """
-
-    def __init__(self, signal_number: int):
-        super().__init__(signal_number)
-        self.signal = signal_number
-
-
-class _ScalerState:
-    """Accelerate's gradient scaler under the name that timm's checkpoints give it."""
-
-    state_dict_key = 'amp_scaler'
-
-    def __init__(self, scaler: Any):
-        self.state_dict = scaler.state_dict
-        self.load_state_dict = scaler.load_state_dict
 
 
 class TrainingRun:
@@ -113,9 +82,18 @@ class TrainingRun:
         num_exits = len(model.exits) if isinstance(model, MultiExitModel) else 0
         self.last_epoch = self.num_epochs if args.stop_epoch is None else min(self.num_epochs, args.stop_epoch)
         self.journal = Journal(args, accelerator, num_exits=num_exits, epochs=self.last_epoch)
-        self.saver: RunSaver | None = None
+        self.checkpoints = Checkpointing(
+            args,
+            accelerator,
+            task=self.task,
+            optimizer=self.optimizer,
+            trainer=self.trainer,
+            journal=self.journal,
+            num_batches=len(self.loader),
+            is_decreasing=self.is_decreasing,
+        )
+        self.stopper = Stopper(accelerator)
         self.start_epoch = self.start_batch = 0
-        self._stop_signal = 0
 
     def _find_resume(self) -> Path | None:
         path = self.args.resume
@@ -200,73 +178,20 @@ class TrainingRun:
 
     def open(self) -> None:
         """Make the folder of the run, or go on in that of a checkpoint."""
-        args, accelerator = self.args, self.accelerator
-        self._scaler = _ScalerState(accelerator.scaler) if accelerator.scaler else None
-        if accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            self.saver = RunSaver(
-                run_state=self._state,
-                model=unwrap_model(self.task.get_trainable_module()),
-                optimizer=self.optimizer,
-                args=args,
-                task=self.task,
-                amp_scaler=self._scaler,
-                checkpoint_dir=str(self.output_dir),
-                recovery_dir=str(self.output_dir),
-                decreasing=self.is_decreasing,
-                max_history=args.checkpoint_hist,
-            )
-            self.saver.clean()
+        args = self.args
+        self.checkpoints.open(self.output_dir)
         if self.resume:
-            self._restore()
+            self.start_epoch, self.start_batch = self.checkpoints.restore(self.resume)
         if args.start_epoch is not None:
             self.start_epoch, self.start_batch = args.start_epoch, 0
         self._place_schedule()
-        if self.saver:
-            (self.output_dir / 'args.yaml').write_text(yaml.safe_dump(vars(args), default_flow_style=False))
+        self.checkpoints.save_args()
         self.journal.open(self.output_dir, self._updates_done())
-        if self.saver:
+        if self.accelerator.is_main_process:
             self.journal.write()
 
     def _updates_done(self) -> int:
         return self.start_epoch * self.updates_per_epoch + self.start_batch // self.args.grad_accum_steps
-
-    def _restore(self) -> None:
-        args = self.args
-        checkpoint = read_training_checkpoint(self.resume)
-        resume_task_checkpoint(self.task, str(self.resume), log_info=False)
-        if not args.no_resume_opt:
-            load_optimizer(self.optimizer, checkpoint, self.resume)
-            if self._scaler and self._scaler.state_dict_key in checkpoint:
-                self._scaler.load_state_dict(checkpoint[self._scaler.state_dict_key])
-        if args.model_ema:
-            load_task_ema_checkpoint(self.task, str(self.resume))
-        self.start_epoch, self.start_batch = read_position(checkpoint)
-        run = (checkpoint.get('saver') or {}).get('run') or {}
-        if run:
-            self.journal.summary.load_state_dict(run['summary'])
-            if isinstance(self.scheduler, PlateauLRScheduler) and run['plateau']:
-                self.scheduler.lr_scheduler.load_state_dict(run['plateau']['counters'])
-                self.scheduler.restore_lr = run['plateau']['restore_lr']
-        if self.start_batch:
-            self._check_same_batches(run)
-            self._restore_progress(run['progress'])
-        if self.saver and self.resume.parent.resolve() == self.output_dir.resolve():
-            self.trainer.epoch, self.trainer.batch = self.start_epoch, self.start_batch
-            self.saver.load_state_dict(checkpoint['saver'])
-
-    def _check_same_batches(self, run: dict[str, Any]) -> None:
-        if run['num_batches'] != len(self.loader):
-            raise MultiExitError(
-                f'{self.resume} is from the middle of an epoch of {run["num_batches"]} batches, here are'
-                f' {len(self.loader)}: give the data, --batch-size and number of processes it was trained with.'
-            )
-
-    def _restore_progress(self, state: dict[str, Any]) -> None:
-        is_multi_label = self.args.task == 'multilabel'
-        self.trainer.progress = Progress(len(state['correct']), self.accelerator.device, multi_label=is_multi_label)
-        if self.accelerator.is_main_process:
-            self.trainer.progress.load_state_dict(state)
 
     def _place_schedule(self) -> None:
         is_new = not (self.start_epoch or self.start_batch)
@@ -276,31 +201,13 @@ class TrainingRun:
         self.scheduler.step(self.start_epoch)
         self.scheduler.step_update(self._updates_done())
 
-    def _state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs besides weights and optimizer for the run to go on."""
-        trainer = self.trainer
-        plateau = None
-        if isinstance(self.scheduler, PlateauLRScheduler):  # whose own state_dict leaves its counters out
-            plateau = {
-                'counters': self.scheduler.lr_scheduler.state_dict(),
-                'restore_lr': self.scheduler.restore_lr,
-            }
-        return {
-            'epoch': trainer.epoch,
-            'batch': trainer.batch,
-            'num_batches': len(self.loader),
-            'progress': self._progress_state if trainer.batch else None,
-            'summary': self.journal.summary.state_dict(),
-            'plateau': plateau,
-        }
-
     def fit(self) -> None:
         """Train and evaluate epoch by epoch, and keep what timm keeps, and the best network as a folder.
 
         Raises:
             Stopped: The process got SIGTERM or SIGINT, and where it was is saved.
         """
-        with self._stoppable():
+        with self.stopper.listening():
             for epoch in range(self.start_epoch, self.last_epoch):
                 self._fit_epoch(epoch, self.last_epoch)
 
@@ -318,19 +225,11 @@ class TrainingRun:
             self.scheduler.step(epoch + 1, metrics.get(args.eval_metric))
         # From here on the run stands at the beginning of the next epoch.
         trainer.epoch, trainer.batch = epoch + 1, 0
-        if is_evaluated and self.saver:
-            self._keep(epoch, model, metrics.get(args.eval_metric))
+        if is_evaluated:
+            self.checkpoints.save_epoch(epoch, model, metrics.get(args.eval_metric), data_config=self.data_config)
         journal.end_epoch(trainer, rate)
-        if is_evaluated and epoch + 1 < last and self._is_asked_to_stop():
-            raise Stopped(self._stop_signal)
-
-    def _keep(self, epoch: int, model: torch.nn.Module, metric: float | None) -> None:
-        if self.saver.is_best(metric):
-            self.saver.save_best(model, data_config=self.data_config)
-        self.saver.save_checkpoint(epoch, metric=metric)
-        if self.args.save_epochs and epoch + 1 in self.args.save_epochs:
-            self.saver.save_milestone(epoch + 1)
-        self.journal.write()
+        if is_evaluated and epoch + 1 < last and self.stopper.is_asked():
+            raise Stopped(self.stopper.signal)
 
     def _evaluate(self) -> tuple[torch.nn.Module, dict[str, float]]:
         """Return the model that counts, the moving average if there is one, and its metrics as columns."""
@@ -361,58 +260,21 @@ class TrainingRun:
         args = self.args
         self.journal.note_step(trainer)
         update_idx = (trainer.batch - 1) // args.grad_accum_steps
-        if args.save_images and self.saver and update_idx % args.log_interval == 0:
+        if args.save_images and self.accelerator.is_main_process and update_idx % args.log_interval == 0:
             save_image(trainer.images, self.output_dir / f'train-batch-{trainer.batch - 1}.jpg', normalize=True)
         if trainer.batch == len(self.loader):
             return  # the epoch is closed by its own checkpoint
-        if args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
-            self._save_recovery()
-        is_due = self.accelerator.num_processes == 1 or trainer.num_updates % _STOP_CHECK_INTERVAL == 0
-        if is_due and self._is_asked_to_stop():
-            self._save_recovery()
-            raise Stopped(self._stop_signal)
-
-    def _save_recovery(self) -> None:
-        trainer = self.trainer
-        trainer.progress.check_finite(self.accelerator)
-        self._progress_state = trainer.progress.state_dict(self.accelerator)
-        if self.saver:
-            self.saver.save_recovery(trainer.epoch, trainer.batch)
-
-    def _is_asked_to_stop(self) -> bool:
-        if self.accelerator.num_processes > 1:
-            asked = torch.tensor([self._stop_signal], device=self.accelerator.device)
-            self._stop_signal = int(self.accelerator.gather(asked).max())
-        return bool(self._stop_signal)
-
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """While training, let SIGTERM and the first SIGINT end the run after the step, with a checkpoint."""
-        process = os.getpid()
-
-        def note(number: int, frame: Any) -> None:
-            if os.getpid() != process:
-                return  # data loading processes, which inherit this, must outlive the step
-            if self._stop_signal:
-                raise KeyboardInterrupt
-            self._stop_signal = number
-            _logger.info(f'{signal.Signals(number).name}: saving and stopping after this step.')
-
-        try:
-            previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread, where no handler can be set
-            previous = {}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        is_due = args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0
+        is_asked = self.stopper.is_asked(trainer.num_updates)
+        if is_due or is_asked:
+            self.checkpoints.save_recovery()
+        if is_asked:
+            raise Stopped(self.stopper.signal)
 
     def report(self) -> None:
         """Print the table of the best network, write it beside the run, and list the best epochs as timm does."""
         self.accelerator.wait_for_everyone()
-        best_epoch = self.saver.best_epoch if self.saver else None
-        best_epoch, folder = broadcast_object_list([best_epoch, str(self.output_dir)])
+        best_epoch, folder = broadcast_object_list([self.checkpoints.best_epoch, str(self.output_dir)])
         if self.datasets[2] is not None and Path(folder, BEST_NAME).exists():
             report(
                 self.args,

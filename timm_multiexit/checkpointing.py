@@ -1,0 +1,182 @@
+"""What a run keeps of itself in its folder, and how it goes on from there."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from timm.scheduler import PlateauLRScheduler
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import unwrap_model
+
+from timm_multiexit.checkpoint import read_training_checkpoint
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.engine import Trainer
+from timm_multiexit.journal import Journal
+from timm_multiexit.progress import Progress
+from timm_multiexit.saver import RunSaver, load_optimizer, read_position
+
+
+class _ScalerState:
+    """Accelerate's gradient scaler under the name that timm's checkpoints give it."""
+
+    state_dict_key = 'amp_scaler'
+
+    def __init__(self, scaler: Any):
+        self.state_dict = scaler.state_dict
+        self.load_state_dict = scaler.load_state_dict
+
+
+class Checkpointing:
+    """Saves and restores a run: weights, averages, optimizer, schedule, place in the epoch, sums, table.
+
+    Args:
+        args: Of the run.
+        accelerator: Of the run; its main process alone writes.
+        task: What is trained.
+        optimizer: The optimizer itself, not what Accelerate made of it.
+        trainer: Knows where the run stands, and its schedule.
+        journal: Holds the table.
+        num_batches: In an epoch.
+        is_decreasing: Whether a lower `--eval-metric` is better.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        accelerator: Accelerator,
+        *,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        trainer: Trainer,
+        journal: Journal,
+        num_batches: int,
+        is_decreasing: bool,
+    ):
+        self.args, self.accelerator = args, accelerator
+        self.task, self.optimizer, self.trainer, self.journal = task, optimizer, trainer, journal
+        self.num_batches, self.is_decreasing = num_batches, is_decreasing
+        self.scaler = _ScalerState(accelerator.scaler) if accelerator.scaler else None
+        self.saver: RunSaver | None = None
+        self._progress_state: dict[str, Any] | None = None
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The best epoch so far, from 0; None before one was measured, and outside of the main process."""
+        return self.saver.best_epoch if self.saver else None
+
+    def open(self, folder: Path) -> None:
+        """Make the folder, or remove from it what a kill left half written."""
+        if not self.accelerator.is_main_process:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.saver = RunSaver(
+            run_state=self._state,
+            model=unwrap_model(self.task.get_trainable_module()),
+            optimizer=self.optimizer,
+            args=self.args,
+            task=self.task,
+            amp_scaler=self.scaler,
+            checkpoint_dir=str(folder),
+            recovery_dir=str(folder),
+            decreasing=self.is_decreasing,
+            max_history=self.args.checkpoint_hist,
+        )
+        self.saver.clean()
+
+    def restore(self, path: Path) -> tuple[int, int]:
+        """Load a checkpoint and return the epoch and the batch to go on with.
+
+        Raises:
+            MultiExitError: It is of another optimizer, or from the middle of an epoch of other batches.
+        """
+        args = self.args
+        checkpoint = read_training_checkpoint(path)
+        epoch, batch = read_position(checkpoint)
+        run = (checkpoint.get('saver') or {}).get('run') or {}
+        if batch and run['num_batches'] != self.num_batches:
+            raise MultiExitError(
+                f'{path} is from the middle of an epoch of {run["num_batches"]} batches, here are {self.num_batches}:'
+                ' give the data, --batch-size and number of processes it was trained with.'
+            )
+        resume_task_checkpoint(self.task, str(path), log_info=False)
+        if not args.no_resume_opt:
+            load_optimizer(self.optimizer, checkpoint, path)
+            if self.scaler and self.scaler.state_dict_key in checkpoint:
+                self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
+        if args.model_ema:
+            load_task_ema_checkpoint(self.task, str(path))
+        if run:
+            self._restore_run(run)
+        if self.saver and path.parent.resolve() == Path(self.saver.checkpoint_dir).resolve():
+            self.trainer.epoch, self.trainer.batch = epoch, batch
+            self.saver.load_state_dict(checkpoint.get('saver') or {})
+        return epoch, batch
+
+    def _restore_run(self, run: dict[str, Any]) -> None:
+        self.journal.summary.load_state_dict(run['summary'])
+        scheduler = self.trainer.scheduler
+        if isinstance(scheduler, PlateauLRScheduler) and run['plateau']:
+            scheduler.lr_scheduler.load_state_dict(run['plateau']['counters'])
+            scheduler.restore_lr = run['plateau']['restore_lr']
+        if run['batch']:
+            self.trainer.progress = Progress(
+                len(run['progress']['correct']),
+                self.accelerator.device,
+                multi_label=self.args.task == 'multilabel',
+            )
+            if self.accelerator.is_main_process:
+                self.trainer.progress.load_state_dict(run['progress'])
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs besides weights and optimizer for the run to go on."""
+        trainer, plateau = self.trainer, None
+        if isinstance(trainer.scheduler, PlateauLRScheduler):  # whose own state_dict leaves its counters out
+            plateau = {
+                'counters': trainer.scheduler.lr_scheduler.state_dict(),
+                'restore_lr': trainer.scheduler.restore_lr,
+            }
+        return {
+            'epoch': trainer.epoch,
+            'batch': trainer.batch,
+            'num_batches': self.num_batches,
+            'progress': self._progress_state if trainer.batch else None,
+            'summary': self.journal.summary.state_dict(),
+            'plateau': plateau,
+        }
+
+    def save_args(self) -> None:
+        """Write `args.yaml`, as the run resolved them."""
+        if self.saver:
+            text = yaml.safe_dump(vars(self.args), default_flow_style=False)
+            Path(self.saver.checkpoint_dir, 'args.yaml').write_text(text)
+
+    def save_epoch(
+        self, epoch: int, model: torch.nn.Module, metric: float | None, *, data_config: dict[str, Any]
+    ) -> None:
+        """Keep the end of an epoch, and the network as a folder if it is the best so far.
+
+        Args:
+            epoch: The epoch that ended, from 0.
+            model: The network that was measured.
+            metric: What it reached; None where nothing was measured.
+            data_config: How images are made ready for it.
+        """
+        if not self.saver:
+            return
+        if self.saver.is_best(metric):
+            self.saver.save_best(model, data_config=data_config)
+        self.saver.save_checkpoint(epoch, metric=metric)
+        if self.args.save_epochs and epoch + 1 in self.args.save_epochs:
+            self.saver.save_milestone(epoch + 1)
+        self.journal.write()
+
+    def save_recovery(self) -> None:
+        """Keep the middle of an epoch; all processes take part."""
+        trainer = self.trainer
+        trainer.progress.check_finite(self.accelerator)
+        self._progress_state = trainer.progress.state_dict(self.accelerator)
+        if self.saver:
+            self.saver.save_recovery(trainer.epoch, trainer.batch)
