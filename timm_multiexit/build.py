@@ -1,5 +1,6 @@
 """Model, task and optimizer from command-line arguments."""
 
+import logging
 from argparse import Namespace
 from typing import Any
 
@@ -33,6 +34,8 @@ from timm_multiexit.task import MultiExitTask
 
 # What timm and torch raise for keywords and numbers that they do not take, and for weights that are not to be had.
 _REFUSALS = (TypeError, ValueError, AssertionError, IndexError, RuntimeError, OSError)
+_logger = logging.getLogger(__name__)
+
 _SQRT_SCALED = ('ada', 'lamb')  # optimizers whose rate timm scales with the root of the batch
 
 
@@ -245,9 +248,11 @@ def create_regime(args: Namespace, model: nn.Module) -> Regime:
     # timm replaces a classifier of other classes by a fresh one.
     is_other = args.pretrained and model.pretrained_cfg.get('num_classes') != args.num_classes
     has_fresh_classifier = bool(is_other and not args.initial_checkpoint)
+    is_trained = bool(args.pretrained or args.pretrained_path or args.initial_checkpoint or backbone_epochs)
+    if name == 'frozen' and not (is_trained or args.resume):
+        _logger.warning('The backbone stays as it is, and it is not trained: add --pretrained or --initial-checkpoint.')
     warmup = 0.0 if name == 'frozen' else args.head_warmup_epochs
     if warmup is None:
-        is_trained = args.pretrained or args.pretrained_path or args.initial_checkpoint or backbone_epochs
         has_own_heads = args.exits == 'auto' and _has_own_exits(args)
         has_trained_heads = has_own_heads or _checkpoint_has_exits(args.initial_checkpoint)
         warmup = 1.0 if is_trained and (has_fresh_classifier or not has_trained_heads) else 0.0

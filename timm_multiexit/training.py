@@ -185,10 +185,24 @@ class TrainingRun:
         if args.start_epoch is not None:
             self.start_epoch, self.start_batch = args.start_epoch, 0
         self._place_schedule()
+        self._describe()
         self.checkpoints.save_args()
         self.journal.open(self.output_dir, self._updates_done())
         if self.accelerator.is_main_process:
             self.journal.write()
+
+    def _describe(self) -> None:
+        """Log what is about to be trained, in one line."""
+        args, model = self.args, unwrap_model(self.task.get_eval_model())
+        counts = f'{sum(param.numel() for param in model.parameters()) / 1e6:.2f}M parameters'
+        if isinstance(model, MultiExitModel):
+            counts += f', exits at {", ".join(spec.module for spec in model.exits.specs)} by {args.exit_loss}'
+        precision = self.accelerator.mixed_precision.replace('no', args.model_dtype or 'float32')
+        _logger.info(
+            f'{args.model} ({counts}) on {len(self.datasets[0])} images, {args.opt} at {args.lr:.2e}, {args.sched}, epochs'
+            f' {self.start_epoch + 1} to {self.last_epoch} of {self.updates_per_epoch} updates, {precision} on'
+            f' {self.accelerator.num_processes} x {self.accelerator.device.type}, into {self.output_dir}'
+        )
 
     def _updates_done(self) -> int:
         return self.start_epoch * self.updates_per_epoch + self.start_batch // self.args.grad_accum_steps
@@ -235,9 +249,8 @@ class TrainingRun:
         """Return the model that counts, the moving average if there is one, and its metrics as columns."""
         args, accelerator = self.args, self.accelerator
         uses_ema = args.model_ema and not args.model_ema_force_cpu
-        model = unwrap_model(self.task.get_trainable_module(ema=uses_ema))
         if accelerator.num_processes > 1 and args.dist_bn in ('broadcast', 'reduce'):
-            for is_ema in {False, uses_ema}:
+            for is_ema in (False, True)[: 1 + uses_ema]:
                 module = unwrap_model(self.task.get_trainable_module(ema=is_ema))
                 distribute_bn(module, accelerator.num_processes, args.dist_bn == 'reduce')
         model = unwrap_model(self.task.get_eval_model(ema=uses_ema))
@@ -295,16 +308,14 @@ def choose_output_dir(args: Namespace) -> Path:
     """Return the folder of the run: a new one, or that of the checkpoint it goes on from.
 
     Raises:
-        MultiExitError: It holds a run already, or `--resume auto` does not say which.
+        MultiExitError: It holds a run already.
     """
     if args.resume and args.resume != 'auto' and not (args.output or args.experiment):
         return Path(args.resume).parent
-    if args.resume == 'auto' and not args.experiment:
-        raise MultiExitError('--resume auto needs --experiment NAME, the folder of the run to go on with.')
     size = (args.input_size or (args.img_size,))[-1]
     stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
     name = args.experiment or '-'.join(str(part) for part in (stamp, safe_model_name(args.model), size) if part)
     path = Path(args.output or 'output/train', name)
-    if not args.resume and (path / 'summary.csv').exists():
+    if not args.resume and ((path / 'summary.csv').exists() or any(path.glob('*.pth.tar'))):
         raise MultiExitError(f'{path} holds a run: name another --experiment, or go on with --resume auto.')
     return path
