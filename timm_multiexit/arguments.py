@@ -39,7 +39,6 @@ DIGITS_DEFAULTS: dict[str, Any] = {
     'crop_pct': 1.0,
     'smoothing': 0.0,
     'workers': 0,
-    'log_interval': 10,
 }
 
 

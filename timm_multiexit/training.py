@@ -199,8 +199,8 @@ class TrainingRun:
             counts += f', exits at {", ".join(spec.module for spec in model.exits.specs)} by {args.exit_loss}'
         precision = self.accelerator.mixed_precision.replace('no', args.model_dtype or 'float32')
         _logger.info(
-            f'{args.model} ({counts}) on {len(self.datasets[0])} images, {args.opt} at {args.lr:.2e}, {args.sched}, epochs'
-            f' {self.start_epoch + 1} to {self.last_epoch} of {self.updates_per_epoch} updates, {precision} on'
+            f'{args.model} ({counts}) on {len(self.datasets[0])} images, {args.opt} at {args.lr:.2e}, {args.sched},'
+            f' epochs {self.start_epoch + 1} to {self.last_epoch} of {self.updates_per_epoch} updates, {precision} on'
             f' {self.accelerator.num_processes} x {self.accelerator.device.type}, into {self.output_dir}'
         )
 
