@@ -375,7 +375,7 @@ def create_parser():
     add_common_flags(command, model='resnet18', batch_size=8, img_size=224, rounds=20)
     command.set_defaults(run=infer)
     command = commands.add_parser('train', help='training steps, and the loop of train.py')
-    add_common_flags(command, model='cifar_resnet18', batch_size=64, img_size=32, rounds=10)
+    add_common_flags(command, model='cifar_resnet18', batch_size=64, img_size=32, rounds=5)
     command.add_argument('--num-classes', type=int, default=100, metavar='N', help='default: 100')
     command.add_argument('--losses', nargs='+', default=list(LOSSES), choices=tuple(LOSSES), help='default: all')
     command.add_argument('--amp', action='store_true', help='bfloat16 autocast')

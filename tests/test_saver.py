@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import train
 from timm_multiexit.checkpoint import read_training_checkpoint
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.saver import RunSaver, find_resume, load_optimizer, read_position
@@ -322,3 +323,27 @@ def test_state_of_the_same_optimizer_is_taken(kind):
     load_optimizer(optimizer, {'optimizer': other.state_dict()}, 'x.pth.tar')
     assert optimizer.param_groups[0]['lr'] == 0.3
     assert str(optimizer.state_dict()) == str(other.state_dict())
+
+
+MISFITS = {
+    'architecture': (('--model', 'test_resnet'), ('--model', 'test_vit')),
+    'fewer-exits': (('--exits', '2'), ('--exits', '1')),
+    'exits-of-a-plain-run': ((), ('--exits', '1')),
+    'plain-of-a-run-with-exits': (('--exits', '1'), ()),
+    'optimizer': (('--opt', 'adamw'), ('--opt', 'sgd')),
+}
+
+
+@pytest.mark.parametrize(('flags', 'others'), MISFITS.values(), ids=MISFITS.keys())
+def test_run_of_something_else_is_one_line_and_its_folder_stays_as_it_is(flags, others, run_script, image_folder):
+    base = ['--model', 'test_resnet', '--img-size', 32, '-b', 8, '-j', 0, '--data-dir', image_folder]
+    base += ['--output', 'out', '--experiment', 'run', '--lr', 0.01, '--warmup-epochs', 0]
+    assert run_script(train.main, *base, *flags, '--epochs', 1)[0] == 0
+    folder = image_folder.parent / 'out/run'
+    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    code, _, err = run_script(train.main, *base, *others, '--epochs', 2, '--resume', 'auto')
+    assert code == 2, err
+    line = err.strip().splitlines()[-1]
+    assert line.startswith('train.py: error: ')
+    assert 'last.pth.tar' in line
+    assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before

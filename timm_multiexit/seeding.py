@@ -44,10 +44,12 @@ def seed_generators(seed: int, stream: Stream, *place: int, all_devices: bool = 
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch_seed = int(words[2]) << 32 | int(words[3])
-    if all_devices:
-        torch.manual_seed(torch_seed)
-    else:
-        torch.default_generator.manual_seed(torch_seed)
+    torch.default_generator.manual_seed(torch_seed)
+    # Not torch.manual_seed, which formats the call stack for every kind of device that is not there.
+    device = torch.accelerator.current_accelerator(check_available=True) if all_devices else None
+    if device is not None:
+        module = torch.get_device_module(device)
+        getattr(module, 'manual_seed_all', module.manual_seed)(torch_seed)
 
 
 class Place(NamedTuple):
