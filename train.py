@@ -19,6 +19,7 @@ def main(argv=None):
     """Run the command line and return the exit code: 0, 2 for an error of one line, 128 + N after signal N."""
     setup_default_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files every epoch
+    run, code = None, 0
     try:
         args = parse_train_args(argv)
         accelerator = create_accelerator(args)
@@ -27,7 +28,6 @@ def main(argv=None):
         run.open()
         run.fit()
         run.report()
-        code = 0
     except tme.MultiExitError as error:
         print(f'train.py: error: {error}', file=sys.stderr)
         return 2
@@ -35,6 +35,9 @@ def main(argv=None):
         code = 128 + stopped.signal
         if accelerator.is_main_process:
             print(f'train.py: stopped, go on with --resume auto --experiment {run.output_dir.name}', file=sys.stderr)
+    finally:
+        if run is not None:
+            run.close()
     # Together: a process that leaves while others still talk to it takes them along.
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -101,8 +101,8 @@ def test_held_out_images_choose_the_epoch_and_train_nothing(folder, train_on, mo
     assert not any('/val/' in name for name in trained)
     results = json.loads((run / 'results.json').read_text())
     assert (results['split'], results['num_samples']) == ('validation', 11)
-    assert results['epoch_chosen_on'].startswith('8 images held out of the train')
-    assert 'images held out of the train split' in result.out
+    assert results['epoch_chosen_on'] == '8 images held out of train'
+    assert 'chosen by top1 on 8 images held out of train:' in result.out
 
 
 def test_too_many_held_out_images_are_one_line(folder, train_on):

@@ -1,5 +1,7 @@
 import csv
+import gc
 import json
+import multiprocessing
 
 import pytest
 import timm
@@ -189,6 +191,15 @@ def test_recipe_of_timm_runs_with_and_without_exits_by_changing_nothing_else(tra
     first = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
     assert list(rows['plain'][0])[:6] == list(rows['eed'][0])[:6] == first
     assert [row['lr'] for row in rows['plain']] == [row['lr'] for row in rows['eed']]
+
+
+def test_loading_processes_end_with_the_run(train_on_images):
+    gc.disable()  # which would end them too, but takes five seconds for each
+    try:
+        train_on_images('run', '--eed', '--epochs', '1', '-j', '2')
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_moving_average_is_what_is_evaluated_and_kept(train_on_images):

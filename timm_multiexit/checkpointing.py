@@ -113,6 +113,8 @@ class Checkpointing:
         if self.saver and path.parent.resolve() == Path(self.saver.checkpoint_dir).resolve():
             self.trainer.epoch, self.trainer.batch = epoch, batch
             self.saver.load_state_dict(checkpoint.get('saver') or {})
+            if not batch:
+                self._save_milestone(epoch)  # a kill may have come before it
         return epoch, batch
 
     def _restore_run(self, run: dict[str, Any]) -> None:
@@ -169,9 +171,12 @@ class Checkpointing:
         if self.saver.is_best(metric):
             self.saver.save_best(model, data_config=data_config)
         self.saver.save_checkpoint(epoch, metric=metric)
-        if self.args.save_epochs and epoch + 1 in self.args.save_epochs:
-            self.saver.save_milestone(epoch + 1)
+        self._save_milestone(epoch + 1)
         self.journal.write()
+
+    def _save_milestone(self, completed_epochs: int) -> None:
+        if self.args.save_epochs and completed_epochs in self.args.save_epochs:
+            self.saver.save_milestone(completed_epochs)
 
     def save_recovery(self) -> None:
         """Keep the middle of an epoch; all processes take part."""

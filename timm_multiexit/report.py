@@ -48,15 +48,15 @@ def report(
     if not accelerator.is_main_process:
         return
     split = args.test_split or args.val_split
-    chosen_on = f'the {args.val_split} split'
+    chosen_on = args.val_split
     if args.val_from_train:
-        chosen_on = f'{args.val_from_train} images held out of the {args.train_split} split'
+        chosen_on = f'{args.val_from_train} images held out of {args.train_split}'
     table = make_table(best, result.metrics, input_size=data_config['input_size'], num_samples=result.num_samples)
     chosen = ''
     if best_epoch is not None:
         is_same = split == args.val_split and not args.val_from_train
         chosen = f', epoch {best_epoch + 1} of {num_epochs} chosen by {args.eval_metric} on'
-        chosen += ' this split' if is_same else f' {chosen_on}'
+        chosen += ' this split' if is_same else f' {chosen_on}' if args.val_from_train else f' the {chosen_on} split'
     print(
         f'\n{args.model} on the {split} split, {table.num_samples} images{chosen}:\n\n{table}\n\n'
         f'{folder}/best is the network: create_model("local-dir:{folder}/best", pretrained=True)\n',
@@ -65,7 +65,7 @@ def report(
     results = {
         'split': split,
         'num_samples': table.num_samples,
-        'epoch_chosen_on': chosen_on.removeprefix('the ').removesuffix(' split'),
+        'epoch_chosen_on': chosen_on,
         'best_epoch': best_epoch,
         'rows': table.rows,
         'seed': args.seed,
