@@ -96,12 +96,14 @@ def run_script(monkeypatch, tmp_path, capsys):
 
     def run(main, *argv):
         AcceleratorState._reset_state(reset_partial_state=True)
+        handlers = logging.root.handlers[:]
         try:
             code = main([str(arg) for arg in argv])
         except SystemExit as error:  # argparse
             code = error.code
         finally:
             logging.disable(logging.NOTSET)
+            logging.root.handlers[:] = handlers  # the script's own write to a stream that ends with this test
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
