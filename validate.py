@@ -13,11 +13,12 @@ import timm
 import torch
 from accelerate import Accelerator
 from timm.data import resolve_data_config
-from timm.models import parse_model_name, resolve_model_input_args
+from timm.models import parse_model_name
 from timm.utils import setup_default_logging
 
 import timm_multiexit as tme
 from timm_multiexit.arguments import create_validate_parser
+from timm_multiexit.build import model_kwargs
 from timm_multiexit.checkpoint import load_checkpoint, read_specs, read_training_checkpoint, restore_exits
 from timm_multiexit.data import DIGITS, check_classes, create_checked_dataset
 from timm_multiexit.engine import evaluate_loader
@@ -42,18 +43,8 @@ def create_model(args):
             setattr(args, name, trained[name])
     if args.model is None:
         raise tme.MultiExitError('No model: give --model NAME, --model local-dir:FOLDER, or --checkpoint PATH.')
-    kwargs = dict(
-        pretrained=args.pretrained,
-        num_classes=args.num_classes,
-        in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
-        global_pool=args.gp,
-        **args.model_kwargs,
-    )
     source = check_model_name(args.model)
-    img_size = resolve_model_input_args(args.model, vars(args), **args.model_kwargs).get('img_size')
-    if img_size is not None:
-        kwargs['img_size'] = img_size
-    size = args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
+    kwargs, size = model_kwargs(args)
     is_folder = source == 'local-dir'
     if is_folder:
         kwargs['pretrained'] = True

@@ -99,3 +99,16 @@ def test_bad_input_is_one_clear_line(flags, message, run_script, image_folder):
     assert code == 2
     assert message in err.strip().splitlines()[-1]
     assert 'Traceback' not in err
+
+
+def test_checkpoint_of_split_norms_is_evaluated_by_its_main_ones(run_script, image_folder):
+    flags = ('--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '1', '--eed', '--aug-splits', '2')
+    flags += ('--split-bn', '--aa', 'augmix-m3', '--data-dir', image_folder, '--experiment', 'run')
+    code, out, err = run_script(train.main, *flags)
+    assert code == 0, err
+    checkpoint = image_folder.parent / 'output/train/run/last.pth.tar'
+    code, again, err = run_script(validate.main, '--checkpoint', checkpoint, '--data-dir', image_folder, '-j', '0')
+    assert code == 0, err
+    table = [line for line in out.splitlines() if line[:4] in ('0   ', '1   ', '2   ', 'main', 'ens ')]
+    assert len(table) == 5
+    assert set(table) <= set(again.splitlines())

@@ -79,29 +79,36 @@ def create_train_model(args: Namespace, num_classes: int | None, resume: Any = N
     return model
 
 
-def _create_architecture(args: Namespace) -> nn.Module:
+def model_kwargs(args: Namespace) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
+    """Return what `timm.create_model` takes in training and evaluation alike, and the image size that costs are for."""
     kwargs = {
         'pretrained': args.pretrained,
-        'in_chans': args.in_chans or (args.input_size[0] if args.input_size else None),
         'num_classes': args.num_classes,
-        'drop_rate': args.drop,
-        'drop_path_rate': args.drop_path,
-        'drop_block_rate': args.drop_block,
+        'in_chans': args.in_chans or (args.input_size[0] if args.input_size else None),
         'global_pool': args.gp,
-        'bn_momentum': args.bn_momentum,
-        'bn_eps': args.bn_eps,
         **args.model_kwargs,
     }
-    if args.pretrained_path:
-        # -1 classes: not the file's, so that a classifier of another size is made anew.
-        kwargs['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
     # Models made for one image size (transformers) must be told another.
     img_size = resolve_model_input_args(args.model, vars(args), **args.model_kwargs).get('img_size')
     if img_size is not None:
         kwargs['img_size'] = img_size
+    return kwargs, args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
+
+
+def _create_architecture(args: Namespace) -> nn.Module:
+    kwargs, size = model_kwargs(args)
+    kwargs |= {
+        'drop_rate': args.drop,
+        'drop_path_rate': args.drop_path,
+        'drop_block_rate': args.drop_block,
+        'bn_momentum': args.bn_momentum,
+        'bn_eps': args.bn_eps,
+    }
+    if args.pretrained_path:
+        # -1 classes: not the file's, so that a classifier of another size is made anew.
+        kwargs['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
     if args.exits is None:
         return timm.create_model(args.model, **kwargs)
-    size = args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
     exits = None if _has_own_exits(args) and args.exits == 'auto' else args.exits
     model = create_model(
         args.model, exits=exits, head=args.exit_head, head_widths=args.head_widths, input_size=size, **kwargs

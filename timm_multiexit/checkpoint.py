@@ -68,7 +68,7 @@ def save_pretrained(
         _save_tensors(backbone.state_dict(), Path(temporary, BACKBONE_NAME))
         if isinstance(model, MultiExitModel):
             tensors = {f'exits.{key}': tensor for key, tensor in model.exits.state_dict().items()}
-            _save_tensors(_without_projectors(tensors), Path(temporary, EXITS_NAME))
+            _save_tensors(_without(tensors, *_TRAINING_ONLY), Path(temporary, EXITS_NAME))
         # config.json last: until then a reader sees the old network or an incomplete one, not a mixture it accepts.
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG_NAME):
             shutil.move(path, directory / path.name)
@@ -80,9 +80,13 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     safetensors.torch.save_file(tensors, path, metadata={'format': 'pt'})
 
 
-def _without_projectors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Leave out what heads have for training alone."""
-    return {key: tensor for key, tensor in tensors.items() if '.projector.' not in key}
+# Parts of names of weights that are for training alone: heads' projectors, the norms of further augmentation splits.
+_TRAINING_ONLY = ('.projector.', '.aux_bn.')
+
+
+def _without(tensors: dict[str, torch.Tensor], *parts: str) -> dict[str, torch.Tensor]:
+    """Leave out the tensors with one of these parts in their name."""
+    return {key: tensor for key, tensor in tensors.items() if not any(part in key for part in parts)}
 
 
 def read_specs(directory: str | os.PathLike) -> tuple[ExitSpec, ...] | None:
@@ -166,8 +170,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, use_ema: bool 
     if isinstance(model, MultiExitModel) and not any(key.startswith('backbone.') for key in state):
         _logger.info(f'{path} is of a plain network: loaded into the backbone, the exits stay as they are.')
         model = model.backbone
-    if not any('.projector.' in key for key in model.state_dict()):
-        state = _without_projectors(state)
+    absent = [part for part in _TRAINING_ONLY if not any(part in key for key in model.state_dict())]
+    state = _without(state, *absent)
     _check_state(model.state_dict(), state, path)
     model.load_state_dict(state)
 
