@@ -179,7 +179,7 @@ def test_epochs_that_were_not_evaluated_do_not_break_a_line(tmp_path, monkeypatc
     draw_curves(tmp_path / 'curves.png', rows, ('main',))
     assert lines == {
         'main': ((2, 4), (10.0, 30.0), 3),
-        'training': ((1, 2, 4), (4.0, 3.0, 1.0), None),
+        'training, all classifiers': ((1, 2, 4), (4.0, 3.0, 1.0), None),
     }
 
 

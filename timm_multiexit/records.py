@@ -121,7 +121,10 @@ def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Se
     else:
         accuracy_axes, loss_axes = figure.subplots(1, 2, width_ratios=(2, 1))
         _draw_accuracy(accuracy_axes, rows, names, metric)
-    for key, label, style in (('train_loss', 'training', '-'), ('eval_loss', 'evaluation', '--')):
+    for key, label, style in (
+        ('train_loss', 'training, all classifiers', '-'),
+        ('eval_loss', 'evaluation, main', '--'),
+    ):
         _draw_line(loss_axes, rows, key, label=label, color='black', linestyle=style)
     _finish_axes(loss_axes, 'loss')
     figure.suptitle(title)
