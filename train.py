@@ -34,7 +34,8 @@ def main(argv=None):
     except Stopped as stopped:
         code = 128 + stopped.signal
         if accelerator.is_main_process:
-            print(f'train.py: stopped, go on with --resume auto --experiment {run.output_dir.name}', file=sys.stderr)
+            where = f'--output {run.output_dir.parent} --experiment {run.output_dir.name}'
+            print(f'train.py: stopped, go on with --resume auto {where}', file=sys.stderr)
     finally:
         if run is not None:
             run.close()

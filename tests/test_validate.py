@@ -102,7 +102,21 @@ def test_bad_input_is_one_clear_line(flags, message, run_script, image_folder):
 
 
 def test_checkpoint_of_split_norms_is_evaluated_by_its_main_ones(run_script, image_folder):
-    flags = ('--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '1', '--eed', '--aug-splits', '2')
+    flags = (
+        '--model',
+        'test_resnet',
+        '--img-size',
+        '32',
+        '-b',
+        '8',
+        '-j',
+        '0',
+        '--epochs',
+        '1',
+        '--eed',
+        '--aug-splits',
+        '2',
+    )
     flags += ('--split-bn', '--aa', 'augmix-m3', '--data-dir', image_folder, '--experiment', 'run')
     code, out, err = run_script(train.main, *flags)
     assert code == 0, err

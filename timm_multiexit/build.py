@@ -24,6 +24,7 @@ from torch import nn
 from timm_multiexit.checkpoint import load_checkpoint, read_specs, read_training_checkpoint
 from timm_multiexit.checks import loss_kwargs
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.cost import meta_copy
 from timm_multiexit.distillation import KDConfig
 from timm_multiexit.factory import check_model_name, create_model
 from timm_multiexit.losses import create_loss
@@ -150,6 +151,34 @@ def _init_classifiers(args: Namespace, model: nn.Module) -> None:
                 linear.bias.mul_(1.0 if args.head_init_scale is None else args.head_init_scale)
                 if args.head_init_bias is not None:
                     linear.bias.fill_(args.head_init_bias)
+
+
+@torch.no_grad()
+def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Raise if a model does not take images of this size.
+
+    Args:
+        model: In any mode, still on the CPU.
+        input_size: (channels, height, width).
+
+    Raises:
+        MultiExitError: It does not, the message has its own reason.
+    """
+    try:
+        meta_copy(model).eval()(torch.empty(2, *input_size, device='meta'))
+        return
+    except (AssertionError, RuntimeError, ValueError, IndexError, NotImplementedError):
+        pass  # a few models read their data, which is not there: asked again with data
+    modes = [module.training for module in model.modules()]
+    try:
+        model.eval()(torch.zeros(2, *input_size, dtype=next(model.parameters()).dtype))
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        raise MultiExitError(
+            f'The model does not take images of {list(input_size)}: {_first_line(error)}. Give another --img-size.'
+        ) from error
+    finally:
+        for module, mode in zip(model.modules(), modes):
+            module.training = mode
 
 
 def place_model(args: Namespace, model: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -14,6 +14,7 @@ from timm.utils import unwrap_model
 from timm_multiexit.checkpoint import read_training_checkpoint
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.engine import Trainer
+from timm_multiexit.files import explained, write_text
 from timm_multiexit.journal import Journal
 from timm_multiexit.progress import Progress
 from timm_multiexit.saver import RunSaver, load_optimizer, read_position
@@ -71,7 +72,8 @@ class Checkpointing:
         """Make the folder, or remove from it what a kill left half written."""
         if not self.accelerator.is_main_process:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self.saver = RunSaver(
             run_state=self._state,
             model=unwrap_model(self.task.get_trainable_module()),
@@ -96,26 +98,47 @@ class Checkpointing:
         checkpoint = read_training_checkpoint(path)
         epoch, batch = read_position(checkpoint)
         run = (checkpoint.get('saver') or {}).get('run') or {}
-        if batch and run['num_batches'] != self.num_batches:
-            raise MultiExitError(
-                f'{path} is from the middle of an epoch of {run["num_batches"]} batches, here are {self.num_batches}:'
-                ' give the data, --batch-size and number of processes it was trained with.'
-            )
+        if batch:
+            self._check_same_epoch(run, path)
         resume_task_checkpoint(self.task, str(path), log_info=False)
         if not args.no_resume_opt:
-            load_optimizer(self.optimizer, checkpoint, path)
+            self._restore_optimizer(checkpoint, path)
             if self.scaler and self.scaler.state_dict_key in checkpoint:
                 self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
         if args.model_ema:
             load_task_ema_checkpoint(self.task, str(path))
+        is_own = self.saver and path.parent.resolve() == Path(self.saver.checkpoint_dir).resolve()
         if run:
             self._restore_run(run)
-        if self.saver and path.parent.resolve() == Path(self.saver.checkpoint_dir).resolve():
+        elif is_own and (path.parent / 'summary.csv').exists():
+            self.journal.summary.read(path.parent / 'summary.csv', before=epoch)  # of timm's own script
+        if is_own:
             self.trainer.epoch, self.trainer.batch = epoch, batch
             self.saver.load_state_dict(checkpoint.get('saver') or {})
             if not batch:
                 self._save_milestone(epoch)  # a kill may have come before it
         return epoch, batch
+
+    def _restore_optimizer(self, checkpoint: dict[str, Any], path: Path) -> None:
+        # The rate that the schedule is reckoned from is this run's.
+        initial = [group.get('initial_lr') for group in self.optimizer.param_groups]
+        load_optimizer(self.optimizer, checkpoint, path)
+        for group, lr in zip(self.optimizer.param_groups, initial):
+            if lr is not None:
+                group['initial_lr'] = lr
+
+    def _check_same_epoch(self, run: dict[str, Any], path: Path) -> None:
+        """Raise if the rest of an epoch that was begun would be of other batches."""
+        for key, flag, now in (
+            ('num_batches', 'the data, --batch-size and number of processes', self.num_batches),
+            ('seed', '--seed', self.args.seed),
+            ('grad_accum_steps', '--grad-accum-steps', self.args.grad_accum_steps),
+        ):
+            if run[key] != now:
+                raise MultiExitError(
+                    f'{path} is from the middle of an epoch with {key} {run[key]}, here it is {now}: give {flag} it'
+                    ' was trained with, or go on from a whole epoch.'
+                )
 
     def _restore_run(self, run: dict[str, Any]) -> None:
         self.journal.summary.load_state_dict(run['summary'])
@@ -123,6 +146,8 @@ class Checkpointing:
         if isinstance(scheduler, PlateauLRScheduler) and run['plateau']:
             scheduler.lr_scheduler.load_state_dict(run['plateau']['counters'])
             scheduler.restore_lr = run['plateau']['restore_lr']
+            for group, lr in zip(self.optimizer.param_groups, run['plateau']['rates']):
+                group['lr'] = lr
         if run['batch']:
             self.trainer.progress = Progress(
                 len(run['progress']['correct']),
@@ -139,11 +164,14 @@ class Checkpointing:
             plateau = {
                 'counters': trainer.scheduler.lr_scheduler.state_dict(),
                 'restore_lr': trainer.scheduler.restore_lr,
+                'rates': [group['lr'] for group in self.optimizer.param_groups],
             }
         return {
             'epoch': trainer.epoch,
             'batch': trainer.batch,
             'num_batches': self.num_batches,
+            'seed': self.args.seed,
+            'grad_accum_steps': self.args.grad_accum_steps,
             'progress': self._progress_state if trainer.batch else None,
             'summary': self.journal.summary.state_dict(),
             'plateau': plateau,
@@ -153,7 +181,7 @@ class Checkpointing:
         """Write `args.yaml`, as the run resolved them."""
         if self.saver:
             text = yaml.safe_dump(vars(self.args), default_flow_style=False)
-            Path(self.saver.checkpoint_dir, 'args.yaml').write_text(text)
+            write_text(Path(self.saver.checkpoint_dir, 'args.yaml'), text)
 
     def save_epoch(
         self, epoch: int, model: torch.nn.Module, metric: float | None, *, data_config: dict[str, Any]
@@ -173,6 +201,12 @@ class Checkpointing:
         self.saver.save_checkpoint(epoch, metric=metric)
         self._save_milestone(epoch + 1)
         self.journal.write()
+
+    def save_unmeasured_epoch(self, epoch: int) -> None:
+        """Keep the end of an epoch that was not evaluated, so that the run goes on from there."""
+        if self.saver:
+            self.saver.save_last(epoch)
+            self._save_milestone(epoch + 1)
 
     def _save_milestone(self, completed_epochs: int) -> None:
         if self.args.save_epochs and completed_epochs in self.args.save_epochs:

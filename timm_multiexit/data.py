@@ -187,8 +187,11 @@ def create_checked_dataset(
         _check_split(Path(root), split)
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
-    except (RuntimeError, ValueError, AssertionError, OSError) as error:
-        raise MultiExitError(f"No data set '{name or root}', split '{split}': {error}".rstrip('.') + '.') from error
+    except (RuntimeError, ValueError, AssertionError, OSError, ImportError) as error:
+        reason = str(error).rstrip('.') or 'timm has no reader of that name'
+        if isinstance(error, ImportError):
+            reason += '; install the package'
+        raise MultiExitError(f"No data set '{name or root}', split '{split}': {reason}.") from error
     if isinstance(dataset, IterableDataset) and bad_images == 'stop':
         raise MultiExitError(f"'{name}' is a stream, which cannot stop at a bad image: use --bad-images skip.")
     # With a --class-map the numbers of the classes do not hang on which folders hold images.

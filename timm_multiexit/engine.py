@@ -42,6 +42,7 @@ class TrainerConfig:
         loss_scale: Factor of the loss where batches are of several sizes: 'none', 'sqrt' or 'linear' in the size over
             `batch_size`.
         batch_size: Mean size of a batch.
+        mixup_off_epoch: Epoch from which `mixup_fn` mixes no more; 0 for never.
         synchronize: Wait for the device after every step.
         shows_progress: Draw a bar.
     """
@@ -56,6 +57,7 @@ class TrainerConfig:
     multi_label: bool = False
     loss_scale: str = 'none'
     batch_size: float = 1.0
+    mixup_off_epoch: int = 0
     synchronize: bool = False
     shows_progress: bool = False
 
@@ -108,6 +110,7 @@ class Trainer:
         self._stepping = optimizer if accelerator.scaler else raw
         self._is_second_order = bool(getattr(raw, 'is_second_order', False))
         self._sync_lookahead = getattr(raw, 'sync_lookahead', None)
+        self._dtype = next(task.get_trainable_module().parameters()).dtype
         self.epoch = self.batch = self.num_updates = 0
         self.progress: Progress | None = None
         self.images: Tensor | None = None
@@ -136,6 +139,7 @@ class Trainer:
         self.num_updates = epoch * math.ceil(num_batches / accum) + first_batch // accum
         self.progress = self.progress if first_batch else None
         self.data_seconds, self._seen, self._started = 0.0, 0, time.perf_counter()
+        self._set_mixing(epoch)
         self.optimizer.zero_grad()
         batches = show_progress(
             loader.epoch(epoch, first_batch),
@@ -175,6 +179,10 @@ class Trainer:
             self.progress.check_finite(accelerator)
         return self.progress.metrics(self.progress.state_dict(accelerator))
 
+    def _set_mixing(self, epoch: int) -> None:
+        if hasattr(self.mixup_fn, 'mixup_enabled'):
+            self.mixup_fn.mixup_enabled = not 0 < self.config.mixup_off_epoch <= epoch
+
     @property
     def images_per_second(self) -> float:
         """Images of all ranks per second, in this epoch."""
@@ -203,7 +211,7 @@ class Trainer:
 
     def _forward_backward(self, images: Tensor, target: Tensor, window: int) -> tuple[dict[str, Any], Tensor]:
         config, device = self.config, self.accelerator.device
-        images, target = images.to(device), target.to(device)
+        images, target = images.to(device, self._dtype), target.to(device)
         if self.mixup_fn is not None:
             images, target = self.mixup_fn(images, target)
         if config.channels_last:
@@ -214,7 +222,14 @@ class Trainer:
             scale = len(images) / config.batch_size
             scale = math.sqrt(scale) if config.loss_scale == 'sqrt' else scale
         with self.accelerator.autocast():
-            result = self.task(images, target)
+            try:
+                result = self.task(images, target)
+            except ValueError as error:
+                if 'more than 1 value per channel' not in str(error):
+                    raise
+                raise MultiExitError(
+                    f'A batch of {len(images)} is too small for the batch norms: give a larger --batch-size.'
+                ) from error
         kwargs = {'create_graph': True} if self._is_second_order else {}
         self.accelerator.backward(result['loss'] * (scale / window), **kwargs)
         self._seen += len(images)
@@ -250,7 +265,9 @@ class Trainer:
         added = ', '.join(f'{name} {means[key]:.3f}' for name, key in added.items() if means[key])
         if added:
             parts[0] += f' (task {means["task"]:.3f}, {added})'
-        parts += [f'{name} {means[f"{name}_loss"]:.3f} {means[f"{name}_top1"]:.1f}%' for name in self.progress.names]
+        for name in self.progress.names:
+            top1 = '' if self.config.multi_label else f' {means[f"{name}_top1"]:.1f}%'
+            parts.append(f'{name} {means[f"{name}_loss"]:.3f}{top1}')
         parts += [f'lr {self.learning_rate:.2e}']
         parts += [f'{self.images_per_second:.0f} img/s, {100 * self.data_share:.0f}% of it waiting for data']
         _logger.info(
@@ -308,11 +325,12 @@ def evaluate_loader(
         threshold=threshold,
     )
     evaluation = Evaluation()
+    dtype = next(model.parameters()).dtype
     training = [module.training for module in model.modules()]
     model.eval()
     try:
         for images, target in loader:
-            images, target = images.to(device), target.to(device)
+            images, target = images.to(device, dtype), target.to(device)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             evaluation.input_size = evaluation.input_size if any(evaluation.input_size) else tuple(images.shape[1:])

@@ -273,7 +273,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     'Run': (
         value('--seed', int, 42, 'S', 'seed of all randomness'),
-        value('--worker-seeding', str, 'all', 'MODE', 'what loading processes seed: all or part'),
+        value('--worker-seeding', str, 'all', 'MODE', 'all or part; no effect here, every sample has a seed'),
         value('--log-interval', int, 50, 'N', 'batches between log lines'),
         value('--val-interval', int, 1, 'N', 'epochs between evaluations'),
         value('--recovery-interval', int, 0, 'N', 'batches between recovery checkpoints, 0: none'),

@@ -15,6 +15,8 @@ from timm_multiexit.records import Eta, Summary, draw_curves, format_epoch_line,
 
 _logger = logging.getLogger(__name__)
 
+_SECONDS_BETWEEN_CURVES = 30.0
+
 
 class Journal:
     """The notes of a run.
@@ -33,6 +35,7 @@ class Journal:
         self.summary, self._eta = Summary(), Eta()
         self._pending: list[tuple[int, float, torch.Tensor]] = []
         self._started = time.perf_counter()
+        self._drawn = -_SECONDS_BETWEEN_CURVES
 
     def open(self, folder: Path, step: int) -> None:
         """Start the trackers; `step` updates were done before."""
@@ -65,10 +68,14 @@ class Journal:
         self.summary.add(epoch, train, eval, lr)
 
     def write(self) -> None:
-        """Write `summary.csv` and `curves.png`."""
+        """Write `summary.csv`, and `curves.png` twice a minute at the most and at the end: to draw it takes a while."""
         if not self.summary.rows:
             return
         self.summary.write(self.folder / 'summary.csv')
+        is_last = self.summary.rows[-1]['epoch'] + 1 >= self.epochs
+        if not is_last and time.perf_counter() - self._drawn < _SECONDS_BETWEEN_CURVES:
+            return
+        self._drawn = time.perf_counter()
         if not draw_curves(self.folder / 'curves.png', self.summary.rows, self.names, self.folder.name):
             _logger.debug('matplotlib is not installed: no curves.png.')
 

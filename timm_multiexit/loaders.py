@@ -61,9 +61,20 @@ def create_datasets(args: Namespace) -> tuple[tuple[Any, Any, Any], int | None]:
     test = test or val
     for other in (val, test):
         num_classes = check_classes(train, other)
+    _check_distinct(args, train, val)
     if args.val_from_train:
         train, val = hold_out(train, args.val_from_train, seed=args.seed)
     return (train, val, test), num_classes
+
+
+def _check_distinct(args: Namespace, train: Any, val: Any) -> None:
+    """Raise where timm found no folders of splits, and took the whole folder for both."""
+    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, val)]
+    if not args.dataset and roots[0] and roots[0] == roots[1] and args.train_split != args.val_split:
+        raise MultiExitError(
+            f"{args.data_dir} has no folders of splits, so '{args.val_split}' would be the training images again: make"
+            f" {args.train_split}/ and {args.val_split}/, or give --val-split ''."
+        )
 
 
 def encode_targets(args: Namespace, datasets: tuple) -> None:
@@ -84,9 +95,9 @@ def create_train_loader(
     """
     is_iterable = isinstance(dataset, IterableDataset)
     collate_fn, mixup_fn = _create_mixing(args)
-    if is_iterable and args.mixup_off_epoch and args.workers and collate_fn:
+    if is_iterable and args.mixup_off_epoch and collate_fn:
         raise MultiExitError(
-            '--mixup-off-epoch does not reach the workers of an iterable data set: use --workers 0 or --no-prefetcher.'
+            '--mixup-off-epoch does not reach the prefetcher of an iterable data set: add --no-prefetcher.'
         )
     if not is_iterable:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits) if args.aug_splits else dataset

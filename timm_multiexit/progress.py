@@ -106,7 +106,7 @@ class Progress:
         means = {'loss': float(sums['loss']) / count}
         for key in _PARTS:
             means[key] = float(sums[key].sum()) / count
-        for name, correct in zip(self.names, sums['correct'].tolist()):
+        for name, correct in zip(self.names, [] if self.multi_label else sums['correct'].tolist()):
             means[f'{name}_top1'] = 100.0 * correct / count
         for name, task in zip(self.names, sums['task'].tolist()):
             means[f'{name}_loss'] = task / count

@@ -3,11 +3,9 @@
 import csv
 import importlib
 import math
-import os
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.files import replacing
 from timm_multiexit.metrics import ENSEMBLE
 
 TRACKERS = {'tensorboard': is_tensorboard_available, 'wandb': is_wandb_available}
@@ -69,10 +68,17 @@ class Summary:
 
     def write(self, path: Path | str) -> None:
         """Write the whole file, or nothing: a kill leaves the file as it was."""
-        with _replacing(Path(path)) as draft, draft.open('w', newline='', encoding='utf-8') as file:
+        with replacing(path) as draft, draft.open('w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self._rows)
+
+    def read(self, path: Path | str, before: int) -> None:
+        """Take the rows of a file, timm's own too, up to an epoch, in place of all there are."""
+        with Path(path).open(newline='', encoding='utf-8') as file:
+            rows = [row for row in csv.DictReader(file) if row.get('epoch') not in (None, '', 'epoch')]
+        numbers = [{key: float(value) for key, value in row.items() if value} for row in rows]
+        self._rows = [{**row, 'epoch': int(row['epoch'])} for row in numbers if row['epoch'] < before]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows as plain lists, dicts and numbers, which `torch.load(weights_only=True)` reads."""
@@ -81,17 +87,6 @@ class Summary:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the rows that `state_dict` gave, in place of all there are."""
         self._rows = [dict(row) for row in state['rows']]
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a hidden name beside `path`; what is written there takes its place at the end, if nothing raised."""
-    draft = path.with_name(f'.{path.name}.tmp')
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Sequence[str], title: str = '') -> bool:
@@ -128,7 +123,7 @@ def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Se
         _draw_line(loss_axes, rows, key, label=label, color='black', linestyle=style)
     _finish_axes(loss_axes, 'loss')
     figure.suptitle(title)
-    with _replacing(Path(path)) as draft:
+    with replacing(path) as draft:
         figure.savefig(draft, dpi=150, format='png')
     return True
 

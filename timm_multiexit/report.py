@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from timm_multiexit.engine import evaluate_loader
 from timm_multiexit.factory import create_model, make_table
+from timm_multiexit.files import write_text
 from timm_multiexit.loaders import create_eval_loader
 from timm_multiexit.metrics import describe_environment
 from timm_multiexit.model import MultiExitModel
@@ -72,7 +73,7 @@ def report(
         'command': sys.argv,
         **describe_environment(),
     }
-    (folder / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+    write_text(folder / 'results.json', json.dumps(results, indent=2) + '\n')
 
 
 def load_best(args: Namespace, folder: str) -> MultiExitModel:

@@ -1,21 +1,23 @@
 """A training run's files, whole after a kill at any moment: timm's checkpoints, and the best network as a folder."""
 
 import copy
+import logging
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from timm.layers import SplitBatchNorm2d
 from timm.utils import CheckpointSaver
 from torch import nn
 
 from timm_multiexit.checkpoint import read_training_checkpoint, save_pretrained
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.files import explained
+
+_logger = logging.getLogger(__name__)
 
 BEST_NAME = 'best'
 _OLD_BEST_NAME = '.best-old'
@@ -33,10 +35,12 @@ class RunSaver(CheckpointSaver):
     def __init__(self, *, run_state: Callable[[], dict[str, Any]], **kwargs: Any):
         super().__init__(**kwargs)
         self.run_state = run_state
+        self._keeps_history = True
 
     def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
         """Return timm's bookkeeping and, under 'run', where the run stands."""
-        return {**super().state_dict(epoch, metric), 'run': self.run_state()}
+        pending = (epoch, metric) if self._keeps_history else (None, None)
+        return {**super().state_dict(*pending), 'run': self.run_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the bookkeeping of a checkpoint in this folder; call it when all else has been restored.
@@ -65,7 +69,7 @@ class RunSaver(CheckpointSaver):
         """
         best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
         shutil.rmtree(new, ignore_errors=True)
-        with _explained(best):
+        with explained(best):
             save_pretrained(_joined(model), new, data_config=data_config and _fit_channels(data_config))
             shutil.rmtree(old, ignore_errors=True)
             if best.exists():
@@ -76,10 +80,24 @@ class RunSaver(CheckpointSaver):
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """See timm; recovery checkpoints of the epoch are removed, the run has gone past them."""
         best = super().save_checkpoint(epoch, metric)
+        self._drop_recovery_files()
+        return best
+
+    def save_last(self, epoch: int) -> None:
+        """Save the end of an epoch that was not evaluated as `last`, without a place in the history."""
+        temporary = os.path.join(self.checkpoint_dir, f'tmp{self.extension}')
+        self._keeps_history = False
+        try:
+            self._save(temporary, epoch)
+        finally:
+            self._keeps_history = True
+        self._replace(temporary, os.path.join(self.checkpoint_dir, f'last{self.extension}'))
+        self._drop_recovery_files()
+
+    def _drop_recovery_files(self) -> None:
         for path in self.recovery_files():
             path.unlink(missing_ok=True)
         self.curr_recovery_file = self.prev_recovery_file = ''
-        return best
 
     def recovery_files(self) -> list[Path]:
         """Return the checkpoints from the middle of an epoch."""
@@ -97,20 +115,20 @@ class RunSaver(CheckpointSaver):
             path.unlink(missing_ok=True)
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
-        with _explained(save_path, draft=save_path), open(save_path, 'wb') as file:
+        with explained(save_path, draft=save_path), open(save_path, 'wb') as file:
             super()._save(file, epoch, metric)
             file.flush()
             os.fsync(file.fileno())
 
     def _replace(self, src: str, dst: str) -> None:
         # timm removes the old file first, and a kill in between leaves neither.
-        with _explained(dst):
+        with explained(dst):
             os.replace(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
         temporary = Path(dst).with_name(f'.link-{Path(dst).name}')
         temporary.unlink(missing_ok=True)
-        with _explained(dst, draft=temporary):
+        with explained(dst, draft=temporary):
             try:
                 os.link(src, temporary)
             except (OSError, NotImplementedError):
@@ -140,41 +158,32 @@ def _joined(model: nn.Module) -> nn.Module:
     return model
 
 
-class _explained:  # noqa: N801 - reads as a statement
-    """Turns a full or unwritable disk into one line, and removes `draft`, the part that was written."""
-
-    def __init__(self, path: str | os.PathLike, draft: str | os.PathLike | None = None):
-        self.path = Path(path)
-        self.draft = draft and Path(draft)
-
-    def __enter__(self) -> None:
-        """Nothing."""
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        """Raise `MultiExitError` for what the disk refused."""
-        cause = error
-        # torch's writer raises RuntimeError when the file object refuses.
-        while isinstance(cause, RuntimeError):
-            cause = cause.__context__
-        if isinstance(cause, (OSError, SafetensorError)):
-            if self.draft:
-                with suppress(OSError):
-                    self.draft.unlink()
-            raise MultiExitError(
-                f'{self.path} could not be written: {str(cause).splitlines()[0]}. What was there before is whole: make'
-                ' room and go on with --resume.'
-            ) from error
-
-
 def find_resume(folder: str | os.PathLike) -> Path | None:
     """Return the checkpoint of a run's folder that is furthest, None if there is none.
 
+    Files that cannot be read are passed over with a warning. Only where neither the last checkpoint nor one from the
+    middle of an epoch can be had, the kept ones of single epochs count.
+
     Raises:
-        MultiExitError: A checkpoint cannot be read.
+        MultiExitError: There are checkpoints, and none can be read.
     """
-    paths = [*Path(folder).glob('last.pth.tar'), *Path(folder).glob('recovery-*.pth.tar')]
-    paths = [path for path in paths if 'tmp' not in path.name]
-    return max(paths, key=lambda path: (*read_position(read_training_checkpoint(path)), path.name), default=None)
+    folder = Path(folder)
+    errors: list[MultiExitError] = []
+    for patterns in (('last', 'recovery-*'), ('checkpoint-*', 'milestone-*')):
+        found: dict[Path, tuple[int, int]] = {}
+        for path in sorted(path for pattern in patterns for path in folder.glob(f'{pattern}.pth.tar')):
+            try:
+                found[path] = read_position(read_training_checkpoint(path))
+            except MultiExitError as error:
+                _logger.warning(f'Passed over: {error}')
+                errors.append(error)
+        if found:
+            return max(found, key=lambda path: (found[path], path.name))
+    if errors:
+        raise MultiExitError(
+            f'{folder} holds {len(errors)} checkpoints, none of which can be read: name another --experiment.'
+        )
+    return None
 
 
 def read_position(checkpoint: dict[str, Any]) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from timm.utils import distribute_bn, random_seed, unwrap_model
 from torchvision.utils import save_image
 
 from timm_multiexit.build import (
+    check_image_size,
     create_regime,
     create_task,
     create_train_model,
@@ -72,6 +73,7 @@ class TrainingRun:
         self.regime = create_regime(args, model)
         if self.regime.name == 'frozen':
             model.freeze_backbone(trains_classifier=self.regime.trains_classifier)
+        check_image_size(model, self.data_config['input_size'])
         model = place_model(args, model, accelerator)
         if args.kd_model_name:
             # Where the tasks look for how the student's images are normalized.
@@ -120,6 +122,10 @@ class TrainingRun:
         self.loader_eval = None
         if self.datasets[1] is not None:
             self.loader_eval = create_eval_loader(args, self.datasets[1], self.data_config, self.accelerator)
+        elif args.sched == 'plateau' and args.eval_metric != 'loss':
+            raise MultiExitError(
+                f'--sched plateau follows {args.eval_metric}, which no split measures: add --val-split.'
+            )
 
     def _create_optimizer(self) -> None:
         args = self.args
@@ -167,6 +173,7 @@ class TrainingRun:
                 multi_label=args.task == 'multilabel',
                 loss_scale=args.variable_batch_loss_scale if args.train_img_sizes else 'none',
                 batch_size=batch_size,
+                mixup_off_epoch=args.mixup_off_epoch,
                 synchronize=args.synchronize_step,
                 shows_progress=args.progress and self.accelerator.is_main_process,
             ),
@@ -208,8 +215,8 @@ class TrainingRun:
         return self.start_epoch * self.updates_per_epoch + self.start_batch // self.args.grad_accum_steps
 
     def _place_schedule(self) -> None:
-        is_new = not (self.start_epoch or self.start_batch)
-        # The plateau schedule's rate came with the optimizer; the others are functions of time.
+        is_new = not (self.resume or self.start_epoch)
+        # The plateau schedule's rate came with the checkpoint; the others are functions of time.
         if self.scheduler is None or is_new or isinstance(self.scheduler, PlateauLRScheduler):
             return
         self.scheduler.step(self.start_epoch)
@@ -234,15 +241,20 @@ class TrainingRun:
         rate, lr = trainer.images_per_second, trainer.learning_rate
         is_evaluated = (epoch + 1) % args.val_interval == 0 or epoch + 1 == last
         model, metrics = self._evaluate() if is_evaluated else (None, {})
+        # Without an evaluation timm chooses by the training loss, if by a loss.
+        is_by_training = self.loader_eval is None and args.eval_metric == 'loss'
+        metric = train_metrics['loss'] if is_by_training else metrics.get(args.eval_metric)
         journal.note_epoch(epoch, train_metrics, metrics, lr)
         if self.scheduler is not None:
-            self.scheduler.step(epoch + 1, metrics.get(args.eval_metric))
+            self.scheduler.step(epoch + 1, metric)
         # From here on the run stands at the beginning of the next epoch.
         trainer.epoch, trainer.batch = epoch + 1, 0
         if is_evaluated:
-            self.checkpoints.save_epoch(epoch, model, metrics.get(args.eval_metric), data_config=self.data_config)
+            self.checkpoints.save_epoch(epoch, model, metric, data_config=self.data_config)
+        else:
+            self.checkpoints.save_unmeasured_epoch(epoch)
         journal.end_epoch(trainer, rate)
-        if is_evaluated and epoch + 1 < last and self.stopper.is_asked():
+        if epoch + 1 < last and self.stopper.is_asked():
             raise Stopped(self.stopper.signal)
 
     def _evaluate(self) -> tuple[torch.nn.Module, dict[str, float]]:
@@ -320,6 +332,7 @@ def choose_output_dir(args: Namespace) -> Path:
     stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
     name = args.experiment or '-'.join(str(part) for part in (stamp, safe_model_name(args.model), size) if part)
     path = Path(args.output or 'output/train', name)
-    if not args.resume and ((path / 'summary.csv').exists() or any(path.glob('*.pth.tar'))):
+    goes_on = args.resume == 'auto' or (args.resume and Path(args.resume).parent.resolve() == path.resolve())
+    if not goes_on and ((path / 'summary.csv').exists() or any(path.glob('*.pth.tar'))):
         raise MultiExitError(f'{path} holds a run: name another --experiment, or go on with --resume auto.')
     return path

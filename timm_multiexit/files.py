@@ -1,0 +1,70 @@
+"""Files that are there whole or not at all, and one line where the disk refuses them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from timm_multiexit.config import MultiExitError
+
+
+class explained:  # noqa: N801 - reads as a statement
+    """Turns a full or unwritable disk into one line.
+
+    Args:
+        path: What is written.
+        draft: A part that was written, to be removed then.
+    """
+
+    def __init__(self, path: str | os.PathLike, draft: str | os.PathLike | None = None):
+        self.path = Path(path)
+        self.draft = draft and Path(draft)
+
+    def __enter__(self) -> None:
+        """Nothing."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Raise `MultiExitError` for what the disk refused."""
+        cause = error
+        # torch's writer raises RuntimeError when the file object refuses.
+        while isinstance(cause, RuntimeError):
+            cause = cause.__context__
+        if isinstance(cause, (OSError, SafetensorError)):
+            if self.draft:
+                with suppress(OSError):
+                    self.draft.unlink()
+            raise MultiExitError(
+                f'{self.path} could not be written: {str(cause).splitlines()[0]}. What was there before is whole: make'
+                ' room and go on with --resume.'
+            ) from error
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a hidden name beside `path`; what is written there takes its place at the end, if nothing raised.
+
+    Raises:
+        MultiExitError: The disk is full or cannot be written.
+    """
+    path = Path(path)
+    draft = path.with_name(f'.{path.name}.tmp')
+    try:
+        with explained(path):
+            yield draft
+            os.replace(draft, path)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        MultiExitError: The disk is full or cannot be written.
+    """
+    with replacing(path) as draft:
+        draft.write_text(text, encoding='utf-8')
