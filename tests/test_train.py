@@ -239,6 +239,66 @@ def test_resumed_run_goes_on_where_it_was(train_on_images, run_script, image_fol
     assert steps[0] == steps[1] == {12.0}
 
 
+def test_resuming_into_the_folder_of_another_run_is_refused(train_on_images):
+    one, _ = train_on_images('one', '--eed', '--epochs', '1')
+    other, _ = train_on_images('other', '--eed', '--epochs', '1')
+    before = {path: path.stat().st_mtime_ns for path in other.rglob('*')}
+    _, (_, _, err) = train_on_images('other', '--eed', '--resume', one / 'last.pth.tar', code=2)
+    assert 'holds a run' in err
+    assert {path: path.stat().st_mtime_ns for path in other.rglob('*')} == before
+
+
+@pytest.mark.parametrize('damage', ['gone', 'cut'])
+def test_run_whose_last_checkpoint_is_lost_goes_on_from_the_one_before(damage, train_on_images):
+    run, _ = train_on_images('run', '--eed', '--epochs', '3', '--stop-epoch', '2')
+    last = run / 'last.pth.tar'
+    content = last.read_bytes()
+    last.unlink()  # not written in place: checkpoint-1 is the same file
+    if damage == 'cut':
+        last.write_bytes(content[:1000])
+    _, (_, _, err) = train_on_images('run', '--eed', '--epochs', '3', '--resume', 'auto')
+    assert [row['epoch'] for row in read_csv(run / 'summary.csv')] == ['0', '1', '2']
+    assert torch.load(last, weights_only=False)['epoch'] == 2
+
+
+def test_schedule_begins_anew_where_the_epoch_does(train_on_images):
+    run, _ = train_on_images('run', '--eed')
+    again, _ = train_on_images('again', '--eed', '--resume', run / 'last.pth.tar', '--start-epoch', '0')
+    assert [row['lr'] for row in read_csv(again / 'summary.csv')] == [
+        row['lr'] for row in read_csv(run / 'summary.csv')
+    ]
+
+
+def test_plateau_keeps_its_rate_without_the_optimizer(train_on_images):
+    flags = ('--eed', '--sched', 'plateau', '--warmup-epochs', '1', '--epochs', '4')
+    run, _ = train_on_images('run', *flags, '--stop-epoch', '2')
+    train_on_images('run', *flags, '--resume', 'auto', '--no-resume-opt')
+    assert [float(row['lr']) for row in read_csv(run / 'summary.csv')] == pytest.approx([1e-5] + [0.002] * 3)
+
+
+def test_table_of_timms_own_script_is_gone_on_with(train_on_images):
+    run, _ = train_on_images('run', '--eed')
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    del checkpoint['saver']['run']
+    torch.save(checkpoint, run / 'last.pth.tar')
+    before = read_csv(run / 'summary.csv')
+    train_on_images('run', '--eed', '--epochs', '3', '--resume', run / 'last.pth.tar')
+    rows = read_csv(run / 'summary.csv')
+    assert [row['epoch'] for row in rows] == ['0', '1', '2']
+    assert [row['eval_top1'] for row in rows[:2]] == [row['eval_top1'] for row in before]
+
+
+def test_epochs_without_evaluation_are_kept_too(train_on_images):
+    flags = ('--eed', '--epochs', '4', '--val-interval', '2', '--save-epochs', '1', '3', '4')
+    run, _ = train_on_images('run', *flags, '--stop-epoch', '3')
+    assert {path.name for path in run.glob('milestone-*')} == {'milestone-1.pth.tar', 'milestone-3.pth.tar'}
+    train_on_images('run', *flags, '--resume', 'auto')
+    rows = read_csv(run / 'summary.csv')
+    # The stop made the third epoch a last one, which is evaluated.
+    assert [bool(row['eval_top1']) for row in rows] == [False, True, True, True]
+    assert (run / 'milestone-4.pth.tar').exists()
+
+
 def test_config_file_sets_flags_and_the_command_line_wins(train_on_images, tmp_path):
     (tmp_path / 'recipe.yaml').write_text('exit-loss: phuong\nexits: 1,2\nmixup: 0.1\nsmoothing: 0.2\n')
     run, _ = train_on_images('run', '--epochs', '1', '--config', tmp_path / 'recipe.yaml', '--smoothing', '0')
@@ -279,6 +339,9 @@ BAD_INPUT = {
     'config': (('--config', 'nowhere.yaml'), '--config nowhere.yaml cannot be read'),
     'split': (('--val-split', 'test2'), "has no split 'test2', allowed are train, val"),
     'dataset': (('--dataset', 'torch/nonsense'), "No data set 'torch/nonsense'"),
+    'package': (('--dataset', 'hfds/beans'), 'install the package'),
+    'size': (('--model', 'test_vit', '--img-size', '33'), 'does not take images of [3, 33, 33]: Input height (33)'),
+    'plateau': (('--val-split', '', '--sched', 'plateau'), '--sched plateau follows top1, which no split measures'),
 }
 
 
@@ -307,6 +370,61 @@ def test_unknown_config_keys_are_named(train_on_images, tmp_path):
     (tmp_path / 'bad.yaml').write_text('batchsize: 8\nlr: 0.1\n')
     _, (_, _, err) = train_on_images('run', '--config', tmp_path / 'bad.yaml', code=2)
     assert 'has unknown keys: batchsize' in err
+
+
+def test_batch_of_one_is_one_line_where_norms_cannot_take_it(train_on_images):
+    _, (_, _, err) = train_on_images('run', '--eed', '-b', '1', code=2)
+    assert err.splitlines()[-1] == (
+        'train.py: error: A batch of 1 is too small for the batch norms: give a larger --batch-size.'
+    )
+
+
+def test_folder_without_splits_is_not_taken_for_both(run_script, image_folder):
+    argv = (*QUICK, '--eed', '--data-dir', image_folder / 'train', '--experiment', 'run')
+    code, _, err = run_script(train.main, *argv)
+    assert code == 2
+    assert "has no folders of splits, so 'validation' would be the training images again" in err
+    code, out, _ = run_script(train.main, *argv, '--val-split', '', '--eval-metric', 'loss')
+    assert code == 0
+    run = image_folder.parent / 'output/train/run'
+    losses = [float(row['train_loss']) for row in read_csv(run / 'summary.csv')]
+    saved = torch.load(run / 'model_best.pth.tar', weights_only=False)
+    assert saved['metric'] == pytest.approx(min(losses), rel=1e-6)  # as timm chooses without an evaluation
+    assert 'eval_top1' not in read_csv(run / 'summary.csv')[0]
+
+
+@pytest.mark.parametrize('where', ['file', 'file/below'])
+def test_output_that_is_a_file_is_one_line(where, run_script, image_folder, tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    argv = (*QUICK, '--eed', '--data-dir', image_folder, '--output', where, '--experiment', 'run')
+    code, _, err = run_script(train.main, *argv)
+    assert code == 2
+    assert 'could not be written' in err.splitlines()[-1]
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('flags', [(), ('--no-prefetcher',)])
+def test_weights_in_half_precision_train_and_are_reported(flags, train_on_images):
+    run, _ = train_on_images('run', '--eed', '--epochs', '1', '--model-dtype', 'bfloat16', *flags)
+    assert load_state(run / 'last.pth.tar')['backbone.fc.weight'].dtype == torch.bfloat16
+    assert len(json.loads((run / 'results.json').read_text())['rows']) == 5
+
+
+def test_mixing_on_the_host_ends_at_its_epoch(train_on_images, monkeypatch):
+    from timm.data import Mixup
+
+    original, seen = Mixup.__call__, []
+
+    def note(self, images, target):
+        images, target = original(self, images, target)
+        seen.append(float(target.max(-1).values.min()))
+        return images, target
+
+    monkeypatch.setattr(Mixup, '__call__', note)
+    train_on_images('run', '--mixup', '0.8', '--smoothing', '0', '--mixup-off-epoch', '1', '--no-prefetcher')
+    assert len(seen) == 6
+    assert min(seen[:3]) < 1
+    assert seen[3:] == [1.0] * 3
 
 
 def test_run_folder_in_use_is_not_overwritten(train_on_images):

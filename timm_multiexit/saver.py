@@ -181,7 +181,7 @@ def find_resume(folder: str | os.PathLike) -> Path | None:
             return max(found, key=lambda path: (found[path], path.name))
     if errors:
         raise MultiExitError(
-            f'{folder} holds {len(errors)} checkpoints, none of which can be read: name another --experiment.'
+            f'{errors[0]} None of the {len(errors)} in {folder} can be gone on with: name another --experiment.'
         )
     return None
 
