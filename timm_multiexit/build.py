@@ -167,12 +167,12 @@ def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None
     try:
         meta_copy(model).eval()(torch.empty(2, *input_size, device='meta'))
         return
-    except (AssertionError, RuntimeError, ValueError, IndexError, NotImplementedError):
+    except _REFUSALS:
         pass  # a few models read their data, which is not there: asked again with data
     modes = [module.training for module in model.modules()]
     try:
         model.eval()(torch.zeros(2, *input_size, dtype=next(model.parameters()).dtype))
-    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+    except _REFUSALS as error:
         raise MultiExitError(
             f'The model does not take images of {list(input_size)}: {_first_line(error)}. Give another --img-size.'
         ) from error

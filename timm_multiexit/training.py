@@ -30,7 +30,7 @@ from timm_multiexit.config import MultiExitError
 from timm_multiexit.engine import Evaluation, Trainer, TrainerConfig, evaluate_loader
 from timm_multiexit.journal import Journal
 from timm_multiexit.loaders import create_datasets, create_eval_loader, create_train_loader, encode_targets
-from timm_multiexit.metrics import default_metric, evaluation_columns, flatten_metrics
+from timm_multiexit.metrics import evaluation_columns, flatten_metrics
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.records import check_trackers
 from timm_multiexit.regimes import RegimeControl
@@ -110,8 +110,6 @@ class TrainingRun:
         columns = evaluation_columns(
             len(model.exits) if isinstance(model, MultiExitModel) else 0, multi_label=is_multi_label
         )
-        if is_multi_label and args.eval_metric == 'top1':
-            args.eval_metric = default_metric(multi_label=True)
         if args.eval_metric not in columns:
             raise MultiExitError(f"--eval-metric is '{args.eval_metric}', allowed are {', '.join(columns)}.")
         self.is_decreasing = args.eval_metric.endswith(('loss', 'ece'))
