@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Accuracy and cost of every exit: `validate.py --model local-dir:output/train/RUN/best --data-dir DIR`.
 
-Takes a model folder, a training checkpoint or a timm name. Flags are timm's (`validate.py --help`).
+Takes a model folder, a training checkpoint or a timm name. Flags are timm's, and those of dynamic inference: with
+--calib-split or --calib-from-train what can be reached with which budget (`validate.py --help`).
 """
 import csv
 import json
@@ -12,7 +13,6 @@ from pathlib import Path
 import timm
 import torch
 from accelerate import Accelerator
-from timm.data import resolve_data_config
 from timm.models import parse_model_name
 from timm.utils import setup_default_logging
 
@@ -20,12 +20,11 @@ import timm_multiexit as tme
 from timm_multiexit.arguments import create_validate_parser
 from timm_multiexit.build import model_kwargs
 from timm_multiexit.checkpoint import load_checkpoint, read_specs, read_training_checkpoint, restore_exits
-from timm_multiexit.data import DIGITS, check_classes, create_checked_dataset
-from timm_multiexit.engine import evaluate_loader
-from timm_multiexit.factory import check_model_name, make_table
-from timm_multiexit.loaders import create_eval_loader
+from timm_multiexit.data import DIGITS
+from timm_multiexit.factory import check_model_name
 from timm_multiexit.metrics import describe_environment
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.validation import Validator
 
 _logger = logging.getLogger('validate')
 
@@ -67,34 +66,21 @@ def validate(args, accelerator):
     if not args.data_dir and not args.dataset:
         args.dataset, args.split = DIGITS, 'test'
         _logger.info('No data named (--data-dir, --dataset): the test split of the handwritten digits.')
-    model = create_model(args).to(accelerator.device)
+    model = create_model(args).to(accelerator.device).eval()
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    data_config = resolve_data_config(vars(args), model=model)
-    dataset = create_checked_dataset(
-        args.dataset,
-        root=args.data_dir,
-        split=args.split,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
-    )
-    num_classes = check_classes(dataset, None)
-    if num_classes and num_classes > model.num_classes:
-        raise tme.MultiExitError(f'The data has {num_classes} classes, the model {model.num_classes}: set --num-classes.')
-    loader = create_eval_loader(args, dataset, data_config, accelerator)
-    result = evaluate_loader(model, loader, accelerator=accelerator, channels_last=args.channels_last)
-    return make_table(model, result.metrics, input_size=data_config['input_size'], num_samples=result.num_samples)
+    return Validator(args, model, accelerator).run()
 
 
-def write_results(args, table):
-    """Write the table: csv is one line per classifier, json has the environment beside it."""
+def write_results(args, validation):
+    """Write the table: csv is one line per classifier, json has the other sections and the environment beside it."""
+    table = validation.table
     path = Path(args.results_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.results_format == 'json':
         results = dict(
-            model=args.model, split=args.split, num_samples=table.num_samples, rows=table.rows, **describe_environment())
+            model=args.model, split=args.split, num_samples=table.num_samples, rows=table.rows, **validation.sections,
+            **describe_environment())
         path.write_text(json.dumps(results, indent=2) + '\n')
         return
     with path.open('w', newline='') as file:
@@ -111,16 +97,22 @@ def main(argv=None):
         if precision == 'fp16' and not torch.cuda.is_available():
             raise tme.MultiExitError('--amp in float16 needs a GPU: use --amp-dtype bfloat16.')
         accelerator = Accelerator(mixed_precision=precision)
-        table = validate(args, accelerator)
+        validation = validate(args, accelerator)
     except tme.MultiExitError as error:
         print(f'validate.py: error: {error}', file=sys.stderr)
         return 2
     if accelerator.is_main_process:
+        table = validation.table
         print(f'\n{args.model} on the {args.split} split, {table.num_samples} images:\n\n{table}\n')
+        for text in validation.texts:
+            print(f'{text}\n')
         if args.results_file:
-            write_results(args, table)
+            write_results(args, validation)
         # Nothing after this line: timm's bulk tools read the rest of the output as JSON.
-        print(f'--result\n{json.dumps({"model": args.model, "rows": table.rows}, indent=4)}', flush=True)
+        result = {'model': args.model, 'rows': table.rows}
+        if 'dynamic' in validation.sections:
+            result['dynamic'] = validation.sections['dynamic']
+        print(f'--result\n{json.dumps(result, indent=4)}', flush=True)
     accelerator.end_training()
     return 0
 

@@ -98,7 +98,8 @@ def test_validate_parser_keeps_its_flags():
     assert set(actions_of(create_validate_parser())) == set(
         'data data_dir dataset split dataset_download class_map input_img_mode model pretrained num_classes gp img_size'
         ' in_chans input_size crop_pct mean std interpolation channels_last model_kwargs exits exit_head head_widths amp'
-        ' amp_dtype checkpoint use_ema batch_size workers pin_mem no_prefetcher results_file results_format'.split()
+        ' amp_dtype checkpoint use_ema batch_size workers pin_mem no_prefetcher results_file results_format calib_split'
+        ' calib_from_train threshold criterion combine budget max_drop delta time_rounds compare plot train_split seed'.split()
     )
     args = create_validate_parser().parse_args([])
     assert (args.model, args.batch_size, args.workers, args.split) == (None, 256, 4, 'validation')

@@ -1,9 +1,6 @@
 """The model: plain timm when nothing is asked of it, and every exit the same whichever way it is asked for."""
 
 import copy
-import random
-import sys
-import threading
 
 import pytest
 import torch
@@ -255,64 +252,6 @@ def test_loss_of_an_exit_reaches_its_head_and_the_backbone_up_to_its_tap_alone(m
     expected = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
     assert touched == expected
     assert reached == expected
-
-
-# Threads
-
-
-def test_eight_threads_get_their_own_answers_from_one_model(make_model):
-    num_threads, num_calls, tolerance = 8, 1000, 1e-5
-    model = make_model(head='linear', input_size=(3, 32, 32)).eval()
-    forms = [{}, {'exits': True}, *({'exit_idx': idx} for idx in range(-1, 3))]
-    inputs = torch.randn(num_threads, 1, 3, 32, 32)
-
-    def answer(single, form):
-        output = model(single, **form)
-        return torch.cat(output.logits) if isinstance(output, ExitOutputs) else output
-
-    with torch.inference_mode():
-        expected = [[answer(single, form) for form in forms] for single in inputs]
-    for idx in range(len(forms)):
-        answers = torch.stack([row[idx] for row in expected])  # [threads, classifiers, C]
-        gaps = (answers[:, None] - answers[None]).abs().amax((2, 3)) + torch.eye(num_threads)
-        assert gaps.min() > 100 * tolerance
-
-    checked, wrong, failures = [0] * num_threads, [0] * num_threads, []
-    barrier = threading.Barrier(num_threads)
-
-    def work(thread):
-        draw = random.Random(thread)
-        torch.set_num_threads(1)
-        try:
-            with torch.inference_mode():
-                barrier.wait()
-                for _ in range(num_calls):
-                    idx = draw.randrange(len(forms))
-                    output = answer(inputs[thread], forms[idx])
-                    right = output.shape == expected[thread][idx].shape and torch.allclose(
-                        output,
-                        expected[thread][idx],
-                        rtol=tolerance,
-                        atol=tolerance,
-                    )
-                    wrong[thread] += not right
-                    checked[thread] += 1
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(num_threads)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-3)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert not failures
-    assert sum(checked) == 8000
-    assert sum(wrong) == 0
 
 
 # torch.compile, torch.export, autocast

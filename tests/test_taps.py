@@ -84,27 +84,93 @@ def test_visitor_sees_every_tap_once_in_order_of_depth():
     assert output.tolist() == [30.0]
 
 
-@pytest.mark.parametrize(('at', 'seen', 'output'), [(0, 2.0, 1500.0), (1, 6.0, 500.0), (2, 6.0, 500.0)])
-def test_what_a_visitor_returns_replaces_the_tensor(at, seen, output):
-    # 100 in place of the first tap's 2 runs through 3 and 5; in place of the second or the classifier's input, 5 alone.
+@pytest.mark.parametrize('at', [0, 1, 2])
+def test_samples_that_a_visitor_names_go_on_in_its_order(at):
     chain, taps = make_chain()
-    replaced = []
+    seen = {}
 
     def visitor(idx, tensor):
-        if idx == at:
-            replaced.append(tensor.item())
-            return torch.tensor([100.0])
-        return None
+        seen[idx] = tensor.tolist()
+        return torch.tensor([2, 0]) if idx == at else None
 
-    assert taps.visit(chain, torch.tensor([1.0]), visitor).tolist() == [output]
-    assert replaced == [seen]
-    assert chain(torch.tensor([1.0])).tolist() == [30.0]
+    assert taps.visit(chain, torch.tensor([1.0, 10.0, 100.0]), visitor).tolist() == [3000.0, 30.0]
+    whole = [[2.0, 20.0, 200.0], [6.0, 60.0, 600.0], [6.0, 60.0, 600.0]]
+    left = [None, [600.0, 6.0], [600.0, 6.0]]
+    assert seen == {idx: whole[idx] if idx <= at else left[idx] for idx in range(3)}
+    assert chain(torch.tensor([1.0, 10.0])).tolist() == [30.0, 300.0]
 
 
-def test_batch_may_shrink_on_the_way():
+def test_samples_leave_every_tensor_of_an_output_that_has_one_row_per_sample():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return [x, {'twice': 2 * x}, torch.tensor([7.0, 8.0]), 'name', torch.tensor(9.0)]
+
+    module = nn.Sequential(Branches(), nn.Identity())
+    taps = Taps(['0'], ['1'])
+    taps.install(module)
+    output = taps.visit(module, torch.tensor([1.0, 2.0, 3.0]), lambda idx, x: torch.tensor([1]) if idx == 0 else None)
+    assert type(output) is list
+    assert (output[0].tolist(), output[1]['twice'].tolist()) == ([2.0], [4.0])
+    assert (output[2].tolist(), output[3], output[4].item()) == ([7.0, 8.0], 'name', 9.0)
+
+
+# Steps
+
+
+def test_steps_come_in_order_and_the_output_is_returned():
     chain, taps = make_chain()
-    output = taps.visit(chain, torch.tensor([1.0, 10.0]), lambda idx, tensor: tensor[1:] if idx == 0 else None)
-    assert output.tolist() == [300.0]
+    steps = taps.step(chain, torch.tensor([1.0]), lambda idx, tensor: (idx, tensor.item()))
+    assert next(steps) == (0, 2.0)
+    assert next(steps) == (1, 6.0)
+    with pytest.raises(StopIteration) as stop:
+        next(steps)
+    assert stop.value.value.tolist() == [30.0]
+
+
+def test_between_two_steps_the_taps_are_silent_and_other_visits_have_their_own_visitors():
+    chain, taps = make_chain()
+    x = torch.tensor([1.0])
+    steps = taps.step(chain, x, lambda idx, tensor: tensor.item())
+    inner = taps.step(chain, 10 * x, lambda idx, tensor: tensor.item())
+    found = [next(steps), chain(x).item(), next(inner), taps.stop(chain, 100 * x, 1).item(), next(steps), next(inner)]
+    assert found == [2.0, 30.0, 20.0, 600.0, 6.0, 60.0]
+    inner.close()
+    recorder = Recorder()
+    taps.visit(chain, x, recorder)
+    assert len(recorder.visits) == 3
+
+
+@pytest.mark.parametrize('steps_taken', [0, 1, 2])
+def test_closing_the_steps_runs_nothing_more_and_leaves_the_taps_clean(steps_taken):
+    chain, taps = make_chain()
+    calls = []
+    chain[2].register_forward_pre_hook(lambda *args: calls.append('last layer'))
+    steps = taps.step(chain, torch.tensor([1.0]), lambda idx, tensor: idx)
+    for _ in range(steps_taken):
+        next(steps)
+    steps.close()
+    assert calls == []
+    assert taps._state.visitor is None
+    assert copy.deepcopy(chain)(torch.tensor([1.0])).item() == 30.0
+
+
+def test_error_of_a_reader_ends_the_steps_and_leaves_the_taps_clean():
+    chain, taps = make_chain()
+
+    def read(idx, tensor):
+        if idx == 1:
+            raise ValueError('no second step')
+        return idx
+
+    steps = taps.step(chain, torch.tensor([1.0]), read)
+    assert next(steps) == 0
+    with pytest.raises(ValueError, match='no second step'):
+        next(steps)
+    assert list(steps) == []
+    assert taps._state.visitor is None
+
+
+# Stopping
 
 
 def test_stopped_visit_returns_none_and_runs_nothing_after_the_tap():

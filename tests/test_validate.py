@@ -3,10 +3,14 @@ import json
 
 import pytest
 import torch
+from PIL import Image
+from timm.data import create_loader
 
 import timm_multiexit as tme
 import train
 import validate
+from timm_multiexit.data import DIGITS, create_checked_dataset
+from timm_multiexit.policy import ExitPolicy, apply_policy
 
 
 @pytest.fixture
@@ -126,3 +130,146 @@ def test_checkpoint_of_split_norms_is_evaluated_by_its_main_ones(run_script, ima
     table = [line for line in out.splitlines() if line[:4] in ('0   ', '1   ', '2   ', 'main', 'ens ')]
     assert len(table) == 5
     assert set(table) <= set(again.splitlines())
+
+
+# Dynamic inference
+
+
+@pytest.fixture
+def digits_net(make_model, tmp_path):
+    """A folder with a network of the digits, not trained but lively."""
+    model = make_model(exits=[1, 3], input_size=(3, 32, 32))
+    with torch.no_grad():
+        for classifier in (*(head.fc for head in model.exits), model.get_classifier()):
+            classifier.weight *= 10
+    tme.save_pretrained(model, tmp_path / 'net', data_config={'input_size': (3, 32, 32), 'crop_pct': 1.0})
+    return tmp_path / 'net'
+
+
+def read_logits(folder, split):
+    """Return the logits of all classifiers and the targets of a split of the digits, by timm's own loader."""
+    model = tme.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    config = {key: model.pretrained_cfg[key] for key in ('mean', 'std', 'interpolation', 'crop_pct')}
+    loader = create_loader(
+        create_checked_dataset(DIGITS, root=None, split=split),
+        (3, 32, 32),
+        64,
+        num_workers=0,
+        use_prefetcher=False,
+        **config,
+    )
+    with torch.no_grad():
+        batches = [(model(images, exits=True).logits, target) for images, target in loader]
+    logits = [torch.cat([parts[idx] for parts, _ in batches]) for idx in range(3)]
+    return model, logits, torch.cat([target for _, target in batches])
+
+
+def mean_macs(model, policy, exit_idx):
+    """Return the mean MACs of an image, image by image."""
+    costs = model.cost()
+    total = 0
+    for left in exit_idx.tolist():
+        total += costs[left].fixed.macs - costs[left].head.macs
+        total += sum(costs[idx].head.macs for idx in policy.used if idx <= left)
+    return total / len(exit_idx)
+
+
+def test_dynamic_report_is_that_of_a_simulation(run_script, digits_net, tmp_path):
+    model, logits, targets = read_logits(digits_net, 'test')
+    levels = [single.softmax(-1).amax(-1).quantile(0.7).item() for single in logits[:2]]
+    given = ','.join(f'{level:.4g}' for level in levels)
+    flags = ('--threshold', given, '--calib-split', 'validation', '--budget', '85%', '90%', '--max-drop', '0.3')
+    flags += ('--time-rounds', '1', '--compare', f'local-dir:{digits_net}', '--plot', tmp_path / 'new/picture.png')
+    flags += ('--results-file', tmp_path / 'r.json', '--results-format', 'json')
+    text, result = run_validate(run_script, '--model', f'local-dir:{digits_net}', *flags)
+    saved = json.loads((tmp_path / 'r.json').read_text())
+    assert saved['dynamic'] == result['dynamic']
+    rows = {row['policy']: row for row in saved['dynamic']}
+    assert list(rows) == ['plain timm', 'all exits', f'threshold {given}', 'budget 85%', 'budget 90%', 'max drop 0.3']
+    for row in saved['dynamic'][2:]:
+        policy = ExitPolicy.from_dict(row)
+        simulated = apply_policy(policy, logits)
+        accuracy = 100 * (simulated.logits.argmax(-1) == targets).float().mean().item()
+        assert row['top-1'] == pytest.approx(accuracy, abs=0.3)  # one image: sums differ in their last bits
+        assert row['shares'] == pytest.approx((simulated.exit_idx.bincount(minlength=3) / 360).tolist(), abs=0.003)
+        assert row['macs'] == pytest.approx(mean_macs(model, policy, simulated.exit_idx), rel=2e-3)
+    shares = rows[f'threshold {given}']['shares']
+    assert shares[0] == pytest.approx(0.3, abs=0.02)
+    assert min(shares) > 0.1
+    assert rows['plain timm']['top-1'] == saved['rows'][2]['top-1']
+    assert all(row['img/s'] > 0 and row['time_ratio'] > 0 for row in saved['dynamic'])
+    assert 'max drop 0.3 are chosen on the validation split, 180 images.' in text
+    assert saved['compare'][0]['top-1'] == saved['rows'][2]['top-1']
+    with Image.open(tmp_path / 'new/picture.png') as picture:
+        assert picture.size[0] == 1200
+
+
+def test_curve_is_chosen_on_the_calibration_split_and_measured_on_the_other(run_script, digits_net, tmp_path):
+    flags = ('--calib-split', 'validation', '--results-file', tmp_path / 'r.json', '--results-format', 'json')
+    text, _ = run_validate(run_script, '--model', f'local-dir:{digits_net}', *flags)
+    curve = json.loads((tmp_path / 'r.json').read_text())['curve']
+    assert curve['chosen_on'] == 'the validation split, 180 images'
+    assert 'thresholds are chosen on the validation split, 180 images' in text
+    assert len(curve['points']) == 39
+    model, chosen, chosen_targets = read_logits(digits_net, 'validation')
+    _, logits, targets = read_logits(digits_net, 'test')
+    for point in curve['points'][::6]:
+        policy = ExitPolicy.from_dict(point['solver'])
+        # The budget is what the policy costs where it was chosen, its cost and accuracy are of the reported split.
+        on_chosen, on_reported = apply_policy(policy, chosen), apply_policy(policy, logits)
+        assert point['budget_macs'] == pytest.approx(mean_macs(model, policy, on_chosen.exit_idx), rel=5e-3)
+        assert point['solver']['macs'] == pytest.approx(mean_macs(model, policy, on_reported.exit_idx), rel=5e-3)
+        accuracy = 100 * (on_reported.logits.argmax(-1) == targets).float().mean().item()
+        assert point['solver']['top-1'] == pytest.approx(accuracy, abs=0.6)
+        found = ExitPolicy.from_dict(point['search'])
+        found_cost = mean_macs(model, found, apply_policy(found, chosen).exit_idx)
+        assert found_cost <= point['budget_macs'] * 1.005
+    assert (tmp_path / 'accuracy_vs_macs.png').exists()  # beside the results, without being asked
+
+
+def test_order_of_the_exits_is_always_reported(run_script, digits_net, tmp_path):
+    flags = ('--results-file', tmp_path / 'r.json', '--results-format', 'json')
+    text, result = run_validate(run_script, '--model', f'local-dir:{digits_net}', *flags)
+    saved = json.loads((tmp_path / 'r.json').read_text())
+    _, logits, targets = read_logits(digits_net, 'test')
+    right = [single.argmax(-1) == targets for single in logits]
+    lost = sum(int((a or b) and not c) for a, b, c in zip(*right)) / 3.6
+    assert saved['overthinking']['lost'] == pytest.approx(lost, abs=0.6)
+    assert set(saved['failure_auroc']) == {'exit0', 'exit1', 'main'}
+    assert list(saved['monotonicity']) == ['0.01', '0.05', '0.1', '0.2', '0.5']
+    assert 'No budgets: give --calib-split NAME or --calib-from-train N' in text
+    assert not {'curve', 'dynamic', 'timing', 'compare'} & (set(saved) | set(result))
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (('--calib-split', 'test'), 'and --split test are the same images'),
+        (('--calib-split', 'train[:3]'), "no split 'train[:3]'"),
+        (('--threshold', '0.5', '--criterion', 'hope'), "invalid choice: 'hope'"),
+        (('--threshold', 'high'), "'high' is no threshold"),
+        (('--budget', '3%', '--calib-split', 'validation'), 'The budget 3% is below the cheapest policy'),
+        (('--budget', '50%'), '--budget 50% needs data'),
+        (('--calib-from-train', '5000'), '5000 of 1257 training images cannot be held out'),
+        (('--compare', 'resnet51'), "no model 'resnet51'"),
+    ],
+)
+def test_bad_flags_of_dynamic_inference_are_one_clear_line(flags, message, run_script, digits_net):
+    code, _, err = run_script(validate.main, '--model', f'local-dir:{digits_net}', '-j', '0', *flags)
+    assert code == 2
+    assert message in err.strip().splitlines()[-1]
+    assert 'Traceback' not in err
+
+
+def test_split_under_its_other_name_is_the_same_data(run_script, image_folder):
+    flags = ('--model', 'test_resnet', '--exits', '2', '--num-classes', '2', '--img-size', '32', '-j', '0')
+    code, _, err = run_script(validate.main, *flags, '--calib-split', 'val', image_folder)
+    assert code == 2
+    assert '--calib-split val and --split validation are the same images' in err.strip().splitlines()[-1]
+
+
+def test_plain_model_has_nothing_to_decide(run_script):
+    flags = ('--model', 'test_resnet', '--num-classes', '10', '--threshold', '0.5')
+    code, _, err = run_script(validate.main, *flags)
+    assert code == 2
+    assert '--threshold needs a model with exits, test_resnet has none' in err.strip().splitlines()[-1]

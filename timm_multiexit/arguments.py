@@ -17,6 +17,7 @@ from timm_multiexit.distillation import OUTPUT_WEIGHTS
 from timm_multiexit.flags import TIMM_FLAGS, Flag, ScriptParser, add_flags, switch, value
 from timm_multiexit.heads import HEADS
 from timm_multiexit.losses import LOSSES
+from timm_multiexit.policy import COMBINATIONS, CRITERIA
 
 # What `train.py` does where no data is named: a small real network on the digits, in under two minutes on two cores.
 DIGITS_DEFAULTS: dict[str, Any] = {
@@ -99,6 +100,18 @@ def parse_teacher(text: str) -> str | list[int]:
         raise argparse.ArgumentTypeError(f"'{text}' is no teacher, allowed are main, all, or 0,-1: indices") from error
 
 
+def parse_thresholds(text: str) -> list[float | None]:
+    """Return the thresholds of a policy, one for all exits or one per exit; none for an exit that is not used.
+
+    >>> parse_thresholds('0.9'), parse_thresholds('0.9,none,0.8')
+    ([0.9], [0.9, None, 0.8])
+    """
+    try:
+        return [None if item.strip().lower() == 'none' else float(item) for item in _items(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no threshold, allowed are 0.9 or 0.9,none,0.8") from error
+
+
 def _items(text: str) -> list[str]:
     return text.strip().removeprefix('[').removesuffix(']').split(',')
 
@@ -153,8 +166,22 @@ _VALIDATE_FLAGS = (
     value('-j --workers', int, 4, 'N', 'data loading processes'),
     switch('--pin-mem', 'pin host memory for transfers'),
     switch('--no-prefetcher', 'leave out the prefetcher'),
-    value('--results-file', str, '', 'FILE', 'write the table to this file'),
-    value('--results-format', str, 'csv', None, 'its format', choices=('csv', 'json')),
+    value('--results-file', str, '', 'FILE', 'write the results to this file'),
+    value('--results-format', str, 'csv', None, 'csv: the table; json: all of it', choices=('csv', 'json')),
+)
+# What `validate.py` reports of dynamic inference.
+_DYNAMIC_FLAGS = (
+    value('--calib-split', str, None, 'NAME', 'choose thresholds on this split, not the reported one'),
+    value('--calib-from-train', int, None, 'N', 'choose them on what train.py --val-from-train N held out'),
+    value('--threshold', parse_thresholds, None, 'T', '0.9: of every exit; 0.9,none,0.8: of each, none: not used'),
+    value('--criterion', str, 'confidence', None, 'what a threshold is compared with', choices=tuple(CRITERIA)),
+    value('--combine', str, None, None, 'answer with the exits seen so far, together', choices=COMBINATIONS),
+    value('--budget', str, [], 'B', 'mean cost of an image: 60%, 1.2GMACs or 5ms', nargs='+'),
+    value('--max-drop', float, None, 'F', "0.01: keep main's accuracy to a point"),
+    value('--delta', float, 0.1, 'P', 'chance that --max-drop is broken'),
+    value('--time-rounds', int, 5, 'N', 'rounds in which policies and plain timm are timed in turns, 0: none'),
+    value('--compare', str, [], 'NAME', 'static models to set beside it: NAME, NAME:CHECKPOINT', nargs='+'),
+    value('--plot', str, '', 'PNG', 'draw accuracy over MACs; with --results-file always, beside it'),
 )
 
 # Flags that have the same effect as another: its name and the value it gets, None for the flag's own.
@@ -195,11 +222,14 @@ def create_validate_parser() -> ScriptParser:
     data = _pick('Data', 'data data_dir dataset dataset_download class_map input_img_mode')
     model = 'pretrained num_classes gp img_size in_chans input_size crop_pct mean std interpolation channels_last'
     name = replace(_pick('Model', 'model')[0], default=None)
+    seed = replace(_pick('Run', 'seed')[0], default=None, help="of --calib-from-train, if not the run's")
     add_flags(parser, 'Data', (*data, split))
     add_flags(parser, 'Model', (name, *_pick('Model', f'{model} model_kwargs')))
     add_flags(parser, 'Exits', EXIT_FLAGS)
     add_flags(parser, 'Device', _pick('Device', 'amp amp_dtype'))
     add_flags(parser, 'Evaluation', _VALIDATE_FLAGS)
+    train_split = replace(_pick('Data', 'train_split')[0], help='split that --calib-from-train is of')
+    add_flags(parser, 'Dynamic inference', (*_DYNAMIC_FLAGS, train_split, seed))
     return parser
 
 

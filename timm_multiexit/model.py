@@ -1,18 +1,18 @@
 """The multi-exit model: a timm backbone, its taps, its heads, and timm's own surface."""
 
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.layers import use_reentrant_ckpt
-from timm.models import get_model_input_config, group_parameters
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from timm_multiexit.config import ExitSpec, MultiExitError
 from timm_multiexit.cost import Cost, CostMeter, ExitCost, combine_costs, meta_copy
 from timm_multiexit.heads import ExitHead, combine_features, to_map
+from timm_multiexit.inference import DynamicInference
 from timm_multiexit.metrics import format_table
 from timm_multiexit.taps import Taps, classifier_names
 
@@ -61,7 +61,7 @@ class Exits(nn.ModuleList):
         )
 
 
-class MultiExitModel(nn.Module):
+class MultiExitModel(DynamicInference):
     """A timm backbone with exits.
 
     Without `exits` or `exit_idx` it is the plain timm model: same bits, same cost. Its state dict has `backbone.*`
@@ -109,6 +109,7 @@ class MultiExitModel(nn.Module):
 
     def _set_taps(self) -> None:
         specs = self.exits.specs
+        self._forget_inference()
         self._taps = Taps(
             [spec.module for spec in specs],
             classifier_names(self.backbone),
@@ -218,23 +219,6 @@ class MultiExitModel(nn.Module):
             heads.append(head_meter.read())
         return combine_costs([*(paths[idx] for idx in range(len(heads))), meter.read()], heads)
 
-    # What follows is timm's surface, so that its optimizers, loaders, savers and scripts take the model unchanged.
-
-    @property
-    def num_classes(self) -> int:
-        """Outputs of every classifier."""
-        return self.backbone.num_classes
-
-    @property
-    def num_features(self) -> int:
-        """Channels of `forward_features`."""
-        return self.backbone.num_features
-
-    @property
-    def head_hidden_size(self) -> int:
-        """Width of main's pre-logits features, as timm gives it; see `feature_widths`."""
-        return self.backbone.head_hidden_size
-
     @torch.no_grad()
     def feature_widths(self) -> tuple[int, ...]:
         """Return how wide the features are that each classifier is distilled by, shallow to deep, main last."""
@@ -248,25 +232,6 @@ class MultiExitModel(nn.Module):
     def in_chans(self) -> int:
         """Channels of an image."""
         return self.input_size[0]
-
-    @property
-    def feature_info(self) -> Any:
-        """The backbone's stages."""
-        return self.backbone.feature_info
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """The backbone's configuration: where its weights come from and how its input is made."""
-        return self.backbone.pretrained_cfg
-
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        """The same under timm's older name."""
-        return self.backbone.pretrained_cfg
-
-    def get_classifier(self) -> nn.Module:
-        """Return main's classifier."""
-        return self.backbone.get_classifier()
 
     def freeze_backbone(self, freeze: bool = True, *, trains_classifier: bool = False) -> None:
         """Train the heads alone: no gradients for the backbone, and its norms and dropout in eval mode.
@@ -344,37 +309,3 @@ class MultiExitModel(nn.Module):
         for head in self.exits:
             head.reset_classifier(num_classes)
         self._taps.install(self.backbone)
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that timm exempts from weight decay."""
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
-        return {f'backbone.{name}' for name in names}
-
-    def group_matcher(self, coarse: bool = False):
-        """Return a function from parameter name to layer, for layer decay; the heads are in the last layer.
-
-        Fresh heads train at the full rate: put by depth, one after the third block would crawl.
-
-        Raises:
-            MultiExitError: The backbone does not say how its parameters are grouped.
-        """
-        if not hasattr(self.backbone, 'group_matcher'):
-            raise MultiExitError(
-                f'{type(self.backbone).__name__} has no group_matcher, so layer decay cannot know its layers:'
-                ' leave layer decay out or take another backbone.'
-            )
-        layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
-        last = max(layers.values())
-        return lambda name: layers.get(re.sub(r'^backbone\.', '', name), last)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade the backbone's activations for a second forward, in training."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the backbone's last map."""
-        return self.backbone.forward_features(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return main's logits, or its features, of the backbone's last map."""
-        return self.backbone.forward_head(x, pre_logits=pre_logits)

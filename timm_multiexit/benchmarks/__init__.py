@@ -1,0 +1,1 @@
+"""What `benchmark.py` measures; it prints the rows that these modules return."""

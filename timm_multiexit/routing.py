@@ -1,0 +1,196 @@
+"""Dynamic inference: samples leave the batch at the exit that decides for them."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.policy import ExitPolicy, PolicyRun, Prediction
+from timm_multiexit.taps import ForwardStopped, Taps
+
+_logger = logging.getLogger(__name__)
+
+# (exit, tensor at its tap) -> logits [N, C]
+RunHead = Callable[[int, Tensor], Tensor]
+
+
+class Route:
+    """The visitor of one batch: runs heads, decides, and says which samples go on.
+
+    There is one wait for the device per used exit, whatever the batch.
+
+    Args:
+        policy: Who leaves where.
+        run_head: Gives an exit's logits.
+        can_leave: For each exit, whether samples can leave the batch at its tap. Where they cannot, those that have
+            decided stay in it as ballast until a tap where they can leave, or until all have decided.
+        bucket_sizes: Batch sizes to go on with, rising: what is left is filled up to the next of them, so that
+            compiled code meets few sizes. None for any size.
+    """
+
+    def __init__(
+        self,
+        policy: ExitPolicy,
+        run_head: RunHead,
+        *,
+        can_leave: Sequence[bool],
+        bucket_sizes: Sequence[int] | None = None,
+    ):
+        self._policy = policy
+        self._run = PolicyRun(policy)
+        self._run_head = run_head
+        self._can_leave = can_leave
+        self._bucket_sizes = tuple(bucket_sizes or ())
+        self._used = frozenset(policy.used)
+        self._answers: list[Tensor] = []
+        self._places: list[Tensor] = []
+        self._exits: list[int] = []
+        self._rows: Tensor | None = None  # [N] place in the input of each row of the batch
+        self._is_open: Tensor | None = None  # [N] bool, rows still to decide; None for all
+        self._num_open = 0
+
+    def begin(self, batch_size: int, device: torch.device) -> None:
+        """Start with a batch of so many samples."""
+        self._rows = torch.arange(batch_size, device=device)
+        self._num_open = batch_size
+
+    @torch.compiler.disable  # where it waits for the device there is no graph; compiled parts of a backbone end here
+    def visit(self, idx: int, tensor: Tensor) -> Tensor | None:
+        """Decide at a tap; see `taps.Visitor`.
+
+        Raises:
+            ForwardStopped: All samples have decided.
+            MultiExitError: An exit gives NaN.
+        """
+        if idx not in self._used:  # an exit that is not used, or main's features
+            return None
+        answer = self._run.answer(idx, self._run_head(idx, tensor))
+        score = self._run.score(answer)
+        leaves = self._policy.leaves(idx, score)
+        is_nan = score.isnan()
+        if self._is_open is not None:
+            leaves, is_nan = leaves & self._is_open, is_nan & self._is_open
+        num_leaving, num_nan = torch.stack([leaves.sum(), is_nan.sum()]).tolist()
+        if num_nan:
+            raise MultiExitError(
+                f'Exit {idx} gives NaN for {num_nan} of {self._num_open} images, no policy can decide on them: see the'
+                ' weights and the input.'
+            )
+        # Sorted on the device, with the counts known here, so that there is nothing more to wait for.
+        order = self._order(leaves)
+        self._num_open -= num_leaving
+        stay, leaving = order[: self._num_open], order[self._num_open : self._num_open + num_leaving]
+        if num_leaving:
+            self._record(idx, answer, leaving)
+        if not self._num_open:
+            raise ForwardStopped
+        if self._num_open == len(self._rows):
+            return None
+        return self._go_on(idx, stay)
+
+    def finish(self, logits: Tensor | None) -> Prediction:
+        """Return the answers in input order.
+
+        Args:
+            logits: Main's, [N, C], of the samples that are left; None if none is.
+        """
+        if logits is not None:
+            main = len(self._policy.thresholds)
+            order = self._order(torch.zeros_like(self._rows, dtype=torch.bool))
+            self._record(main, self._run.answer(main, logits), order[: self._num_open])
+        answers, places = torch.cat(self._answers), torch.cat(self._places)
+        exits = torch.cat([torch.full_like(part, idx) for idx, part in zip(self._exits, self._places)])
+        result = Prediction(torch.empty_like(answers), torch.empty_like(exits))
+        result.logits[places], result.exit_idx[places] = answers, exits
+        return result
+
+    def _order(self, leaves: Tensor) -> Tensor:
+        """Return the rows sorted: those that stay, those that leave, those that have left before."""
+        kind = leaves.to(torch.int8)
+        if self._is_open is not None:
+            kind = kind.masked_fill(~self._is_open, 2)
+        return kind.argsort(stable=True)
+
+    def _record(self, idx: int, answer: Tensor, rows: Tensor) -> None:
+        self._answers.append(answer[rows])
+        self._places.append(self._rows[rows])
+        self._exits.append(idx)
+
+    def _go_on(self, idx: int, stay: Tensor) -> Tensor | None:
+        """Return the rows of the next batch: those that stay, and ballast up to a bucket's size; None for all rows."""
+        size = next((size for size in self._bucket_sizes if size >= len(stay)), len(stay))
+        if not self._can_leave[idx] or size >= len(self._rows):
+            self._is_open = torch.zeros_like(self._rows, dtype=torch.bool)
+            self._is_open[stay] = True
+            return None
+        self._is_open = None
+        rows = stay
+        if size > len(stay):
+            rows = torch.cat([stay, stay[:1].expand(size - len(stay))])
+            self._is_open = torch.arange(size, device=rows.device) < len(stay)
+        self._rows = self._rows[rows]
+        self._run.select(rows)
+        return rows
+
+
+@torch.no_grad()
+def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> tuple[bool, ...]:
+    """Return for each tap whether samples can leave the batch there, found by trying.
+
+    They cannot where something else than the tapped tensor goes on with the whole batch: a shortcut around the tap, a
+    second branch, the output of an earlier stage.
+
+    Args:
+        backbone: In eval mode.
+        taps: Its taps.
+        input_size: (channels, height, width) of an image.
+    """
+    num_taps = len(taps.names)
+    param = next(backbone.parameters())
+    images = torch.randn(num_taps + 2, *input_size, generator=torch.Generator().manual_seed(0))
+    images = images.to(param.device, param.dtype)
+    output, tensors, _ = taps.collect(backbone, images)
+    reference = [*tensors, output]
+
+    def agrees(leaving: Sequence[int]) -> bool:
+        """Whether the backbone gives the same when the first sample leaves at these taps."""
+        left, seen = torch.arange(len(images), device=images.device), {}
+
+        def visit(idx: int, tensor: Tensor) -> Tensor | None:
+            nonlocal left
+            if idx >= num_taps:
+                return None
+            seen[idx] = tensor, left
+            if idx not in leaving:
+                return None
+            left = left[1:]
+            return torch.arange(1, len(tensor), device=tensor.device)
+
+        try:
+            output = taps.visit(backbone, images, visit)
+            return all(
+                _is_close(tensor, reference[idx][rows])
+                for idx, (tensor, rows) in (seen | {num_taps: (output, left)}).items()
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # what sizes that differ end in
+            return False
+
+    if agrees(range(num_taps)):
+        return (True,) * num_taps
+    alone = [idx for idx in range(num_taps) if agrees([idx])]
+    # Two that work alone may not work together.
+    alone = alone if agrees(alone) else []
+    _logger.warning(
+        f'{type(backbone).__name__} takes more across some exits than the tensor that is read there: samples leave the'
+        f' batch at {", ".join(f"exit {idx}" for idx in alone) or "no exit"}; else they stay in it until all of it has'
+        ' decided. Answers are the same, only time is not saved.'
+    )
+    return tuple(idx in alone for idx in range(num_taps))
+
+
+def _is_close(tensor: Tensor, reference: Tensor) -> bool:
+    # Far from what mixed-up samples give, and far from what another batch size changes in half precision.
+    tolerance = 0.05 * float(reference.float().abs().amax())
+    return tensor.shape == reference.shape and torch.allclose(tensor, reference, rtol=0.05, atol=tolerance)

@@ -1,0 +1,305 @@
+"""What `validate.py` does: evaluate all exits, choose thresholds on other data, and report what they do here."""
+
+import logging
+import warnings
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.data import resolve_data_config
+
+from timm_multiexit.budgets import BudgetTable, StageCosts, parse_budget
+from timm_multiexit.calibration import calibrate, fit_temperatures, search_budgets
+from timm_multiexit.collecting import LogitSet, collect_logits
+from timm_multiexit.comparison import compare, create_static
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.data import check_classes
+from timm_multiexit.dynamic_report import (
+    Calibration,
+    describe_result,
+    format_curve,
+    format_dynamic,
+    format_order,
+    report_curve,
+    report_order,
+    time_policies,
+)
+from timm_multiexit.dynamics import PolicyMeter, evaluate_logits
+from timm_multiexit.engine import evaluate_loader
+from timm_multiexit.factory import ExitTable, make_table
+from timm_multiexit.loaders import create_eval_loader
+from timm_multiexit.metrics import format_table
+from timm_multiexit.model import MultiExitModel
+from timm_multiexit.pictures import draw_accuracy_vs_macs
+from timm_multiexit.policy import ExitPolicy
+from timm_multiexit.validation_checks import asked_flags, asks_for_policies, check_flags, given_policy
+from timm_multiexit.validation_data import (
+    check_other_images,
+    create_calibration_split,
+    create_split,
+    load_mixed_batch,
+)
+
+_logger = logging.getLogger(__name__)
+
+PICTURE_NAME = 'accuracy_vs_macs.png'
+_MAX_UNASKED_BYTES = 4 * 2**30  # of logits that no flag asked for
+
+
+@dataclass
+class Validation:
+    """What was found.
+
+    Attributes:
+        table: Of every classifier.
+        sections: JSON-ready: curve, dynamic, timing, failure_auroc, overthinking, monotonicity, compare; what there is.
+        texts: The same for people, in order.
+    """
+
+    table: ExitTable
+    sections: dict[str, Any] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, text: str, **sections: Any) -> None:
+        """Add sections and their text."""
+        self.texts.append(text)
+        self.sections |= sections
+
+
+class Validator:
+    """Evaluates a model as the command line says.
+
+    Logits are collected once per split, see `LogitSet` for the memory they take; all but times is reckoned from them.
+
+    Args:
+        args: Of the command line, with `data_dir`, `dataset` and `split` resolved.
+        model: The model, on its device and in eval mode.
+        accelerator: Gives device, precision and processes.
+
+    Raises:
+        MultiExitError: The data cannot be had, or flags do not fit model or data.
+    """
+
+    def __init__(self, args: Namespace, model: MultiExitModel, accelerator: Accelerator):
+        self.args, self.model, self.accelerator = args, model, accelerator
+        self.data_config = resolve_data_config(vars(args), model=model)
+        self.input_size = self.data_config['input_size']
+        check_flags(args, model, accelerator.num_processes)
+        self.dataset = create_split(args, args.split, self.input_size[0])
+        num_classes = check_classes(self.dataset, None)
+        if num_classes and num_classes > model.num_classes:
+            raise MultiExitError(
+                f'The data has {num_classes} classes, the model {model.num_classes}: set --num-classes.'
+            )
+        self.calibration_split = create_calibration_split(args, self.dataset, self.input_size[0])
+        self.statics = {
+            name: create_static(name, num_classes=model.num_classes, in_chans=self.input_size[0])
+            for name in args.compare
+        }
+        self.costs = StageCosts.from_exit_costs(model.cost(self.input_size))
+
+    def run(self) -> Validation:
+        """Return the report; in several processes, and for a model without exits, the table alone."""
+        loader = create_eval_loader(self.args, self.dataset, self.data_config, self.accelerator)
+        if not self._keeps_logits():
+            evaluation = self._evaluate(loader)
+            return Validation(self._make_table(evaluation.metrics, evaluation.num_samples))
+        reported = self._collect(loader)
+        metrics = evaluate_logits(reported.logits, reported.targets)
+        validation = Validation(self._make_table(metrics, len(reported.targets)))
+        sections = report_order(reported)
+        validation.add(format_order(sections), **sections)
+        meter = PolicyMeter(reported.logits, reported.targets, self.costs)
+        calibration = self._calibrate(reported)
+        self._add_policies(validation, meter, calibration)
+        self._add_comparison(validation)
+        self._draw(validation)
+        return validation
+
+    def _keeps_logits(self) -> bool:
+        """Return whether dynamic inference is reported."""
+        if not len(self.model.exits) or self.accelerator.num_processes > 1:
+            return False
+        if asked_flags(self.args) or not hasattr(self.dataset, '__len__'):
+            return True
+        size = 4 * len(self.dataset) * self.model.num_classes * (len(self.model.exits) + 1)
+        if size > _MAX_UNASKED_BYTES:
+            _logger.info(
+                f'Dynamic inference is left out: it takes {size / 2**30:.0f} GB of memory, ask for it with a flag.'
+            )
+        return size <= _MAX_UNASKED_BYTES
+
+    def _evaluate(self, loader: Any) -> Any:
+        return evaluate_loader(self.model, loader, accelerator=self.accelerator, channels_last=self.args.channels_last)
+
+    def _collect(self, loader: Any) -> LogitSet:
+        return collect_logits(self.model, loader, accelerator=self.accelerator, channels_last=self.args.channels_last)
+
+    def _make_table(self, metrics: dict[str, dict[str, float]], num_samples: int) -> ExitTable:
+        return make_table(self.model, metrics, input_size=self.input_size, num_samples=num_samples)
+
+    def _calibrate(self, reported: LogitSet) -> Calibration | None:
+        """Return what thresholds are chosen on, prepared like the reported images, without augmentation."""
+        if self.calibration_split is None:
+            return None
+        dataset, source = self.calibration_split
+        loader = create_eval_loader(self.args, dataset, self.data_config, self.accelerator)
+        collected = self._collect(loader)
+        check_other_images(self.args, collected.equals(reported))
+        return Calibration(collected, source)
+
+    def _add_policies(self, validation: Validation, meter: PolicyMeter, calibration: Calibration | None) -> None:
+        """Add the budgeted curve, and what the policies that were asked for do."""
+        images = None
+        needs_times = any(parse_budget(budget).unit == 'ms' for budget in self.args.budget)
+        if needs_times or (self.args.time_rounds and asks_for_policies(self.args, self.model)):
+            images = load_mixed_batch(self.args, self.dataset, self.data_config, self.accelerator)
+            images = images.to(next(self.model.parameters()).dtype)
+            if self.args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+        table = None
+        if calibration is not None:
+            table = self._search(calibration, images if needs_times else None)
+            curve = report_curve(meter, calibration, self.costs, table)
+            validation.add(format_curve(curve, self.args.split, self.costs.total), curve=curve)
+        elif not self.args.budget:
+            validation.texts.append(
+                'No budgets: give --calib-split NAME or --calib-from-train N to choose thresholds on.'
+            )
+        policies = self._find_policies(calibration, table)
+        if policies:
+            self._add_dynamic(validation, meter, policies, images)
+
+    def _search(self, calibration: Calibration, images: torch.Tensor | None) -> BudgetTable:
+        """Return policies for all budgets; in ms too if there are images to time."""
+        logits, targets = calibration.collected.logits, calibration.collected.targets
+        times = {}
+        if images is not None:
+            with self.accelerator.autocast():
+                times['times'] = self.model.measure_costs(images)
+            times['measured_on'] = f'{images.device}, batch of {len(images)}'
+        return search_budgets(
+            logits,
+            targets,
+            self.costs,
+            criterion=self.args.criterion,
+            temperatures=fit_temperatures(logits, targets),
+            combine=self.args.combine,
+            **times,
+        )
+
+    def _find_policies(
+        self, calibration: Calibration | None, table: BudgetTable | None
+    ) -> dict[str, tuple[ExitPolicy, str | None]]:
+        """Return name -> policy, and what its thresholds are chosen on, of those that the flags name."""
+        args, found = self.args, {}
+        if args.threshold is not None:
+            policy = given_policy(args, len(self.model.exits))
+            text = ','.join('none' if value is None else f'{value:g}' for value in args.threshold)
+            found[f'threshold {text}'] = (policy, None)
+        source = calibration.source if calibration else 'what the model was calibrated on'
+        for budget in args.budget:
+            found[f'budget {budget}'] = ((table or self.model.budgets).select(budget).policy, source)
+        if args.max_drop is not None:
+            policy = self._bound_drop(calibration)
+            found[f'max drop {args.max_drop:g}'] = (policy, source)
+        if not found and self.model.policy is not None:
+            found["the model's own"] = (self.model.policy, None)
+        return found
+
+    def _bound_drop(self, calibration: Calibration) -> ExitPolicy:
+        args = self.args
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            policy = calibrate(
+                calibration.collected.logits,
+                calibration.collected.targets,
+                self.costs,
+                max_drop=args.max_drop,
+                delta=args.delta,
+                criterion=args.criterion,
+                combine=args.combine,
+            )
+        for warning in caught:
+            _logger.warning(str(warning.message))
+        return policy
+
+    def _add_dynamic(
+        self,
+        validation: Validation,
+        meter: PolicyMeter,
+        policies: dict[str, tuple[ExitPolicy, str | None]],
+        images: torch.Tensor | None,
+    ) -> None:
+        total = self.costs.total
+        main = validation.table.rows[-2]
+        rows = [
+            {'policy': name, 'top-1': main['top-1'], 'macs': macs, 'macs_percent': 100 * macs / total}
+            for name, macs in (('plain timm', total), ('all exits', self.costs.largest))
+        ]
+        rows += [
+            {'policy': name, 'chosen_on': source, **describe_result(meter.measure(policy), total)}
+            for name, (policy, source) in policies.items()
+        ]
+        timing = None
+        if self.args.time_rounds:
+            bare = {name: policy for name, (policy, _) in policies.items()}
+            times = time_policies(self.model, images, bare, rounds=self.args.time_rounds, accelerator=self.accelerator)
+            rows = [row | times[row['policy']] for row in rows]
+            timing = {'images': len(images), 'rounds': self.args.time_rounds, 'device': str(images.device)}
+        validation.add(
+            format_dynamic(rows, self.args.split, timing), dynamic=rows, **({'timing': timing} if timing else {})
+        )
+
+    def _add_comparison(self, validation: Validation) -> None:
+        if self.statics:
+            rows = compare(self.statics, self.args, self.dataset, self.accelerator)
+            validation.add(f'Static models on the {self.args.split} split:\n\n{format_table(rows)}', compare=rows)
+
+    def _draw(self, validation: Validation) -> None:
+        args = self.args
+        if not (args.plot or args.results_file):
+            return
+        path = Path(args.plot or Path(args.results_file).with_name(PICTURE_NAME))
+        *exits, ensemble = [
+            (row['exit'], (1e9 * row['GMACs sequential'], row['top-1'])) for row in validation.table.rows
+        ]
+        names = {str(idx): f'exit {idx}' for idx in range(len(self.model.exits))}
+        main = validation.table.rows[-2]
+        singles = {'plain backbone': (1e9 * main['GMACs fixed'], main['top-1']), 'ensemble of all': ensemble[1]}
+        singles |= {
+            row['static model']: (1e9 * row['GMACs'], row['top-1']) for row in validation.sections.get('compare', ())
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_drawn = draw_accuracy_vs_macs(
+            path,
+            exits={names.get(name, name): point for name, point in exits},
+            curves=curve_points(validation.sections.get('curve')),
+            singles=singles,
+            title=f'{short_name(args.model)}, {args.split} split, {validation.table.num_samples} images',
+        )
+        if is_drawn:
+            _logger.info(f'{path} shows accuracy over MACs.')
+
+
+def curve_points(curve: dict[str, Any] | None) -> dict[str, list[tuple[float, float]]]:
+    """Return label -> (MACs, top-1) of the curves that were measured."""
+    labels = {'solver': 'budgets, solver of the field', 'search': 'budgets, search'}
+    points = curve['points'] if curve else []
+    found = {
+        label: [(point[name]['macs'], point[name]['top-1']) for point in points if point[name]]
+        for name, label in labels.items()
+    }
+    return {label: line for label, line in found.items() if line}
+
+
+def short_name(model: str) -> str:
+    """Return a model's name for a heading, of a long path its last two parts.
+
+    >>> short_name('local-dir:/data/output/train/run/best'), short_name('resnet18.a1_in1k')
+    ('run/best', 'resnet18.a1_in1k')
+    """
+    return '/'.join(Path(model.removeprefix('local-dir:')).parts[-2:])
