@@ -87,6 +87,50 @@ def test_auto_means_the_stages_before_the_last_without_the_stem(make_empty, name
     assert {spec.head for spec in model.exits.specs} == {'conv'}
 
 
+# Member -> module of each stage -> (channels, reduction) of its map.
+ALIGNED = [(128, 4), (256, 8), (728, 16), (1024, 32), (2048, 32)]
+XCEPTIONS = {
+    'legacy_xception': {
+        'act2': (64, 2),
+        'block1': (128, 4),
+        'block2': (256, 8),
+        'block11': (728, 16),
+        'act4': (2048, 32),
+    },
+    'xception41': dict(zip(('blocks.0', 'blocks.1', 'blocks.2', 'blocks.11', 'blocks.12'), ALIGNED)),
+    'xception41p': dict(zip(('blocks.0', 'blocks.1', 'blocks.2', 'blocks.11', 'blocks.12'), ALIGNED)),
+    'xception65': dict(zip(('blocks.0', 'blocks.1', 'blocks.2', 'blocks.19', 'blocks.20'), ALIGNED)),
+    'xception65p': dict(zip(('blocks.0', 'blocks.1', 'blocks.2', 'blocks.19', 'blocks.20'), ALIGNED)),
+    'xception71': dict(zip(('blocks.0', 'blocks.2', 'blocks.4', 'blocks.21', 'blocks.22'), ALIGNED)),
+}
+
+
+@pytest.mark.parametrize('name', XCEPTIONS)
+def test_xception_is_tapped_between_its_blocks(make_empty, name):
+    # feature_info names layers inside the blocks, where a shortcut beside the tap has the whole batch.
+    points = exit_points(make_empty(name))
+    assert {point.module: (point.channels, point.reduction) for point in points} == XCEPTIONS[name]
+    assert [point.index for point in points] == [0, 1, 2, 3, 4]
+    assert {point.layout for point in points} == {'NCHW'}
+    # Its legacy form does not pad the stem: 147 pixels of 299 instead of 150.
+    assert [point.size[0] for point in points][1:] == ([74, 37, 19, 10] if 'legacy' in name else [38, 19, 10, 10])
+    model = attach_exits(make_empty(name))
+    assert modules(model) == list(XCEPTIONS[name])[1:4]
+    macs = [cost.fixed.macs for cost in model.cost()]
+    assert macs == sorted(set(macs))
+
+
+@pytest.mark.parametrize('name', ['legacy_xception', 'xception41p', 'xception41'])
+def test_exits_of_xception_are_the_same_whichever_way_they_are_asked_for(make_model, name):
+    model = make_model(name).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        outputs = model(x, exits=True).logits
+        for idx in range(3):
+            torch.testing.assert_close(model(x, exit_idx=idx), outputs[idx], rtol=1e-4, atol=1e-5)
+    assert model.routing == (True, True, True)
+
+
 @pytest.mark.parametrize('name', ['resnet18', 'efficientnet_b0', 'test_convnext', 'vgg11_bn'])
 def test_specs_tell_channels_and_reduction_of_the_tapped_map(make_empty, name):
     model = attach_exits(make_empty(name)).eval()

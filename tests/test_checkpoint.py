@@ -217,3 +217,45 @@ def test_exits_are_restored_from_a_training_checkpoint(tmp_path):
     restored = restore_exits(timm.create_model('test_resnet', num_classes=5), checkpoint)
     assert checkpoint['epoch'] == 3
     assert restored.exits.specs == model.exits.specs
+
+
+def test_policy_and_budgets_travel_with_the_folder(folder):
+    model, path = folder
+    images = torch.randn(40, 3, 64, 64)
+    target = model(images).argmax(-1)
+    model.calibrate([(images, target)], budget='95%')
+    assert model.policy.used
+    tme.save_pretrained(model, path)
+    loaded = tme.create_model(f'local-dir:{path}', pretrained=True).eval()
+    assert (loaded.policy, loaded.budgets) == (model.policy, model.budgets)
+    for arguments in ({}, {'budget': '90%'}):
+        first, second = model.infer(images, **arguments), loaded.infer(images, **arguments)
+        assert torch.equal(first.exit_idx, second.exit_idx)
+        assert torch.equal(first.logits, second.logits)
+    assert timm.create_model(f'local-dir:{path}', pretrained=True) is not None
+    # Fresh classifiers make a policy worthless.
+    for fresh in (
+        tme.create_model(f'local-dir:{path}', pretrained=True, num_classes=7),
+        tme.create_model(f'local-dir:{path}', pretrained=False),
+    ):
+        assert (fresh.policy, fresh.budgets) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('policy', {'criterion': 'confidence', 'thresholds': [0.5]}, 'The policy has 1 thresholds, the model 3 exits'),
+        ('policy', {'criterion': 'luck', 'thresholds': [0.5] * 3}, "Unknown criterion 'luck'"),
+        ('policy', {'criterion': ['confidence'], 'thresholds': [0.5] * 3}, 'Unknown criterion'),
+        ('policy', {'criterion': 'confidence', 'thresholds': [10**400] * 3}, 'A threshold is 1000'),
+        ('policy', 'confidence', 'A policy must be an object'),
+        ('budgets', [], 'A table of budgets'),
+    ],
+)
+def test_policy_in_a_config_that_fits_nothing_is_an_error(folder, key, value, message):
+    _, path = folder
+    config = json.loads((path / 'config.json').read_text())
+    config['multiexit'][key] = value
+    (path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(tme.MultiExitError, match=message):
+        tme.create_model(f'local-dir:{path}', pretrained=True)

@@ -172,6 +172,15 @@ def test_unused_exits_are_not_run():
     assert run == [1]
 
 
+def test_tap_that_does_not_fire_is_an_error_and_no_silent_gap():
+    exits = Exits()
+    exits.taps.remove(exits.chain)
+    route = Route(ExitPolicy('confidence', (None, 0.5, 0.5)), exits.run_head, can_leave=(True,) * NUM_EXITS)
+    route.begin(2, torch.device('cpu'))
+    with pytest.raises(RuntimeError, match='The tap of exit 1 did not fire'):
+        route.finish(exits.chain(make_images(2)))
+
+
 def test_nan_is_an_error_that_names_the_exit_and_counts_the_images():
     exits, x = Exits(), make_images(8)
     x[[2, 5]] = float('nan')

@@ -22,8 +22,10 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from timm_multiexit.attach import attach_exits
+from timm_multiexit.budgets import BudgetTable
 from timm_multiexit.config import FORMAT_VERSION, ExitSpec, MultiExitError
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.policy import ExitPolicy
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def save_pretrained(
     stay.
 
     Args:
-        model: A `MultiExitModel`, or a timm model, which is written without exits.
+        model: A `MultiExitModel`, with its policy and budgets, or a timm model, which is written without exits.
         directory: The folder; made if it is not there.
         data_config: How images are made ready: input_size, mean, std, interpolation, crop_pct, crop_mode; as far as
             it differs from the backbone's own configuration.
@@ -63,6 +65,9 @@ def save_pretrained(
         backbone = model.backbone
         exits = [spec.to_dict() for spec in model.exits.specs]
         config[CONFIG_KEY] = {'format_version': FORMAT_VERSION, 'weights': EXITS_NAME, 'exits': exits}
+        for name in ('policy', 'budgets'):
+            if getattr(model, name) is not None:
+                config[CONFIG_KEY][name] = getattr(model, name).to_dict()
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=directory.parent) as temporary:
         save_config_for_hf(backbone, Path(temporary, CONFIG_NAME), model_config=config, data_config=data_config)
         _save_tensors(backbone.state_dict(), Path(temporary, BACKBONE_NAME))
@@ -95,6 +100,12 @@ def read_specs(directory: str | os.PathLike) -> tuple[ExitSpec, ...] | None:
     Raises:
         MultiExitError: There is no readable configuration, or it is of a newer format.
     """
+    section = _read_section(directory)
+    return None if section is None else tuple(ExitSpec.from_dict(values) for values in section['exits'])
+
+
+def _read_section(directory: str | os.PathLike) -> dict[str, Any] | None:
+    """Return our part of a folder's `config.json`, None if it has none."""
     path = Path(directory, CONFIG_NAME)
     try:
         config = json.loads(path.read_text())
@@ -112,7 +123,7 @@ def read_specs(directory: str | os.PathLike) -> tuple[ExitSpec, ...] | None:
         )
     if not isinstance(section.get('exits'), list):
         raise MultiExitError(f"{path} lists no exits under '{CONFIG_KEY}'.")
-    return tuple(ExitSpec.from_dict(values) for values in section['exits'])
+    return section
 
 
 def load_pretrained(directory: str | os.PathLike, *, pretrained: bool = True, **kwargs: Any) -> MultiExitModel:
@@ -144,9 +155,23 @@ def load_pretrained(directory: str | os.PathLike, *, pretrained: bool = True, **
         # As timm does for main: the rest is kept, the classifiers start anew.
         _logger.info(f'{saved_classes} classes in {directory}, {model.num_classes} asked for: fresh classifiers.')
         tensors = {key: own[key] if '.fc.' in key else tensor for key, tensor in tensors.items()}
+    else:
+        _restore_policies(model, _read_section(directory))
     _check_state(own, tensors, path)
     model.exits.load_state_dict({key.removeprefix('exits.'): tensor for key, tensor in tensors.items()})
     return model
+
+
+def _restore_policies(model: MultiExitModel, section: dict[str, Any]) -> None:
+    """Give a model the policy and the table of budgets that it was saved with."""
+    policy, budgets = section.get('policy'), section.get('budgets')
+    if policy is not None:
+        policy = ExitPolicy.from_dict(policy)
+        policy.check_exits(len(model.exits))
+    if budgets is not None:
+        budgets = BudgetTable.from_dict(budgets)
+        budgets.points[0].policy.check_exits(len(model.exits))
+    model.policy, model.budgets = policy, budgets
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, use_ema: bool = True) -> None:

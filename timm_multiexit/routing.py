@@ -44,6 +44,7 @@ class Route:
         self._can_leave = can_leave
         self._bucket_sizes = tuple(bucket_sizes or ())
         self._used = frozenset(policy.used)
+        self._visited: set[int] = set()
         self._answers: list[Tensor] = []
         self._places: list[Tensor] = []
         self._exits: list[int] = []
@@ -66,6 +67,7 @@ class Route:
         """
         if idx not in self._used:  # an exit that is not used, or main's features
             return None
+        self._visited.add(idx)
         answer = self._run.answer(idx, self._run_head(idx, tensor))
         score = self._run.score(answer)
         leaves = self._policy.leaves(idx, score)
@@ -78,32 +80,44 @@ class Route:
                 f'Exit {idx} gives NaN for {num_nan} of {self._num_open} images, no policy can decide on them: see the'
                 ' weights and the input.'
             )
+        has_ballast = self._num_open < len(self._rows)
+        if not num_leaving and not has_ballast:
+            return None
         # Sorted on the device, with the counts known here, so that there is nothing more to wait for.
-        order = self._order(leaves)
+        order = None if num_leaving == len(self._rows) else self._order(leaves)
         self._num_open -= num_leaving
-        stay, leaving = order[: self._num_open], order[self._num_open : self._num_open + num_leaving]
         if num_leaving:
+            leaving = None if order is None else order[self._num_open : self._num_open + num_leaving]
             self._record(idx, answer, leaving)
         if not self._num_open:
             raise ForwardStopped
-        if self._num_open == len(self._rows):
-            return None
-        return self._go_on(idx, stay)
+        return self._go_on(idx, order[: self._num_open])
 
     def finish(self, logits: Tensor | None) -> Prediction:
         """Return the answers in input order.
 
         Args:
             logits: Main's, [N, C], of the samples that are left; None if none is.
+
+        Raises:
+            RuntimeError: The forward has come to its end without all used exits.
         """
         if logits is not None:
-            main = len(self._policy.thresholds)
-            order = self._order(torch.zeros_like(self._rows, dtype=torch.bool))
-            self._record(main, self._run.answer(main, logits), order[: self._num_open])
+            missing = self._used - self._visited
+            if missing:
+                raise RuntimeError(
+                    f"The tap of exit {min(missing)} did not fire: the backbone's forward does not call its module."
+                )
+            main, rows = len(self._policy.thresholds), None
+            if self._is_open is not None:
+                rows = self._order(torch.zeros_like(self._is_open))[: self._num_open]
+            self._record(main, self._run.answer(main, logits), rows)
+        exits = [torch.full_like(places, idx) for idx, places in zip(self._exits, self._places)]
+        if len(exits) == 1:  # all at once, so in the order they came in
+            return Prediction(self._answers[0], exits[0])
         answers, places = torch.cat(self._answers), torch.cat(self._places)
-        exits = torch.cat([torch.full_like(part, idx) for idx, part in zip(self._exits, self._places)])
-        result = Prediction(torch.empty_like(answers), torch.empty_like(exits))
-        result.logits[places], result.exit_idx[places] = answers, exits
+        result = Prediction(torch.empty_like(answers), torch.empty_like(places))
+        result.logits[places], result.exit_idx[places] = answers, torch.cat(exits)
         return result
 
     def _order(self, leaves: Tensor) -> Tensor:
@@ -113,9 +127,10 @@ class Route:
             kind = kind.masked_fill(~self._is_open, 2)
         return kind.argsort(stable=True)
 
-    def _record(self, idx: int, answer: Tensor, rows: Tensor) -> None:
-        self._answers.append(answer[rows])
-        self._places.append(self._rows[rows])
+    def _record(self, idx: int, answer: Tensor, rows: Tensor | None) -> None:
+        """Keep the answer of some rows, or of all."""
+        self._answers.append(answer if rows is None else answer[rows])
+        self._places.append(self._rows if rows is None else self._rows[rows])
         self._exits.append(idx)
 
     def _go_on(self, idx: int, stay: Tensor) -> Tensor | None:
