@@ -18,12 +18,12 @@ BLOCKS = re.findall(r'```(\w+)\n(.*?)```', (ROOT / 'README.md').read_text(), re.
 
 
 def test_every_block_is_known():
-    assert [language for language, _ in BLOCKS] == ['shell', 'shell', 'python', 'shell', 'python', 'python']
+    assert [language for language, _ in BLOCKS] == ['shell', 'shell', 'python', 'shell', 'python', 'python', 'python']
 
 
 def test_shell_and_python_blocks_run_in_order(run_script, tmp_path):
     """The two commands of a fresh clone are left to the slow test."""
-    write_images(tmp_path / 'my/images', num_train=70)
+    write_images(tmp_path / 'my/images', num_train=90)
     scripts = {'train.py': train.main, 'validate.py': validate.main}
     names = {}
     for language, block in BLOCKS[2:]:
@@ -37,7 +37,10 @@ def test_shell_and_python_blocks_run_in_order(run_script, tmp_path):
             code, _, err = run_script(scripts[script], '-j', '0', *command[command.index(script) + 1 :])
             assert code == 0, err
     assert names['early'].shape == (8, 100)
-    assert (tmp_path / 'exits.csv').exists()
+    assert (tmp_path / 'exits.json').exists()
+    assert (tmp_path / 'accuracy_vs_macs.png').exists()
+    assert names['prediction'].logits.shape == (1, 2)
+    assert names['tme'].create_model('local-dir:calibrated', pretrained=True).policy is not None
     # plain timm's network is the main one
     images = names['transform'](names['Image'].open('my/images/val/cat/0.jpg'))[None]
     folder = names['tme'].create_model('local-dir:output/train/mine/best', pretrained=True).eval()

@@ -1,9 +1,9 @@
 """Policies: which exit answers for which sample. Pure functions on logits."""
 
 import math
-import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from reprlib import repr as brief
 from typing import Any, NamedTuple
 
 import torch
@@ -95,20 +95,20 @@ class ExitPolicy:
 
     def __post_init__(self):
         if not isinstance(self.criterion, str) or self.criterion not in CRITERIA:
-            raise MultiExitError(f'Unknown criterion {reprlib.repr(self.criterion)}, allowed are {", ".join(CRITERIA)}.')
+            raise MultiExitError(f'Unknown criterion {brief(self.criterion)}, allowed are {", ".join(CRITERIA)}.')
         if self.combine not in (None, *COMBINATIONS):
             raise MultiExitError(
-                f'Unknown combination {reprlib.repr(self.combine)}, allowed are None, {" and ".join(COMBINATIONS)}.'
+                f'Unknown combination {brief(self.combine)}, allowed are None, {" and ".join(COMBINATIONS)}.'
             )
         for name in ('thresholds', 'temperatures'):
             if not isinstance(getattr(self, name), (tuple, list)):
-                raise MultiExitError(f'{name} are {reprlib.repr(getattr(self, name))}, allowed is a sequence, one per exit.')
+                raise MultiExitError(f'{name} are {brief(getattr(self, name))}, allowed is a sequence, one per exit.')
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for threshold in self.thresholds:
             self._check_threshold(threshold)
         for value in self.temperatures:
             if not _is_number(value) or not _TEMPERATURES[0] <= value <= _TEMPERATURES[1]:
-                raise MultiExitError(f'A temperature is {reprlib.repr(value)}, allowed are numbers from 0.01 to 100.')
+                raise MultiExitError(f'A temperature is {brief(value)}, allowed are numbers from 0.01 to 100.')
         if self.temperatures and len(self.temperatures) != len(self.thresholds) + 1:
             raise MultiExitError(
                 f'{len(self.temperatures)} temperatures with {len(self.thresholds)} thresholds, allowed is one per exit'
@@ -121,11 +121,12 @@ class ExitPolicy:
         if self.criterion == 'patience':
             if not _is_number(threshold) or threshold != int(threshold) or not 1 <= threshold <= 1000:
                 raise MultiExitError(
-                    f'A threshold is {reprlib.repr(threshold)}, patience allows 1, 2, ... or None (exit not used).'
+                    f'A threshold is {brief(threshold)}, patience allows 1, 2, ... or None (exit not used).'
                 )
         elif not _is_number(threshold) or not 0 <= threshold <= 1:
             raise MultiExitError(
-                f'A threshold is {reprlib.repr(threshold)}, {self.criterion} allows numbers from 0 to 1, or None (exit not used).'
+                f'A threshold is {brief(threshold)}, {self.criterion} allows numbers from 0 to 1, or None (exit not'
+                ' used).'
             )
 
     @property
