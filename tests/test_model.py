@@ -285,6 +285,17 @@ def test_exported_collect_forward_survives_the_disk(make_model, x, tmp_path):
     assert_close(outputs.features, expected.features)
 
 
+@pytest.mark.parametrize('strict', [False, True])
+def test_exported_exit_leaves_out_what_is_deeper(make_model, x, strict):
+    model = make_model().eval()
+    program = torch.export.export(model, (torch.randn_like(x),), {'exit_idx': 0}, strict=strict)
+    assert_close(program.module()(x, exit_idx=0), model(x, exit_idx=0))
+    whole = torch.export.export(model, (torch.randn_like(x),), {}, strict=strict)
+    blocks = [[node for node in part.graph.nodes if 'batch_norm' in str(node.target)] for part in (program, whole)]
+    assert len(blocks[0]) < len(blocks[1])
+    assert len(blocks[1]) == sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.backbone.modules())
+
+
 def test_forward_under_bfloat16_autocast_is_near_the_float32_one(make_model, x):
     model = make_model().eval()
     expected = model(x, exits=True)

@@ -76,13 +76,13 @@ def draw_policy(draw, logits):
     """Return a random policy with thresholds among the scores of these logits, and the scores as {exit: [N]}."""
     criterion = draw.choice(list(CRITERIA))
     shape = {
-        'temperatures': tuple(draw.uniform(0.5, 2) for _ in range(NUM_EXITS + 1)) if draw.random() < 0.5 else (),
+        'temperatures': tuple(draw.uniform(0.5, 2) for _ in range(len(logits))) if draw.random() < 0.5 else (),
         'combine': draw.choice([None, 'mean', 'geometric']),
     }
-    used = [draw.random() < 0.8 for _ in range(NUM_EXITS)]
+    used = [draw.random() < 0.8 for _ in logits[1:]]
     probe = ExitPolicy(criterion, tuple((1 if is_used else None) for is_used in used), **shape)
     scores = {idx: score for idx, _, score in walk(probe, logits) if score is not None}
-    thresholds = [None] * NUM_EXITS
+    thresholds = [None] * (len(logits) - 1)
     for idx, score in scores.items():
         if criterion == 'patience':
             thresholds[idx] = draw.choice([1, 1, 2])

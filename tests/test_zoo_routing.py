@@ -1,8 +1,11 @@
 """Dynamic inference on one member of every family: samples that leave the batch change nothing. Marker `zoo`."""
 
+import random
+
 import pytest
 import timm
 import torch
+from test_routing import assert_equals_simulation, draw_policy
 from test_zoo import FAMILIES
 from torch import nn
 
@@ -137,6 +140,13 @@ def test_samples_that_leave_the_batch_get_and_leave_the_same_answers(family):
     for size in (1, 2, 5):
         expected = apply_policy(spread, [single[:size] for single in logits])
         assert_same(model.infer(x[:size], spread), expected, scale)
+
+    draw = random.Random(family)
+    x = make_images(model, draw.choice([9, 16, 33, 64])).double()
+    with torch.no_grad():
+        many = model(x, exits=True).logits
+    policy, scores = draw_policy(draw, many)
+    assert_equals_simulation(model.infer(x, policy), policy, many, scores)
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -164,7 +164,11 @@ def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
     """
     num_taps = len(taps.names)
     param = next(backbone.parameters())
-    images = torch.randn(num_taps + 2, *input_size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(num_taps + 2, *input_size, generator=generator)
+    # Of different contrast and brightness, or a network at its initialization tells none apart.
+    images *= torch.linspace(0.3, 3, len(images)).view(-1, 1, 1, 1)
+    images += torch.randn(len(images), input_size[0], 1, 1, generator=generator)
     images = images.to(param.device, param.dtype)
     output, tensors, _ = taps.collect(backbone, images)
     reference = [*tensors, output]
@@ -206,6 +210,12 @@ def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
 
 
 def _is_close(tensor: Tensor, reference: Tensor) -> bool:
-    # Far from what mixed-up samples give, and far from what another batch size changes in half precision.
-    tolerance = 0.05 * float(reference.float().abs().amax())
-    return tensor.shape == reference.shape and torch.allclose(tensor, reference, rtol=0.05, atol=tolerance)
+    """Whether two batches of samples agree, far nearer than two samples of one batch do."""
+    if tensor.shape != reference.shape:
+        return False
+    # What another batch size changes by rounding: measured, up to 4e-4 in float32 where norms amplify it.
+    rounding = 0.05 if tensor.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    tensor, reference = tensor.float(), reference.float()
+    spread = float((reference - reference[:1]).abs().amax())
+    tolerance = max(0.05 * spread, rounding * float(reference.abs().amax()))
+    return bool((tensor - reference).abs().amax() <= tolerance)

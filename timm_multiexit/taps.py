@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map
 
 from timm_multiexit.config import MultiExitError
@@ -103,6 +105,9 @@ class Taps:
         outer = self._state.visitor
         self._state.visitor = visitor
         try:
+            if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+                with _kept_module_stack():
+                    return backbone(x)
             return backbone(x)
         except ForwardStopped:
             return None
@@ -219,6 +224,21 @@ def _select_samples(output: Any, rows: Tensor, num_samples: int) -> Any:
         return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == num_samples else value
 
     return tree_map(select, output)
+
+
+@contextmanager
+def _kept_module_stack() -> Iterator[None]:
+    """Keep the tracer of `torch.export.export` right about which modules are being called.
+
+    It notes that a module has returned, but not that an exception has left it, and then gives up (torch 2.15).
+    """
+    stack = getattr(getattr(get_proxy_mode(), 'tracer', None), 'module_stack', {})
+    callers = set(stack)
+    try:
+        yield
+    finally:
+        for key in [key for key in stack if key not in callers]:
+            del stack[key]
 
 
 def classifier_names(backbone: nn.Module) -> tuple[str, ...]:

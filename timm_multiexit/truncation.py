@@ -1,14 +1,11 @@
 """Truncation: one exit as a network of its own, without what only later classifiers need."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -84,18 +81,12 @@ class TruncatedModel(TimmSurface):
                 ' gradient: use timm.layers.set_reentrant_ckpt(False), or no checkpointing.'
             )
         return to_map(
-            self._tap(x),
+            self._taps.stop(self.backbone, x, 0),
             self.spec.layout,
             image_size=(x.shape[-2], x.shape[-1]),
             reduction=self.spec.reduction,
             num_prefix_tokens=self.spec.num_prefix_tokens,
         )
-
-    def _tap(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
-            return self._taps.stop(self.backbone, x, 0)
-        with _kept_module_stack():
-            return self._taps.stop(self.backbone, x, 0)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits [B, C], or what enters the classifier, of the map that `forward_features` gives."""
@@ -131,11 +122,11 @@ class TruncatedModel(TimmSurface):
 
 @torch.inference_mode(False)  # its parameters could not be trained
 def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
-    """Return one exit as a network of its own, with the parameters and buffers that it needs and no others.
+    """Return one exit as a network of its own, without what only deeper classifiers need.
 
-    What is not needed is never copied: modules none of whose parameters and buffers the exit reads are `nn.Identity`
-    in the copy, and a parameter or buffer that it does not read in a module that it needs is None. The model stays as
-    it is and shares no tensor with the copy.
+    Modules none of whose parameters and buffers the exit reads are never copied, `nn.Identity` stands for them; a
+    parameter that it does not read, of a module that it needs, is None. So it has the parameters that
+    `model.cost()[exit_idx].fixed` counts. The model stays as it is and shares no tensor with the copy.
 
     Args:
         model: The model.
@@ -153,26 +144,11 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
     twin = meta_copy(model)
     trace = _trace(twin, model.input_size, exit_idx=exit_idx)
     idx = exit_idx % (len(model.exits) + 1)
-    memo: dict[int, Any] = {}
     if idx == len(model.exits):
-        network = TruncatedModel(_copy_backbone(model, memo), idx, input_size=model.input_size)
+        network = TruncatedModel(_copy_backbone(model, {}), idx, input_size=model.input_size)
     else:
-        spec = model.exits.specs[idx]
-        pairs = list(zip(model.modules(), twin.modules(), strict=True))
-        on_path = _path(model.backbone, spec.module)
-        for module, other in pairs:
-            tensors = [*other.parameters(), *other.buffers()]
-            is_needed = any(id(tensor) in trace.read for tensor in tensors) or module in on_path
-            # A list is gone through (by gradient checkpointing a sequence too), so its items are replaced.
-            if tensors and not is_needed and not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-                memo[id(module)] = nn.Identity().train(module.training)
-        backbone = _copy_backbone(model, memo)
-        head = deepcopy(model.exits[idx], memo)
-        for module, other in pairs:
-            if id(module) in memo:
-                _drop_unread(memo[id(module)], other, trace.read)
-        network = TruncatedModel(backbone, idx, spec, head, input_size=model.input_size)
-        if _trace(meta_copy(network), model.input_size).operations != trace.operations:
+        network = _cut(model, idx, twin, trace.read)
+        if _try_operations(network, model.input_size) != trace.operations:
             raise MultiExitError(
                 f"Exit {idx} cannot be cut out: {type(model.backbone).__name__}'s forward looks at modules it does not"
                 f' use, use model(x, exit_idx={idx}).'
@@ -182,17 +158,31 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
     return network
 
 
-@contextmanager
-def _kept_module_stack() -> Iterator[None]:
-    """Keep the tracer of `torch.export.export` right about which modules are being called.
+def _cut(model: MultiExitModel, idx: int, twin: nn.Module, read: set[int]) -> TruncatedModel:
+    """Return exit `idx` with what it reads.
 
-    It notes that a module has returned, but not that an exception has left it, and then gives up (torch 2.15).
+    Args:
+        model: The model.
+        idx: The exit, from 0.
+        twin: A copy of it without data, on which the exit was run.
+        read: Ids of the twin's tensors that the exit read.
     """
-    stack = getattr(getattr(get_proxy_mode(), 'tracer', None), 'module_stack', {})
-    callers = set(stack)
-    yield
-    for key in [key for key in stack if key not in callers]:
-        del stack[key]
+    spec = model.exits.specs[idx]
+    pairs = list(zip(model.modules(), twin.modules(), strict=True))
+    on_path = _path(model.backbone, spec.module)
+    memo: dict[int, Any] = {}
+    for module, other in pairs:
+        tensors = [*other.parameters(), *other.buffers()]
+        is_needed = any(id(tensor) in read for tensor in tensors) or module in on_path
+        # A list is gone through (by gradient checkpointing a sequence too), so its items are replaced.
+        if tensors and not is_needed and not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            memo[id(module)] = nn.Identity().train(module.training)
+    backbone = _copy_backbone(model, memo)
+    head = deepcopy(model.exits[idx], memo)
+    for module, other in pairs:
+        if id(module) in memo:
+            _drop_unread(memo[id(module)], other, read)
+    return TruncatedModel(backbone, idx, spec, head, input_size=model.input_size)
 
 
 def _copy_backbone(model: MultiExitModel, memo: dict[int, Any]) -> nn.Module:
@@ -240,3 +230,11 @@ def _trace(model: nn.Module, input_size: tuple[int, int, int], **kwargs) -> _Tra
     with _Trace() as trace:
         model(torch.empty(1, *input_size, device='meta'), **kwargs)
     return trace
+
+
+def _try_operations(network: TruncatedModel, input_size: tuple[int, int, int]) -> list[tuple] | None:
+    """Return the operations of its forward, None if it cannot run."""
+    try:
+        return _trace(meta_copy(network), input_size).operations
+    except (AttributeError, TypeError, IndexError, ValueError, RuntimeError):
+        return None
