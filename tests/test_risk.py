@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from timm_multiexit.budgets import StageCosts
-from timm_multiexit.calibration import calibrate, fit_temperatures, search_budgets
+from timm_multiexit.calibration import _find_path, calibrate, fit_temperatures, search_budgets
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.policy import apply_policy
 from timm_multiexit.risk import drop_losses, last_safe, p_value
@@ -178,3 +178,24 @@ def test_one_sample_is_too_few():
     logits = [torch.tensor([[1.0, 0.0]])] * 3
     with pytest.raises(MultiExitError, match='1 held-out sample, max_drop needs 2 or more'):
         calibrate(logits, torch.tensor([0]), COSTS, max_drop=0.1)
+
+
+@pytest.mark.parametrize('criterion', ['confidence', 'entropy', 'margin'])
+def test_path_begins_with_an_eighth_of_those_that_leave(population, criterion):
+    """By the most accurate policy most may leave at once, which too few samples prove safe."""
+    logits = [single[:4000] for single in population[0]]
+    thresholds = {'confidence': (0.7, 0.8), 'entropy': (0.6, 0.4), 'margin': (0.5, 0.5)}[criterion]
+    first = ExitPolicy(criterion, thresholds, (1.0, 2.0, 1.0))
+    cheapest = ExitPolicy(criterion, {'entropy': (1.0, 1.0)}.get(criterion, (0.0, 0.0)))
+    path = _find_path([first, cheapest], logits)
+    assert path[7:] == [first, cheapest]
+    shares = [float((apply_policy(policy, logits).exit_idx == 0).double().mean()) for policy in path[:8]]
+    assert shares[-1] > 0.5
+    assert shares == pytest.approx([shares[-1] * eighths / 8 for eighths in range(1, 9)], abs=2e-3)
+
+
+def test_path_of_patience_and_of_policies_without_exits_is_as_given(population):
+    logits = [single[:100] for single in population[0]]
+    patient = ExitPolicy('patience', (1, 1))
+    assert _find_path([ExitPolicy('patience', (None, None)), patient], logits) == [patient]
+    assert _find_path([ExitPolicy('confidence', (None, None))], logits) == []

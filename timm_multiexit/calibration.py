@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from timm_multiexit.budgets import BudgetPoint, BudgetTable, StageCosts
 from timm_multiexit.candidates import Candidates, list_used_sets, rank_scores, split_geometrically
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.cost import ExitCost
-from timm_multiexit.policy import ExitPolicy, check_logits, walk
+from timm_multiexit.policy import CRITERIA, ExitPolicy, apply_policy, check_logits, walk
 from timm_multiexit.risk import drop_losses, last_safe
 
 _TEMPERATURES = (0.01, 100.0)
@@ -251,25 +252,50 @@ def calibrate(
         raise MultiExitError('There is 1 held-out sample, max_drop needs 2 or more: some to choose, others to test.')
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     halves = [([single[rows] for single in logits], targets[rows]) for rows in order.tensor_split([len(order) // 2])]
-    careful, *path = _find_path(*halves[0], costs, criterion, combine)
-    place = last_safe(_drops(path, halves), max_drop, delta)
-    if place < 0:
+    temperatures = fit_temperatures(*halves[0])
+    table = search_budgets(*halves[0], costs, criterion=criterion, temperatures=temperatures, combine=combine)
+    path = _find_path([point.policy for point in reversed(table.points)], halves[0][0])
+    num_safe = last_safe(_drops(path, halves), max_drop, delta) + 1
+    # All that passed are safe, those at the start of the path may cost more than they save.
+    careful = ExitPolicy(criterion, (None,) * len(costs.heads), temperatures, combine)
+    mean_costs = {policy: costs.mean(policy, apply_policy(policy, halves[0][0]).exit_idx) for policy in path[:num_safe]}
+    policy = min([careful, *path[:num_safe]], key=lambda policy: mean_costs.get(policy, costs.total))
+    if policy is careful:
         warnings.warn(
             f'No policy that uses an exit is safe with max_drop {max_drop} and delta {delta} on {len(targets)} samples:'
             ' none is used, give more samples or allow more.',
             stacklevel=2,
         )
-    return path[place] if place >= 0 else careful
+    return policy
 
 
-def _find_path(
-    logits: Sequence[Tensor], targets: Tensor, costs: StageCosts, criterion: str, combine: str | None
-) -> list[ExitPolicy]:
-    """Return policies from the one that uses no exit to the cheapest."""
-    temperatures = fit_temperatures(logits, targets)
-    table = search_budgets(logits, targets, costs, criterion=criterion, temperatures=temperatures, combine=combine)
-    careful = ExitPolicy(criterion, (None,) * len(costs.heads), temperatures, combine)
-    return [careful] + [point.policy for point in reversed(table.points) if point.cost(costs.unit) < costs.total]
+def _find_path(policies: Sequence[ExitPolicy], logits: Sequence[Tensor]) -> list[ExitPolicy]:
+    """Return a path from careful to cheap: policies before the first of these, then these.
+
+    The most accurate policy on some samples may leave early already. Before it come those by which only the surest
+    eighth, two eighths, ... of the samples leave that leave by it at each exit.
+
+    Args:
+        policies: Dearest first.
+        logits: Of the samples that they were found on.
+    """
+    policies = [policy for policy in policies if policy.used]
+    if not policies or policies[0].criterion == 'patience':
+        return policies
+    sign = 1 if CRITERIA[policies[0].criterion].leaves_at_least else -1
+    scores = [
+        (idx, sign * score[policies[0].leaves(idx, score)])
+        for idx, _, score in walk(policies[0], logits)
+        if score is not None
+    ]
+    path = []
+    for eighths in range(1, 8):
+        thresholds = list(policies[0].thresholds)
+        for idx, leaving in scores:
+            if len(leaving):
+                thresholds[idx] = sign * float(leaving.double().quantile(1 - eighths / 8))
+        path.append(replace(policies[0], thresholds=tuple(thresholds)))
+    return path + policies
 
 
 def _drops(
