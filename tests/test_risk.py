@@ -9,7 +9,7 @@ import torch
 from timm_multiexit.budgets import StageCosts
 from timm_multiexit.calibration import _find_path, calibrate, fit_temperatures, search_budgets
 from timm_multiexit.config import MultiExitError
-from timm_multiexit.policy import apply_policy
+from timm_multiexit.policy import ExitPolicy, apply_policy
 from timm_multiexit.risk import drop_losses, last_safe, p_value
 
 COSTS = StageCosts((30, 60, 100), (3, 2))
