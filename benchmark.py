@@ -27,15 +27,17 @@ def infer(args):
     size = (3, args.img_size, args.img_size)
     torch.manual_seed(0)
     model = tme.create_model(args.model, exits=args.exits, head=args.exit_head, input_size=size)
-    model.to(args.device).eval()
-    print(f'{args.model}, heads {args.exit_head}, {args.img_size} pixels, {args.device}')
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model.to(args.device, memory_format=layout).eval()
+    form = ', channels_last' * args.channels_last
+    print(f'{args.model}, heads {args.exit_head}, {args.img_size} pixels, {args.device}{form}')
     print(', '.join(describe_environment().values()))
     stuck = [idx for idx, can_leave in enumerate(model.routing) if not can_leave]
     if stuck:
         print(f'Images cannot leave the batch at the exits {stuck}: it stops there when all of it has decided.')
     uncut = []
     for batch_size in args.batch_sizes:
-        images = torch.randn(batch_size, *size, device=args.device)
+        images = torch.randn(batch_size, *size, device=args.device).contiguous(memory_format=layout)
         benchmark = InferenceBenchmark(model, images, bucket_sizes=args.bucket_sizes)
         benchmark.add_fixed()
         benchmark.add_policies(args.shares)
@@ -105,6 +107,7 @@ def add_common_flags(command, *, model, img_size, rounds):
     command.add_argument('--exit-head', default='conv', choices=('conv', 'paper', 'linear'), help='default: conv')
     command.add_argument('--img-size', type=int, default=img_size, metavar='N', help=f'default: {img_size}')
     command.add_argument('--rounds', type=int, default=rounds, metavar='N', help=f'default: {rounds}')
+    command.add_argument('--channels-last', action='store_true', help='channels_last memory format')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     command.add_argument('--device', type=parse_device, default=device, metavar='NAME', help=f'default: {device}')
     command.add_argument('--threads', type=int, metavar='N', help="CPU threads, if not torch's number; 1: CPU time")
@@ -138,7 +141,6 @@ def create_parser():
     command.add_argument('--num-classes', type=int, default=100, metavar='N', help='default: 100')
     command.add_argument('--losses', nargs='+', default=list(LOSSES), choices=tuple(LOSSES), help='default: all')
     command.add_argument('--amp', action='store_true', help='bfloat16 autocast')
-    command.add_argument('--channels-last', action='store_true', help='channels_last memory format')
     command.add_argument('--torchcompile', action='store_true', help='torch.compile, by inductor')
     command.set_defaults(run=train)
     return parser
