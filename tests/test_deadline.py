@@ -141,6 +141,24 @@ def test_slow_moments_are_forgotten_with_the_first_stage(network):
     assert answers[-20:] == [3] * 20
 
 
+def test_a_stage_that_was_slow_while_learning_alone_is_tried_again(network):
+    network.chain[3].seconds = 0.03
+    network.learn()
+    network.chain[3].seconds = 0.01
+    answers = [network.predict(50)[0] for _ in range(5000)]
+    back = answers.index(3)
+    assert 1000 < back
+    assert set(answers[:back]) == {2}
+    assert set(answers[back:]) == {3}
+
+
+def test_a_stage_that_is_slow_is_tried_seldom(network):
+    network.chain[3].seconds = 0.02  # main is known after 50 ms, or 56 with the heads
+    network.learn()
+    late = [network.predict(49)[1] > 49 for _ in range(2000)]
+    assert 0 < sum(late) < 20
+
+
 def test_later_exits_are_given_up_when_everything_becomes_slower(network):
     assert network.predict(50)[0] == 3
     for layer in network.chain:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from timm_multiexit.config import MultiExitError
-from timm_multiexit.stepping import Stepper
+from timm_multiexit.stepping import OwnThread, Stepper
 
 
 def modes():
@@ -124,14 +124,13 @@ def test_context_variables_are_seen_inside():
     assert Stepper(lambda pause: variable.get()).resume() == (True, 'outside')
 
 
-def test_going_on_in_another_thread_is_an_error_and_the_first_can_still_go_on():
-    stepper = Stepper(lambda pause: pause(0))
-    stepper.resume()
-    errors = []
+def test_own_thread_alone_goes_on_and_can_after_another_has_tried():
+    steps, errors = OwnThread(number for number in range(3)), []
+    assert next(steps) == 0
 
     def other():
         try:
-            stepper.resume()
+            next(steps)
         except MultiExitError as error:
             errors.append(str(error))
 
@@ -141,7 +140,23 @@ def test_going_on_in_another_thread_is_an_error_and_the_first_can_still_go_on():
     assert errors == [
         'This iteration over the exits was begun in another thread: finish it there, or begin one in each.'
     ]
-    assert stepper.resume() == (True, None)
+    assert list(steps) == [1, 2]
+
+
+def test_closing_own_thread_closes_what_it_iterates_over():
+    log = []
+
+    def steps():
+        try:
+            yield 0
+        finally:
+            log.append('closed')
+
+    own = OwnThread(steps())
+    next(own)
+    own.close()
+    assert log == ['closed']
+    assert list(own) == []
 
 
 def test_what_another_thread_stops_ends_in_its_own():

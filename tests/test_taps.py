@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import threading
 
 import pytest
 import timm
@@ -112,6 +114,29 @@ def test_samples_leave_every_tensor_of_an_output_that_has_one_row_per_sample():
     assert type(output) is list
     assert (output[0].tolist(), output[1]['twice'].tolist()) == ([2.0], [4.0])
     assert (output[2].tolist(), output[3], output[4].item()) == ([7.0, 8.0], 'name', 9.0)
+
+
+def test_threads_that_hook_a_replaced_module_at_once_hook_it_once():
+    chain, taps = make_chain()
+
+    def hook_together(barrier):
+        barrier.wait()
+        taps.install(chain)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(200):
+            chain[0] = Scale(2.0)
+            barrier = threading.Barrier(4)
+            threads = [threading.Thread(target=hook_together, args=(barrier,)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(chain[0]._forward_hooks) == 1
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # Steps

@@ -167,7 +167,7 @@ def test_transformer_trains_at_the_image_size_it_is_told(train_on_images, run_sc
     result = run_script(validate.main, '-j', '0', '--checkpoint', run / 'last.pth.tar', '--data-dir', image_folder)
     assert result[0] == 0, result[2]
     assert (
-        result[1].split('images:')[1].split('--result')[0].split()
+        result[1].split('images:')[1].split('\n\n')[1].split()
         == out.split('images')[1].split(':', 1)[1].split('out/run')[0].split()
     )
 

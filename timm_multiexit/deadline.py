@@ -16,6 +16,7 @@ Clock = Callable[[torch.device], float]
 # Of the last times of a part nearly the longest is reckoned with: by their median every other answer would be late.
 NUM_REMEMBERED = 32
 QUANTILE = 0.9
+HOPE = 1e-4
 NUM_LATEST = 3  # of the first stage, whose median says how fast the machine is just now
 NUM_FORMS = 16
 NUM_PROBES = 3
@@ -25,8 +26,9 @@ class PartTimes:
     """How long each part of a model takes for one form of input: its stages, main's last, and its heads.
 
     Times are kept as multiples of what the first stage took just then, which always runs: a part that is not run for a
-    while is so reckoned to have become slower or faster as that one has. Otherwise one slow moment would keep a model
-    from its later exits for good.
+    while is so reckoned to have become slower or faster as that one has. Besides, with every call that does not reach
+    it a part is reckoned faster by a ten-thousandth, so that it is tried again in the end. Otherwise one slow moment
+    would keep a model from its later exits for good.
 
     Args:
         num_exits: Exits, without main.
@@ -36,6 +38,7 @@ class PartTimes:
         self.num_exits = num_exits
         self._first = deque(maxlen=NUM_LATEST)
         self._multiples = [deque(maxlen=NUM_REMEMBERED) for _ in range(2 * num_exits + 1)]
+        self._num_unrun = [0] * (2 * num_exits + 1)
 
     def add_stage(self, idx: int, seconds: float) -> None:
         """Remember how long it took from tap `idx - 1` to tap `idx`, or from the images, or to main's logits."""
@@ -48,7 +51,15 @@ class PartTimes:
     def _add(self, part: int, seconds: float) -> None:
         if part == 0:
             self._first.append(seconds)
+            self._num_unrun = [count + 1 for count in self._num_unrun]
+        if self._num_unrun[part] > 1:  # what it was reckoned by in the meantime holds from now on
+            faster = [multiple * self._hope(part) for multiple in self._multiples[part]]
+            self._multiples[part] = deque(faster, maxlen=NUM_REMEMBERED)
+        self._num_unrun[part] = 0
         self._multiples[part].append(seconds / self._unit())
+
+    def _hope(self, part: int) -> float:
+        return (1 - HOPE) ** max(0, self._num_unrun[part] - 1)
 
     def _unit(self) -> float:
         return max(_quantile(self._first, 0.5), 1e-9)
@@ -65,7 +76,7 @@ class PartTimes:
         return sum(self._reckon(idx) for idx in range(first + 1, last + 1)) + self.head(last)
 
     def _reckon(self, part: int) -> float:
-        return _quantile(self._multiples[part], QUANTILE) * self._unit()
+        return _quantile(self._multiples[part], QUANTILE) * self._hope(part) * self._unit()
 
 
 def _quantile(seconds: Iterable[float], share: float) -> float:

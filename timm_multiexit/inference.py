@@ -1,6 +1,8 @@
 """The ways to ask a multi-exit model for less than everything: sample by sample, step by step, or by a deadline."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
+from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -15,7 +17,10 @@ from timm_multiexit.latency import measure_stages
 from timm_multiexit.metrics import describe_environment
 from timm_multiexit.policy import ExitPolicy, Prediction
 from timm_multiexit.routing import Route, find_leaving
+from timm_multiexit.stepping import OwnThread
 from timm_multiexit.surface import TimmSurface
+
+MAX_MS = 1e9  # a deadline of eleven days
 
 
 class DynamicInference(TimmSurface):
@@ -84,7 +89,8 @@ class DynamicInference(TimmSurface):
         if len(given) > 1:
             raise MultiExitError('policy, threshold and budget exclude each other: give one of them.')
         if threshold is not None:
-            is_one = isinstance(threshold, (int, float))
+            threshold = threshold.tolist() if isinstance(threshold, Tensor) else threshold
+            is_one = isinstance(threshold, (Real, str))
             return ExitPolicy('confidence', (threshold,) * len(self.exits) if is_one else tuple(threshold))
         if budget is not None:
             if self.budgets is None:
@@ -104,6 +110,8 @@ class DynamicInference(TimmSurface):
     def _check_inference(self, x: Tensor) -> None:
         if self.training:
             raise MultiExitError('The model is in training mode, its answers would depend on the batch: model.eval().')
+        if self.num_classes < 2:
+            raise MultiExitError(f'The model has {self.num_classes} classes, allowed are 2 or more.')
         if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape:
             kind = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise MultiExitError(f'Images are {kind}, allowed is a tensor [B, {self.in_chans}, H, W] of 1 or more.')
@@ -115,15 +123,17 @@ class DynamicInference(TimmSurface):
         Where they cannot, since more than the tapped tensor goes on from there, an image that has decided stays in the
         batch to the next exit where it can leave, or until all have decided.
         """
+        if self.training:
+            raise MultiExitError('The model is in training mode, a try-out would change its statistics: model.eval().')
         if self._can_leave is None:
             self._can_leave = find_leaving(self.backbone, self._taps, self.input_size)
         return self._can_leave
 
-    def anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def anytime(self, x: Tensor) -> OwnThread:
         """Yield (exit, logits [B, C]) of each exit as soon as it is known, main last as the number of exits.
 
         The forward waits in the meantime; leaving the loop ends it, and the rest is not computed. Other calls of the
-        model may come in between.
+        model may come in between. Runs without gradients.
 
         Args:
             x: Images, [B, in_chans, H, W].
@@ -133,7 +143,7 @@ class DynamicInference(TimmSurface):
                 is continued.
         """
         self._check_inference(x)
-        return self._step(x)
+        return OwnThread(self._step(x))
 
     def _step(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         def read(idx: int, tensor: Tensor) -> tuple[int, Tensor]:
@@ -158,9 +168,10 @@ class DynamicInference(TimmSurface):
             MultiExitError: The deadline is not above 0, the batch is empty, or the model is in training mode.
         """
         self._check_inference(x)
-        is_number = isinstance(deadline_ms, (int, float)) and not isinstance(deadline_ms, bool)
-        if not is_number or not 0 < deadline_ms < float('inf'):
-            raise MultiExitError(f'deadline_ms is {deadline_ms!r}, allowed are milliseconds above 0.')
+        if isinstance(deadline_ms, bool) or not isinstance(deadline_ms, Real) or not 0 < deadline_ms <= MAX_MS:
+            raise MultiExitError(
+                f'deadline_ms is {brief(deadline_ms)}, allowed are milliseconds above 0 to {MAX_MS:g}.'
+            )
 
         def run_head(idx: int, tensor: Tensor) -> Tensor:
             return self._run_head(idx, tensor, x)[0]
@@ -252,7 +263,7 @@ class DynamicInference(TimmSurface):
 
 
 def _check_bucket_sizes(sizes: Sequence[int] | None) -> tuple[int, ...]:
-    sizes = tuple(sizes or ())
+    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes or ())
     if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
         raise MultiExitError(f'bucket_sizes are {list(sizes)}, allowed are batch sizes from 1.')
     return tuple(sorted(sizes))

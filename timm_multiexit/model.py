@@ -308,4 +308,5 @@ class MultiExitModel(DynamicInference):
         self.backbone.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
         for head in self.exits:
             head.reset_classifier(num_classes)
+        self._forget_inference()
         self._taps.install(self.backbone)

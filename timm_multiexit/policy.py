@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from reprlib import repr as brief
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ CRITERIA: dict[str, Criterion] = {
     'patience': Criterion(None, True),  # exits that agreed with the one before, without a break: Zhou et al., 2020
 }
 COMBINATIONS = ('mean', 'geometric')
-_TEMPERATURES = (0.01, 100.0)
+TEMPERATURES = (0.01, 100.0)
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,12 @@ class ExitPolicy:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for threshold in self.thresholds:
             self._check_threshold(threshold)
+        # numpy's numbers are none of JSON's.
+        kind = int if self.criterion == 'patience' else float
+        thresholds = (None if threshold is None else kind(threshold) for threshold in self.thresholds)
+        object.__setattr__(self, 'thresholds', tuple(thresholds))
         for value in self.temperatures:
-            if not _is_number(value) or not _TEMPERATURES[0] <= value <= _TEMPERATURES[1]:
+            if not is_number(value) or not TEMPERATURES[0] <= value <= TEMPERATURES[1]:
                 raise MultiExitError(f'A temperature is {brief(value)}, allowed are numbers from 0.01 to 100.')
         if self.temperatures and len(self.temperatures) != len(self.thresholds) + 1:
             raise MultiExitError(
@@ -119,11 +124,11 @@ class ExitPolicy:
         if threshold is None:
             return
         if self.criterion == 'patience':
-            if not _is_number(threshold) or threshold != int(threshold) or not 1 <= threshold <= 1000:
+            if not is_number(threshold) or threshold != int(threshold) or not 1 <= threshold <= 1000:
                 raise MultiExitError(
                     f'A threshold is {brief(threshold)}, patience allows 1, 2, ... or None (exit not used).'
                 )
-        elif not _is_number(threshold) or not 0 <= threshold <= 1:
+        elif not is_number(threshold) or not 0 <= threshold <= 1:
             raise MultiExitError(
                 f'A threshold is {brief(threshold)}, {self.criterion} allows numbers from 0 to 1, or None (exit not'
                 ' used).'
@@ -169,10 +174,10 @@ class ExitPolicy:
         return cls(**{name: values[name] for name in known if name in values})
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, numpy's included; no bool."""
+    # Compared, since isfinite fails on an integer beyond floats; NaN and infinity are not within.
+    return isinstance(value, Real) and not isinstance(value, bool) and -1e300 <= value <= 1e300
 
 
 class PolicyRun:
@@ -218,7 +223,7 @@ class PolicyRun:
         else:
             self._streak = torch.where(predicted == self._predicted, self._streak + 1, 0)
         self._predicted = predicted
-        return torch.where(largest.isnan(), largest, self._streak)
+        return torch.where(largest.isfinite(), self._streak, torch.nan)
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the samples.

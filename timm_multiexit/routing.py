@@ -161,6 +161,9 @@ def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
         backbone: In eval mode.
         taps: Its taps.
         input_size: (channels, height, width) of an image.
+
+    Raises:
+        MultiExitError: Its logits are not finite.
     """
     num_taps = len(taps.names)
     param = next(backbone.parameters())
@@ -172,6 +175,10 @@ def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
     images = images.to(param.device, param.dtype)
     output, tensors, _ = taps.collect(backbone, images)
     reference = [*tensors, output]
+    if not output.isfinite().all():
+        raise MultiExitError(
+            f'{type(backbone).__name__} gives NaN or infinite logits for random images: see its weights.'
+        )
 
     def agrees(leaving: Sequence[int]) -> bool:
         """Whether the backbone gives the same when the first sample leaves at these taps."""

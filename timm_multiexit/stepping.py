@@ -2,7 +2,7 @@
 
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -10,6 +10,33 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from timm_multiexit.config import MultiExitError
+
+
+class OwnThread:
+    """An iterator that goes on in the thread of its first step alone.
+
+    Args:
+        steps: What it iterates over; it is closed with this.
+    """
+
+    def __init__(self, steps: Generator):
+        self._steps, self._thread = steps, None
+
+    def __iter__(self) -> 'OwnThread':
+        return self
+
+    def __next__(self) -> Any:
+        self._thread = self._thread or threading.get_ident()
+        # Checked here, since an error inside a generator would end it for its own thread too.
+        if self._thread != threading.get_ident():
+            raise MultiExitError(
+                'This iteration over the exits was begun in another thread: finish it there, or begin one in each.'
+            )
+        return next(self._steps)
+
+    def close(self) -> None:
+        """End it; the rest is not computed."""
+        self._steps.close()
 
 
 class _Modes(NamedTuple):
@@ -55,16 +82,11 @@ class Stepper:
     def resume(self) -> tuple[bool, Any]:
         """Go on to the next value.
 
+        To be called in the thread that made this.
+
         Returns:
             (False, value) as `pause` was given it, or (True, value) as the function returned it.
-
-        Raises:
-            MultiExitError: It was begun in another thread.
         """
-        if threading.get_ident() != self._thread:
-            raise MultiExitError(
-                'This iteration over the exits was begun in another thread: finish it there, or begin one in each.'
-            )
         value = self._switch(self._greenlet, self._greenlet.switch)
         return self._greenlet.dead, value
 

@@ -18,6 +18,9 @@ from timm_multiexit.stepping import Stepper
 Visitor = Callable[[int, Tensor], Tensor | None]
 
 
+_install_lock = threading.Lock()  # of all models together: a lock of its own would keep a model from being pickled
+
+
 class ForwardStopped(Exception):  # noqa: N818 - control flow, not an error
     """Raised by a visitor to leave the backbone's forward; `Taps.visit` catches it."""
 
@@ -76,11 +79,18 @@ class Taps:
         """Put hooks where they are missing: at first, and where a module was replaced since (sync-BN, freezing)."""
         modules = [backbone.get_submodule(name) for name in (*self.names, *self.classifiers)]
         for idx, module in enumerate(modules):
-            if idx < len(self.names):
-                if not self._is_hooked(module._forward_hooks, idx):
-                    module.register_forward_hook(partial(self._on_output, idx))
-            elif not self._is_hooked(module._forward_pre_hooks, idx):
-                module.register_forward_pre_hook(partial(self._on_input, idx))
+            if not self._is_hooked(module, idx):
+                # Two threads that both find it missing would hook it twice, and count an exit twice from then on.
+                with _install_lock:
+                    self._hook(module, idx)
+
+    def _hook(self, module: nn.Module, idx: int) -> None:
+        if self._is_hooked(module, idx):
+            return
+        if idx < len(self.names):
+            module.register_forward_hook(partial(self._on_output, idx))
+        else:
+            module.register_forward_pre_hook(partial(self._on_input, idx))
 
     def remove(self, backbone: nn.Module) -> None:
         """Take the hooks away again."""
@@ -164,7 +174,8 @@ class Taps:
     def step(self, backbone: nn.Module, x: Tensor, read: Callable[[int, Tensor], Any]) -> Iterator[Any]:
         """Yield what `read` makes of the tensor at each tap, in the order of arrival; the forward waits meanwhile.
 
-        While it waits the model is as outside of a forward. Closing the iterator ends the forward.
+        While it waits the model is as outside of a forward. Closing the iterator ends the forward. It runs without
+        gradients: what gradient checkpointing sets up would be in force for the caller while it waits.
 
         Args:
             backbone: The module that `install` was called on, or a copy of it.
@@ -175,6 +186,7 @@ class Taps:
             By the generator's return value: the backbone's output.
         """
 
+        @torch.no_grad()
         def forward(pause: Callable[[Any], None]) -> Tensor | None:
             return self.visit(backbone, x, _Pauses(self, read, pause).visit)
 
@@ -208,8 +220,10 @@ class Taps:
         rows = None if visitor is None else visitor(idx, args[0])
         return None if rows is None else _select_samples(args, rows, len(args[0]))
 
-    def _is_hooked(self, hooks: dict, idx: int) -> bool:
-        return any(self._is_own(hook) and hook.args == (idx,) for hook in hooks.values())
+    def _is_hooked(self, module: nn.Module, idx: int) -> bool:
+        hooks = module._forward_hooks if idx < len(self.names) else module._forward_pre_hooks
+        # A list, since another thread may add a hook meanwhile.
+        return any(self._is_own(hook) and hook.args == (idx,) for hook in list(hooks.values()))
 
     def _is_own(self, hook: Callable) -> bool:
         # Told by owner, not by the method itself: torch.compile cannot compare bound methods.
