@@ -5,6 +5,7 @@ Takes a model folder, a training checkpoint or a timm name. Flags are timm's, an
 --calib-split or --calib-from-train what can be reached with which budget (`validate.py --help`).
 """
 import csv
+import io
 import json
 import logging
 import sys
@@ -25,6 +26,7 @@ from timm_multiexit.factory import check_model_name
 from timm_multiexit.metrics import describe_environment
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.validation import Validator
+from timm_multiexit.validation_checks import write_output
 
 _logger = logging.getLogger('validate')
 
@@ -69,24 +71,29 @@ def validate(args, accelerator):
     model = create_model(args).to(accelerator.device).eval()
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    return Validator(args, model, accelerator).run()
+
+    def show(text):
+        if accelerator.is_main_process:
+            print(f'\n{text}', flush=True)
+
+    return Validator(args, model, accelerator, show=show).run()
 
 
 def write_results(args, validation):
     """Write the table: csv is one line per classifier, json has the other sections and the environment beside it."""
     table = validation.table
-    path = Path(args.results_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if args.results_format == 'json':
         results = dict(
             model=args.model, split=args.split, num_samples=table.num_samples, rows=table.rows, **validation.sections,
             **describe_environment())
-        path.write_text(json.dumps(results, indent=2) + '\n')
-        return
-    with path.open('w', newline='') as file:
+        text = json.dumps(results, indent=2) + '\n'
+    else:
+        file = io.StringIO()
         writer = csv.DictWriter(file, fieldnames=['model', *table.rows[0]])
         writer.writeheader()
         writer.writerows({'model': args.model, **row} for row in table.rows)
+        text = file.getvalue()
+    write_output(Path(args.results_file), text.encode())
 
 
 def main(argv=None):
@@ -98,21 +105,17 @@ def main(argv=None):
             raise tme.MultiExitError('--amp in float16 needs a GPU: use --amp-dtype bfloat16.')
         accelerator = Accelerator(mixed_precision=precision)
         validation = validate(args, accelerator)
+        if args.results_file and accelerator.is_main_process:
+            write_results(args, validation)
     except tme.MultiExitError as error:
         print(f'validate.py: error: {error}', file=sys.stderr)
         return 2
     if accelerator.is_main_process:
-        table = validation.table
-        print(f'\n{args.model} on the {args.split} split, {table.num_samples} images:\n\n{table}\n')
-        for text in validation.texts:
-            print(f'{text}\n')
-        if args.results_file:
-            write_results(args, validation)
         # Nothing after this line: timm's bulk tools read the rest of the output as JSON.
-        result = {'model': args.model, 'rows': table.rows}
+        result = {'model': args.model, 'rows': validation.table.rows}
         if 'dynamic' in validation.sections:
             result['dynamic'] = validation.sections['dynamic']
-        print(f'--result\n{json.dumps(result, indent=4)}', flush=True)
+        print(f'\n--result\n{json.dumps(result, indent=4)}', flush=True)
     accelerator.end_training()
     return 0
 

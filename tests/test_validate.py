@@ -261,6 +261,45 @@ def test_bad_flags_of_dynamic_inference_are_one_clear_line(flags, message, run_s
     assert 'Traceback' not in err
 
 
+def test_what_was_found_is_printed_before_an_error(run_script, digits_net):
+    """A budget in ms is found too low only after calibration; JSON is there only for what succeeds."""
+    flags = ('--model', f'local-dir:{digits_net}', '-j', '0', '--calib-split', 'validation', '--budget', '0.00000001ms')
+    code, out, err = run_script(validate.main, *flags)
+    assert code == 2
+    assert 'The budget 0.00000001ms is below the cheapest policy' in err.strip().splitlines()[-1]
+    assert 'test split, 360 images' in out
+    assert 'Failure AUROC' in out
+    assert 'Budgets: thresholds are chosen on' in out
+    assert '--result' not in out
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (('--plot', '.'), '. is a folder'),
+        (('--results-file', 'net/config.json/rows.csv'), 'net/config.json/rows.csv cannot be written'),
+        (('--budget', '1%', '--calib-split', 'validation'), 'The budget 1% is below'),
+    ],
+)
+def test_what_cannot_be_is_known_before_evaluation(flags, message, run_script, digits_net, monkeypatch):
+    monkeypatch.setattr('timm_multiexit.validation.collect_logits', None)
+    code, _, err = run_script(validate.main, '--model', f'local-dir:{digits_net}', '-j', '0', *flags)
+    assert code == 2
+    assert message in err.strip().splitlines()[-1]
+
+
+def test_full_disk_loses_no_table(run_script, digits_net, monkeypatch):
+    def refuse(self, content):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('pathlib.Path.write_bytes', refuse)
+    flags = ('--model', f'local-dir:{digits_net}', '-j', '0', '--results-file', 'rows.csv')
+    code, out, err = run_script(validate.main, *flags)
+    assert code == 2
+    assert 'could not be written: No space left on device' in err.strip().splitlines()[-1]
+    assert 'test split, 360 images' in out
+
+
 def test_split_under_its_other_name_is_the_same_data(run_script, image_folder):
     flags = ('--model', 'test_resnet', '--exits', '2', '--num-classes', '2', '--img-size', '32', '-j', '0')
     code, _, err = run_script(validate.main, *flags, '--calib-split', 'val', image_folder)

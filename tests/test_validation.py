@@ -14,18 +14,20 @@ from torch.utils.data import DataLoader, TensorDataset
 import timm_multiexit as tme
 from timm_multiexit import dynamic_report
 from timm_multiexit.arguments import create_validate_parser
-from timm_multiexit.collecting import collect_logits
+from timm_multiexit.budgets import StageCosts
+from timm_multiexit.calibration import fit_temperatures, search_budgets
+from timm_multiexit.collecting import LogitSet, collect_logits, fingerprint
 from timm_multiexit.comparison import create_static
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.data import DIGITS, create_checked_dataset
-from timm_multiexit.dynamics import evaluate_logits
+from timm_multiexit.dynamics import PolicyMeter, evaluate_logits
 from timm_multiexit.engine import evaluate_loader
 from timm_multiexit.holdout import hold_out
 from timm_multiexit.policy import ExitPolicy
 from timm_multiexit.timing import time_interleaved
 from timm_multiexit.validation import Validator
-from timm_multiexit.validation_checks import check_flags
-from timm_multiexit.validation_data import create_calibration_split, create_split, load_mixed_batch
+from timm_multiexit.validation_checks import check_budgets, check_flags, check_outputs, write_output
+from timm_multiexit.validation_data import create_calibration_split, create_split, image_names, load_mixed_batch
 
 DATA_CONFIG = {
     'input_size': (3, 32, 32),
@@ -78,7 +80,114 @@ def test_logits_are_of_eval_mode(model):
         collect_logits(model.eval(), [])
 
 
+def test_fingerprint_tells_images_apart_whatever_the_batch():
+    images = torch.rand(7, 3, 9, 5)
+    images[6] = images[2]
+    images[5] = images[2].flip(-1)  # the same values in other places
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        batch = images.to(dtype)
+        alone = [fingerprint(image[None]).item() for image in batch]
+        strided = fingerprint(batch.contiguous(memory_format=torch.channels_last))
+        assert fingerprint(batch).tolist() == strided.tolist() == alone
+        assert alone[6] == alone[2]
+        assert len(set(alone)) == 6
+
+
 # What thresholds are chosen on
+
+
+@pytest.mark.parametrize(
+    ('folder', 'flags', 'shared'),
+    [
+        ('train', '--split validation --calib-from-train 4', '4 of the 4'),
+        ('train', '--split validation --calib-split test', 'are the same images'),
+        ('.', '--split training --calib-from-train 4', '4 of the 4'),
+        ('.', '--split train --calib-from-train 4', '4 of the 4'),
+        ('.', '--split train --train-split training --calib-from-train 4', '4 of the 4'),
+        ('.', '--split validation --calib-split val', 'are the same images'),
+        ('link', '--split val --calib-split test', 'are the same images'),
+        ('some', '--split val --calib-split test', '11 of the 22'),
+    ],
+)
+def test_images_under_another_name_are_refused(folder, flags, shared, image_folder):
+    """By where they are, so that links and folders that timm falls back to are seen through."""
+    for name, inside in (('link', ''), ('some', 'more')):
+        (image_folder / name).mkdir()
+        (image_folder / name / 'val').symlink_to(image_folder / 'val')
+        if not inside:
+            (image_folder / name / 'test').symlink_to(image_folder / 'val')
+    for label in ('cat', 'dog'):
+        (image_folder / 'some/test' / label).mkdir(parents=True)
+        (image_folder / 'some/test' / label / 'old').symlink_to(image_folder / 'val' / label)
+        for file in (image_folder / 'val' / label).iterdir():
+            (image_folder / 'some/test' / label / file.name).write_bytes(file.read_bytes())
+    args = parse('--model', 'test_resnet', *flags.split(), str(image_folder / folder))
+    if folder == 'some':
+        args.class_map = str(image_folder / 'classes.txt')
+        (image_folder / 'classes.txt').write_text('cat\ndog\nold\n')
+    with pytest.raises(MultiExitError, match=shared) as raised:
+        create_calibration_split(args, create_split(args, args.split, 3), 3)
+    assert '\n' not in str(raised.value)
+
+
+def test_names_of_held_out_images_are_those_of_the_files(image_folder):
+    args = parse('--model', 'test_resnet', str(image_folder))
+    train = create_split(args, 'train', 3)
+    kept, held_out = hold_out(train, 5, seed=3)
+    names = [image_names(part) for part in (train, kept, held_out)]
+    assert names[0] == {str(path.resolve()) for path in (image_folder / 'train').rglob('*.jpg')}
+    assert (len(names[1]), len(names[2]), names[1] | names[2]) == (19, 5, names[0])
+    assert image_names(create_checked_dataset(DIGITS, root=None, split='test')) == set()
+
+
+def test_part_of_the_reported_images_is_refused_by_what_is_seen(model):
+    """Where images have no file names, after evaluation; what was found by then is shown."""
+    args, shown = parse('--model', 'test_resnet', '--calib-split', 'validation', '--img-size', '32'), []
+    validator = Validator(args, model, Accelerator(), show=shown.append)
+    validator.calibration_split = hold_out(create_split(args, 'test', 3), 20, seed=1)[1], 'a part'
+    with pytest.raises(MultiExitError, match='are the same images'):
+        validator.run()
+    assert 'on the test split, 360 images' in shown[0]
+    assert 'Failure AUROC' in shown[1]
+
+
+def test_an_image_that_is_there_twice_is_warned_of(model, caplog):
+    args = parse('--model', 'test_resnet', '--calib-split', 'validation', '--img-size', '32')
+    validator = Validator(args, model, Accelerator())
+    loader = [(torch.randn(50, 3, 32, 32), torch.zeros(50, dtype=torch.int64))]
+    validator._collect = lambda _: collect_logits(model, loader)
+    reported = [(torch.cat([loader[0][0][:2], torch.randn(8, 3, 32, 32)]), loader[0][1][:10])]
+    with caplog.at_level(logging.WARNING):
+        validator._calibrate(collect_logits(model, reported))
+    assert caplog.messages == ['2 of 50 images that thresholds are chosen on are among those reported.']
+
+
+@pytest.mark.parametrize(
+    ('flags', 'run', 'warns'),
+    [
+        ('--calib-from-train 150', 'val_from_train: 150', True),
+        ('--calib-split validation', 'val_from_train: 150', False),
+        ('--calib-split validation', 'val_split: validation', True),
+        ('--calib-split validation', 'val_split: test', False),
+    ],
+)
+@pytest.mark.parametrize('max_drop', [True, False])
+def test_bound_on_images_that_chose_the_epoch_is_warned_of(flags, run, warns, max_drop, tmp_path, caplog):
+    (tmp_path / 'run/best').mkdir(parents=True)
+    (tmp_path / 'run/args.yaml').write_text(f'seed: 42\ntrain_split: train\n{run}\n')
+    flags = [*flags.split(), *(['--max-drop', '0.1'] if max_drop else [])]
+    args = parse('--model', f'local-dir:{tmp_path}/run/best', *flags)
+    with caplog.at_level(logging.WARNING):
+        create_calibration_split(args, create_split(args, 'test', 3), 3)
+    assert ['chose its best epoch on' in text for text in caplog.messages] == [True] * (warns and max_drop)
+
+
+def test_held_out_images_of_an_unknown_run_are_warned_of(caplog):
+    args = parse('--model', 'test_resnet', '--calib-from-train', '150')
+    with caplog.at_level(logging.WARNING):
+        create_calibration_split(args, create_split(args, 'test', 3), 3)
+    assert len(caplog.messages) == 1
+    assert 'whether it was trained on the 150 images of train' in caplog.messages[0]
 
 
 def test_held_out_images_are_those_of_training_and_not_augmented(model):
@@ -253,6 +362,9 @@ def test_static_models_that_cannot_be_compared(name, message, tmp_path, make_mod
         ('--max-drop 0.01', '--max-drop 0.01 needs data to prove it on'),
         ('--max-drop 2 --calib-split validation', '--max-drop is 2.0, allowed are numbers above 0 and below 1'),
         ('--delta 0', '--delta is 0.0, allowed'),
+        ('--delta 0.1', '--delta is of no effect without --max-drop'),
+        ('--seed 0', '--seed is of no effect without --calib-from-train'),
+        ('--train-split train --calib-split validation', '--train-split is of no effect without --calib-from-train'),
         ('--time-rounds -1', '--time-rounds is -1, allowed are integers from 0'),
         ('--seed -1', '--seed is -1, allowed'),
         ('--calib-from-train 0', '--calib-from-train is 0, allowed are integers from 1'),
@@ -294,3 +406,98 @@ def test_logits_that_nobody_asked_for_are_not_kept_beyond_memory(model, monkeypa
     assert not validator._keeps_logits()
     validator.args.threshold = [0.5]
     assert validator._keeps_logits()
+
+
+# Budgets that cannot be, and files that cannot be written
+
+
+@pytest.mark.parametrize('budget', ['3%', '0.001MMACs', '500%', '9TMACs'])
+def test_budgets_that_no_policy_meets_are_refused_before_evaluation(budget, model):
+    costs = StageCosts.from_exit_costs(model.cost())
+    args = parse('--model', 'test_resnet', '--calib-split', 'validation', '--budget', budget)
+    with pytest.raises(MultiExitError, match=f'The budget {budget} is') as raised:
+        check_budgets(args, model, costs)
+    assert '\n' not in str(raised.value)
+
+
+def test_budgets_from_always_the_first_exit_to_main_with_all_heads_are_possible(model):
+    costs = StageCosts.from_exit_costs(model.cost())
+    lowest, highest = model.cost()[0].fixed.macs, model.cost()[-1].sequential.macs
+    for macs, is_possible in ((lowest - 1, False), (lowest, True), (highest, True), (highest + 1, False)):
+        args = parse('--model', 'test_resnet', '--calib-split', 'validation', '--budget', '9ms', f'{macs}MACs')
+        if is_possible:
+            check_budgets(args, model, costs)
+        else:
+            with pytest.raises(MultiExitError, match='The budget'):
+                check_budgets(args, model, costs)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--plot folder', 'folder is a folder'),
+        ('--results-file folder', 'folder is a folder'),
+        ('--results-file file/rows.csv', 'file/rows.csv cannot be written: '),
+        ('--plot file/deep/er/a.png', 'file/deep/er/a.png cannot be written: '),
+        (f'--results-file {"x" * 254}', 'cannot be written: File name too long'),
+        ('--results-file new/accuracy_vs_macs.png', 'is the name of the picture too'),
+        ('--results-file a --plot ./a', 'is the name of the picture too'),
+    ],
+)
+def test_paths_that_cannot_be_written_are_known_before(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(MultiExitError, match=message) as raised:
+        check_outputs(parse('--model', 'test_resnet', *flags.split()))
+    assert '\n' not in str(raised.value)
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_checking_paths_leaves_files_as_they_are(tmp_path):
+    (tmp_path / 'rows.csv').write_text('old')
+    check_outputs(parse('--model', 'a', '--results-file', f'{tmp_path}/rows.csv', '--plot', f'{tmp_path}/new/a.png'))
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['new', 'rows.csv']
+    assert (tmp_path / 'rows.csv').read_text() == 'old'
+
+
+def test_full_disk_leaves_the_old_file_and_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / 'rows.csv'
+    path.write_text('old')
+
+    def write_half(self, content):
+        self.open('wb').close()
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('pathlib.Path.write_bytes', write_half)
+    with pytest.raises(MultiExitError, match='rows.csv could not be written: No space left on device') as raised:
+        write_output(path, b'new')
+    assert '--resume' not in str(raised.value)
+    assert [file.name for file in tmp_path.iterdir()] == ['rows.csv']
+    assert path.read_text() == 'old'
+
+
+# The curve
+
+
+@pytest.mark.parametrize(
+    ('seed', 'num', 'scales'), [(0, 200, (1, 2, 3, 4)), (10, 500, (4, 1, 5, 0.5)), (6, 200, (1,) * 4)]
+)
+def test_search_is_at_or_above_the_solver_where_both_were_chosen(seed, num, scales):
+    """The solver decides by raw confidence as in the field, the search with temperatures."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(10, (num,), generator=generator)
+    shared, logits = torch.randn(num, 10, generator=generator), []
+    for idx, scale in enumerate(scales):
+        single = shared + torch.randn(num, 10, generator=generator) * (4 - idx) * 0.375
+        single[torch.arange(num), targets] += 1 + 0.7 * idx
+        logits.append(single * scale)
+    costs = StageCosts((10, 40, 70, 100), (2, 2, 2))
+    collected = LogitSet(tuple(logits), targets, torch.zeros(1, 3, 1, 1), torch.arange(num))
+    table = search_budgets(logits, targets, costs, temperatures=fit_temperatures(logits, targets))
+    meter = PolicyMeter(logits, targets, costs)
+    curve = dynamic_report.report_curve(meter, dynamic_report.Calibration(collected, 'the same'), costs, table)
+    for point in curve['points']:
+        assert point['search'] is not None
+        assert point['search']['top-1'] >= point['solver']['top-1'] - 1e-9
+        assert point['search']['macs'] <= point['solver']['macs'] * (1 + 1e-6)

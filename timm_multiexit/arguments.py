@@ -177,8 +177,14 @@ _DYNAMIC_FLAGS = (
     value('--criterion', str, 'confidence', None, 'what a threshold is compared with', choices=tuple(CRITERIA)),
     value('--combine', str, None, None, 'answer with the exits seen so far, together', choices=COMBINATIONS),
     value('--budget', str, [], 'B', 'mean cost of an image: 60%, 1.2GMACs or 5ms', nargs='+'),
-    value('--max-drop', float, None, 'F', "0.01: keep main's accuracy to a point"),
-    value('--delta', float, 0.1, 'P', 'chance that --max-drop is broken'),
+    value(
+        '--max-drop',
+        float,
+        None,
+        'F',
+        "0.01: keep main's accuracy to a point; not on images that chose the epoch",
+    ),
+    value('--delta', float, None, 'P', 'chance that --max-drop is broken, 0.1 if not given'),
     value('--time-rounds', int, 5, 'N', 'rounds in which policies and plain timm are timed in turns, 0: none'),
     value('--compare', str, [], 'NAME', 'static models to set beside it: NAME, NAME:CHECKPOINT', nargs='+'),
     value('--plot', str, '', 'PNG', 'draw accuracy over MACs; with --results-file always, beside it'),
@@ -228,7 +234,9 @@ def create_validate_parser() -> ScriptParser:
     add_flags(parser, 'Exits', EXIT_FLAGS)
     add_flags(parser, 'Device', _pick('Device', 'amp amp_dtype'))
     add_flags(parser, 'Evaluation', _VALIDATE_FLAGS)
-    train_split = replace(_pick('Data', 'train_split')[0], help='split that --calib-from-train is of')
+    train_split = replace(
+        _pick('Data', 'train_split')[0], default=None, help="split that --calib-from-train is of, if not the run's"
+    )
     add_flags(parser, 'Dynamic inference', (*_DYNAMIC_FLAGS, train_split, seed))
     return parser
 

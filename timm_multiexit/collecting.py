@@ -20,20 +20,37 @@ class LogitSet(NamedTuple):
         logits: One [N, C] float32 tensor per classifier on the CPU, main last.
         targets: Class indices [N], int64.
         first_batch: The first batch of images, as the model was given it.
+        fingerprints: [N] int64, equal for equal images.
     """
 
     logits: tuple[Tensor, ...]
     targets: Tensor
     first_batch: Tensor
+    fingerprints: Tensor
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image."""
         return tuple(self.first_batch.shape[1:])
 
-    def equals(self, other: 'LogitSet') -> bool:
-        """Whether both are of the same images, by what the model says of them."""
-        return torch.equal(self.targets, other.targets) and torch.equal(self.logits[-1], other.logits[-1])
+    def count_shared(self, other: 'LogitSet') -> int:
+        """Return how many of these images are among the others, as the model was given them."""
+        return int(torch.isin(self.fingerprints, other.fingerprints).sum())
+
+
+def fingerprint(images: Tensor) -> Tensor:
+    """Return a number per image, [B] int64 on the CPU: equal for equal images, else equal by a chance of about 2^-64.
+
+    It does not depend on the rest of the batch nor on the device, as sums of floats would.
+
+    Args:
+        images: [B, C, H, W], of floats.
+    """
+    bits = images.contiguous().flatten(1)
+    bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])  # [B, C * H * W]
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(bits.device)
+    return torch.stack([(row * weights).sum() for row in bits]).cpu()
 
 
 @torch.no_grad()
@@ -58,7 +75,7 @@ def collect_logits(
     if model.training:
         raise MultiExitError('The model is in training mode, its logits would depend on the batch: model.eval().')
     param = next(model.parameters())
-    parts, targets, first_batch = [], [], None
+    parts, targets, fingerprints, first_batch = [], [], [], None
     for images, target in loader:
         images = images.to(param.device, param.dtype)
         if channels_last:
@@ -67,6 +84,7 @@ def collect_logits(
             logits = model(images, exits=True).logits
         parts.append([single.float().cpu() for single in logits])
         targets.append(target.cpu())
+        fingerprints.append(fingerprint(images))
         first_batch = images if first_batch is None else first_batch
     if not parts:
         raise MultiExitError('The data loader gives no batch, so there is nothing to evaluate.')
@@ -75,4 +93,4 @@ def collect_logits(
         logits.append(torch.cat([part[idx] for part in parts]))
         for part in parts:
             part[idx] = None  # or everything would be there twice at the end
-    return LogitSet(tuple(logits), torch.cat(targets), first_batch)
+    return LogitSet(tuple(logits), torch.cat(targets), first_batch, torch.cat(fingerprints))

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -180,3 +181,23 @@ def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mappin
             f' {timing["device"]}; the ratio is to plain timm.'
         )
     return text.rstrip('\n')
+
+
+def curve_points(curve: dict[str, Any] | None) -> dict[str, list[tuple[float, float]]]:
+    """Return label -> (MACs, top-1) of the curves that were measured."""
+    labels = {'solver': 'budgets, solver of the field', 'search': 'budgets, search'}
+    points = curve['points'] if curve else []
+    found = {
+        label: [(point[name]['macs'], point[name]['top-1']) for point in points if point[name]]
+        for name, label in labels.items()
+    }
+    return {label: line for label, line in found.items() if line}
+
+
+def short_name(model: str) -> str:
+    """Return a model's name for a heading, of a long path its last two parts.
+
+    >>> short_name('local-dir:/data/output/train/run/best'), short_name('resnet18.a1_in1k')
+    ('run/best', 'resnet18.a1_in1k')
+    """
+    return '/'.join(Path(model.removeprefix('local-dir:')).parts[-2:])

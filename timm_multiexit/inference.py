@@ -13,8 +13,7 @@ from timm_multiexit.calibration import calibrate, fit_temperatures, search_budge
 from timm_multiexit.collecting import collect_logits
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.deadline import TimeBook, learn_times, predict
-from timm_multiexit.latency import measure_stages
-from timm_multiexit.metrics import describe_environment
+from timm_multiexit.latency import describe_times, measure_stages
 from timm_multiexit.policy import ExitPolicy, Prediction
 from timm_multiexit.routing import Route, find_leaving
 from timm_multiexit.stepping import OwnThread
@@ -226,7 +225,7 @@ class DynamicInference(TimmSurface):
         if measures_time:
             images = collected.first_batch
             times['times'] = self.measure_costs(images)
-            times['measured_on'] = f'{describe_environment()["hardware"]}, {images.device}, batch of {len(images)}'
+            times['measured_on'] = describe_times(images)
         budgets = search_budgets(
             logits,
             targets,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_multiexit.budgets import StageCosts
+from timm_multiexit.metrics import describe_environment
 from timm_multiexit.routing import RunHead
 from timm_multiexit.taps import Taps
 from timm_multiexit.timing import read_wall_clock, time_interleaved
@@ -37,3 +38,12 @@ def measure_stages(
     # A deeper tap is never sooner; measured, it may be by the noise.
     paths = accumulate([*(ms[f'path {idx}'] for idx in range(len(tensors))), ms['main']], max)
     return StageCosts(tuple(paths), tuple(ms[f'head {idx}'] for idx in range(len(tensors))), 'ms')
+
+
+def describe_times(images: Tensor) -> str:
+    """Return what times of a batch must be stamped with: hardware, device and batch size.
+
+    Args:
+        images: The batch [B, C, H, W] that was timed.
+    """
+    return f'{describe_environment()["hardware"]}, {images.device}, batch of {len(images)}'

@@ -1,10 +1,8 @@
 """The picture of accuracy over cost."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from io import BytesIO
 from typing import Any
-
-from timm_multiexit.files import replacing
 
 # (MACs of an image, top-1 in percent)
 Point = tuple[float, float]
@@ -15,35 +13,27 @@ _MARKERS = 'sD^vP*X<>hp'
 
 
 def draw_accuracy_vs_macs(
-    path: Path | str,
     *,
     exits: Mapping[str, Point],
     curves: Mapping[str, Sequence[Point]] | None = None,
     singles: Mapping[str, Point] | None = None,
     title: str = '',
-) -> bool:
-    """Draw what each classifier, each policy and each other model reaches at which cost.
+) -> bytes | None:
+    """Return a PNG: what each classifier, policy and other model reaches at which cost; None without matplotlib.
 
     Args:
-        path: The PNG file, replaced as a whole.
         exits: Classifier -> where it is, shallow to deep, main last.
         curves: Label -> points of policies; joined in order of cost, and drawn as they are: a curve may fall.
         singles: Label -> a model that stands for itself: the ensemble, the plain backbone, static models.
         title: Heading of the figure.
-
-    Returns:
-        False, and nothing is written, where matplotlib is not installed.
-
-    Raises:
-        MultiExitError: The file cannot be written.
     """
     try:
         figure = make_figure(exits, curves or {}, singles or {}, title)
     except ImportError:
-        return False
-    with replacing(path) as draft:
-        figure.savefig(draft, dpi=150, format='png')
-    return True
+        return None
+    content = BytesIO()
+    figure.savefig(content, dpi=150, format='png')
+    return content.getvalue()
 
 
 def make_figure(

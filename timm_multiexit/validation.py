@@ -3,8 +3,8 @@
 import logging
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,23 +19,35 @@ from timm_multiexit.config import MultiExitError
 from timm_multiexit.data import check_classes
 from timm_multiexit.dynamic_report import (
     Calibration,
+    curve_points,
     describe_result,
     format_curve,
     format_dynamic,
     format_order,
     report_curve,
     report_order,
+    short_name,
     time_policies,
 )
 from timm_multiexit.dynamics import PolicyMeter, evaluate_logits
 from timm_multiexit.engine import evaluate_loader
 from timm_multiexit.factory import ExitTable, make_table
+from timm_multiexit.latency import describe_times
 from timm_multiexit.loaders import create_eval_loader
 from timm_multiexit.metrics import format_table
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.pictures import draw_accuracy_vs_macs
 from timm_multiexit.policy import ExitPolicy
-from timm_multiexit.validation_checks import asked_flags, asks_for_policies, check_flags, given_policy
+from timm_multiexit.validation_checks import (
+    asked_flags,
+    asks_for_policies,
+    check_budgets,
+    check_flags,
+    check_outputs,
+    given_policy,
+    picture_path,
+    write_output,
+)
 from timm_multiexit.validation_data import (
     check_other_images,
     create_calibration_split,
@@ -45,8 +57,8 @@ from timm_multiexit.validation_data import (
 
 _logger = logging.getLogger(__name__)
 
-PICTURE_NAME = 'accuracy_vs_macs.png'
 _MAX_UNASKED_BYTES = 4 * 2**30  # of logits that no flag asked for
+_MAX_TWICE = 0.05  # share of images that may be in two splits: CIFAR-100 and ImageNet have a few
 
 
 @dataclass
@@ -56,17 +68,17 @@ class Validation:
     Attributes:
         table: Of every classifier.
         sections: JSON-ready: curve, dynamic, timing, failure_auroc, overthinking, monotonicity, compare; what there is.
-        texts: The same for people, in order.
+        show: Is given the same for people, each part as soon as it is there.
     """
 
     table: ExitTable
     sections: dict[str, Any] = field(default_factory=dict)
-    texts: list[str] = field(default_factory=list)
+    show: Callable[[str], None] = lambda text: None
 
     def add(self, text: str, **sections: Any) -> None:
-        """Add sections and their text."""
-        self.texts.append(text)
+        """Add sections and show their text."""
         self.sections |= sections
+        self.show(text)
 
 
 class Validator:
@@ -78,13 +90,21 @@ class Validator:
         args: Of the command line, with `data_dir`, `dataset` and `split` resolved.
         model: The model, on its device and in eval mode.
         accelerator: Gives device, precision and processes.
+        show: Is given each part of the report as text as soon as it is there; what fails later does not lose it.
 
     Raises:
-        MultiExitError: The data cannot be had, or flags do not fit model or data.
+        MultiExitError: The data cannot be had, flags do not fit model or data, or results cannot be written.
     """
 
-    def __init__(self, args: Namespace, model: MultiExitModel, accelerator: Accelerator):
-        self.args, self.model, self.accelerator = args, model, accelerator
+    def __init__(
+        self,
+        args: Namespace,
+        model: MultiExitModel,
+        accelerator: Accelerator,
+        *,
+        show: Callable[[str], None] = lambda text: None,
+    ):
+        self.args, self.model, self.accelerator, self.show = args, model, accelerator, show
         self.data_config = resolve_data_config(vars(args), model=model)
         self.input_size = self.data_config['input_size']
         check_flags(args, model, accelerator.num_processes)
@@ -100,16 +120,18 @@ class Validator:
             for name in args.compare
         }
         self.costs = StageCosts.from_exit_costs(model.cost(self.input_size))
+        check_budgets(args, model, self.costs)
+        check_outputs(args)
 
     def run(self) -> Validation:
         """Return the report; in several processes, and for a model without exits, the table alone."""
         loader = create_eval_loader(self.args, self.dataset, self.data_config, self.accelerator)
         if not self._keeps_logits():
             evaluation = self._evaluate(loader)
-            return Validation(self._make_table(evaluation.metrics, evaluation.num_samples))
+            return self._begin(evaluation.metrics, evaluation.num_samples)
         reported = self._collect(loader)
         metrics = evaluate_logits(reported.logits, reported.targets)
-        validation = Validation(self._make_table(metrics, len(reported.targets)))
+        validation = self._begin(metrics, len(reported.targets))
         sections = report_order(reported)
         validation.add(format_order(sections), **sections)
         meter = PolicyMeter(reported.logits, reported.targets, self.costs)
@@ -138,8 +160,11 @@ class Validator:
     def _collect(self, loader: Any) -> LogitSet:
         return collect_logits(self.model, loader, accelerator=self.accelerator, channels_last=self.args.channels_last)
 
-    def _make_table(self, metrics: dict[str, dict[str, float]], num_samples: int) -> ExitTable:
-        return make_table(self.model, metrics, input_size=self.input_size, num_samples=num_samples)
+    def _begin(self, metrics: dict[str, dict[str, float]], num_samples: int) -> Validation:
+        """Return a report of the table alone, and show it."""
+        table = make_table(self.model, metrics, input_size=self.input_size, num_samples=num_samples)
+        self.show(f'{self.args.model} on the {self.args.split} split, {num_samples} images:\n\n{table}')
+        return Validation(table, show=self.show)
 
     def _calibrate(self, reported: LogitSet) -> Calibration | None:
         """Return what thresholds are chosen on, prepared like the reported images, without augmentation."""
@@ -148,7 +173,10 @@ class Validator:
         dataset, source = self.calibration_split
         loader = create_eval_loader(self.args, dataset, self.data_config, self.accelerator)
         collected = self._collect(loader)
-        check_other_images(self.args, collected.equals(reported))
+        num_shared, num = collected.count_shared(reported), len(collected.targets)
+        check_other_images(self.args, num_shared, num, num_by_chance=_MAX_TWICE * num)
+        if num_shared:
+            _logger.warning(f'{num_shared} of {num} images that thresholds are chosen on are among those reported.')
         return Calibration(collected, source)
 
     def _add_policies(self, validation: Validation, meter: PolicyMeter, calibration: Calibration | None) -> None:
@@ -166,9 +194,7 @@ class Validator:
             curve = report_curve(meter, calibration, self.costs, table)
             validation.add(format_curve(curve, self.args.split, self.costs.total), curve=curve)
         elif not self.args.budget:
-            validation.texts.append(
-                'No budgets: give --calib-split NAME or --calib-from-train N to choose thresholds on.'
-            )
+            validation.add('No budgets: give --calib-split NAME or --calib-from-train N to choose thresholds on.')
         policies = self._find_policies(calibration, table)
         if policies:
             self._add_dynamic(validation, meter, policies, images)
@@ -180,7 +206,7 @@ class Validator:
         if images is not None:
             with self.accelerator.autocast():
                 times['times'] = self.model.measure_costs(images)
-            times['measured_on'] = f'{images.device}, batch of {len(images)}'
+            times['measured_on'] = describe_times(images)
         return search_budgets(
             logits,
             targets,
@@ -212,6 +238,7 @@ class Validator:
 
     def _bound_drop(self, calibration: Calibration) -> ExitPolicy:
         args = self.args
+        delta = {} if args.delta is None else {'delta': args.delta}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             policy = calibrate(
@@ -219,9 +246,9 @@ class Validator:
                 calibration.collected.targets,
                 self.costs,
                 max_drop=args.max_drop,
-                delta=args.delta,
                 criterion=args.criterion,
                 combine=args.combine,
+                **delta,
             )
         for warning in caught:
             _logger.warning(str(warning.message))
@@ -260,10 +287,9 @@ class Validator:
             validation.add(f'Static models on the {self.args.split} split:\n\n{format_table(rows)}', compare=rows)
 
     def _draw(self, validation: Validation) -> None:
-        args = self.args
-        if not (args.plot or args.results_file):
+        args, path = self.args, picture_path(self.args)
+        if path is None:
             return
-        path = Path(args.plot or Path(args.results_file).with_name(PICTURE_NAME))
         *exits, ensemble = [
             (row['exit'], (1e9 * row['GMACs sequential'], row['top-1'])) for row in validation.table.rows
         ]
@@ -273,33 +299,12 @@ class Validator:
         singles |= {
             row['static model']: (1e9 * row['GMACs'], row['top-1']) for row in validation.sections.get('compare', ())
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_drawn = draw_accuracy_vs_macs(
-            path,
+        picture = draw_accuracy_vs_macs(
             exits={names.get(name, name): point for name, point in exits},
             curves=curve_points(validation.sections.get('curve')),
             singles=singles,
             title=f'{short_name(args.model)}, {args.split} split, {validation.table.num_samples} images',
         )
-        if is_drawn:
+        if picture is not None:
+            write_output(path, picture)
             _logger.info(f'{path} shows accuracy over MACs.')
-
-
-def curve_points(curve: dict[str, Any] | None) -> dict[str, list[tuple[float, float]]]:
-    """Return label -> (MACs, top-1) of the curves that were measured."""
-    labels = {'solver': 'budgets, solver of the field', 'search': 'budgets, search'}
-    points = curve['points'] if curve else []
-    found = {
-        label: [(point[name]['macs'], point[name]['top-1']) for point in points if point[name]]
-        for name, label in labels.items()
-    }
-    return {label: line for label, line in found.items() if line}
-
-
-def short_name(model: str) -> str:
-    """Return a model's name for a heading, of a long path its last two parts.
-
-    >>> short_name('local-dir:/data/output/train/run/best'), short_name('resnet18.a1_in1k')
-    ('run/best', 'resnet18.a1_in1k')
-    """
-    return '/'.join(Path(model.removeprefix('local-dir:')).parts[-2:])
