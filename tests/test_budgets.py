@@ -175,29 +175,44 @@ WRONG = [
     (('points',), 'many', 'must be a list'),
     (('points',), [None] * 1001, 'at most 1000'),
     (('total_macs',), None, 'in some places'),
-    (('total_macs',), 'x' * 10_000, 'allowed are numbers above 0'),
+    (('total_macs',), 'x' * 10_000, 'allowed are numbers from 1e-9 to 1e18'),
     (('total_macs',), 130.0, 'not less than the first'),
-    (('max_macs',), float('inf'), 'allowed are numbers above 0'),
-    (('max_macs',), 10**400, 'allowed are numbers above 0'),
+    (('max_macs',), float('inf'), 'allowed are numbers from 1e-9 to 1e18'),
+    (('max_macs',), 10**400, 'allowed are numbers from 1e-9 to 1e18'),
+    (('total_macs',), 1e-320, 'allowed are numbers from 1e-9 to 1e18'),
+    (('max_macs',), 1e300, 'allowed are numbers from 1e-9 to 1e18'),
+    (('points', 0, 'macs'), 1e-320, 'allowed are numbers from 1e-9 to 1e18, 0 and None'),
+    (('points', 0, 'macs'), 1e300, 'allowed are numbers from 1e-9 to 1e18, 0 and None'),
     (('total_ms',), 5.0, 'in some places'),
     (('measured_on',), 'x' * 1000, 'at most 500 characters'),
     (('points', 0), 7, 'must be an object with the keys'),
     (('points', 0, 'accuracy'), 101, 'allowed are 0 to 100'),
     (('points', 0, 'accuracy'), True, 'allowed are 0 to 100'),
-    (('points', 0, 'macs'), -1.0, 'allowed are numbers from 0'),
+    (('points', 0, 'macs'), -1.0, 'allowed are numbers from 1e-9 to 1e18, 0 and None'),
     (('points', 0, 'macs'), 95.0, 'cheapest first'),
     (('points', 0, 'shares'), [1.0], 'one number from 0 to 1 per classifier'),
     (('points', 0, 'shares'), [1.0, 1.0, 0.0], '1 together'),
     (('points', 0, 'shares'), [None, 1.0, 0.0], 'one number from 0 to 1 per classifier'),
-    (('points', 0, 'shares'), {}, 'must be lists'),
+    (('points', 0, 'policy', 'thresholds'), ['x' * 10_000, None], 'numbers from 0 to 1'),
+    (('points', 0, 'policy', 'thresholds'), None, 'allowed is a sequence'),
+    (('points', 0, 'policy', 'thresholds'), [0.5] * 100_000, 'one number from 0 to 1 per classifier'),
+    (('points', 0, 'policy', 'temperatures'), [10**400] * 3, 'A temperature is'),
+    (('points', 0, 'policy', 'temperatures'), [None] * 3, 'A temperature is'),
+    (('points', 0, 'shares'), {}, 'allowed is a list'),
+    (('points', 0, 'shares'), None, 'allowed is a list'),
+    (('points', 0, 'shares'), [10**400, 0, 0], 'one number from 0 to 1 per classifier'),
+    (('points', 0, 'accuracy'), 10**400, 'allowed are 0 to 100'),
     (('points', 0, 'policy'), [], 'must be an object with the keys'),
-    (('points', 0, 'policy', 'criterion'), ['confidence'], 'wrong kind'),
+    (('points', 0, 'policy', 'criterion'), ['confidence'], 'Unknown criterion'),
+    (('points', 0, 'policy', 'criterion'), 'x' * 10_000, 'Unknown criterion'),
+    (('points', 0, 'policy', 'combine'), {}, 'Unknown combination'),
+    (('points', 0, 'policy', 'combine'), 'x' * 10_000, 'Unknown combination'),
     (('points', 0, 'policy', 'criterion'), 'certainty', "Unknown criterion 'certainty'"),
-    (('points', 0, 'policy', 'thresholds'), [10**400, None], 'wrong kind'),
-    (('points', 0, 'policy', 'thresholds'), [float('nan'), None], 'wrong kind'),
+    (('points', 0, 'policy', 'thresholds'), [10**400, None], 'numbers from 0 to 1'),
+    (('points', 0, 'policy', 'thresholds'), [float('nan'), None], 'numbers from 0 to 1'),
     (('points', 0, 'policy', 'thresholds'), [2.0, None], 'numbers from 0 to 1'),
     (('points', 0, 'policy', 'thresholds'), [0.5], 'one number from 0 to 1 per classifier'),
-    (('points', 0, 'policy', 'temperatures'), None, 'must be lists'),
+    (('points', 0, 'policy', 'temperatures'), None, 'allowed is a sequence'),
 ]
 
 
@@ -216,6 +231,16 @@ def test_a_wrong_file_is_refused_in_one_short_line(table, place, value, message)
         BudgetTable.from_dict(values)
     assert '\n' not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize('cheapest', [0.0, 1e-9, 1.0])
+@pytest.mark.parametrize('total', [1e-9, 1.0, 1e18])
+def test_a_table_of_any_allowed_size_prints_and_selects(cheapest, total):
+    table = BudgetTable((point(min(cheapest, total), 70.0), point(total, 80.0)), total_macs=total, max_macs=total)
+    assert len(str(table).splitlines()) == 3
+    assert table.select('100%').accuracy == 80
+    with pytest.raises(MultiExitError, match='allowed are'):
+        table.select('101%')
 
 
 @pytest.mark.parametrize('place', [(), ('points', 0), ('points', 0, 'policy')])

@@ -133,14 +133,76 @@ def test_field_solver_is_that_of_the_definition(samples):
     check_points(points, logits, targets)
 
 
+def best_within(table, macs):
+    return max((p.accuracy for p in table.points if p.macs <= macs * (1 + 1e-12)), default=-1)
+
+
 def test_search_is_never_below_the_field_at_its_cost(samples):
     logits, targets = samples
-    for temperatures in ((), fit_temperatures(logits, targets)):
+    fitted = fit_temperatures(logits, targets)
+    for temperatures in ((), fitted):
         table = search_budgets(logits, targets, COSTS, temperatures=temperatures)
-        field = solve_budgeted_batch(logits, targets, COSTS, temperatures=temperatures)
-        within = [max(p.accuracy for p in table.points if p.macs <= point.macs * (1 + 1e-12)) for point in field]
-        assert len(field) == 39
-        assert all(best >= point.accuracy for best, point in zip(within, field))
+        for others in ((), temperatures):
+            field = solve_budgeted_batch(logits, targets, COSTS, temperatures=others)
+            assert len(field) == 39
+            assert all(best_within(table, point.macs) >= point.accuracy for point in field)
+
+
+def make_uneven(seed):
+    """Return logits of exits whose temperatures are far apart: those who are surest are others without them."""
+    num, scales = (200, 300, 500)[seed % 3], ((1, 2, 3, 4), (4, 1, 5, 0.5))[seed % 2]
+    logits, targets = make_samples(num, classes=10, quality=(0.5, 0.8, 1.1, 1.4), seed=seed)
+    return [scale * single for scale, single in zip(scales, logits)], targets
+
+
+def test_search_with_temperatures_is_never_below_the_field_without():
+    bare = 0
+    for seed in range(24):
+        logits, targets = make_uneven(seed)
+        fitted = fit_temperatures(logits, targets)
+        table = search_budgets(logits, targets, COSTS, temperatures=fitted)
+        field = solve_budgeted_batch(logits, targets, COSTS)
+        assert all(best_within(table, point.macs) >= point.accuracy for point in field)
+        assert {point.policy.temperatures for point in table.points} <= {fitted, ()}
+        check_points(table.points, logits, targets)
+        bare += sum(not point.policy.temperatures for point in table.points)
+    assert 0 < bare < 24 * 10  # where they are needed, and seldom
+
+
+def test_times_too_are_searched_from_the_field_without_temperatures():
+    times = StageCosts((4, 5, 6, 8), (0.5, 0.1, 0.1), unit='ms')
+    for seed in range(4):
+        logits, targets = make_uneven(seed)
+        table = search_budgets(logits, targets, COSTS, temperatures=fit_temperatures(logits, targets), times=times)
+        for point in solve_budgeted_batch(logits, targets, times):
+            assert table.select(f'{point.ms + 1e-9:.12f}ms').accuracy >= point.accuracy
+
+
+def test_calibrated_policy_is_never_below_the_field_at_its_cost():
+    for seed in range(2):
+        logits, targets = make_uneven(seed)
+        for point in solve_budgeted_batch(logits, targets, COSTS):
+            policy = calibrate(logits, targets, COSTS, budget=f'{point.macs + 1e-9:.12f}MACs')
+            accuracy, macs, _ = simulate(policy, logits, targets)
+            assert accuracy >= point.accuracy - 1e-9
+            assert macs <= point.macs + 1e-6
+
+
+@pytest.mark.parametrize('criterion', ['entropy', 'margin'])
+def test_another_criterion_is_not_mixed_with_confidence(criterion):
+    for seed in range(4):
+        logits, targets = make_uneven(seed)
+        fitted = fit_temperatures(logits, targets)
+        tables = [search_budgets(logits, targets, COSTS, criterion=criterion, temperatures=t) for t in (fitted, ())]
+        assert {point.policy.criterion for point in tables[0].points} == {criterion}
+        check_points(tables[0].points, logits, targets)
+
+
+def test_policies_with_temperatures_are_taken_where_those_without_are_the_same():
+    logits, targets = make_samples(400)
+    ones = (1.0,) * 4
+    table = search_budgets(logits, targets, COSTS, temperatures=ones)
+    assert {point.policy.temperatures for point in table.points} == {ones}
 
 
 def test_search_gains_much_where_an_exit_is_worse_than_the_one_before():

@@ -3,7 +3,8 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from reprlib import repr as brief
 from typing import Any, NamedTuple
 
 import torch
@@ -12,18 +13,19 @@ from torch import Tensor
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.cost import ExitCost
 from timm_multiexit.metrics import exit_names, format_table
-from timm_multiexit.policy import ExitPolicy
+from timm_multiexit.policy import ExitPolicy, is_number
 
 UNITS = ('MACs', 'ms')
 _SCALES = {'': 1.0, 'k': 1e3, 'K': 1e3, 'M': 1e6, 'G': 1e9, 'T': 1e12}
 _MAX_POINTS = 1000
 _MAX_TEXT = 500  # characters
+_SIZES = (1e-9, 1e18)  # of costs that are not 0
 _SLACK = 1e-9  # a budget that a point's cost was printed or computed as must reach it
 
 
-def _is_finite(value: Any) -> bool:
-    """Return whether this is a number that a float can hold; whole numbers beyond that are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+def _is_size(value: Any) -> bool:
+    """Return whether this is a cost that all arithmetic here can work with; 0 is one."""
+    return is_number(value) and (value == 0 or _SIZES[0] <= value <= _SIZES[1])
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,11 @@ class StageCosts:
             raise MultiExitError(f'The unit of costs is {self.unit!r}, allowed are {" and ".join(UNITS)}.')
         for name in ('paths', 'heads'):
             values = tuple(getattr(self, name))
-            wrong = [value for value in values if not _is_finite(value) or value < 0]
+            wrong = [value for value in values if not is_number(value) or not 0 <= value <= _SIZES[1]]
             if wrong:
-                raise MultiExitError(f'Costs of {name} have the value {wrong[0]!r}, allowed are numbers from 0.')
+                raise MultiExitError(
+                    f'Costs of {name} have the value {brief(wrong[0])}, allowed are numbers from 0 to 1e18.'
+                )
             object.__setattr__(self, name, tuple(float(value) for value in values))
         if len(self.paths) != len(self.heads) + 1:
             raise MultiExitError(
@@ -141,15 +145,11 @@ def parse_budget(budget: str) -> Budget:
     value = float(match[1]) if match else 0.0
     if value <= 0:
         raise MultiExitError(
-            f"The budget is {_brief(budget)}, allowed are a share of the plain backbone such as '60%', MACs such as"
+            f"The budget is {brief(budget)}, allowed are a share of the plain backbone such as '60%', MACs such as"
             " '1.2GMACs' or '300MMACs', and a time such as '5ms', per image and above 0."
         )
     unit = match[2]
     return Budget(value * _SCALES[unit[:-4]], 'MACs') if unit.endswith('MACs') else Budget(value, unit)
-
-
-def _brief(value: Any) -> str:
-    return repr(value)[:80]
 
 
 def _is_text(value: Any) -> bool:
@@ -179,21 +179,21 @@ class BudgetPoint:
 
     def __post_init__(self):
         object.__setattr__(self, 'shares', tuple(self.shares))
-        if not _is_finite(self.accuracy) or not 0 <= self.accuracy <= 100:
-            raise MultiExitError(f'The accuracy of a policy is {_brief(self.accuracy)}, allowed are 0 to 100.')
+        if not is_number(self.accuracy) or not 0 <= self.accuracy <= 100:
+            raise MultiExitError(f'The accuracy of a policy is {brief(self.accuracy)}, allowed are 0 to 100.')
         shares_fit = len(self.shares) == len(self.policy.thresholds) + 1 and all(
-            _is_finite(share) and 0 <= share <= 1 for share in self.shares
+            is_number(share) and 0 <= share <= 1 for share in self.shares
         )
         if not shares_fit or abs(sum(self.shares) - 1) > 1e-3:
             raise MultiExitError(
-                f'The shares of a policy are {_brief(list(self.shares))}, allowed is one number from 0 to 1 per'
+                f'The shares of a policy are {brief(list(self.shares))}, allowed is one number from 0 to 1 per'
                 ' classifier, main last, 1 together.'
             )
         for name in ('macs', 'ms'):
             value = getattr(self, name)
-            if value is not None and (not _is_finite(value) or value < 0):
+            if value is not None and not _is_size(value):
                 raise MultiExitError(
-                    f'The {name} of a policy are {_brief(value)}, allowed are numbers from 0, or None.'
+                    f'The {name} of a policy are {brief(value)}, allowed are numbers from 1e-9 to 1e18, 0 and None.'
                 )
 
     def cost(self, unit: str) -> float | None:
@@ -247,10 +247,11 @@ class BudgetTable:
         known = [cost is not None for cost in (total, largest, *(point.cost(unit) for point in self.points))]
         if any(known) != all(known):
             raise MultiExitError(f'A table of budgets has costs in {unit} in some places, allowed is in all or none.')
-        if known[0] and not (_is_finite(total) and _is_finite(largest) and 0 < total <= largest * (1 + _SLACK)):
+        sizes_fit = known[0] and _is_size(total) and _is_size(largest) and 0 < total <= largest * (1 + _SLACK)
+        if known[0] and not sizes_fit:
             raise MultiExitError(
-                f'The plain backbone costs {_brief(total)} {unit} and all heads with it {_brief(largest)}, allowed are'
-                ' numbers above 0, the second not less than the first.'
+                f'The plain backbone costs {brief(total)} {unit} and all heads with it {brief(largest)}, allowed are'
+                ' numbers from 1e-9 to 1e18, the second not less than the first.'
             )
 
     @property
@@ -295,13 +296,10 @@ class BudgetTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON-ready values."""
-        rest = {name: getattr(self, name) for name in _TABLE_KEYS if name != 'points'}
         points = [
-            {name: getattr(point, name) for name in _POINT_KEYS}
-            | {'policy': point.policy.to_dict(), 'shares': list(point.shares)}
-            for point in self.points
+            vars(point) | {'policy': point.policy.to_dict(), 'shares': list(point.shares)} for point in self.points
         ]
-        return {'points': points} | rest
+        return vars(self) | {'points': points}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> 'BudgetTable':
@@ -310,7 +308,7 @@ class BudgetTable:
         Raises:
             MultiExitError: A key is missing or unknown, or a value is of the wrong kind or out of range.
         """
-        _check_keys('A table of budgets', values, _TABLE_KEYS)
+        _check_keys('A table of budgets', values, cls)
         points = values['points']
         if not isinstance(points, list) or len(points) > _MAX_POINTS:
             raise MultiExitError(f'The points of a table of budgets must be a list of at most {_MAX_POINTS}.')
@@ -328,28 +326,18 @@ class BudgetTable:
         return format_table([row | ({'MACs': round(row['MACs'])} if 'MACs' in row else {}) for row in rows])
 
 
-_TABLE_KEYS = ('points', 'total_macs', 'max_macs', 'total_ms', 'max_ms', 'measured_on')
-_POINT_KEYS = ('policy', 'accuracy', 'shares', 'macs', 'ms')
-_POLICY_KEYS = ('criterion', 'thresholds', 'temperatures', 'combine')
-
-
-def _check_keys(what: str, values: Any, keys: Sequence[str]) -> None:
+def _check_keys(what: str, values: Any, kind: type) -> None:
+    keys = [field.name for field in fields(kind)]
     if not isinstance(values, Mapping) or set(values) != set(keys):
         raise MultiExitError(f'{what} must be an object with the keys {", ".join(keys)}, no fewer and no more.')
 
 
 def _read_point(values: Any) -> BudgetPoint:
-    _check_keys('A point of a table of budgets', values, _POINT_KEYS)
-    policy = values['policy']
-    _check_keys('The policy of a table of budgets', policy, _POLICY_KEYS)
-    numbers = [policy['thresholds'], policy['temperatures'], values['shares']]
-    if not all(isinstance(each, list) and len(each) <= _MAX_POINTS for each in numbers):
-        raise MultiExitError('Thresholds, temperatures and shares of a table of budgets must be lists of numbers.')
-    texts = [policy['criterion'], policy['combine']]
-    flat = [value for each in numbers for value in each if value is not None]
-    if not all(text is None or _is_text(text) for text in texts) or not all(_is_finite(value) for value in flat):
-        raise MultiExitError('A policy of a table of budgets has a value of the wrong kind: texts and finite numbers.')
-    return BudgetPoint(**{**values, 'policy': ExitPolicy.from_dict(policy)})
+    _check_keys('A point of a table of budgets', values, BudgetPoint)
+    _check_keys('The policy of a table of budgets', values['policy'], ExitPolicy)
+    if not isinstance(values['shares'], list):
+        raise MultiExitError(f'The shares of a policy are {brief(values["shares"])}, allowed is a list of numbers.')
+    return BudgetPoint(**{**values, 'policy': ExitPolicy.from_dict(values['policy'])})
 
 
 def _show(cost: float, unit: str, total: float, up: bool) -> str:

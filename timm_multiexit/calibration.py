@@ -11,10 +11,9 @@ from timm_multiexit.budgets import BudgetPoint, BudgetTable, StageCosts
 from timm_multiexit.candidates import Candidates, list_used_sets, rank_scores, split_geometrically
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.cost import ExitCost
-from timm_multiexit.policy import CRITERIA, ExitPolicy, apply_policy, check_logits, walk
+from timm_multiexit.policy import CRITERIA, TEMPERATURES, ExitPolicy, apply_policy, check_logits, walk
 from timm_multiexit.risk import drop_losses, last_safe
 
-_TEMPERATURES = (0.01, 100.0)
 _NUM_BUDGETS = 100  # that policies are picked for, beside those of the field's solver
 
 
@@ -49,7 +48,7 @@ def _fit_temperature(logits: Tensor, targets: Tensor) -> float:
     if bool((target == 0).all()):
         return 1.0
     finite = logits.clamp(min=-1e4)  # a probability of 0 times it is 0
-    low, high = 1 / _TEMPERATURES[1], 1 / _TEMPERATURES[0]
+    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     inverse = 1.0
     for _ in range(60):
         probs = (logits * inverse).softmax(-1)
@@ -61,7 +60,7 @@ def _fit_temperature(logits: Tensor, targets: Tensor) -> float:
         inverse, last = (step if low < step < high else (low * high) ** 0.5), inverse
         if abs(inverse - last) <= 1e-6 * last:
             break
-    return min(max(1 / inverse, _TEMPERATURES[0]), _TEMPERATURES[1])
+    return min(max(1 / inverse, TEMPERATURES[0]), TEMPERATURES[1])
 
 
 def solve_budgeted_batch(
@@ -123,9 +122,12 @@ def search_budgets(
 ) -> BudgetTable:
     """Return policies for all budgets, searched for on held-out logits.
 
-    At the mean cost of each of the field's 39 policies (`solve_budgeted_batch`, with this criterion) the table has a
-    policy that is as accurate or more on these logits. Among those that are, the one with most right answers expected
-    is taken: expectations overfit less than counts (see `timm_multiexit.candidates`).
+    At the mean cost of each of the field's 39 policies the table has one that is as accurate or more on these logits:
+    for confidence without `combine` those of `solve_budgeted_batch`, for others their kin with the same criterion and
+    `combine`, which the field's may surpass. With temperatures, the 39 without any set the floor as well as those
+    with them and are in the table where they are needed, for temperatures change who is surest. Among all that are as
+    accurate, the one with most right answers expected is taken: expectations overfit less than counts (see
+    `timm_multiexit.candidates`).
 
     Args:
         logits: One [N, C] tensor per classifier, main last, of held-out samples.
@@ -152,6 +154,8 @@ def search_budgets(
             )
     base = ExitPolicy(criterion, (None,) * len(all_costs[0].heads), temperatures, combine)
     sets = [Candidates(base, used, logits, targets) for used in list_used_sets(base)]
+    if temperatures and criterion != 'patience':
+        sets.append(sets[-1].without_temperatures(logits, targets))
     points = {}
     for each in all_costs:
         for policy, counts, right in _search(sets, each):
@@ -208,7 +212,9 @@ def calibrate(
     criterion: str = 'confidence',
     combine: str | None = None,
 ) -> ExitPolicy:
-    """Return a policy with fitted temperatures: the most accurate within a budget, or the cheapest with a guarantee.
+    """Return a policy: the most accurate within a budget, or the cheapest with a guarantee.
+
+    Temperatures are fitted; the policy has none where one without is better (see `search_budgets`).
 
     With `max_drop`, the true accuracy is less than main's by at most that with probability 1 - `delta` over the draw
     of the held-out samples (see `timm_multiexit.risk`). One half of them, drawn with a fixed seed, gives policies from
@@ -307,11 +313,10 @@ def _drops(
     for policy in path:
         losses = []
         for (logits, targets), cache in zip(halves, caches):
-            if policy.used not in cache:
-                cache[policy.used] = [
-                    (idx, answer.argmax(-1) == targets, score) for idx, answer, score in walk(policy, logits)
-                ]
-            *exits, (_, correct, _) = cache[policy.used]
+            key = policy.used, policy.temperatures
+            if key not in cache:
+                cache[key] = [(idx, answer.argmax(-1) == targets, score) for idx, answer, score in walk(policy, logits)]
+            *exits, (_, correct, _) = cache[key]
             reference = logits[-1].argmax(-1) == targets
             for idx, here, score in reversed(exits):
                 correct = torch.where(policy.leaves(idx, score), here, correct)

@@ -17,6 +17,7 @@ from timm_multiexit.threshold_search import HeldOut, choose_cuts, search
 
 _RIDGE = 20.0  # as if so many samples spoke against another classifier's confidence
 _ALL_SETS = 4  # exits up to which all sets of used ones are looked at
+_RELUCTANCE = 0.01  # right answers that a policy without temperatures must be ahead, so that it wins no tie
 
 
 def rank_scores(eagerness: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,13 +82,24 @@ class Candidates:
         used: The exits.
         logits: One [N, C] float tensor per classifier, main last.
         targets: [N] int64 class indices.
+        worth: [U + 1, N] float tensor, the probability that each classifier is right if that is known.
+        is_bare: Whether the field's policies are all there are.
 
     Raises:
         MultiExitError: Temperatures of another number of classifiers.
     """
 
-    def __init__(self, base: ExitPolicy, used: tuple[int, ...], logits: Sequence[Tensor], targets: Tensor):
-        self.used, self.num_exits = used, len(logits) - 1
+    def __init__(
+        self,
+        base: ExitPolicy,
+        used: tuple[int, ...],
+        logits: Sequence[Tensor],
+        targets: Tensor,
+        *,
+        worth: Tensor | None = None,
+        is_bare: bool = False,
+    ):
+        self.used, self.num_exits, self.is_bare = used, len(logits) - 1, is_bare
         thresholds = tuple(1.0 if idx in used else None for idx in range(self.num_exits))
         self.base = replace(base, thresholds=thresholds)
         self.sign = 1.0 if CRITERIA[base.criterion].leaves_at_least else -1.0
@@ -104,8 +116,15 @@ class Candidates:
                 self.thresholds.append(thresholds)
                 ranks.append(rank[None])
         self.correct = torch.stack(correct)
-        self.worth = _expect(torch.stack(odds, 1), self.correct)
+        self.worth = _expect(torch.stack(odds, 1), self.correct) if worth is None else worth
         self.ranks, self.cuts = torch.cat(ranks), tuple(cuts)
+
+    def without_temperatures(self, logits: Sequence[Tensor], targets: Tensor) -> 'Candidates':
+        """Return the field's policies alone, on logits as they are; arguments as above."""
+        base = replace(self.base, temperatures=())
+        # What an exit answers alone, and so how often it is right, does not depend on its temperature.
+        worth = self.worth if base.combine is None else None
+        return Candidates(base, self.used, logits, targets, worth=worth, is_bare=True)
 
     def _make_thresholds(self, values: Tensor, place: int) -> tuple[Tensor, int, int]:
         """Return the threshold of every cut of an exit, and the smallest and the largest cut that are allowed.
@@ -143,13 +162,16 @@ class Candidates:
         may_skip = _is_independent(self.base)
         held_out = HeldOut(self.ranks, self.correct, self.worth, path_shares, head_shares, self.cuts, may_skip)
         field = self._field_cuts()
-        if self.used:
+        if self.is_bare:
+            pool = field
+        elif self.used:
             careful = [-1 if may_skip else int(cuts[0]) for cuts in self.cuts]
             pool = search(held_out, torch.cat([torch.tensor([careful]), field]))
             pool = torch.cat([field, pool])
         else:
             pool = field.new_zeros(1, 0)
         used_counts, right, expected = held_out.outcome(pool)
+        expected = expected - _RELUCTANCE * self.is_bare
         counts = used_counts.new_zeros(len(pool), self.num_exits + 1)
         counts[:, [*self.used, self.num_exits]] = used_counts
         is_field = torch.arange(len(pool)) < len(field)
