@@ -11,20 +11,18 @@ import logging
 import sys
 from pathlib import Path
 
-import timm
 import torch
 from accelerate import Accelerator
-from timm.models import parse_model_name
 from timm.utils import setup_default_logging
 
 import timm_multiexit as tme
 from timm_multiexit.arguments import create_validate_parser
-from timm_multiexit.build import model_kwargs
-from timm_multiexit.checkpoint import load_checkpoint, read_specs, read_training_checkpoint, restore_exits
+from timm_multiexit.build import model_kwargs, pin_model
 from timm_multiexit.data import DIGITS
-from timm_multiexit.factory import check_model_name
 from timm_multiexit.metrics import describe_environment
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.sources import create_backbone
+from timm_multiexit.training_checkpoint import load_checkpoint, read_training_checkpoint, restore_exits
 from timm_multiexit.validation import Validator
 from timm_multiexit.validation_checks import write_output
 
@@ -44,16 +42,15 @@ def create_model(args):
             setattr(args, name, trained[name])
     if args.model is None:
         raise tme.MultiExitError('No model: give --model NAME, --model local-dir:FOLDER, or --checkpoint PATH.')
-    source = check_model_name(args.model)
+    source = pin_model(args)
     kwargs, size = model_kwargs(args)
-    is_folder = source == 'local-dir'
-    if is_folder:
+    if source is not None:
         kwargs['pretrained'] = True
-    if args.exits is not None or (is_folder and read_specs(parse_model_name(args.model)[1])):
+    if args.exits is not None or (source is not None and source.config.exits):
         model = tme.create_model(
             args.model, exits=args.exits, head=args.exit_head, head_widths=args.head_widths, input_size=size, **kwargs)
     else:
-        backbone = timm.create_model(args.model, **kwargs)
+        backbone = create_backbone(args.model, **kwargs)
         if (checkpoint.get('task_state') or {}).get('exits'):
             model = restore_exits(backbone, checkpoint)
         else:

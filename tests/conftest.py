@@ -1,8 +1,23 @@
-"""Fixtures of all tests: seeded, one thread, small models with lively weights."""
+"""Fixtures of all tests: seeded, one thread, off the network, small models with lively weights."""
+# ruff: noqa: E402
 
 import logging
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+
+from loopback.guard import NetworkGuard, environment, replace_environment
+from loopback.server import Server
+from loopback.state import Hub
+
+# huggingface_hub reads its environment when it is imported, and timm imports it: so this comes first. Each process has
+# a server of its own, and child processes inherit its address.
+HOME = tempfile.TemporaryDirectory(prefix='hub-home-')
+SERVER = Server(Hub())
+replace_environment(environment(SERVER.hub, HOME.name))
+GUARD = NetworkGuard()
+GUARD.install()
 
 import numpy as np
 import pytest
@@ -24,6 +39,32 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def network_guard():
+    """Fails a test that wanted to leave this machine, also where the code under test swallowed the error."""
+    GUARD.take_attempts()
+    yield GUARD
+    assert GUARD.take_attempts() == [], 'a test wanted to reach other machines'
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path_factory):
+    """The Hub of this process (`loopback.state.Hub`), empty, with empty caches of the client and of child processes.
+
+    The client does not wait between its tries, which would be 23 seconds where the Hub is down.
+    """
+    SERVER.hub.clear()
+    caches = tmp_path_factory.mktemp('hub')
+    for name in ('HF_HUB_CACHE', 'HF_XET_CACHE'):
+        monkeypatch.setenv(name, str(caches / name.lower()))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(caches / 'hf_hub_cache'))
+    monkeypatch.setattr('huggingface_hub.utils._http.time', SimpleNamespace(sleep=lambda seconds: None))
+    yield SERVER.hub
+    leaks = [entry for entry in SERVER.hub.log if entry.method == 'LEAK']
+    SERVER.hub.clear()
+    assert not leaks, 'the access token was sent to the host of large files'
 
 
 def _enliven(model):

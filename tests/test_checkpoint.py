@@ -7,7 +7,9 @@ import timm
 import torch
 
 import timm_multiexit as tme
-from timm_multiexit.checkpoint import load_pretrained, read_specs, read_training_checkpoint, restore_exits
+from timm_multiexit.checkpoint import load_pretrained
+from timm_multiexit.model_config import read_model_config
+from timm_multiexit.training_checkpoint import read_training_checkpoint, restore_exits
 
 
 def make_model(**kwargs):
@@ -120,7 +122,7 @@ def test_data_config_is_written_for_plain_timm(tmp_path):
 
 def test_plain_model_is_saved_without_exits(tmp_path):
     tme.save_pretrained(timm.create_model('test_resnet', num_classes=5), tmp_path)
-    assert read_specs(tmp_path) is None
+    assert read_model_config(tmp_path).exits is None
     with pytest.raises(tme.MultiExitError, match='plain timm model'):
         load_pretrained(tmp_path)
 
@@ -142,7 +144,7 @@ def edit_config(path, change):
         (lambda config: config['multiexit']['exits'][0].update(head='os.system'), "Unknown head 'os.system'"),
         (lambda config: config['multiexit']['exits'][0].update(module='nowhere'), 'no module to tap'),
         (lambda config: config['multiexit']['exits'].pop(), 'does not fit this model'),
-        (lambda config: config['multiexit']['exits'][0].update(channels=16), 'does not fit this model'),
+        (lambda config: config['multiexit']['exits'][0].update(channels=16), 'do not fit test_resnet'),
     ],
     ids=['version', 'no-exits', 'no-channels', 'widths', 'channels', 'head', 'module', 'fewer', 'shape'],
 )

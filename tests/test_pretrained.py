@@ -1,8 +1,4 @@
-"""Training from weights that come over the Hub's protocol, from a server on this machine."""
-
-import hashlib
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+"""Training from weights that come over the Hub's protocol, from the Hub on this machine."""
 
 import pytest
 import safetensors.torch
@@ -15,54 +11,18 @@ import train
 REPOSITORY = 'timm/resnet18.a1_in1k'
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers HEAD and GET of `/REPOSITORY/resolve/REVISION/model.safetensors`, and nothing else."""
-
-    content = b''
-
-    def do_HEAD(self):
-        self.answer(sends_body=False)
-
-    def do_GET(self):
-        self.answer(sends_body=True)
-
-    def answer(self, *, sends_body):
-        is_known = self.path.startswith(f'/{REPOSITORY}/resolve/') and self.path.endswith('/model.safetensors')
-        self.send_response(200 if is_known else 404)
-        self.send_header('X-Repo-Commit', '0' * 40)
-        self.send_header('ETag', f'"{hashlib.sha256(self.content).hexdigest()}"')
-        self.send_header('Content-Length', str(len(self.content) if is_known else 0))
-        self.end_headers()
-        if is_known and sends_body:
-            self.wfile.write(self.content)
-
-    def log_message(self, *args):
-        """Nothing on stderr."""
-
-
 @pytest.fixture
-def backbone(monkeypatch, tmp_path):
-    """A resnet18 as trained: weights and statistics that no initialization gives; the Hub's address serves it."""
+def backbone(hub):
+    """A resnet18 as trained: weights and statistics that no initialization gives; the Hub serves it."""
     torch.manual_seed(3)
     model = timm.create_model('resnet18')
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if 'running' in name:
                 tensor.add_(0.1 * torch.rand_like(tensor))
-    Handler.content = safetensors.torch.save(model.state_dict(), metadata={'format': 'pt'})
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    address = f'http://127.0.0.1:{server.server_port}'
-    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', address)
-    monkeypatch.setattr(
-        'huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE', address + '/{repo_id}/resolve/{revision}/{filename}'
-    )
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
-    yield model
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    weights = safetensors.torch.save(model.state_dict(), metadata={'format': 'pt'})
+    hub.add(REPOSITORY, {'model.safetensors': weights})
+    return model
 
 
 def test_frozen_pretrained_backbone_keeps_every_bit_while_its_heads_learn(backbone, run_script, image_folder):

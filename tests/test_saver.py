@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import train
-from timm_multiexit.checkpoint import read_training_checkpoint
+from timm_multiexit.training_checkpoint import read_training_checkpoint
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.saver import RunSaver, find_resume, load_optimizer, read_position
 

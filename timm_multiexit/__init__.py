@@ -6,7 +6,6 @@ from timm_multiexit.attach import exit_points as exit_points
 from timm_multiexit.budgets import BudgetTable as BudgetTable
 from timm_multiexit.budgets import StageCosts as StageCosts
 from timm_multiexit.calibration import calibrate as calibrate
-from timm_multiexit.checkpoint import load_checkpoint as load_checkpoint
 from timm_multiexit.checkpoint import save_pretrained as save_pretrained
 from timm_multiexit.config import ExitSpec as ExitSpec
 from timm_multiexit.config import MultiExitError as MultiExitError
@@ -23,5 +22,6 @@ from timm_multiexit.policy import Prediction as Prediction
 from timm_multiexit.policy import apply_policy as apply_policy
 from timm_multiexit.survey import ExitPoint as ExitPoint
 from timm_multiexit.task import MultiExitTask as MultiExitTask
+from timm_multiexit.training_checkpoint import load_checkpoint as load_checkpoint
 from timm_multiexit.truncation import TruncatedModel as TruncatedModel
 from timm_multiexit.truncation import truncate as truncate

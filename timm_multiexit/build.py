@@ -4,12 +4,11 @@ import logging
 from argparse import Namespace
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss
-from timm.models import parse_model_name, resolve_model_input_args
+from timm.models import load_state_dict, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import (
     ClassificationTask,
@@ -21,17 +20,18 @@ from timm.task import (
 )
 from torch import nn
 
-from timm_multiexit.checkpoint import load_checkpoint, read_specs, read_training_checkpoint
 from timm_multiexit.checks import loss_kwargs
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.cost import meta_copy
 from timm_multiexit.distillation import KDConfig
-from timm_multiexit.factory import check_model_name, create_model
+from timm_multiexit.factory import create_model
 from timm_multiexit.losses import create_loss
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.regimes import Regime, split_exit_groups
+from timm_multiexit.sources import Source, create_backbone, find_source
 from timm_multiexit.taps import classifier_names
 from timm_multiexit.task import MultiExitTask
+from timm_multiexit.training_checkpoint import load_checkpoint, read_training_checkpoint
 
 # What timm and torch raise for keywords and numbers that they do not take, and for weights that are not to be had.
 _REFUSALS = (TypeError, ValueError, AssertionError, IndexError, RuntimeError, OSError)
@@ -53,7 +53,7 @@ def create_train_model(args: Namespace, num_classes: int | None, resume: Any = N
     """
     if args.fast_norm:
         set_fast_norm()
-    check_model_name(args.model)
+    pin_model(args)
     try:
         model = _create_architecture(args)
     except MultiExitError:
@@ -78,6 +78,18 @@ def create_train_model(args: Namespace, num_classes: int | None, resume: Any = N
     if not resume:
         _init_classifiers(args, model)
     return model
+
+
+def pin_model(args: Namespace) -> Source | None:
+    """Return the folder or repository that `--model` names; of the Hub it names its commit from then on.
+
+    Raises:
+        MultiExitError: There is no such model, or it says what it must not say.
+    """
+    source = find_source(args.model, **args.model_kwargs)
+    if source is not None:
+        args.model = source.name
+    return source
 
 
 def model_kwargs(args: Namespace) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
@@ -109,7 +121,7 @@ def _create_architecture(args: Namespace) -> nn.Module:
         # -1 classes: not the file's, so that a classifier of another size is made anew.
         kwargs['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
     if args.exits is None:
-        return timm.create_model(args.model, **kwargs)
+        return create_backbone(args.model, **kwargs)
     exits = None if _has_own_exits(args) and args.exits == 'auto' else args.exits
     model = create_model(
         args.model, exits=exits, head=args.exit_head, head_widths=args.head_widths, input_size=size, **kwargs
@@ -121,9 +133,9 @@ def _create_architecture(args: Namespace) -> nn.Module:
 
 
 def _has_own_exits(args: Namespace) -> bool:
-    """Return whether the model's folder holds trained exits, which 'auto' then means."""
-    source, name = parse_model_name(args.model)
-    return source == 'local-dir' and args.pretrained and bool(read_specs(name))
+    """Return whether the model's folder or repository holds trained exits, which 'auto' then means."""
+    source = find_source(args.model, **args.model_kwargs) if args.pretrained else None
+    return source is not None and bool(source.config.exits)
 
 
 def _check_resumed(model: nn.Module, path: Any) -> None:
@@ -227,19 +239,22 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device) -> Trai
     common = {'device': device, 'dtype': getattr(torch, args.model_dtype) if args.model_dtype else None}
     common['verbose'] = False
     teacher = args.kd_model_name
-    if teacher:
-        check_model_name(teacher)
+    source = find_source(teacher) if teacher else None
     try:
+        if source is not None:
+            teacher = source.create_backbone(pretrained=True).to(device=device, dtype=common['dtype'])
         return _create_task(args, model, teacher, common)
     except MultiExitError:
         raise
     except _REFUSALS as error:
         if not teacher:
             raise
-        raise MultiExitError(f'--kd-model-name {teacher} cannot teach so: {_first_line(error)}.') from error
+        raise MultiExitError(f'--kd-model-name {args.kd_model_name} cannot teach so: {_first_line(error)}.') from error
 
 
-def _create_task(args: Namespace, model: nn.Module, teacher: str | None, common: dict[str, Any]) -> TrainingTask:
+def _create_task(
+    args: Namespace, model: nn.Module, teacher: str | nn.Module | None, common: dict[str, Any]
+) -> TrainingTask:
     weights = {'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
     if isinstance(model, MultiExitModel):
         kd = KDConfig(**weights, temperature=args.kd_temperature) if teacher else None
@@ -302,7 +317,7 @@ def create_regime(args: Namespace, model: nn.Module) -> Regime:
 
 
 def _checkpoint_has_exits(path: str) -> bool:
-    return bool(path) and any(key.startswith('exits.') for key in timm.models.load_state_dict(path))
+    return bool(path) and any(key.startswith('exits.') for key in load_state_dict(path))
 
 
 def create_train_optimizer(

@@ -1,38 +1,46 @@
-"""Checkpoints: the folder that is published, and the files of a training run.
+"""The folder that is saved and published, and the way back from it.
 
 A folder holds `model.safetensors`, the backbone under timm's own keys, `exits.safetensors`, the heads, and
 `config.json`, timm's configuration with one more key, `multiexit`. Plain timm loads it as the main network.
 """
 
-import json
 import logging
+import math
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import timm
 import torch
-from timm.models import load_state_dict
 from timm.models._hub import save_config_for_hf
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
-from timm_multiexit.attach import attach_exits
-from timm_multiexit.budgets import BudgetTable
-from timm_multiexit.config import FORMAT_VERSION, ExitSpec, MultiExitError
+from timm_multiexit.config import FORMAT_VERSION, VERSION, MultiExitError
 from timm_multiexit.model import MultiExitModel
-from timm_multiexit.policy import ExitPolicy
+from timm_multiexit.model_config import (
+    BACKBONE_NAME,
+    CONFIG_KEY,
+    CONFIG_NAME,
+    EXITS_NAME,
+    MODEL_ARGS,
+    ModelConfig,
+    read_model_config,
+)
+from timm_multiexit.untrusted import check_state, read_header
 
 _logger = logging.getLogger(__name__)
 
-CONFIG_NAME = 'config.json'
-BACKBONE_NAME = 'model.safetensors'
-EXITS_NAME = 'exits.safetensors'
-CONFIG_KEY = 'multiexit'
+# Parts of names of weights that are for training alone: heads' projectors, the norms of further augmentation splits.
+TRAINING_ONLY = ('.projector.', '.aux_bn.')
+
+_PREFIX = 'exits.'
+
+# Keywords of timm.create_model that are not the architecture's.
+_FACTORY_KEYWORDS = ('pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'device', 'dtype')
 
 
 def save_pretrained(
@@ -64,7 +72,12 @@ def save_pretrained(
     if isinstance(model, MultiExitModel):
         backbone = model.backbone
         exits = [spec.to_dict() for spec in model.exits.specs]
-        config[CONFIG_KEY] = {'format_version': FORMAT_VERSION, 'weights': EXITS_NAME, 'exits': exits}
+        config[CONFIG_KEY] = {
+            'format_version': FORMAT_VERSION,
+            'library_version': VERSION,
+            'weights': EXITS_NAME,
+            'exits': exits,
+        }
         for name in ('policy', 'budgets'):
             if getattr(model, name) is not None:
                 config[CONFIG_KEY][name] = getattr(model, name).to_dict()
@@ -72,8 +85,7 @@ def save_pretrained(
         save_config_for_hf(backbone, Path(temporary, CONFIG_NAME), model_config=config, data_config=data_config)
         _save_tensors(backbone.state_dict(), Path(temporary, BACKBONE_NAME))
         if isinstance(model, MultiExitModel):
-            tensors = {f'exits.{key}': tensor for key, tensor in model.exits.state_dict().items()}
-            _save_tensors(_without(tensors, *_TRAINING_ONLY), Path(temporary, EXITS_NAME))
+            _save_tensors(_exit_tensors(model), Path(temporary, EXITS_NAME))
         # config.json last: until then a reader sees the old network or an incomplete one, not a mixture it accepts.
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG_NAME):
             shutil.move(path, directory / path.name)
@@ -85,168 +97,147 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     safetensors.torch.save_file(tensors, path, metadata={'format': 'pt'})
 
 
-# Parts of names of weights that are for training alone: heads' projectors, the norms of further augmentation splits.
-_TRAINING_ONLY = ('.projector.', '.aux_bn.')
-
-
-def _without(tensors: dict[str, torch.Tensor], *parts: str) -> dict[str, torch.Tensor]:
+def without(tensors: dict[str, torch.Tensor], *parts: str) -> dict[str, torch.Tensor]:
     """Leave out the tensors with one of these parts in their name."""
     return {key: tensor for key, tensor in tensors.items() if not any(part in key for part in parts)}
-
-
-def read_specs(directory: str | os.PathLike) -> tuple[ExitSpec, ...] | None:
-    """Return the exits that a folder's `config.json` lists, None if it has none.
-
-    Raises:
-        MultiExitError: There is no readable configuration, or it is of a newer format.
-    """
-    section = _read_section(directory)
-    return None if section is None else tuple(ExitSpec.from_dict(values) for values in section['exits'])
-
-
-def _read_section(directory: str | os.PathLike) -> dict[str, Any] | None:
-    """Return our part of a folder's `config.json`, None if it has none."""
-    path = Path(directory, CONFIG_NAME)
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise MultiExitError(f'{directory} is no model folder: it has no {CONFIG_NAME}.') from error
-    except (OSError, ValueError) as error:
-        raise MultiExitError(f'{path} cannot be read: {error}.') from error
-    section = config.get(CONFIG_KEY) if isinstance(config, dict) else None
-    if section is None:
-        return None
-    version = section.get('format_version') if isinstance(section, dict) else None
-    if version != FORMAT_VERSION:
-        raise MultiExitError(
-            f'{path} has multi-exit format {version!r}, this version reads {FORMAT_VERSION}: update timm_multiexit.'
-        )
-    if not isinstance(section.get('exits'), list):
-        raise MultiExitError(f"{path} lists no exits under '{CONFIG_KEY}'.")
-    return section
 
 
 def load_pretrained(directory: str | os.PathLike, *, pretrained: bool = True, **kwargs: Any) -> MultiExitModel:
     """Return the multi-exit model that a folder holds.
 
+    The folder is not trusted: all it says is checked, and its weights are compared with the model without data, by
+    the headers of the files, before memory is taken.
+
     Args:
         directory: A folder that `save_pretrained` wrote.
-        pretrained: Load the weights; otherwise the architecture alone.
+        pretrained: Load the weights, the policy and the budgets; otherwise the architecture alone.
         **kwargs: For `timm.create_model`. With another `num_classes` all classifiers are fresh.
 
     Raises:
-        MultiExitError: The folder holds no exits, or files that do not fit each other.
+        MultiExitError: The folder holds no exits, what it must not hold, or files that do not fit each other.
     """
-    specs = read_specs(directory)
-    if specs is None:
+    directory = Path(directory)
+    config = read_model_config(directory, overridden=kwargs)
+    if config.exits is None:
         raise MultiExitError(f'{directory} holds a plain timm model: name the exits to attach, or exits="auto".')
-    backbone = timm.create_model(f'local-dir:{directory}', pretrained=pretrained, **kwargs)
-    model = MultiExitModel(backbone, specs, drop_rate=float(kwargs.get('drop_rate') or 0.0))
+    path = directory / EXITS_NAME
+    empty = _create_empty(config, directory, kwargs)
+    if pretrained:
+        check_state(empty.backbone.state_dict(), read_header(directory / BACKBONE_NAME), directory / BACKBONE_NAME)
+        check_state(_exit_tensors(empty), read_header(path), path)
+    backbone = load_backbone(config, directory, pretrained=pretrained, **kwargs)
+    model = MultiExitModel(backbone, config.exits, drop_rate=float(kwargs.get('drop_rate') or 0.0))
     if not pretrained:
         return model
-    path = Path(directory, EXITS_NAME)
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise MultiExitError(f'{path} cannot be read: {error}.') from error
-    own = {f'exits.{key}': tensor for key, tensor in model.exits.state_dict().items()}
-    saved_classes = json.loads(Path(directory, CONFIG_NAME).read_text()).get('num_classes')
-    if saved_classes != model.num_classes:
+    tensors = safetensors.torch.load_file(path)
+    if empty.num_classes != model.num_classes:
         # As timm does for main: the rest is kept, the classifiers start anew.
-        _logger.info(f'{saved_classes} classes in {directory}, {model.num_classes} asked for: fresh classifiers.')
+        _logger.info(f'{empty.num_classes} classes in {directory}, {model.num_classes} asked for: fresh classifiers.')
+        own = _exit_tensors(model)
         tensors = {key: own[key] if '.fc.' in key else tensor for key, tensor in tensors.items()}
     else:
-        _restore_policies(model, _read_section(directory))
-    _check_state(own, tensors, path)
-    model.exits.load_state_dict({key.removeprefix('exits.'): tensor for key, tensor in tensors.items()})
+        model.policy, model.budgets = config.policy, config.budgets
+    model.exits.load_state_dict({key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()})
+    _check_finite(model.exits, path)
     return model
 
 
-def _restore_policies(model: MultiExitModel, section: dict[str, Any]) -> None:
-    """Give a model the policy and the table of budgets that it was saved with."""
-    policy, budgets = section.get('policy'), section.get('budgets')
-    if policy is not None:
-        policy = ExitPolicy.from_dict(policy)
-        policy.check_exits(len(model.exits))
-    if budgets is not None:
-        budgets = BudgetTable.from_dict(budgets)
-        budgets.points[0].policy.check_exits(len(model.exits))
-    model.policy, model.budgets = policy, budgets
+def load_backbone(config: ModelConfig, directory: Path, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """Return the timm model that a folder holds, as `timm.create_model('local-dir:...')` does for one that is trusted.
 
-
-def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, use_ema: bool = True) -> None:
-    """Load the weights of a training checkpoint (`*.pth.tar`, `*.safetensors`) into a model.
+    timm gets the checked configuration and one safetensors file, nothing else of the folder.
 
     Args:
-        model: A `MultiExitModel` or a timm model. A checkpoint of a plain timm model goes into the backbone, the
-            heads stay as they are.
-        path: The file; only tensors and plain values are read from it.
-        use_ema: Take the averaged weights where the file has them.
+        config: What `read_model_config` returned for the folder.
+        directory: The folder.
+        pretrained: Load the weights; otherwise the architecture alone.
+        **kwargs: For `timm.create_model`; they go before what the file says.
 
     Raises:
-        MultiExitError: There is no such file, it cannot be read, or its weights do not fit the model.
+        MultiExitError: The architecture cannot be made so, or the weights do not fit it.
     """
-    if not Path(path).is_file():
-        raise MultiExitError(f'There is no checkpoint {path}.')
+    path = directory / BACKBONE_NAME
+    pretrained_cfg = dict(config.pretrained_cfg)
+    if pretrained:
+        _check_size(config, directory, kwargs)
+        pretrained_cfg['file'] = str(path)
+    model = _create_backbone(config, directory, kwargs, pretrained=pretrained, pretrained_cfg=pretrained_cfg)
+    if pretrained:
+        _check_finite(model, path)
+    return model
+
+
+def _create_backbone(config: ModelConfig, directory: Path, given: dict[str, Any], **kwargs: Any) -> nn.Module:
+    kwargs = {'pretrained_cfg': dict(config.pretrained_cfg), 'pretrained_model_args': config.model_args, **kwargs}
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        state = load_state_dict(os.fspath(path), use_ema=use_ema)
-    except Exception as error:
-        raise MultiExitError(f'{path} is no checkpoint that can be read: {_first_line(error)}.') from error
-    if isinstance(model, MultiExitModel) and not any(key.startswith('backbone.') for key in state):
-        _logger.info(f'{path} is of a plain network: loaded into the backbone, the exits stay as they are.')
-        model = model.backbone
-    absent = [part for part in _TRAINING_ONLY if not any(part in key for key in model.state_dict())]
-    state = _without(state, *absent)
-    _check_state(model.state_dict(), state, path)
-    model.load_state_dict(state)
+        return timm.create_model(config.architecture, **kwargs, **{**config.model_args, **given})
+    except Exception as error:  # architectures raise all kinds of errors for what they do not take
+        raise MultiExitError(f'{config.architecture} of {directory} cannot be made so: {_reason(error)}.') from error
 
 
-def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Return what a training checkpoint says besides its weights: epoch, args, metric, task_state.
+def _create_empty_backbone(config: ModelConfig, directory: Path, given: dict[str, Any]) -> nn.Module:
+    """Return the architecture that the weights are of, on the meta device: of what is given, only what no file sets."""
+    own = {name: value for name, value in given.items() if name not in (*MODEL_ARGS, *_FACTORY_KEYWORDS)}
+    with torch.device('meta'):
+        return _create_backbone(config, directory, own)
+
+
+def _create_empty(config: ModelConfig, directory: Path, given: dict[str, Any]) -> MultiExitModel:
+    """Return the model on the meta device.
 
     Raises:
-        MultiExitError: There is no such file or it cannot be read.
+        MultiExitError: The exits do not fit the backbone.
     """
-    if not Path(path).is_file():
-        raise MultiExitError(f'There is no checkpoint {path}.')
-    try:
-        return load_checkpoint_metadata(os.fspath(path))
-    except Exception as error:
-        raise MultiExitError(f'{path} is no checkpoint that can be read: {_first_line(error)}.') from error
+    backbone = _create_empty_backbone(config, directory, given).eval()
+    modules = dict(backbone.named_modules())
+    for spec in config.exits:
+        if spec.module not in modules:
+            raise MultiExitError(
+                f'{config.architecture} has no module to tap named {brief(spec.module)}, which {directory} names.'
+            )
+    images = torch.empty(1, *config.pretrained_cfg['input_size'], device='meta')
+    with torch.device('meta'), torch.no_grad():
+        model = MultiExitModel(backbone, config.exits)
+        try:
+            backbone(images)
+        except Exception:  # some read their data in forward, which is not there: nothing is said of the exits
+            return model
+        try:
+            model(images, exits=True)
+        except Exception as error:
+            raise MultiExitError(
+                f'The exits in {directory / CONFIG_NAME} do not fit {config.architecture}: {_reason(error)}.'
+            ) from error
+    return model
 
 
-def restore_exits(backbone: nn.Module, checkpoint: dict[str, Any], **kwargs: Any) -> MultiExitModel:
-    """Return the backbone with the exits that a training checkpoint was written with; fresh 'auto' ones if it had none.
+def _check_size(config: ModelConfig, directory: Path, given: dict[str, Any]) -> None:
+    """Raise for a file with far fewer numbers than the architecture that its configuration names.
 
-    Args:
-        backbone: A timm model of the checkpoint's architecture.
-        checkpoint: What `read_training_checkpoint` returned.
-        **kwargs: `drop_rate` and `input_size` of `MultiExitModel`.
+    The names may differ: timm knows how to read files of the architectures' authors.
     """
-    values = (checkpoint.get('task_state') or {}).get('exits')
-    if values is None:
-        return attach_exits(backbone, 'auto', **kwargs)
-    return MultiExitModel(backbone, [ExitSpec.from_dict(value) for value in values], **kwargs)
-
-
-def _check_state(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Raise one line that says how a checkpoint differs from the model."""
-    missing = sorted(own.keys() - given.keys())
-    unexpected = sorted(given.keys() - own.keys())
-    misfits = [key for key in own.keys() & given.keys() if own[key].shape != given[key].shape]
-    if missing or unexpected:
+    header = read_header(directory / BACKBONE_NAME)
+    num_saved = sum(math.prod(info.shape) for info in header.values())
+    empty = _create_empty_backbone(config, directory, given)
+    num = sum(param.numel() for param in empty.parameters())
+    if num > 2 * num_saved + 1_000_000:
         raise MultiExitError(
-            f'{path} does not fit this model: {len(missing)} weights are missing ({", ".join(missing[:2]) or "none"}),'
-            f' {len(unexpected)} are unknown ({", ".join(unexpected[:2]) or "none"}).'
-            ' Give the model, exits and head it was trained with.'
-        )
-    if misfits:
-        key = min(misfits)
-        raise MultiExitError(
-            f'{path} does not fit this model: {key} is {list(given[key].shape)} there and {list(own[key].shape)} here'
-            f' ({len(misfits)} such weights). Give the num_classes, exits and head widths it was trained with.'
+            f'{directory / BACKBONE_NAME} holds {num_saved} numbers and does not fit this model: {config.architecture}'
+            f' as {CONFIG_NAME} has it takes {num}.'
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
+def _exit_tensors(model: MultiExitModel) -> dict[str, torch.Tensor]:
+    """Return the tensors of the heads under the names they are saved with."""
+    return without({f'{_PREFIX}{key}': tensor for key, tensor in model.exits.state_dict().items()}, *TRAINING_ONLY)
+
+
+def _check_finite(module: nn.Module, path: Path) -> None:
+    for key, tensor in module.state_dict().items():
+        if not tensor.isfinite().all():
+            raise MultiExitError(f'{path} holds numbers that are none (NaN or infinite), at {key}.')
+
+
+def _reason(error: Exception) -> str:
+    return ' '.join(' '.join(str(error).split())[:200].rstrip('.:').split()) or type(error).__name__

@@ -11,13 +11,13 @@ from timm.scheduler import PlateauLRScheduler
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import unwrap_model
 
-from timm_multiexit.checkpoint import read_training_checkpoint
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.engine import Trainer
 from timm_multiexit.files import explained, write_text
 from timm_multiexit.journal import Journal
 from timm_multiexit.progress import Progress
 from timm_multiexit.saver import RunSaver, load_optimizer, read_position
+from timm_multiexit.training_checkpoint import read_training_checkpoint
 
 
 class _ScalerState:

@@ -5,17 +5,16 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 
-from timm_multiexit.checkpoint import load_checkpoint
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.engine import evaluate_loader
-from timm_multiexit.factory import check_model_name
 from timm_multiexit.loaders import create_eval_loader
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.sources import create_backbone
+from timm_multiexit.training_checkpoint import load_checkpoint
 
 # What timm, torch and the Hub raise for weights that are not to be had or do not fit.
 _REFUSALS = (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError)
@@ -37,7 +36,8 @@ def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExi
     """Return a trained plain timm model, without exits, on the CPU.
 
     Args:
-        text: A timm name, whose own weights are loaded; NAME:CHECKPOINT, a file of its weights; `local-dir:FOLDER`.
+        text: A timm name, whose own weights are loaded; NAME:CHECKPOINT, a file of its weights; `local-dir:FOLDER`;
+            `hf-hub:ORG/NAME`.
         num_classes: Of the model that it is compared with.
         in_chans: Channels of the images.
 
@@ -45,13 +45,12 @@ def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExi
         MultiExitError: There is no such model, its weights cannot be had, or it has other classes or channels.
     """
     name, checkpoint = split_name(text)
-    check_model_name(name)
     try:
         if checkpoint:
-            backbone = timm.create_model(name, num_classes=num_classes, in_chans=in_chans)
+            backbone = create_backbone(name, num_classes=num_classes, in_chans=in_chans)
             load_checkpoint(backbone, checkpoint)
         else:
-            backbone = timm.create_model(name, pretrained=True)
+            backbone = create_backbone(name, pretrained=True)
     except MultiExitError as error:
         raise MultiExitError(f'--compare {text}: {error}') from error
     except _REFUSALS as error:

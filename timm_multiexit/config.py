@@ -3,7 +3,8 @@
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-FORMAT_VERSION = 1
+VERSION = '0.1.0'
+FORMAT_VERSION = 1  # of what `config.json` says of exits; a file of a later one is refused
 LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
 

@@ -3,19 +3,17 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import timm
 import torch
-from timm.models import parse_model_name
 
 from timm_multiexit.attach import ExitsArg, attach_exits
-from timm_multiexit.checkpoint import load_pretrained, read_specs
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.engine import evaluate_loader
 from timm_multiexit.metrics import ENSEMBLE, format_table
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.sources import find_source
 
 _logger = logging.getLogger(__name__)
 
@@ -44,17 +42,19 @@ def create_model(
     """Return a timm model with exits.
 
     Args:
-        model_name: A timm name, with or without a tag, or `local-dir:` and a folder that training or
-            `save_pretrained` wrote.
-        pretrained: Load weights: timm's into the backbone, the exits staying fresh; a folder's into all of it.
-        exits: See `attach_exits`. None for the folder's own exits, else 'auto'.
+        model_name: A timm name, with or without a tag; `hf-hub:ORG/NAME[@REVISION]`, a repository of the Hugging Face
+            Hub; or `local-dir:` and a folder that training or `save_pretrained` wrote.
+        pretrained: Load weights: timm's into the backbone, the exits staying fresh; a folder's or a repository's into
+            all of it, and with them its policy and budgets.
+        exits: See `attach_exits`. None for the exits that folder or repository have, else 'auto'.
         head: Type of fresh heads: 'conv', 'paper' or 'linear'.
         head_widths: Widths of fresh heads, see `attach_exits`.
         input_size: (channels, height, width) that the costs of fresh exits are reckoned for.
         **kwargs: Every other keyword of `timm.create_model`: num_classes, in_chans, drop_rate, ...
 
     Raises:
-        MultiExitError: Unknown model, no such exits, or a folder that does not hold what it should.
+        MultiExitError: Unknown model, no such exits, or a folder or repository that does not hold what it should, or
+            holds what it must not: see `load_pretrained`.
 
     >>> model = create_model('resnet18', exits=[1, 2], num_classes=10)
     >>> model(torch.randn(2, 3, 64, 64), exit_idx=0).shape
@@ -62,14 +62,15 @@ def create_model(
     """
     if kwargs.get('features_only'):
         raise MultiExitError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
-    source = check_model_name(model_name)
-    if source == 'local-dir' and exits is None:
-        directory = parse_model_name(model_name)[1]
-        if read_specs(directory) is not None:
-            return load_pretrained(directory, pretrained=pretrained, **kwargs)
+    source = find_source(model_name, **kwargs)
+    if source is not None and source.config.exits is not None and exits is None:
+        return source.create_model(pretrained=pretrained, **kwargs)
     if input_size is not None:
         kwargs.setdefault('in_chans', input_size[0])
-    backbone = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    if source is None:
+        backbone = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    else:
+        backbone = source.create_backbone(pretrained=pretrained, **kwargs)
     model = attach_exits(
         backbone,
         'auto' if exits is None else exits,
@@ -81,30 +82,6 @@ def create_model(
     if pretrained:
         _logger.warning(f'{model_name} is trained, its {len(model.exits)} exits are not: train them before use.')
     return model
-
-
-def check_model_name(model_name: str) -> str | None:
-    """Return the source of a model name: None for timm's registry, or 'local-dir'.
-
-    Raises:
-        MultiExitError: There is no such model, the message has the nearest names; or no such folder.
-    """
-    try:
-        source, name = parse_model_name(model_name)
-    except ValueError as error:
-        raise MultiExitError(str(error)) from error
-    if source == 'hf-hub':
-        raise MultiExitError(
-            f"'{model_name}': loading from the Hub is not supported yet; download the repository and give"
-            " 'local-dir:FOLDER'."
-        )
-    if source == 'local-dir':
-        read_specs(name)  # says so if there is no such folder
-    if source is None and not timm.is_model(name):
-        near = get_close_matches(name.split('.')[0], timm.list_models(), n=3, cutoff=0.5)
-        hint = f'nearest are {", ".join(near)}' if near else 'timm.list_models() lists what there is'
-        raise MultiExitError(f"timm has no model '{name}', {hint}.")
-    return source
 
 
 @dataclass(frozen=True)

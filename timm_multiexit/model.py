@@ -88,6 +88,7 @@ class MultiExitModel(DynamicInference):
         super().__init__()
         self.backbone = backbone
         self._frozen_names: tuple[str, ...] | None = None
+        self.hub_commit: str | None = None  # of the repository that the weights are from
         self.input_size = tuple(input_size or get_model_input_config(backbone)['input_size'])
         heads = [
             ExitHead(

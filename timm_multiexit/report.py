@@ -6,7 +6,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import timm
 from accelerate import Accelerator
 
 from timm_multiexit.engine import evaluate_loader
@@ -15,6 +14,7 @@ from timm_multiexit.files import write_text
 from timm_multiexit.loaders import create_eval_loader
 from timm_multiexit.metrics import describe_environment
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.sources import create_backbone
 
 
 def report(
@@ -78,6 +78,7 @@ def report(
 
 def load_best(args: Namespace, folder: str) -> MultiExitModel:
     """Return the network of a run's folder, without exits if the run had none."""
+    name = f'local-dir:{folder}'
     if args.exits is not None:
-        return create_model(f'local-dir:{folder}', pretrained=True)
-    return MultiExitModel(timm.create_model(f'local-dir:{folder}', pretrained=True), [])
+        return create_model(name, pretrained=True, **args.model_kwargs)
+    return MultiExitModel(create_backbone(name, pretrained=True, **args.model_kwargs), [])

@@ -13,9 +13,10 @@ from timm.layers import SplitBatchNorm2d
 from timm.utils import CheckpointSaver
 from torch import nn
 
-from timm_multiexit.checkpoint import read_training_checkpoint, save_pretrained
+from timm_multiexit.checkpoint import save_pretrained
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.files import explained
+from timm_multiexit.training_checkpoint import read_training_checkpoint
 
 _logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from timm.models import parse_model_name
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from timm_multiexit.checkpoint import read_training_checkpoint
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.data import class_to_idx, create_checked_dataset
 from timm_multiexit.holdout import SubsetReader, TransformSubset, hold_out
 from timm_multiexit.loaders import create_eval_loader
+from timm_multiexit.training_checkpoint import read_training_checkpoint
 
 _logger = logging.getLogger(__name__)
 

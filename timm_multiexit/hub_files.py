@@ -1,0 +1,73 @@
+"""Which files may go to the Hugging Face Hub or come from it, and what tells two of them apart."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from timm_multiexit.config import MultiExitError
+
+# Formats that can hold pickles, which run code where they are read.
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.tar', '.npz')
+_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
+
+
+def check_file_name(name: str) -> None:
+    """Raise `MultiExitError` unless this is a plain file name, of a format that holds no code.
+
+    >>> check_file_name('model.safetensors')
+    """
+    if not _NAME.fullmatch(name):
+        raise MultiExitError(
+            f"File name {name!r} is not taken: allowed are letters and digits, and '.', '_', '-' after them."
+        )
+    if name.lower().endswith(PICKLES):
+        raise MultiExitError(f"'{name}' is of a format that may hold code: give or write safetensors.")
+
+
+def local_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder and its folders that are not hidden, by their path in it with slashes.
+
+    Raises:
+        MultiExitError: There is no such folder or nothing in it, a file may hold code or has a name that is not taken,
+            a link leads out of the folder or to another folder, something cannot be read.
+    """
+    if not folder.is_dir():
+        raise MultiExitError(f'{folder} is no folder: give one that a publication was written to.')
+    root = folder.resolve()
+    files = {}
+    try:
+        for parent, names, file_names in os.walk(root, onerror=_raise):
+            names[:] = [name for name in names if not name.startswith('.')]
+            links = [name for name in names if Path(parent, name).is_symlink()]  # a walk does not follow them
+            for path in (Path(parent, name) for name in links + file_names if not name.startswith('.')):
+                files[path.relative_to(root).as_posix()] = _resolve(path, root)
+    except (OSError, RuntimeError) as error:  # of links in a circle: RuntimeError before Python 3.13
+        raise MultiExitError(f'{folder} cannot be read: {error}.') from error
+    if not files:
+        raise MultiExitError(f'{folder} has no files to push: give one that a publication was written to.')
+    return files
+
+
+def _resolve(path: Path, root: Path) -> Path:
+    """Return the file that a path leads to."""
+    target = path.resolve()
+    for part in path.relative_to(root).parts:
+        check_file_name(part)
+    check_file_name(target.name)
+    if not target.is_relative_to(root) or not target.is_file():
+        raise MultiExitError(f'{path} leads out of {root} or to no file, so it is not pushed: copy or remove it.')
+    return target
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def digest(file: Path, *, is_large: bool) -> str:
+    """Return what the Hub tells of a file's content: SHA-256 of a large one (LFS), git's blob id of the others."""
+    content = hashlib.sha256() if is_large else hashlib.sha1(b'blob %d\0' % file.stat().st_size)
+    with file.open('rb') as stream:
+        while chunk := stream.read(1 << 20):
+            content.update(chunk)
+    return content.hexdigest()

@@ -1,0 +1,134 @@
+"""Files that come from anywhere: JSON and the headers of safetensors, read without trusting them.
+
+Nothing here runs code from a file, and no memory is taken by what a file claims.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any, NamedTuple
+
+import safetensors
+from torch import Tensor
+
+from timm_multiexit.config import MultiExitError
+
+_MAX_JSON_BYTES = 8 * 2**20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        MultiExitError: There is no such file, it is larger than 8 MB, no JSON, nested too deeply, or has a key twice, a
+            number that is none (NaN, infinities) or no object at its root.
+    """
+    try:
+        if not path.is_file():
+            raise MultiExitError(f'{path.parent} is no model folder: it has no {path.name}.')
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise MultiExitError(f'{path} has {size} bytes, allowed are {_MAX_JSON_BYTES}.')
+        values = json.loads(
+            path.read_text(encoding='utf-8'),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_parse_float,
+        )
+    except MultiExitError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise MultiExitError(f'{path} cannot be read: {_reason(error)}.') from error
+    if not isinstance(values, dict):
+        raise MultiExitError(f'{path} holds {brief(values)}, allowed is an object.')
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'{brief(next(name for name in names if names.count(name) > 1))} is there twice')
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f'{name} is no number')
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f'{text[:40]} is no number that a float holds')
+    return value
+
+
+class TensorInfo(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+        shape: Its shape.
+        dtype: In the words of safetensors: 'F32', 'BF16', 'I64', ...
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return what a safetensors file holds, without reading its tensors.
+
+    Raises:
+        MultiExitError: There is no such file, or it is none of safetensors.
+    """
+    if not path.is_file():
+        raise MultiExitError(f'{path.parent} has no {path.name}, and weights are read from nothing else.')
+    try:
+        with safetensors.safe_open(path, framework='pt') as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            return {key: TensorInfo(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise MultiExitError(f'{path} cannot be read: {_reason(error)}.') from error
+
+
+def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor | TensorInfo], path: Any) -> None:
+    """Raise one line that says how a checkpoint differs from the model.
+
+    Args:
+        own: The model's state dict, on the meta device if need be.
+        given: The tensors of a checkpoint, or what its header says of them.
+        path: Of the checkpoint.
+
+    Raises:
+        MultiExitError: There are other weights, or some have another shape or kind of number.
+    """
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unexpected:
+        raise MultiExitError(
+            f'{path} does not fit this model: {len(missing)} weights are missing ({_first(missing)}), {len(unexpected)}'
+            f' are unknown ({_first(unexpected)}). Give the model, exits and head it was trained with.'
+        )
+    misfits = [key for key in own if tuple(own[key].shape) != tuple(given[key].shape)]
+    if misfits:
+        key = min(misfits)
+        raise MultiExitError(
+            f'{path} does not fit this model: {_first([key])} is {brief(list(given[key].shape))} there and'
+            f' {list(own[key].shape)} here ({len(misfits)} such weights). Give the num_classes, exits and head widths'
+            ' it was trained with.'
+        )
+    for key, info in given.items():
+        if isinstance(info, TensorInfo) and own[key].is_floating_point() != ('F' in info.dtype):
+            raise MultiExitError(f'{path} does not fit this model: {_first([key])} is {info.dtype} there.')
+
+
+def _first(names: list[str]) -> str:
+    return ', '.join(brief(name).strip("'") for name in names[:2]) or 'none'
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return 'it is nested too deeply'
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text[:200].rstrip('.')
