@@ -1,3 +1,4 @@
+import hashlib
 import json
 from argparse import Namespace
 
@@ -7,8 +8,10 @@ import timm
 import torch
 
 import timm_multiexit as tme
-from timm_multiexit.checkpoint import load_pretrained
+from timm_multiexit.budgets import BudgetPoint, BudgetTable
+from timm_multiexit.checkpoint import hash_weights, load_pretrained, save_policy
 from timm_multiexit.model_config import read_model_config
+from timm_multiexit.policy import ExitPolicy
 from timm_multiexit.training_checkpoint import read_training_checkpoint, restore_exits
 
 
@@ -261,3 +264,101 @@ def test_policy_in_a_config_that_fits_nothing_is_an_error(folder, key, value, me
     (path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(tme.MultiExitError, match=message):
         tme.create_model(f'local-dir:{path}', pretrained=True)
+
+
+def make_budgets(policy, macs=100.0):
+    num_exits = len(policy.thresholds)
+    point = BudgetPoint(policy, 50.0, (0.0,) * num_exits + (1.0,), macs=macs)
+    return BudgetTable((point,), total_macs=macs, max_macs=2 * macs)
+
+
+def read_files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_saved_policy_changes_nothing_but_itself(folder):
+    _, path = folder
+    edit_config(path, lambda config: config.update(mine={'text': 'é', 'number': 0.1 + 0.2, 'none': None, 'big': 2**70}))
+    edit_config(path, lambda config: config['multiexit'].update(later=[1.5, True]))
+    before, files = json.loads((path / 'config.json').read_text()), read_files(path)
+    policy = ExitPolicy('confidence', (0.9, None, 1 / 3), temperatures=(1.5, 2.0, 0.7, 1.1), combine='mean')
+    for one, table in ((ExitPolicy('margin', (0.1, 0.2, 0.3)), None), (policy, make_budgets(policy))):
+        save_policy(path, one, table)
+        after = json.loads((path / 'config.json').read_text())
+        added = {name: after['multiexit'].pop(name) for name in ('policy', 'budgets') if name in after['multiexit']}
+        assert json.dumps(after) == json.dumps(before)  # the order of the keys too
+        assert set(added) == ({'policy', 'budgets'} if table else {'policy'})
+    now = read_files(path)
+    assert {name for name in now if now[name] != files.get(name)} == {'config.json'}
+    assert set(now) == set(files)
+    loaded = tme.create_model(f'local-dir:{path}', pretrained=True)
+    assert (loaded.policy, loaded.budgets) == (policy, make_budgets(policy))
+
+
+def test_no_policy_takes_the_old_one_away(folder):
+    _, path = folder
+    before = json.loads((path / 'config.json').read_text())
+    policy = ExitPolicy('confidence', (0.9, 0.8, 0.7))
+    save_policy(path, policy, make_budgets(policy))
+    save_policy(path, None, None)
+    assert json.loads((path / 'config.json').read_text()) == before
+
+
+def test_policy_is_saved_beside_what_only_the_caller_may_set(folder):
+    _, path = folder
+    edit_config(path, lambda config: config.update(model_args={'norm_layer': 'mine', 'num_classes': 5}))
+    save_policy(path, ExitPolicy('confidence', (0.9, 0.8, 0.7)), None)
+    assert json.loads((path / 'config.json').read_text())['multiexit']['policy']['thresholds'] == [0.9, 0.8, 0.7]
+
+
+@pytest.mark.parametrize(
+    ('change', 'thresholds', 'in_table', 'message'),
+    [
+        (lambda config: None, (0.9,), False, 'The policy has 1 thresholds, the model 3 exits'),
+        (lambda config: None, (0.9,) * 4, True, 'The policy has 4 thresholds, the model 3 exits'),
+        (lambda config: config.pop('multiexit'), (0.9,) * 3, False, 'a model without exits: no policy'),
+        (lambda config: config['multiexit'].update(format_version=2), (0.9,) * 3, False, 'this version reads 1'),
+        (lambda config: config.update(model_args=[1]), (0.9,) * 3, False, 'model_args is'),
+        (lambda config: config.update(number=float('nan')), (0.9,) * 3, False, 'NaN is no number'),
+    ],
+    ids=['policy', 'budgets', 'plain', 'newer', 'model_args', 'nan'],
+)
+def test_policy_that_cannot_be_saved_changes_nothing(folder, change, thresholds, in_table, message):
+    _, path = folder
+    edit_config(path, change)
+    before = read_files(path)
+    policy = ExitPolicy('confidence', thresholds)
+    with pytest.raises(tme.MultiExitError, match=message) as error:
+        save_policy(path, None if in_table else policy, make_budgets(policy) if in_table else None)
+    assert '\n' not in str(error.value)
+    assert read_files(path) == before
+
+
+def test_full_disk_leaves_the_old_policy(folder, monkeypatch):
+    _, path = folder
+    save_policy(path, ExitPolicy('confidence', (0.9, 0.8, 0.7)), None)
+    before = read_files(path)
+
+    def write_half(self, text, **kwargs):
+        self.write_bytes(text.encode()[:99])
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('pathlib.Path.write_text', write_half)
+    with pytest.raises(
+        tme.MultiExitError, match=r'config.json could not be written: No space left on device\. It is as'
+    ):
+        save_policy(path, ExitPolicy('confidence', (0.1, 0.1, 0.1)), None)
+    assert read_files(path) == before
+
+
+def test_hashes_are_of_the_weights_that_are_there(folder):
+    _, path = folder
+    (path / 'notes.txt').write_text('mine')
+    (path / 'model.safetensors').write_bytes(b'x' * (2**20 + 1))  # more than is read at a time
+    expected = {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest()
+        for name in ('model.safetensors', 'exits.safetensors')
+    }
+    assert hash_weights(path) == expected
+    (path / 'exits.safetensors').unlink()
+    assert hash_weights(path) == {'model.safetensors': expected['model.safetensors']}

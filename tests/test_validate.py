@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import json
 
 import pytest
@@ -39,6 +40,28 @@ def test_folder_and_checkpoint_give_the_training_runs_table(run_script, run_fold
         assert '11 images' in table
 
 
+def sha256(folder):
+    """Return the hashes of a folder's weights."""
+    names = ('model.safetensors', 'exits.safetensors')
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def test_training_results_say_what_they_are_of(run_folder):
+    results = json.loads((run_folder / 'results.json').read_text())
+    expected = {
+        'dataset': 'images',
+        'input_size': [3, 32, 32],
+        'weights': sha256(run_folder / 'best'),
+        'split': 'validation',
+        'best_epoch': 0,
+        'epochs': 1,
+        'epoch_chosen_by': 'top1',
+        'epoch_chosen_on': 'validation',
+        'is_reported_split': True,
+    }
+    assert {key: results[key] for key in expected} == expected
+
+
 def test_model_name_with_fresh_exits(run_script, image_folder):
     flags = (
         '--model',
@@ -72,14 +95,25 @@ def test_results_files(run_script, run_folder, image_folder, tmp_path):
     run_validate(run_script, *source, '--results-file', tmp_path / 'rows.json', '--results-format', 'json')
     saved = json.loads((tmp_path / 'rows.json').read_text())
     assert saved['rows'] == result['rows']
-    assert 'torch' in saved['versions']
+    assert {'commit', 'versions', 'hardware', 'threads'} <= set(saved)
+    expected = {
+        'dataset': 'images',
+        'input_size': [3, 32, 32],
+        'weights': sha256(run_folder / 'best'),
+        'precision': 'float32',
+    }
+    assert {key: saved[key] for key in expected} == expected
+    assert 'calibrated_on' not in saved
 
 
 def test_without_data_the_digits_are_measured(run_script, tmp_path):
     model = tme.create_model('test_resnet', num_classes=10, input_size=(3, 32, 32))
     tme.save_pretrained(model, tmp_path / 'net', data_config={'input_size': (3, 32, 32)})
-    table, _ = run_validate(run_script, '--model', f'local-dir:{tmp_path}/net', '--amp', '--amp-dtype', 'bfloat16')
+    flags = ('--amp', '--amp-dtype', 'bfloat16', '--results-file', tmp_path / 'r.json', '--results-format', 'json')
+    table, _ = run_validate(run_script, '--model', f'local-dir:{tmp_path}/net', *flags)
     assert 'test split, 360 images' in table
+    saved = json.loads((tmp_path / 'r.json').read_text())
+    assert (saved['dataset'], saved['precision']) == ('digits', 'amp bfloat16')
 
 
 @pytest.mark.parametrize(
@@ -199,6 +233,10 @@ def test_dynamic_report_is_that_of_a_simulation(run_script, digits_net, tmp_path
     assert rows['plain timm']['top-1'] == saved['rows'][2]['top-1']
     assert all(row['img/s'] > 0 and row['time_ratio'] > 0 for row in saved['dynamic'])
     assert 'max drop 0.3 are chosen on the validation split, 180 images.' in text
+    assert saved['calibrated_on'] == 'the validation split, 180 images'
+    assert {**saved['latency'], 'ms': 0} == {'batch_size': 1, 'rounds': 1, 'device': 'cpu', 'ms': 0}
+    assert list(saved['latency']['ms']) == ['plain timm', '0', '1', 'main']
+    assert f'exit_idx=1 {saved["latency"]["ms"]["1"]:.3f}, main' in text
     assert saved['compare'][0]['top-1'] == saved['rows'][2]['top-1']
     with Image.open(tmp_path / 'new/picture.png') as picture:
         assert picture.size[0] == 1200
@@ -238,7 +276,34 @@ def test_order_of_the_exits_is_always_reported(run_script, digits_net, tmp_path)
     assert set(saved['failure_auroc']) == {'exit0', 'exit1', 'main'}
     assert list(saved['monotonicity']) == ['0.01', '0.05', '0.1', '0.2', '0.5']
     assert 'No budgets: give --calib-split NAME or --calib-from-train N' in text
-    assert not {'curve', 'dynamic', 'timing', 'compare'} & (set(saved) | set(result))
+    assert not {'curve', 'dynamic', 'timing', 'latency', 'compare'} & (set(saved) | set(result))
+
+
+@pytest.mark.parametrize(
+    ('flags', 'saved'),
+    [(('--max-drop', '0.3', '--budget', '85%', '95%'), 'budget 85%'), (('--max-drop', '0.3'), 'max drop 0.3')],
+)
+def test_saved_policy_is_the_one_that_was_measured(flags, saved, run_script, digits_net, tmp_path):
+    before, config = sha256(digits_net), json.loads((digits_net / 'config.json').read_text())
+    flags = ('--calib-split', 'validation', *flags, '--time-rounds', '0', '--save-policy')
+    text, result = run_validate(run_script, '--model', f'local-dir:{digits_net}', *flags)
+    model = tme.create_model(f'local-dir:{digits_net}', pretrained=True).eval()
+    rows = {row['policy']: row for row in result['dynamic']}
+    assert model.policy == ExitPolicy.from_dict(rows[saved])
+    if '--budget' in flags:
+        assert model.policy.used  # the lively network answers early
+        for budget in ('85%', '95%'):
+            assert model.budgets.select(budget).policy == ExitPolicy.from_dict(rows[f'budget {budget}'])
+    line = next(line for line in text.splitlines() if line.startswith(f'{digits_net}/config.json has the policy of'))
+    assert f'has the policy of {saved} and a table of {len(model.budgets.points)} budgets, chosen on the val' in line
+    assert sha256(digits_net) == before
+    now = json.loads((digits_net / 'config.json').read_text())
+    del now['multiexit']['policy'], now['multiexit']['budgets']
+    assert now == config
+    # From then on it is what the folder is measured with.
+    flags = ('--time-rounds', '0') if '--budget' in flags else ('--time-rounds', '0', '--budget', '90%')
+    _, again = run_validate(run_script, '--model', f'local-dir:{digits_net}', *flags)
+    assert again['dynamic'][2]['policy'] == ("the model's own" if '--budget' not in flags else 'budget 90%')
 
 
 @pytest.mark.parametrize(
@@ -279,10 +344,13 @@ def test_what_was_found_is_printed_before_an_error(run_script, digits_net):
         (('--plot', '.'), '. is a folder'),
         (('--results-file', 'net/config.json/rows.csv'), 'net/config.json/rows.csv cannot be written'),
         (('--budget', '1%', '--calib-split', 'validation'), 'The budget 1% is below'),
+        (('--save-policy', '--budget', '90%'), '--save-policy needs data'),
+        (('--save-policy', '--budget', '90%', '--calib-split', 'validation'), 'net/config.json cannot be written'),
     ],
 )
 def test_what_cannot_be_is_known_before_evaluation(flags, message, run_script, digits_net, monkeypatch):
     monkeypatch.setattr('timm_multiexit.validation.collect_logits', None)
+    (digits_net / '.config.json.tmp').mkdir()  # nothing can be written under that name
     code, _, err = run_script(validate.main, '--model', f'local-dir:{digits_net}', '-j', '0', *flags)
     assert code == 2
     assert message in err.strip().splitlines()[-1]

@@ -1,6 +1,7 @@
 """The parts of validate.py: what it chooses thresholds on, what it times, what it compares with."""
 
 import logging
+import subprocess
 from argparse import Namespace
 from functools import partial
 
@@ -23,7 +24,9 @@ from timm_multiexit.data import DIGITS, create_checked_dataset
 from timm_multiexit.dynamics import PolicyMeter, evaluate_logits
 from timm_multiexit.engine import evaluate_loader
 from timm_multiexit.holdout import hold_out
+from timm_multiexit.metrics import _find_commit, describe_environment
 from timm_multiexit.policy import ExitPolicy
+from timm_multiexit.report import name_dataset
 from timm_multiexit.timing import time_interleaved
 from timm_multiexit.validation import Validator
 from timm_multiexit.validation_checks import check_budgets, check_flags, check_outputs, write_output
@@ -306,6 +309,38 @@ def test_times_are_ratios_to_plain_timm(model, monkeypatch):
     assert {name: row['time_ratio'] * expected['none'] for name, row in times.items()} == pytest.approx(expected)
 
 
+def test_latency_is_of_one_image_to_each_exit_alone(model, monkeypatch):
+    """By a clock that counts the values that convolutions give."""
+    clock, convolve = [0], torch.nn.Conv2d.forward
+
+    def counted(self, x):
+        out = convolve(self, x)
+        clock[0] += out.numel()
+        return out
+
+    def ticks(call):
+        before = clock[0]
+        with torch.no_grad():
+            call()
+        return clock[0] - before
+
+    monkeypatch.setattr(torch.nn.Conv2d, 'forward', counted)
+    monkeypatch.setattr(dynamic_report, 'read_wall_clock', lambda device: clock[0])
+    images = torch.randn(6, 3, 32, 32)
+    model(images[:1], exit_idx=0)  # what is found once is no part of the time
+    latency = dynamic_report.time_exits(model, images, rounds=3)
+    expected = {
+        'plain timm': ticks(lambda: model.backbone(images[:1])),
+        '0': ticks(lambda: model(images[:1], exit_idx=0)),
+        '1': ticks(lambda: model(images[:1], exit_idx=1)),
+        'main': ticks(lambda: model.backbone(images[:1])),
+    }
+    assert 0 < expected['0'] < expected['1']
+    assert latency['ms'] == {name: 1e3 * num for name, num in expected.items()}
+    assert {**latency, 'ms': None} == {'batch_size': 1, 'rounds': 3, 'device': 'cpu', 'ms': None}
+    assert list(latency['ms']) == ['plain timm', '0', '1', 'main']
+
+
 # What it is compared with
 
 
@@ -391,6 +426,158 @@ def test_flags_that_need_exits_and_one_process(flags, model, make_model):
         check_flags(args, model, num_processes=2)
 
 
+@pytest.fixture
+def net_folder(model, tmp_path):
+    """A folder with a network of the digits."""
+    tme.save_pretrained(model, tmp_path / 'net', data_config={**DATA_CONFIG, 'crop_pct': 0.9})
+    return tmp_path / 'net'
+
+
+SAVED = '--save-policy --calib-split validation --budget 90%'
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (
+            f'{SAVED} --model test_resnet',
+            'writes to a model folder, test_resnet is none: give --model local-dir:FOLDER',
+        ),
+        (f'{SAVED} --model hf-hub:org/net@abc', 'writes to a model folder, hf-hub:org/net@abc is none'),
+        (f'{SAVED} --checkpoint last.pth.tar', '--save-policy and --checkpoint exclude each other'),
+        (f'{SAVED} --exits 2', '--save-policy and --exits exclude each other'),
+        (f'{SAVED} --gp max', '--save-policy and --gp exclude each other'),
+        ('--save-policy --budget 90%', '--save-policy needs data to choose thresholds on: give --calib-split NAME or'),
+        ('--save-policy --calib-split validation --threshold 0.9', 'needs a policy to save: give --budget B or'),
+    ],
+)
+def test_policies_that_are_not_the_folders_are_not_saved(flags, message, model, net_folder):
+    args = parse('--model', f'local-dir:{net_folder}', *flags.split())
+    with pytest.raises(MultiExitError, match=message) as raised:
+        check_flags(args, model, num_processes=1)
+    assert '\n' not in str(raised.value)
+
+
+def test_policy_of_other_classes_or_no_exits_is_not_saved(make_model, model, net_folder):
+    args = parse('--model', f'local-dir:{net_folder}', *SAVED.split())
+    with pytest.raises(MultiExitError, match="the folder's own classes, not 7 others: leave --num-classes out"):
+        check_flags(args, make_model(exits=[1, 3], num_classes=7), num_processes=1)
+    with pytest.raises(MultiExitError, match='holds a plain timm model'):
+        check_flags(args, tme.MultiExitModel(model.backbone, []), num_processes=1)
+    check_flags(args, model, num_processes=1)
+    with pytest.raises(MultiExitError, match='needs all logits in one process'):
+        check_flags(args, model, num_processes=2)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--crop-pct 0.9 --img-size 32', None),
+        ('--crop-pct 0.8', 'with crop_pct 0.9, not 0.8'),
+        ('--img-size 64', r'with input_size \[3, 32, 32\], not \[3, 64, 64\]'),
+        ('--mean 0.1', r'with mean \[0.5, 0.5, 0.5\], not \[0.1, 0.1, 0.1\]'),
+    ],
+)
+def test_policy_is_saved_for_images_as_the_folder_has_them_alone(flags, message, net_folder):
+    model = tme.create_model(f'local-dir:{net_folder}', pretrained=True).eval()
+    args = parse('--model', f'local-dir:{net_folder}', *SAVED.split(), *flags.split())
+    if message is None:
+        Validator(args, model, Accelerator())
+    else:
+        with pytest.raises(MultiExitError, match=message):
+            Validator(args, model, Accelerator())
+
+
+def test_policy_is_not_saved_for_weights_that_came_later(net_folder):
+    model = tme.create_model(f'local-dir:{net_folder}', pretrained=True).eval()
+    args = parse('--model', f'local-dir:{net_folder}', *SAVED.split())
+    validator = Validator(args, model, Accelerator())
+    before = (net_folder / 'config.json').read_bytes()
+    policies = {'budget 90%': (ExitPolicy('confidence', (0.5, 0.5)), 'some images')}
+    with open(net_folder / 'exits.safetensors', 'ab') as file:
+        file.write(b'more')
+    with pytest.raises(MultiExitError, match='other weights in the meantime'):
+        validator._save_policy(None, policies)
+    assert (net_folder / 'config.json').read_bytes() == before
+
+
+def test_weights_are_named_where_they_are_the_folders(make_model, net_folder, monkeypatch):
+    """Fresh exits or classes are not in its files."""
+    results = ('--results-file', 'new.json', '--results-format', 'json')
+    monkeypatch.chdir(net_folder.parent)
+    model = tme.create_model(f'local-dir:{net_folder}', pretrained=True).eval()
+    folder = ('--model', f'local-dir:{net_folder}', '--img-size', '32')
+    for flags, evaluated, is_named in (
+        ((*folder, *results), model, True),
+        (folder, model, False),  # nothing is written
+        ((*folder, *results, '--exits', '2'), model, False),
+        ((*folder, *results, '--checkpoint', 'last.pth.tar'), model, False),
+        ((*folder, *results), make_model(exits=[1, 3], num_classes=12), False),
+        (('--model', 'test_resnet', *results, '--img-size', '32'), model, False),
+    ):
+        described = Validator(parse(*flags), evaluated, Accelerator()).described
+        weights = described.pop('weights', {})
+        assert set(weights) == ({'model.safetensors', 'exits.safetensors'} if is_named else set())
+        assert described == {'dataset': 'digits', 'input_size': [3, 32, 32], 'precision': 'float32'}
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'data_dir', 'name'),
+    [
+        ('digits', None, 'digits'),
+        ('torch/cifar10', 'data', 'cifar10'),
+        ('hfds/uoft-cs/cifar10', None, 'uoft-cs/cifar10'),
+        ('TFDS/imagenet2012:5.0.0', 'data', 'imagenet2012:5.0.0'),
+        ('hfds//home/me/private/birds', None, 'birds'),
+        ('torch/image_folder', '/home/me/birds', 'birds'),
+        ('', '/home/me/birds/', 'birds'),
+        ('', 'birds/new/..', 'birds'),
+    ],
+)
+def test_data_are_named_without_folders_of_the_machine(dataset, data_dir, name):
+    assert name_dataset(Namespace(dataset=dataset, data_dir=data_dir)) == name
+
+
+def test_data_here_are_named_by_their_folder(tmp_path, monkeypatch):
+    (tmp_path / 'birds').mkdir()
+    monkeypatch.chdir(tmp_path / 'birds')
+    assert name_dataset(Namespace(dataset='', data_dir='.')) == 'birds'
+
+
+# What measurements are stamped with
+
+
+def test_commit_is_that_of_the_file_or_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path))
+    for name in ('ours', 'installed'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'module.py').write_text('')
+        assert _find_commit(tmp_path / name / 'module.py') == 'unknown'
+        who = ('-c', 'user.name=a', '-c', 'user.email=a@b')
+        for words in (('init', '-q'), (*who, 'commit', '-q', '--allow-empty', '-m', 'first')):
+            subprocess.run(('git', '-C', str(tmp_path / name), *words), check=True)
+    # Of the second, the file is in somebody's folder and not in his repository.
+    assert _find_commit(tmp_path / 'installed/module.py') == 'unknown'
+    for words in (('add', '.'), (*who, 'commit', '-q', '-m', 'second')):
+        subprocess.run(('git', '-C', str(tmp_path / 'ours'), *words), check=True)
+    head = (tmp_path / 'ours/.git/refs/heads').iterdir().__next__().read_text()
+    assert _find_commit(tmp_path / 'ours/module.py') == head[:12]
+    (tmp_path / 'ours/module.py').write_text('changed')
+    assert _find_commit(tmp_path / 'ours/module.py') == f'{head[:12]}-dirty'
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    assert describe_environment()['commit'] == 'unknown'
+
+
+def test_environment_names_every_library_that_results_hang_on():
+    words = [item.split()[0] for item in describe_environment()['versions'].split(', ')]
+    libraries = ['timm', 'torch', 'torchvision', 'accelerate', 'safetensors', 'huggingface_hub']
+    assert words == ['python', 'timm_multiexit', *libraries]
+    assert f'timm_multiexit {tme.__version__},' in describe_environment()['versions']
+
+
 def test_several_processes_give_the_table_alone(model, monkeypatch):
     validator = Validator(parse('--model', 'test_resnet', '--img-size', '32'), model, Accelerator())
     validator.accelerator = Namespace(num_processes=2)
@@ -442,6 +629,11 @@ def test_budgets_from_always_the_first_exit_to_main_with_all_heads_are_possible(
         (f'--results-file {"x" * 254}', 'cannot be written: File name too long'),
         ('--results-file new/accuracy_vs_macs.png', 'is the name of the picture too'),
         ('--results-file a --plot ./a', 'is the name of the picture too'),
+        (
+            '--results-file net/config.json --model local-dir:net --save-policy',
+            'net/config.json is the name of the configuration of the model too: give the results another one',
+        ),
+        ('--model local-dir:file --save-policy', 'file/config.json cannot be written: '),
     ],
 )
 def test_paths_that_cannot_be_written_are_known_before(flags, message, tmp_path, monkeypatch):

@@ -186,6 +186,10 @@ _DYNAMIC_FLAGS = (
     ),
     value('--delta', float, None, 'P', 'chance that --max-drop is broken, 0.1 if not given'),
     value('--time-rounds', int, 5, 'N', 'rounds in which policies and plain timm are timed in turns, 0: none'),
+    switch(
+        '--save-policy',
+        "write the first --budget's policy, else --max-drop's, and all budgets into the model folder's config.json",
+    ),
     value('--compare', str, [], 'NAME', 'static models to set beside it: NAME, NAME:CHECKPOINT', nargs='+'),
     value('--plot', str, '', 'PNG', 'draw accuracy over MACs; with --results-file always, beside it'),
 )

@@ -47,8 +47,8 @@ import timm_multiexit as tme
 
 model = tme.create_model('hf-hub:REPO', pretrained=True).eval()
 data_config = timm.data.resolve_model_data_config(model)
-transform = timm.data.create_transform(**data_config, is_training=False)  # of a PIL image: transform(image)[None]
-images = torch.randn(4, SIZE)  # in place of yours
+transform = timm.data.create_transform(**data_config, is_training=False)
+images = torch.randn(4, SIZE)  # in place of yours: transform(pil_image).unsqueeze(0)
 with torch.inference_mode():
     outputs = model(images, exits=True)  # outputs.logits: one [4, CLASSES] each, shallow to deep, main last
     early = model(images, exit_idx=0)  # [4, CLASSES] of the first exit; nothing after it is computed
@@ -143,9 +143,12 @@ def _check(metrics: Mapping[str, Any]) -> None:
             ' the size.'
         )
     rows = metrics['rows']
-    if any(name not in row for row in rows for name in COSTS) or not exit_rows(rows) or not find_main(rows):
+    is_whole = all(name in row for row in rows for name in COSTS) and exit_rows(rows) and find_main(rows)
+    costs = [row['GMACs fixed'] for row in (*exit_rows(rows), find_main(rows))] if is_whole else [None]
+    if not all(is_finite(cost) and cost > 0 for cost in costs):
         raise MultiExitError(
-            f'The rows of metrics.json must be of one exit or more and of main, each with {", ".join(COSTS)}.'
+            f'The rows of metrics.json must be of one exit or more and of main, each with {", ".join(COSTS)}, and their'
+            ' GMACs fixed above 0.'
         )
 
 
@@ -260,18 +263,18 @@ def _choose_infer(metrics: Mapping[str, Any]) -> tuple[str, str]:
 
 def _describe_training(metrics: Mapping[str, Any]) -> list[str]:
     training, base = metrics.get('training') or {}, metrics.get('base_model')
-    lines = [f'Started from {code(base)}.' if base else 'Trained from scratch.']
-    names = {'exit_loss': 'exit loss', 'epochs': 'epochs', 'seed': 'seed'}
+    lines = [f'Started from {code(base)}.'] if base else []
+    names = {'recipe': 'recipe', 'exit_loss': 'exit loss', 'epochs': 'epochs', 'seed': 'seed'}
     known = ', '.join(
         f'{title} {code(training[name])}' for name, title in names.items() if training.get(name) is not None
     )
     if training:
         lines.append(f'All arguments are in `args.yaml`{": " if known else ""}{known}.')
-    environment = describe_environment(training.get('environment'))
+    environment = describe_environment(training.get('environment') or {})
     if environment:
         lines.append(f'Trained on {environment}.')
     command = fence(one_line(training['command'], limit=10_000), 'shell') if training.get('command') else ''
-    return ['## Training', '\n'.join(f'- {line}' for line in lines), command]
+    return ['## Training', '\n'.join(f'- {line}' for line in lines), command] if lines or command else []
 
 
 def _describe_limits(metrics: Mapping[str, Any]) -> list[str]:

@@ -81,8 +81,8 @@ def _choose(trades: Sequence[_Trade]) -> _Trade:
 
 
 def exit_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows of the early exits."""
-    return [row for row in rows if row['exit'] not in ('main', 'ens')]
+    """Return the rows of the early exits, which are called by their numbers."""
+    return [row for row in rows if str(row['exit']).isdecimal()]
 
 
 def find_main(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -139,11 +139,12 @@ def _describe_data(metrics: Mapping[str, Any]) -> str:
     lines = []
     dataset, training = metrics.get('dataset') or {}, metrics.get('training') or {}
     if dataset and find_metric(metrics['rows']):
-        split = f'the {code(dataset["split"])} split of ' if dataset.get('split') else ''
-        text = f'Accuracies are in percent, on {split}{code(dataset.get("name"))}'
-        if dataset.get('num_samples'):
-            text += f', {number(dataset["num_samples"])} images'
-        lines.append(f'{text}; {describe_runs(training)}.')
+        split = f'the {code(dataset["split"])} split' if dataset.get('split') else ''
+        name = code(dataset['name']) if dataset.get('name') else ''
+        source = ' of '.join(part for part in (split, name) if part)
+        count = f'{number(dataset["num_samples"])} images' if dataset.get('num_samples') else ''
+        places = ', '.join(part for part in (source, count) if part)
+        lines.append(f'Accuracies are in percent, on {places}; {describe_runs(training)}.')
     epoch = metrics.get('epoch') or {}
     if epoch.get('best') is not None:
         text = f'Epoch {number(epoch["best"])} of {number(epoch.get("epochs"))}'
@@ -154,7 +155,7 @@ def _describe_data(metrics: Mapping[str, Any]) -> str:
         if epoch.get('is_reported_split'):
             text += ': **the very split that is reported**, so the numbers are too good'
         lines.append(f'{text}.')
-    environment = describe_environment(metrics.get('environment'))
+    environment = describe_environment({'precision': metrics.get('precision'), **(metrics.get('environment') or {})})
     if environment:
         lines.append(f'Measured on {environment}.')
     return '\n'.join(f'- {line}' for line in lines)
@@ -166,10 +167,10 @@ def describe_runs(training: Mapping[str, Any]) -> str:
     return 'one run, no spread is known' if seed is None else f'one run (seed {number(seed)}), no spread is known'
 
 
-def describe_environment(environment: Mapping[str, Any] | None) -> str:
+def describe_environment(environment: Mapping[str, Any]) -> str:
     """Return hardware, threads, precision, versions and commit in one line; '' for none."""
     names = ('hardware', 'threads', 'precision', 'versions', 'commit')
-    known = {name: escape(environment[name]) for name in names if (environment or {}).get(name)}
+    known = {name: escape(environment[name]) for name in names if environment.get(name)}
     if 'commit' in known:
         known['commit'] = f'timm_multiexit at {known["commit"]}'
     return '; '.join(known.values())

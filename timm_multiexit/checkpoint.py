@@ -4,11 +4,14 @@ A folder holds `model.safetensors`, the backbone under timm's own keys, `exits.s
 `config.json`, timm's configuration with one more key, `multiexit`. Plain timm loads it as the main network.
 """
 
+import hashlib
+import json
 import logging
 import math
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -19,6 +22,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from timm_multiexit.budgets import BudgetTable
 from timm_multiexit.config import FORMAT_VERSION, VERSION, MultiExitError
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.model_config import (
@@ -30,7 +34,8 @@ from timm_multiexit.model_config import (
     ModelConfig,
     read_model_config,
 )
-from timm_multiexit.untrusted import check_state, read_header
+from timm_multiexit.policy import ExitPolicy
+from timm_multiexit.untrusted import check_state, read_header, read_json
 
 _logger = logging.getLogger(__name__)
 
@@ -95,6 +100,64 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     # Contiguous, which weights in channels_last are not.
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, path, metadata={'format': 'pt'})
+
+
+def save_policy(directory: str | os.PathLike, policy: ExitPolicy | None, budgets: BudgetTable | None) -> None:
+    """Write policy and budgets into the `config.json` of a model folder, in place of those that are there.
+
+    That file alone is replaced, whole or not at all, and all else that it says stays.
+
+    Args:
+        directory: A folder that `save_pretrained` wrote.
+        policy: The model's policy; None for none.
+        budgets: The policies to choose from by budget; None for none.
+
+    Raises:
+        MultiExitError: The folder holds no exits or another number of them, what it must not hold, or cannot be
+            written; it is as it was.
+    """
+    path = Path(directory, CONFIG_NAME)
+    values = read_json(path)
+    given = values.get('model_args')
+    # What a file must not set, whoever loads the folder says himself: here it makes no difference.
+    config = read_model_config(path.parent, overridden=given if isinstance(given, dict) else None)
+    if not config.exits:
+        raise MultiExitError(f'{directory} holds a model without exits: no policy can be saved for it.')
+    for one in (policy, budgets and budgets.points[0].policy):
+        if one is not None:
+            one.check_exits(len(config.exits))
+    section = values[CONFIG_KEY]
+    for name, value in (('policy', policy), ('budgets', budgets)):
+        section.pop(name, None)
+        if value is not None:
+            section[name] = value.to_dict()
+    draft = path.with_name(f'.{path.name}.tmp')
+    try:
+        draft.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise MultiExitError(
+            f'{path} could not be written: {error.strerror or error}. It is as it was: make room, or copy the folder.'
+        ) from error
+
+
+def hash_weights(directory: str | os.PathLike) -> dict[str, str]:
+    """Return the SHA-256 of the weights in a model folder, name of the file -> 64 hexadecimal digits.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    hashes = {}
+    for path in (Path(directory, name) for name in (BACKBONE_NAME, EXITS_NAME)):
+        if path.is_file():
+            digest = hashlib.sha256()
+            with path.open('rb') as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+            hashes[path.name] = digest.hexdigest()
+    return hashes
 
 
 def without(tensors: dict[str, torch.Tensor], *parts: str) -> dict[str, torch.Tensor]:

@@ -183,21 +183,19 @@ class Checkpointing:
             text = yaml.safe_dump(vars(self.args), default_flow_style=False)
             write_text(Path(self.saver.checkpoint_dir, 'args.yaml'), text)
 
-    def save_epoch(
-        self, epoch: int, model: torch.nn.Module, metric: float | None, *, data_config: dict[str, Any]
-    ) -> None:
+    def save_epoch(self, epoch: int, model: torch.nn.Module, metric: float | None, **described: Any) -> None:
         """Keep the end of an epoch, and the network as a folder if it is the best so far.
 
         Args:
             epoch: The epoch that ended, from 0.
             model: The network that was measured.
             metric: What it reached; None where nothing was measured.
-            data_config: How images are made ready for it.
+            **described: data_config and label_names of `save_pretrained`.
         """
         if not self.saver:
             return
         if self.saver.is_best(metric):
-            self.saver.save_best(model, data_config=data_config)
+            self.saver.save_best(model, **described)
         self.saver.save_checkpoint(epoch, metric=metric)
         self._save_milestone(epoch + 1)
         self.journal.write()

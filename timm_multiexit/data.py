@@ -241,6 +241,16 @@ def class_to_idx(dataset: Any) -> dict[str, int] | None:
     return None
 
 
+def class_names(dataset: Any, num_classes: int) -> list[str] | None:
+    """Return the names of a model's classes in order, None where the data set does not name each of them.
+
+    >>> class_names(DigitsReader('test'), 10)[3]
+    '3'
+    """
+    names = sorted((idx, name) for name, idx in (class_to_idx(dataset) or {}).items())
+    return [name for _, name in names] if [idx for idx, _ in names] == list(range(num_classes)) else None
+
+
 def check_classes(train: Any, val: Any | None) -> int | None:
     """Return the number of classes of the training set, None where it does not say.
 

@@ -1,8 +1,9 @@
 """The sections of `validate.py`'s report on dynamic inference, as JSON-ready values and as text."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from timm_multiexit.dynamics import PolicyMeter, PolicyResult, failure_auroc, me
 from timm_multiexit.metrics import exit_names, format_table
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.policy import ExitPolicy
-from timm_multiexit.timing import describe_ratios, time_interleaved
+from timm_multiexit.timing import describe_ratios, read_wall_clock, time_interleaved
 from timm_multiexit.truncation import truncate
 
 
@@ -147,6 +148,44 @@ def time_policies(
         }
         for name, seconds in times.items()
     }
+
+
+@torch.no_grad()
+def time_exits(
+    model: MultiExitModel, images: Tensor, *, rounds: int, accelerator: Accelerator | None = None
+) -> dict[str, Any]:
+    """Return how long one image takes to each classifier alone: batch_size, rounds, device, and ms, name -> median.
+
+    Names are 'plain timm', the indices of the exits as `model(x, exit_idx=...)` takes them, and 'main'. All are timed
+    in turns, in time that passes for everybody.
+
+    Args:
+        model: In eval mode.
+        images: [B, C, H, W] on the model's device, of which the first is timed.
+        rounds: Turns of each.
+        accelerator: Gives precision; none for that of the model.
+    """
+    image, plain = images[:1], truncate(model, -1).backbone
+    variants: dict[str, Callable[[], object]] = {'plain timm': partial(plain, image)}
+    for idx in range(len(model.exits)):
+        variants[str(idx)] = partial(model, image, exit_idx=idx)
+    variants['main'] = partial(model, image)
+    with accelerator.autocast() if accelerator else nullcontext():
+        times = time_interleaved(variants, rounds, image.device, clock=read_wall_clock)
+    ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    return {'batch_size': 1, 'rounds': rounds, 'device': str(image.device), 'ms': ms}
+
+
+def format_latency(latency: Mapping[str, Any]) -> str:
+    """Return what `time_exits` measured as one line.
+
+    >>> format_latency({'batch_size': 1, 'rounds': 5, 'device': 'cpu', 'ms': {'plain timm': 3.5, '0': 0.25, 'main': 4}})
+    'Latency of one image on cpu, medians of 5 rounds, ms: plain timm 3.500, exit_idx=0 0.250, main 4.000'
+    """
+    times = ', '.join(
+        f'{f"exit_idx={name}" if name.isdecimal() else name} {value:.3f}' for name, value in latency['ms'].items()
+    )
+    return f'Latency of one image on {latency["device"]}, medians of {latency["rounds"]} rounds, ms: {times}'
 
 
 def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mapping[str, Any] | None) -> str:

@@ -128,7 +128,8 @@ def resolve_license(source: str | None, *, asked: str | None = None, base: str |
 
 
 def _normalize(text: str | None) -> str | None:
-    return (text or '').strip().lower() or None
+    # One line, and a short one: the text may be of anybody's config.json.
+    return ' '.join((text or '').lower().split())[:100] or None
 
 
 def _find_kind(license_id: str | None) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-# An underscore emphasizes at the edge of a word alone, a colon and an at sign make a link inside of an address.
-_MARKUP = re.compile(r"""(?<![^\W_])_|_(?![^\W_])|:(?=/)|(?<=\w)@|@(?=\w)|[^\w .,:;@/%()+=?!'"-]""")
+# An underscore emphasizes at the edge of a word alone; a colon, a dot and an at sign make links inside of addresses.
+_MARKUP = re.compile(r"""(?<![^\W_])_|_(?![^\W_])|:(?=/)|(?<=www)\.|(?<=\w)@|@(?=\w)|[^\w .,:;@/%()+=?!'"-]""")
 
 
 def one_line(text: Any, limit: int = 500) -> str:

@@ -13,10 +13,12 @@ import torch.distributed as dist
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import Tensor
 
-from timm_multiexit.config import MultiExitError
+from timm_multiexit.config import VERSION, MultiExitError
 
 ENSEMBLE = 'ens'
 MEAN = 'mean'
+
+_LIBRARIES = ('timm', 'torch', 'torchvision', 'accelerate', 'safetensors', 'huggingface_hub')
 
 
 def exit_names(num_exits: int) -> tuple[str, ...]:
@@ -195,22 +197,31 @@ def evaluation_columns(num_exits: int, multi_label: bool = False) -> tuple[str, 
 
 def describe_environment() -> dict[str, str]:
     """Return what a measurement must be stamped with: commit, library versions, hardware, CPU threads of torch."""
-    git = ('git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--abbrev=12')
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = 'unknown'
     hardware = [f'{os.cpu_count()} x {_cpu_name()}']
     if torch.cuda.is_available():
         hardware.insert(0, f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}')
-    versions = [f'python {platform.python_version()}']
-    versions += [f'{name} {version(name)}' for name in ('timm', 'torch', 'torchvision', 'accelerate')]
+    versions = [f'python {platform.python_version()}', f'timm_multiexit {VERSION}']
+    versions += [f'{name} {version(name)}' for name in _LIBRARIES]
     return {
-        'commit': commit,
+        'commit': _find_commit(Path(__file__)),
         'versions': ', '.join(versions),
         'hardware': ', '.join(hardware),
         'threads': f'{torch.get_num_threads()} torch threads',
     }
+
+
+def _find_commit(path: Path) -> str:
+    """Return the commit that a file is of, with '-dirty' where the repository has changes; 'unknown' outside one."""
+    git = ('git', '-C', str(path.parent))
+    try:
+        # An installed package may lie inside the repository of somebody else, whose commit says nothing of it.
+        subprocess.run((*git, 'ls-files', '--error-unmatch', path.name), capture_output=True, check=True)
+        described = subprocess.run(
+            (*git, 'describe', '--always', '--dirty', '--abbrev=12'), capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+    return described.stdout.strip()
 
 
 def _cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:

@@ -1,6 +1,7 @@
 """The end of a run: the best network's table, printed and written beside it."""
 
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from timm_multiexit.checkpoint import hash_weights
 from timm_multiexit.engine import evaluate_loader
 from timm_multiexit.factory import create_model, make_table
 from timm_multiexit.files import write_text
@@ -15,6 +17,10 @@ from timm_multiexit.loaders import create_eval_loader
 from timm_multiexit.metrics import describe_environment
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.sources import create_backbone
+
+# timm's prefixes of names of data sets.
+_READERS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+_FOLDER_READERS = ('image_folder', 'folder')
 
 
 def report(
@@ -54,8 +60,8 @@ def report(
         chosen_on = f'{args.val_from_train} images held out of {args.train_split}'
     table = make_table(best, result.metrics, input_size=data_config['input_size'], num_samples=result.num_samples)
     chosen = ''
+    is_same = best_epoch is not None and split == args.val_split and not args.val_from_train
     if best_epoch is not None:
-        is_same = split == args.val_split and not args.val_from_train
         chosen = f', epoch {best_epoch + 1} of {num_epochs} chosen by {args.eval_metric} on'
         chosen += ' this split' if is_same else f' {chosen_on}' if args.val_from_train else f' the {chosen_on} split'
     print(
@@ -66,7 +72,11 @@ def report(
     results = {
         'split': split,
         'num_samples': table.num_samples,
+        **describe_inputs(args, data_config, folder / 'best'),
+        'epochs': num_epochs,
         'epoch_chosen_on': chosen_on,
+        'epoch_chosen_by': None if best_epoch is None else args.eval_metric,
+        'is_reported_split': is_same,
         'best_epoch': best_epoch,
         'rows': table.rows,
         'seed': args.seed,
@@ -74,6 +84,37 @@ def report(
         **describe_environment(),
     }
     write_text(folder / 'results.json', json.dumps(results, indent=2) + '\n')
+
+
+def describe_inputs(args: Namespace, data_config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """Return what results are of: dataset, input_size, and where a folder was evaluated the SHA-256 of its weights.
+
+    Args:
+        args: Of the command line.
+        data_config: How images are made ready.
+        folder: Whose weights were evaluated; None for none.
+    """
+    weights = {} if folder is None else {'weights': hash_weights(folder)}
+    return {'dataset': name_dataset(args), 'input_size': list(data_config['input_size']), **weights}
+
+
+def name_dataset(args: Namespace) -> str:
+    """Return the name of the data without the reader's, that of the folder where no other is given.
+
+    >>> name_dataset(Namespace(dataset='torch/cifar10', data_dir='data'))
+    'cifar10'
+    >>> name_dataset(Namespace(dataset='', data_dir='/data/imagenet/'))
+    'imagenet'
+    """
+    name = args.dataset
+    if name.partition('/')[0].lower() in _READERS:
+        name = name.partition('/')[2]
+    if name.lower() in _FOLDER_READERS:
+        name = ''
+    # No folder of this machine: results are published.
+    if not name or os.path.isabs(name):
+        name = os.path.basename(os.path.abspath(name or args.data_dir or ''))
+    return name
 
 
 def load_best(args: Namespace, folder: str) -> MultiExitModel:

@@ -61,17 +61,21 @@ class RunSaver(CheckpointSaver):
         """Return whether a network with this metric is the best so far; the latest is, where nothing is measured."""
         return metric is None or self.best_metric is None or self.cmp(metric, self.best_metric)
 
-    def save_best(self, model: nn.Module, *, data_config: dict[str, Any] | None = None) -> None:
+    def save_best(
+        self, model: nn.Module, *, data_config: dict[str, Any] | None = None, label_names: list[str] | None = None
+    ) -> None:
         """Write a network to the folder `best` in one move; before `save_checkpoint`, which says that it was the best.
 
         Args:
             model: The network.
             data_config: For `save_pretrained`.
+            label_names: For `save_pretrained`.
         """
         best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
         shutil.rmtree(new, ignore_errors=True)
         with explained(best):
-            save_pretrained(_joined(model), new, data_config=data_config and _fit_channels(data_config))
+            data_config = data_config and _fit_channels(data_config)
+            save_pretrained(_joined(model), new, data_config=data_config, label_names=label_names)
             shutil.rmtree(old, ignore_errors=True)
             if best.exists():
                 best.rename(old)

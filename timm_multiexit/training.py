@@ -27,6 +27,7 @@ from timm_multiexit.build import (
 )
 from timm_multiexit.checkpointing import Checkpointing
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.data import class_names
 from timm_multiexit.engine import Evaluation, Trainer, TrainerConfig, evaluate_loader
 from timm_multiexit.journal import Journal
 from timm_multiexit.loaders import create_datasets, create_eval_loader, create_train_loader, encode_targets
@@ -67,6 +68,7 @@ class TrainingRun:
         if num_classes and args.num_classes is None and not args.pretrained:
             args.num_classes = num_classes
         model = create_train_model(args, num_classes, self.resume)
+        self.label_names = class_names(self.datasets[0], args.num_classes)
         encode_targets(args, self.datasets)
         self._check_metric(model)
         self.data_config = resolve_data_config(vars(args), model=model)
@@ -248,7 +250,9 @@ class TrainingRun:
         # From here on the run stands at the beginning of the next epoch.
         trainer.epoch, trainer.batch = epoch + 1, 0
         if is_evaluated:
-            self.checkpoints.save_epoch(epoch, model, metric, data_config=self.data_config)
+            self.checkpoints.save_epoch(
+                epoch, model, metric, data_config=self.data_config, label_names=self.label_names
+            )
         else:
             self.checkpoints.save_unmeasured_epoch(epoch)
         journal.end_epoch(trainer, rate)

@@ -13,6 +13,7 @@ from timm.data import resolve_data_config
 
 from timm_multiexit.budgets import BudgetTable, StageCosts, parse_budget
 from timm_multiexit.calibration import calibrate, fit_temperatures, search_budgets
+from timm_multiexit.checkpoint import hash_weights, save_policy
 from timm_multiexit.collecting import LogitSet, collect_logits
 from timm_multiexit.comparison import compare, create_static
 from timm_multiexit.config import MultiExitError
@@ -23,10 +24,12 @@ from timm_multiexit.dynamic_report import (
     describe_result,
     format_curve,
     format_dynamic,
+    format_latency,
     format_order,
     report_curve,
     report_order,
     short_name,
+    time_exits,
     time_policies,
 )
 from timm_multiexit.dynamics import PolicyMeter, evaluate_logits
@@ -38,14 +41,18 @@ from timm_multiexit.metrics import format_table
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.pictures import draw_accuracy_vs_macs
 from timm_multiexit.policy import ExitPolicy
+from timm_multiexit.report import describe_inputs
 from timm_multiexit.validation_checks import (
     asked_flags,
     asks_for_policies,
     check_budgets,
     check_flags,
     check_outputs,
+    check_preparation,
+    find_own_folder,
     given_policy,
     picture_path,
+    policy_path,
     write_output,
 )
 from timm_multiexit.validation_data import (
@@ -67,7 +74,8 @@ class Validation:
 
     Attributes:
         table: Of every classifier.
-        sections: JSON-ready: curve, dynamic, timing, failure_auroc, overthinking, monotonicity, compare; what there is.
+        sections: JSON-ready: dataset, input_size, precision, weights, calibrated_on, curve, dynamic, timing, latency,
+            failure_auroc, overthinking, monotonicity, compare; what there is.
         show: Is given the same for people, each part as soon as it is there.
     """
 
@@ -108,6 +116,8 @@ class Validator:
         self.data_config = resolve_data_config(vars(args), model=model)
         self.input_size = self.data_config['input_size']
         check_flags(args, model, accelerator.num_processes)
+        check_preparation(args, model, self.data_config)
+        self.described = self._describe()  # now, since a run that goes on trains new weights into its folder
         self.dataset = create_split(args, args.split, self.input_size[0])
         num_classes = check_classes(self.dataset, None)
         if num_classes and num_classes > model.num_classes:
@@ -164,7 +174,16 @@ class Validator:
         """Return a report of the table alone, and show it."""
         table = make_table(self.model, metrics, input_size=self.input_size, num_samples=num_samples)
         self.show(f'{self.args.model} on the {self.args.split} split, {num_samples} images:\n\n{table}')
-        return Validation(table, show=self.show)
+        return Validation(table, dict(self.described), show=self.show)
+
+    def _describe(self) -> dict[str, Any]:
+        """Return what is evaluated on what; without the weights where nothing is written that is of them."""
+        args = self.args
+        is_written = args.save_policy or (args.results_file and args.results_format == 'json')
+        folder = find_own_folder(args, self.model) if is_written and self.accelerator.is_main_process else None
+        dtype = str(next(self.model.parameters()).dtype).removeprefix('torch.')
+        precision = f'amp {args.amp_dtype}' if args.amp else dtype
+        return {**describe_inputs(args, self.data_config, folder), 'precision': precision}
 
     def _calibrate(self, reported: LogitSet) -> Calibration | None:
         """Return what thresholds are chosen on, prepared like the reported images, without augmentation."""
@@ -192,12 +211,15 @@ class Validator:
         if calibration is not None:
             table = self._search(calibration, images if needs_times else None)
             curve = report_curve(meter, calibration, self.costs, table)
-            validation.add(format_curve(curve, self.args.split, self.costs.total), curve=curve)
+            text = format_curve(curve, self.args.split, self.costs.total)
+            validation.add(text, curve=curve, calibrated_on=calibration.source)
         elif not self.args.budget:
             validation.add('No budgets: give --calib-split NAME or --calib-from-train N to choose thresholds on.')
         policies = self._find_policies(calibration, table)
         if policies:
             self._add_dynamic(validation, meter, policies, images)
+        if self.args.save_policy:
+            self._save_policy(table, policies)
 
     def _search(self, calibration: Calibration, images: torch.Tensor | None) -> BudgetTable:
         """Return policies for all budgets; in ms too if there are images to time."""
@@ -279,6 +301,25 @@ class Validator:
             timing = {'images': len(images), 'rounds': self.args.time_rounds, 'device': str(images.device)}
         validation.add(
             format_dynamic(rows, self.args.split, timing), dynamic=rows, **({'timing': timing} if timing else {})
+        )
+        if self.args.time_rounds:
+            latency = time_exits(self.model, images, rounds=self.args.time_rounds, accelerator=self.accelerator)
+            validation.add(format_latency(latency), latency=latency)
+
+    def _save_policy(self, table: BudgetTable, policies: dict[str, tuple[ExitPolicy, str | None]]) -> None:
+        """Write the first budget's policy, else that of the bounded drop, and the table beside the weights."""
+        args, path = self.args, policy_path(self.args)
+        name = f'budget {args.budget[0]}' if args.budget else f'max drop {args.max_drop:g}'
+        policy, source = policies[name]
+        if hash_weights(path.parent) != self.described['weights']:
+            raise MultiExitError(
+                f'{path.parent} got other weights in the meantime, which the policy is not for: nothing is saved, run'
+                ' validate.py again.'
+            )
+        save_policy(path.parent, policy, table)
+        self.show(
+            f'{path} has the policy of {name} and a table of {len(table.points)} budgets, chosen on {source}:'
+            f" create_model('{args.model}', pretrained=True).policy"
         )
 
     def _add_comparison(self, validation: Validation) -> None:

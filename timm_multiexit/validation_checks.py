@@ -4,26 +4,47 @@ from argparse import Namespace
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from timm.data import resolve_data_config
+from timm.models import parse_model_name
 
 from timm_multiexit.budgets import BudgetPoint, BudgetTable, StageCosts, parse_budget
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.model_config import CONFIG_NAME, read_model_config
 from timm_multiexit.policy import ExitPolicy
 from timm_multiexit.ranges import option_name
 
 PICTURE_NAME = 'accuracy_vs_macs.png'
-_ASKING = ('threshold', 'budget', 'max_drop', 'calib_split', 'calib_from_train', 'compare', 'plot')
+_ASKING = ('threshold', 'budget', 'max_drop', 'calib_split', 'calib_from_train', 'save_policy', 'compare', 'plot')
+_DATA = 'give --calib-split NAME or --calib-from-train N'
 
 
 def asked_flags(args: Namespace) -> list[str]:
     """Return the flags of dynamic inference that were given."""
-    return [option_name(dest) for dest in _ASKING if getattr(args, dest) not in (None, [], '')]
+    given = {dest: getattr(args, dest) for dest in _ASKING}
+    return [option_name(dest) for dest, value in given.items() if value not in (None, [], '') and value is not False]
 
 
 def asks_for_policies(args: Namespace, model: MultiExitModel) -> bool:
     """Return whether there are policies to measure."""
     asked = args.threshold is not None or args.budget or args.max_drop is not None
     return bool(asked or model.policy is not None)
+
+
+def chooses_thresholds(args: Namespace) -> bool:
+    """Return whether there are data to choose thresholds on."""
+    return args.calib_split is not None or args.calib_from_train is not None
+
+
+def find_own_folder(args: Namespace, model: MultiExitModel) -> Path | None:
+    """Return the folder of which the model has all weights and exits; None if others are in their place."""
+    source, name = parse_model_name(args.model)
+    if source != 'local-dir' or args.checkpoint or args.exits is not None or args.gp:
+        return None
+    num_classes = read_model_config(Path(name), overridden=args.model_kwargs).num_classes
+    return Path(name) if num_classes in (None, model.num_classes) else None
 
 
 def given_policy(args: Namespace, num_exits: int) -> ExitPolicy:
@@ -44,6 +65,8 @@ def check_flags(args: Namespace, model: MultiExitModel, num_processes: int) -> N
     Raises:
         MultiExitError: One line with the flag.
     """
+    if args.save_policy:
+        _check_saving(args, model)
     asked = asked_flags(args)
     if asked and num_processes > 1:
         raise MultiExitError(
@@ -54,12 +77,12 @@ def check_flags(args: Namespace, model: MultiExitModel, num_processes: int) -> N
     if args.threshold is not None:
         given_policy(args, len(model.exits))
     _check_numbers(args)
-    has_data = args.calib_split is not None or args.calib_from_train is not None
+    has_data = chooses_thresholds(args)
     if args.calib_split is not None and args.calib_from_train is not None:
         raise MultiExitError('--calib-split and --calib-from-train exclude each other: give one of them.')
     for budget in args.budget:
         parse_budget(budget)
-    where = 'give --calib-split NAME or --calib-from-train N to choose thresholds on'
+    where = f'{_DATA} to choose thresholds on'
     if args.budget and not has_data and model.budgets is None:
         raise MultiExitError(f'--budget {args.budget[0]} needs data to keep it on: {where}.')
     if args.max_drop is not None and not has_data:
@@ -67,6 +90,47 @@ def check_flags(args: Namespace, model: MultiExitModel, num_processes: int) -> N
     _check_effect(args, has_data, where)
     if args.plot and find_spec('matplotlib') is None:
         raise MultiExitError('--plot needs matplotlib, which is not installed: pip install matplotlib.')
+
+
+def _check_saving(args: Namespace, model: MultiExitModel) -> None:
+    """Raise where `--save-policy` has no policy, or no folder whose model it is of."""
+    if parse_model_name(args.model)[0] != 'local-dir':
+        raise MultiExitError(
+            f'--save-policy writes to a model folder, {args.model} is none: give --model local-dir:FOLDER.'
+        )
+    for dest in ('checkpoint', 'exits', 'gp'):
+        if getattr(args, dest):
+            raise MultiExitError(
+                f'--save-policy and {option_name(dest)} exclude each other, the policy would be of another model than'
+                " the folder's: give one of them."
+            )
+    if not len(model.exits):
+        raise MultiExitError(f'--save-policy needs a folder with exits, {args.model} holds a plain timm model.')
+    if find_own_folder(args, model) is None:
+        raise MultiExitError(
+            f"--save-policy needs the folder's own classes, not {model.num_classes} others: leave --num-classes out."
+        )
+    if not chooses_thresholds(args):
+        raise MultiExitError(f'--save-policy needs data to choose thresholds on: {_DATA}.')
+    if not args.budget and args.max_drop is None:
+        raise MultiExitError('--save-policy needs a policy to save: give --budget B or --max-drop F.')
+
+
+def check_preparation(args: Namespace, model: MultiExitModel, data_config: dict[str, Any]) -> None:
+    """Raise for a policy that is to be saved for images made ready in another way than its folder says.
+
+    Raises:
+        MultiExitError: One line with what is there and here.
+    """
+    if not args.save_policy:
+        return
+    for name, own in resolve_data_config(model=model).items():
+        texts = [str(list(value) if isinstance(value, (list, tuple)) else value) for value in (own, data_config[name])]
+        if texts[0] != texts[1]:
+            raise MultiExitError(
+                f'--save-policy saves for images as the folder has them, with {name} {texts[0]}, not {texts[1]}: leave'
+                ' the flag of it out.'
+            )
 
 
 def _check_effect(args: Namespace, has_data: bool, where: str) -> None:
@@ -109,7 +173,7 @@ def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> 
         MultiExitError: One line with what is allowed.
     """
     table = model.budgets
-    if args.calib_split is not None or args.calib_from_train is not None:
+    if chooses_thresholds(args):
         num_exits = len(costs.heads)
         lowest = min([*(costs.paths[idx] + costs.heads[idx] for idx in range(num_exits)), costs.total])
         unused = ExitPolicy(args.criterion, (None,) * num_exits)
@@ -128,19 +192,28 @@ def picture_path(args: Namespace) -> Path | None:
     return Path(args.results_file).with_name(PICTURE_NAME) if args.results_file else None
 
 
+def policy_path(args: Namespace) -> Path | None:
+    """Return the file that the policy is written into; None if nobody asked for that."""
+    return Path(parse_model_name(args.model)[1], CONFIG_NAME) if args.save_policy else None
+
+
 def check_outputs(args: Namespace) -> None:
     """Raise where a result could not be written, so that this is known before the evaluation; makes the folders.
 
     Raises:
         MultiExitError: One line with the path.
     """
-    if not args.results_file and not args.plot:
-        return
-    paths = [Path(args.results_file)] if args.results_file else []
-    paths.append(picture_path(args))
-    if len({path.absolute() for path in paths}) < len(paths):
-        raise MultiExitError(f'{paths[0]} is the name of the picture too: give --results-file another one.')
-    for path in paths:
+    named = {
+        'the results': Path(args.results_file) if args.results_file else None,
+        'the picture': picture_path(args),
+        'the configuration of the model': policy_path(args),
+    }
+    owners: dict[Path, str] = {}
+    for what, path in named.items():
+        other = owners.setdefault(path.absolute(), what) if path else what
+        if other != what:
+            raise MultiExitError(f'{path} is the name of {what} too: give {other} another one.')
+    for path in filter(None, named.values()):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             is_folder = path.is_dir()
