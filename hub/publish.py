@@ -12,7 +12,7 @@ from pathlib import Path
 import timm_multiexit as tme
 from timm_multiexit.card import headline
 from timm_multiexit.hub import PushPlan, check_push, plan_push, push_folder
-from timm_multiexit.publication import Labels, list_model, write_publication
+from timm_multiexit.publication import PUBLICATION_NAME, Labels, list_model, write_publication
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = create_parser().parse_args(argv)
     try:
         repo_id = check_push(args.repo_id) if args.yes else args.repo_id
-        folder = args.folder or args.run / 'publication'
+        folder = args.folder or args.run / PUBLICATION_NAME
         labels = Labels(args.license, args.base_model, args.dataset_id)
         metrics = write_publication(args.run, folder, repo_id, labels=labels, validation=args.validation)
         print(f'{headline(metrics)}\nLicense: {metrics["license"]["note"]}')

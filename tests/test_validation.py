@@ -19,7 +19,7 @@ from timm_multiexit.budgets import StageCosts
 from timm_multiexit.calibration import fit_temperatures, search_budgets
 from timm_multiexit.collecting import LogitSet, collect_logits, fingerprint
 from timm_multiexit.comparison import create_static
-from timm_multiexit.config import MultiExitError
+from timm_multiexit.config import VERSION, MultiExitError
 from timm_multiexit.data import DIGITS, create_checked_dataset
 from timm_multiexit.dynamics import PolicyMeter, evaluate_logits
 from timm_multiexit.engine import evaluate_loader
@@ -560,7 +560,7 @@ def test_commit_is_that_of_the_file_or_unknown(tmp_path, monkeypatch):
     assert _find_commit(tmp_path / 'installed/module.py') == 'unknown'
     for words in (('add', '.'), (*who, 'commit', '-q', '-m', 'second')):
         subprocess.run(('git', '-C', str(tmp_path / 'ours'), *words), check=True)
-    head = (tmp_path / 'ours/.git/refs/heads').iterdir().__next__().read_text()
+    head = next((tmp_path / 'ours/.git/refs/heads').iterdir()).read_text()
     assert _find_commit(tmp_path / 'ours/module.py') == head[:12]
     (tmp_path / 'ours/module.py').write_text('changed')
     assert _find_commit(tmp_path / 'ours/module.py') == f'{head[:12]}-dirty'
@@ -575,7 +575,7 @@ def test_environment_names_every_library_that_results_hang_on():
     words = [item.split()[0] for item in describe_environment()['versions'].split(', ')]
     libraries = ['timm', 'torch', 'torchvision', 'accelerate', 'safetensors', 'huggingface_hub']
     assert words == ['python', 'timm_multiexit', *libraries]
-    assert f'timm_multiexit {tme.__version__},' in describe_environment()['versions']
+    assert f'timm_multiexit {VERSION},' in describe_environment()['versions']
 
 
 def test_several_processes_give_the_table_alone(model, monkeypatch):

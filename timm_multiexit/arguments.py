@@ -158,6 +158,9 @@ _DATA_FLAGS = (
 _RUN_FLAGS = (
     value('--log-with', str, [], None, 'write curves for these', nargs='+', choices=('tensorboard', 'wandb')),
     switch('--progress', 'show a bar'),
+    value('--push-to-hub', str, '', 'ORG/NAME', 'publish the best network there at the end, as hub/publish.py does'),
+    switch('--hub-private', 'into a private repository'),
+    value('--hub-license', str, None, 'ID', 'of the weights, if not that of those that training started from'),
 )
 _VALIDATE_FLAGS = (
     value('--checkpoint', str, '', 'PATH', 'training checkpoint (*.pth.tar) to evaluate'),

@@ -22,9 +22,9 @@ from timm_multiexit.checkpoint import hash_weights, load_pretrained, save_pretra
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.factory import ExitTable, make_table
 from timm_multiexit.files import write_text
-from timm_multiexit.hub import PushResult, push_folder
+from timm_multiexit.hub import PushResult, check_push, push_folder
 from timm_multiexit.licenses import License, resolve_license
-from timm_multiexit.metrics import exit_names
+from timm_multiexit.metrics import ENSEMBLE, exit_names
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.model_config import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME, ModelConfig, read_model_config
 from timm_multiexit.saver import BEST_NAME
@@ -32,7 +32,9 @@ from timm_multiexit.untrusted import read_json
 
 ARGS_NAME = 'args.yaml'
 CARD_NAME = 'README.md'
+RESULTS_NAME = 'results.json'
 METRICS_NAME = 'metrics.json'
+PUBLICATION_NAME = 'publication'
 PICTURE_NAME = 'assets/accuracy_vs_macs.png'
 VALIDATION_NAME = 'validation.json'
 
@@ -103,16 +105,20 @@ def write_publication(
     config = read_model_config(best)
     if not config.exits:
         raise MultiExitError(f'{run} is a run without exits: publish it with timm.models.push_to_hf_hub.')
-    results = read_json(run / 'results.json')
+    if not (run / RESULTS_NAME).is_file():
+        raise MultiExitError(f'{run} has no {RESULTS_NAME}, which train.py writes at the end: let it end.')
+    results = read_json(run / RESULTS_NAME)
     if validation is None and (run / VALIDATION_NAME).is_file():
         validation = run / VALIDATION_NAME
     measured = read_json(validation) if validation else results
     weights = hash_weights(best)
     if measured.get('weights') != weights:
         raise MultiExitError(
-            f'{validation or run / "results.json"} is of other weights than {best}: measure these with validate.py'
+            f'{validation or run / RESULTS_NAME} is of other weights than {best}: measure these with validate.py'
             f' --model local-dir:{best} ... --results-file {run / VALIDATION_NAME} --results-format json.'
         )
+    if config.budgets is None and any(row['policy'].startswith('budget ') for row in measured.get('dynamic', ())):
+        raise MultiExitError(f'{validation} has budgets, {best} has none: run validate.py again with --save-policy.')
     base_model, license_ = find_license(args, labels, config.pretrained_cfg.get('license'))
     metrics = {
         **_describe_model(config, repo_id, license_, base_model),
@@ -152,6 +158,20 @@ def write_publication(
         (draft / ARGS_NAME).write_text(yaml.safe_dump({key: _relative(value) for key, value in args.items()}))
         _write_papers(draft, metrics, picture)
     return metrics
+
+
+def publish_run(
+    run: Path, repo_id: str, *, labels: Labels = _NO_LABELS, private: bool = False
+) -> tuple[dict[str, Any], PushResult]:
+    """Write the folder `publication` in a run and push it, and return its metrics and what the push did.
+
+    Raises:
+        MultiExitError: See `write_publication` and `hub.push_folder`.
+    """
+    folder = run / PUBLICATION_NAME
+    repo_id = check_push(repo_id)
+    metrics = write_publication(run, folder, repo_id, labels=labels)
+    return metrics, push_folder(folder, repo_id, private=private)
 
 
 def list_model(path: Path, metrics: Mapping[str, Any], result: PushResult, *, tag: str | None = None) -> None:
@@ -224,7 +244,7 @@ def push_to_hub(
     base = None if cfg.get('tag') is None and cfg.get('license') is None else f'timm/{cfg.get("architecture")}'
     license_ = resolve_license(cfg.get('license'), asked=license, base=base)
     if table is None:
-        names = (*exit_names(len(model.exits)), 'ensemble')
+        names = (*exit_names(len(model.exits)), ENSEMBLE)
         table = make_table(model, {name: {} for name in names}, input_size=model.input_size, num_samples=0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
