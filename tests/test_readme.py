@@ -12,33 +12,41 @@ from conftest import write_images
 
 import train
 import validate
+from hub import publish
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
 
 
 def test_every_block_is_known():
-    assert [language for language, _ in BLOCKS] == ['shell', 'shell', 'python', 'shell', 'python', 'python', 'python']
+    assert [language for language, _ in BLOCKS] == [
+        *('shell', 'shell', 'python', 'shell', 'python', 'python', 'shell', 'python', 'python')
+    ]
 
 
-def test_shell_and_python_blocks_run_in_order(run_script, tmp_path):
+def test_shell_and_python_blocks_run_in_order(run_script, tmp_path, hub):
     """The two commands of a fresh clone are left to the slow test."""
     write_images(tmp_path / 'my/images', num_train=90)
-    scripts = {'train.py': train.main, 'validate.py': validate.main}
+    scripts = {'train.py': train.main, 'validate.py': validate.main, 'hub/publish.py': publish.main}
     names = {}
     for language, block in BLOCKS[2:]:
         if language == 'python':
             exec(compile(block, 'README.md', 'exec'), names)
             continue
         commands = [shlex.split(line) for line in block.splitlines()]
-        assert len(commands) == 2
         for command in commands:
             script = next(word for word in command if word in scripts)
-            code, _, err = run_script(scripts[script], '-j', '0', *command[command.index(script) + 1 :])
+            workers = () if script == 'hub/publish.py' else ('-j', '0')
+            code, _, err = run_script(scripts[script], *workers, *command[command.index(script) + 1 :])
+            scripts.pop(script)
             assert code == 0, err
+    assert not scripts
     assert names['early'].shape == (8, 100)
-    assert (tmp_path / 'exits.json').exists()
-    assert (tmp_path / 'accuracy_vs_macs.png').exists()
+    published = tmp_path / 'output/train/mine/publication'
+    assert {path.name for path in published.iterdir()} == {
+        *('model.safetensors', 'exits.safetensors', 'config.json', 'args.yaml', 'metrics.json', 'README.md', 'assets')
+    }
+    assert hub.repositories['org/mine'].is_private
     assert names['prediction'].logits.shape == (1, 2)
     assert names['tme'].create_model('local-dir:calibrated', pretrained=True).policy is not None
     # plain timm's network is the main one

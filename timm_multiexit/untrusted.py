@@ -18,6 +18,18 @@ from timm_multiexit.config import MultiExitError
 _MAX_JSON_BYTES = 8 * 2**20
 
 
+def check_contained(path: Path) -> None:
+    """Raise for a file that is a link to another place than its folder, or, in the Hub's cache, the repository's blobs.
+
+    Raises:
+        MultiExitError: It is one.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    homes = [folder] + [folder.parent.parent / 'blobs'] * (folder.parent.name == 'snapshots')
+    if not any(target.is_relative_to(home) for home in homes):
+        raise MultiExitError(f'{path} is a link that leaves its folder, allowed are files in it: put a copy there.')
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
@@ -26,6 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
             number that is none (NaN, infinities) or no object at its root.
     """
     try:
+        check_contained(path)
         if not path.is_file():
             raise MultiExitError(f'{path.parent} is no model folder: it has no {path.name}.')
         size = path.stat().st_size
@@ -83,6 +96,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         MultiExitError: There is no such file, or it is none of safetensors.
     """
+    check_contained(path)
     if not path.is_file():
         raise MultiExitError(f'{path.parent} has no {path.name}, and weights are read from nothing else.')
     try:
