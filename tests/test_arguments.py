@@ -28,7 +28,8 @@ DIFFERENCES: dict[str, tuple[str, str]] = {}
 OURS = (
     'eed exit_feature_weight exit_head exit_loss exit_lr_scale exit_output_loss exit_output_weight exit_projectors'
     ' exit_teacher exit_temperature exit_warmup_epochs exit_weights exits head_widths freeze_backbone regime'
-    ' backbone_epochs head_warmup_epochs test_split val_from_train bad_images log_with progress'
+    ' backbone_epochs head_warmup_epochs test_split val_from_train bad_images log_with progress push_to_hub hub_private'
+    ' hub_license'
 ).split()
 
 DATA = ('--data-dir', 'images')
@@ -99,7 +100,8 @@ def test_validate_parser_keeps_its_flags():
         'data data_dir dataset split dataset_download class_map input_img_mode model pretrained num_classes gp img_size'
         ' in_chans input_size crop_pct mean std interpolation channels_last model_kwargs exits exit_head head_widths amp'
         ' amp_dtype checkpoint use_ema batch_size workers pin_mem no_prefetcher results_file results_format calib_split'
-        ' calib_from_train threshold criterion combine budget max_drop delta time_rounds compare plot train_split seed'.split()
+        ' calib_from_train threshold criterion combine budget max_drop delta time_rounds compare plot train_split seed'
+        ' save_policy'.split()
     )
     args = create_validate_parser().parse_args([])
     assert (args.model, args.batch_size, args.workers, args.split) == (None, 256, 4, 'validation')

@@ -327,7 +327,8 @@ def test_bad_flags_of_dynamic_inference_are_one_clear_line(flags, message, run_s
 
 def test_what_was_found_is_printed_before_an_error(run_script, digits_net):
     """A budget in ms is found too low only after calibration; JSON is there only for what succeeds."""
-    flags = ('--model', f'local-dir:{digits_net}', '-j', '0', '--calib-split', 'validation', '--budget', '0.00000001ms')
+    flags = ('--model', f'local-dir:{digits_net}', '-j', '0', '-b', '16', '--calib-split', 'validation')
+    flags += ('--budget', '0.00000001ms')
     code, out, err = run_script(validate.main, *flags)
     assert code == 2
     assert 'The budget 0.00000001ms is below the cheapest policy' in err.strip().splitlines()[-1]

@@ -18,7 +18,7 @@ from timm_multiexit.dynamics import PolicyMeter, PolicyResult, failure_auroc, me
 from timm_multiexit.metrics import exit_names, format_table
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.policy import ExitPolicy
-from timm_multiexit.timing import describe_ratios, read_wall_clock, time_interleaved
+from timm_multiexit.timing import describe_ratios, time_interleaved
 from timm_multiexit.truncation import truncate
 
 
@@ -157,7 +157,7 @@ def time_exits(
     """Return how long one image takes to each classifier alone: batch_size, rounds, device, and ms, name -> median.
 
     Names are 'plain timm', the indices of the exits as `model(x, exit_idx=...)` takes them, and 'main'. All are timed
-    in turns, in time that passes for everybody.
+    in turns.
 
     Args:
         model: In eval mode.
@@ -171,7 +171,7 @@ def time_exits(
         variants[str(idx)] = partial(model, image, exit_idx=idx)
     variants['main'] = partial(model, image)
     with accelerator.autocast() if accelerator else nullcontext():
-        times = time_interleaved(variants, rounds, image.device, clock=read_wall_clock)
+        times = time_interleaved(variants, rounds, image.device)
     ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     return {'batch_size': 1, 'rounds': rounds, 'device': str(image.device), 'ms': ms}
 
