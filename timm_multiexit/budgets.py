@@ -4,13 +4,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from reprlib import repr as brief
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from timm_multiexit.config import MultiExitError
+from timm_multiexit.config import MultiExitError, brief
 from timm_multiexit.cost import ExitCost
 from timm_multiexit.metrics import exit_names, format_table
 from timm_multiexit.policy import ExitPolicy, is_number

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from reprlib import repr as brief
 from typing import Any
 
 import safetensors.torch
@@ -23,7 +22,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_multiexit.budgets import BudgetTable
-from timm_multiexit.config import FORMAT_VERSION, VERSION, MultiExitError
+from timm_multiexit.config import FORMAT_VERSION, VERSION, MultiExitError, brief
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.model_config import (
     BACKBONE_NAME,
@@ -184,10 +183,11 @@ def load_pretrained(directory: str | os.PathLike, *, pretrained: bool = True, **
     if config.exits is None:
         raise MultiExitError(f'{directory} holds a plain timm model: name the exits to attach, or exits="auto".')
     path = directory / EXITS_NAME
+    headers = [read_header(directory / name) for name in (BACKBONE_NAME, EXITS_NAME)] if pretrained else []
     empty = _create_empty(config, directory, kwargs)
     if pretrained:
-        check_state(empty.backbone.state_dict(), read_header(directory / BACKBONE_NAME), directory / BACKBONE_NAME)
-        check_state(_exit_tensors(empty), read_header(path), path)
+        check_state(empty.backbone.state_dict(), headers[0], directory / BACKBONE_NAME)
+        check_state(_exit_tensors(empty), headers[1], path)
     backbone = load_backbone(config, directory, pretrained=pretrained, **kwargs)
     model = MultiExitModel(backbone, config.exits, drop_rate=float(kwargs.get('drop_rate') or 0.0))
     if not pretrained:
@@ -262,17 +262,29 @@ def _create_empty(config: ModelConfig, directory: Path, given: dict[str, Any]) -
     images = torch.empty(1, *config.pretrained_cfg['input_size'], device='meta')
     with torch.device('meta'), torch.no_grad():
         model = MultiExitModel(backbone, config.exits)
+        _check_heads(model, directory)
         try:
             backbone(images)
         except Exception:  # some read their data in forward, which is not there: nothing is said of the exits
             return model
         try:
             model(images, exits=True)
+            order = model.tap_order(images)
         except Exception as error:
             raise MultiExitError(
                 f'The exits in {directory / CONFIG_NAME} do not fit {config.architecture}: {_reason(error)}.'
             ) from error
+    if order != sorted(order):
+        raise MultiExitError(f'The exits in {directory / CONFIG_NAME} are in disorder, allowed is shallow to deep.')
     return model
+
+
+def _check_heads(model: MultiExitModel, directory: Path) -> None:
+    """Raise for heads far larger than the backbone, which nobody trains, before they take memory."""
+    num = sum(param.numel() for param in model.exits.parameters())
+    most = 4 * sum(param.numel() for param in model.backbone.parameters()) + 10_000_000
+    if num > most:
+        raise MultiExitError(f'The heads in {directory / CONFIG_NAME} have {num} parameters, allowed are {most}.')
 
 
 def _check_size(config: ModelConfig, directory: Path, given: dict[str, Any]) -> None:

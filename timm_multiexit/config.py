@@ -1,11 +1,22 @@
 """What is stored beside the weights: the exits of a model, and the one error that users see."""
 
+import reprlib
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 VERSION = '0.1.0'
 FORMAT_VERSION = 1  # of what `config.json` says of exits; a file of a later one is refused
 LAYOUTS = ('NCHW', 'NHWC', 'NLC')
+
+
+def brief(value: Any) -> str:
+    """Return a value in at most 80 printable characters, for a message.
+
+    >>> brief([1] * 1000)
+    '[1, 1, 1, 1, 1, 1, ...]'
+    """
+    text = reprlib.repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
 
 
 class MultiExitError(ValueError):
@@ -42,21 +53,23 @@ class ExitSpec:
     def __post_init__(self):
         for name in ('module', 'head'):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise MultiExitError(f'Exit {name} is {getattr(self, name)!r}, allowed is a non-empty string.')
+                raise MultiExitError(f'Exit {name} is {brief(getattr(self, name))}, allowed is a non-empty string.')
         object.__setattr__(self, 'widths', tuple(self.widths))
         if self.layout not in LAYOUTS:
-            raise MultiExitError(f'Exit layout is {self.layout!r}, allowed are {", ".join(LAYOUTS)}.')
+            raise MultiExitError(f'Exit layout is {brief(self.layout)}, allowed are {", ".join(LAYOUTS)}.')
         numbers = [('channel count', self.channels, 1), ('reduction', self.reduction, 1)]
         numbers += [('width', width, 0) for width in self.widths]
         numbers += [('count of prefix tokens', self.num_prefix_tokens, 0), ('output index', self.output, 0)]
         if self.widths and 0 in (self.widths[0], self.widths[-1]):
             raise MultiExitError(
-                f"'{self.module}' has a head of widths {list(self.widths)}, a head begins and ends with a convolution."
+                f'{brief(self.module)} has a head of widths {brief(list(self.widths))}, a head begins and ends with a'
+                ' convolution.'
             )
         for name, number, least in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= 65536:
                 raise MultiExitError(
-                    f"Exit at '{self.module}' has a {name} of {number!r}, allowed are integers from {least} to 65536."
+                    f'Exit at {brief(self.module)} has a {name} of {brief(number)}, allowed are integers from {least} to'
+                    ' 65536.'
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,5 +91,5 @@ class ExitSpec:
         if not isinstance(values, dict) or not set(required) <= set(values):
             raise MultiExitError(f'An exit in config.json must be an object with the keys {", ".join(required)}.')
         if not isinstance(values['widths'], (list, tuple)):
-            raise MultiExitError(f'Exit widths are {values["widths"]!r}, allowed is a list of integers.')
+            raise MultiExitError(f'Exit widths are {brief(values["widths"])}, allowed is a list of integers.')
         return cls(**{name: values[name] for name in names if name in values})

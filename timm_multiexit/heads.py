@@ -8,7 +8,7 @@ import torch
 from timm.layers import ConvNormAct, LayerNorm2d, SelectAdaptivePool2d, SeparableConvNormAct
 from torch import Tensor, nn
 
-from timm_multiexit.config import MultiExitError
+from timm_multiexit.config import MultiExitError, brief
 
 Widths = tuple[int, ...]
 
@@ -30,9 +30,9 @@ class ExitHead(nn.Module):
     def __init__(self, head: str, *, in_chans: int, widths: Widths, num_classes: int, drop_rate: float = 0.0):
         super().__init__()
         if head not in HEADS:
-            raise MultiExitError(f"Unknown head '{head}', allowed are {', '.join(HEADS)}.")
+            raise MultiExitError(f"Unknown head {brief(head)}, allowed are {', '.join(HEADS)}.")
         if 0 in widths and head != 'paper':
-            raise MultiExitError(f"A '{head}' head takes widths without 0, given are {list(widths)}.")
+            raise MultiExitError(f"A '{head}' head takes widths without 0, given are {brief(list(widths))}.")
         if not widths and HEADS[head].num_widths(1):
             raise MultiExitError(f"A '{head}' head needs the widths of its convolutions, none are given.")
         self.num_features = next((width for width in reversed(widths) if width), in_chans)

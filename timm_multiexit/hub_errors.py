@@ -146,8 +146,10 @@ def _known_line(error: BaseException) -> str | None:
             return line
     if isinstance(error, HfHubHTTPError):
         return _status_line(error)
-    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+    if isinstance(error, HTTPError):
         return f'{{endpoint}} cannot be reached ({type(error).__name__}): check the network and HF_ENDPOINT'
+    if isinstance(error, (ConnectionError, TimeoutError, XetDownloadError)):  # Xet, which moves large files
+        return f'{{endpoint}} fails with a large file: run again later (it says: {_escape(_clean(error))})'
     if isinstance(error, OSError) and error.strerror:
         return _escape(f'{error.filename or "A file"} cannot be read or written: {error.strerror}')
     if isinstance(error, ValueError):  # the client's own words: which fields of a card are wrong, say

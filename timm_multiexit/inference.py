@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
-from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from timm_multiexit.budgets import BudgetTable, StageCosts, parse_budget
 from timm_multiexit.calibration import calibrate, fit_temperatures, search_budgets
 from timm_multiexit.collecting import collect_logits
-from timm_multiexit.config import MultiExitError
+from timm_multiexit.config import MultiExitError, brief
 from timm_multiexit.deadline import TimeBook, learn_times, predict
 from timm_multiexit.latency import describe_times, measure_stages
 from timm_multiexit.policy import ExitPolicy, Prediction

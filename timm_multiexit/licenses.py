@@ -1,10 +1,9 @@
 """The license of published weights: what the weights that training started from allow. No legal advice."""
 
 import re
-from reprlib import repr as brief
 from typing import NamedTuple
 
-from timm_multiexit.config import MultiExitError
+from timm_multiexit.config import MultiExitError, brief
 
 DEFAULT_LICENSE = 'apache-2.0'
 

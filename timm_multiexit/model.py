@@ -220,6 +220,12 @@ class MultiExitModel(DynamicInference):
             heads.append(head_meter.read())
         return combine_costs([*(paths[idx] for idx in range(len(heads))), meter.read()], heads)
 
+    def tap_order(self, images: Tensor) -> list[int]:
+        """Return the exits in the order in which a forward of images [B, C, H, W] comes to them."""
+        order: list[int] = []
+        self._taps.visit(self.backbone, images, lambda idx, tensor: order.append(idx))
+        return [idx for idx in order if idx < len(self.exits)]
+
     @torch.no_grad()
     def feature_widths(self) -> tuple[int, ...]:
         """Return how wide the features are that each classifier is distilled by, shallow to deep, main last."""

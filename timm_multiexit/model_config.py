@@ -7,14 +7,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as brief
 from typing import Any, NamedTuple
 
 import timm
 from timm.models._hub import _parse_model_cfg
 
 from timm_multiexit.budgets import BudgetTable
-from timm_multiexit.config import FORMAT_VERSION, ExitSpec, MultiExitError
+from timm_multiexit.config import FORMAT_VERSION, ExitSpec, MultiExitError, brief
 from timm_multiexit.policy import ExitPolicy, is_number
 from timm_multiexit.untrusted import read_json
 
@@ -83,8 +82,8 @@ _RATE = _numbers(0, 1)
 _CLASSES = _integers(0, _MAX_CLASSES)
 _CHANNELS = _integers(1, 1024)
 _PATHS = _words(r'[A-Za-z0-9_.]{1,200}', 'names of modules')
-_NAMES = _words(r'[A-Za-z0-9_-]{0,40}', 'short names')
 _MODULES = _either(_NULL, _PATHS, _lists(_PATHS, range(1, 9)))
+_NAMES = _words(r'[A-Za-z0-9_-]{0,40}', 'short names')
 _COLORS = _lists(_numbers(-1e4, 1e4), range(1, 1025))
 _IMAGE = Rule(
     lambda value: (
@@ -144,7 +143,7 @@ _PRETRAINED_CFG: dict[str, Rule] = {
     'std': _lists(_numbers(1e-6, 1e4), range(1, 1025)),
     'num_classes': _integers(-1, _MAX_CLASSES),
     'label_offset': _either(_NULL, _integers(0, 1)),
-    'label_names': _either(_NULL, _TEXTS, _TEXT_TABLE),
+    'label_names': _either(_NULL, _lists(_TEXT, range(_MAX_CLASSES + 1)), _TEXT_TABLE),
     'label_descriptions': _either(_NULL, _TEXT_TABLE),
     'pool_size': _either(_NULL, _lists(_PIXELS, range(2, 3))),
     'test_pool_size': _either(_NULL, _lists(_PIXELS, range(2, 3))),
@@ -172,7 +171,6 @@ class ModelConfig:
         architecture: Name in timm's registry.
         model_args: Keywords of `timm.create_model` that the weights were made with.
         pretrained_cfg: Fields of timm's `PretrainedCfg`, without a place of weights.
-        num_classes: Of the weights; None if the file does not say.
         exits: None for a plain timm model.
         policy: Of a calibrated model.
         budgets: Of a calibrated model.
@@ -181,7 +179,6 @@ class ModelConfig:
     architecture: str
     model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
-    num_classes: int | None = None
     exits: tuple[ExitSpec, ...] | None = None
     policy: ExitPolicy | None = None
     budgets: BudgetTable | None = None
@@ -228,8 +225,23 @@ def _check(config: dict[str, Any], overridden: set[str]) -> ModelConfig:
     }
     pretrained_cfg, architecture, model_args = _parse_model_cfg(clean, {})
     return ModelConfig(
-        architecture, model_args, pretrained_cfg, pretrained_cfg.get('num_classes'), **_read_section(config)
+        architecture, model_args, _complete(pretrained_cfg, architecture, model_args), **_read_section(config)
     )
+
+
+def _complete(pretrained_cfg: dict[str, Any], architecture: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return timm's configuration with what decides which weights timm makes anew, which is not for a file to say."""
+    default = timm.get_pretrained_cfg(architecture)
+    if default is not None:
+        pretrained_cfg |= {'first_conv': default.first_conv, 'classifier': default.classifier}
+        pretrained_cfg.setdefault('num_classes', default.num_classes)
+    num_classes = model_args.get('num_classes', pretrained_cfg.get('num_classes'))
+    if pretrained_cfg.setdefault('num_classes', num_classes) != num_classes:
+        raise MultiExitError(f'num_classes is {pretrained_cfg["num_classes"]}, in model_args it is {num_classes}.')
+    names = pretrained_cfg.get('label_names')
+    if isinstance(names, list) and len(names) != num_classes:
+        raise MultiExitError(f'label_names are {len(names)}, allowed are {num_classes}, one per class.')
+    return pretrained_cfg
 
 
 def _pick(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
@@ -275,6 +287,8 @@ def _read_section(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(exits, list) or len(exits) > _MAX_EXITS:
         raise MultiExitError(f"it lists no exits under '{CONFIG_KEY}', or more than {_MAX_EXITS}.")
     specs = tuple(ExitSpec.from_dict(values) for values in exits)
+    if len({(spec.module, spec.output) for spec in specs}) < len(specs):
+        raise MultiExitError('two exits are at the same place, allowed is one.')
     for spec in specs:
         if len(spec.widths) > _MAX_EXITS or max((spec.channels, *spec.widths)) > _MAX_WIDTH:
             raise MultiExitError(

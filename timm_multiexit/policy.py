@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from reprlib import repr as brief
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
-from timm_multiexit.config import MultiExitError
+from timm_multiexit.config import MultiExitError, brief
 
 
 class Prediction(NamedTuple):

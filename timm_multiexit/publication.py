@@ -135,7 +135,7 @@ def write_publication(
             'chosen_on': results['epoch_chosen_on'],
             'is_reported_split': results['epoch_chosen_on'] == measured['split'],
         },
-        **{name: measured[name] for name in _MEASURED if name in measured},
+        **{name: _relative(measured[name]) for name in _MEASURED if name in measured},
         'environment': _environment(measured),
         'training': {
             'command': _relative_command(results['command']),
@@ -263,7 +263,7 @@ def _describe_model(config: ModelConfig, repo_id: str, license_: License, base_m
         'format_version': 1,
         'repo_id': repo_id,
         'architecture': config.architecture,
-        'num_classes': config.num_classes,
+        'num_classes': config.pretrained_cfg['num_classes'],
         'input_size': list(config.pretrained_cfg['input_size']),
         'needs_import': module.split('.')[0] != 'timm',
         'license': license_._asdict(),
@@ -312,22 +312,22 @@ def _relative(value: Any) -> Any:
     """Return a value without folders of this machine: of an absolute path its last part."""
     if isinstance(value, list):
         return [_relative(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _relative(item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
-    prefix, _, path = value.rpartition(':') if value.startswith('local-dir:') else ('', '', value)
+    is_whole = Path(value).is_absolute() or '://' in value
+    prefix, colon, path = ('', '', value) if is_whole else value.rpartition(':')  # local-dir:FOLDER, NAME:CHECKPOINT
     if Path(path).is_absolute() or path.startswith('~'):
         path = Path(path).name
-    return f'{prefix}:{path}' if prefix else path
+    return prefix + colon + path
 
 
 def _relative_command(command: list[str]) -> str:
     """Return a command line for a shell, without folders of this machine."""
     words = [_relative(word) for word in command]
     pairs = [word.partition('=') for word in words]
-    words = [
-        f'{flag}={_relative(value)}' if flag.startswith('--') and sign else flag + sign + value
-        for flag, sign, value in pairs
-    ]
+    words = [f'{name}={_relative(value)}' if sign else name for name, sign, value in pairs]
     return shlex.join(words)
 
 

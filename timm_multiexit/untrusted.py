@@ -5,17 +5,18 @@ Nothing here runs code from a file, and no memory is taken by what a file claims
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as brief
 from typing import Any, NamedTuple
 
 import safetensors
 from torch import Tensor
 
-from timm_multiexit.config import MultiExitError
+from timm_multiexit.config import MultiExitError, brief
 
-_MAX_JSON_BYTES = 8 * 2**20
+_MAX_JSON_BYTES = 4 * 2**20  # Python's objects take many times that
+_MAX_HEADER_BYTES = 4 * 2**20  # some 30,000 tensors
 
 
 def check_contained(path: Path) -> None:
@@ -24,7 +25,10 @@ def check_contained(path: Path) -> None:
     Raises:
         MultiExitError: It is one.
     """
-    folder, target = path.parent.resolve(), path.resolve()
+    try:
+        folder, target = path.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise MultiExitError(f'{path} cannot be read: {_reason(error)}.') from error
     homes = [folder] + [folder.parent.parent / 'blobs'] * (folder.parent.name == 'snapshots')
     if not any(target.is_relative_to(home) for home in homes):
         raise MultiExitError(f'{path} is a link that leaves its folder, allowed are files in it: put a copy there.')
@@ -34,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        MultiExitError: There is no such file, it is larger than 8 MB, no JSON, nested too deeply, or has a key twice, a
+        MultiExitError: There is no such file, it is larger than 4 MB, no JSON, nested too deeply, or has a key twice, a
             number that is none (NaN, infinities) or no object at its root.
     """
     try:
@@ -62,8 +66,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f'{brief(next(name for name in names if names.count(name) > 1))} is there twice')
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f'{brief(counts.most_common(1)[0][0])} is there twice')
     return values
 
 
@@ -100,6 +104,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not path.is_file():
         raise MultiExitError(f'{path.parent} has no {path.name}, and weights are read from nothing else.')
     try:
+        with path.open('rb') as start:
+            size = int.from_bytes(start.read(8), 'little')
+        if size > _MAX_HEADER_BYTES:
+            raise MultiExitError(
+                f'{path} cannot be read: its header has {size} bytes, allowed are {_MAX_HEADER_BYTES}.'
+            )
         with safetensors.safe_open(path, framework='pt') as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
             return {key: TensorInfo(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
