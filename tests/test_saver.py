@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import train
-from timm_multiexit.training_checkpoint import read_training_checkpoint
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.saver import RunSaver, find_resume, load_optimizer, read_position
+from timm_multiexit.training_checkpoint import read_training_checkpoint
 
 BATCHES = (3, 6, 9)  # where an epoch saves itself
 METRICS = {'metric': (50.0, 70.0, 60.0, 80.0), 'no-metric': (None,) * 3}

@@ -68,8 +68,8 @@ class ExitSpec:
         for name, number, least in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= 65536:
                 raise MultiExitError(
-                    f'Exit at {brief(self.module)} has a {name} of {brief(number)}, allowed are integers from {least} to'
-                    ' 65536.'
+                    f'Exit at {brief(self.module)} has a {name} of {brief(number)}, allowed are integers from'
+                    f' {least} to 65536.'
                 )
 
     def to_dict(self) -> dict[str, Any]:
