@@ -12,7 +12,8 @@ from pathlib import Path
 import timm_multiexit as tme
 from timm_multiexit.card import headline
 from timm_multiexit.hub import PushPlan, check_push, plan_push, push_folder
-from timm_multiexit.publication import PUBLICATION_NAME, Labels, list_model, write_publication
+from timm_multiexit.publication import PUBLICATION_NAME, Labels, write_publication
+from timm_multiexit.publishing import list_model
 
 
 def create_parser() -> argparse.ArgumentParser:

@@ -77,10 +77,11 @@ LEVELS = {
     'checkpointing': 11,
     'publication': 11,
     'report': 11,
-    'training': 12,
+    'publishing': 12,
     'validation': 12,
-    'benchmarks': 13,  # a folder too
-    '__init__': 14,
+    'training': 13,
+    'benchmarks': 14,  # a folder too
+    '__init__': 15,
 }
 FILES = sorted(PACKAGE.rglob('*.py'))
 HOOK_METHODS = ('register_forward_hook', 'register_forward_pre_hook')
@@ -115,7 +116,7 @@ def imported_modules(source):
 
 
 def test_every_module_has_a_level():
-    assert (len(FILES), len(LEVELS)) == (81, 72)
+    assert (len(FILES), len(LEVELS)) == (82, 73)
     assert {module_name(path) for path in FILES} == set(LEVELS)
 
 

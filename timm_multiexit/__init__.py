@@ -20,7 +20,7 @@ from timm_multiexit.model import MultiExitModel as MultiExitModel
 from timm_multiexit.policy import ExitPolicy as ExitPolicy
 from timm_multiexit.policy import Prediction as Prediction
 from timm_multiexit.policy import apply_policy as apply_policy
-from timm_multiexit.publication import push_to_hub as push_to_hub
+from timm_multiexit.publishing import push_to_hub as push_to_hub
 from timm_multiexit.survey import ExitPoint as ExitPoint
 from timm_multiexit.task import MultiExitTask as MultiExitTask
 from timm_multiexit.training_checkpoint import load_checkpoint as load_checkpoint

@@ -42,6 +42,7 @@ _logger = logging.getLogger(__name__)
 TRAINING_ONLY = ('.projector.', '.aux_bn.')
 
 _PREFIX = 'exits.'
+_LABELS = ('label_names', 'label_descriptions')
 
 # Keywords of timm.create_model that are not the architecture's.
 _FACTORY_KEYWORDS = ('pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'device', 'dtype')
@@ -71,10 +72,9 @@ def save_pretrained(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {'label_names': label_names} if label_names else {}
-    backbone = model
+    backbone = model.backbone if isinstance(model, MultiExitModel) else model
+    config = _describe_labels(backbone, label_names)
     if isinstance(model, MultiExitModel):
-        backbone = model.backbone
         exits = [spec.to_dict() for spec in model.exits.specs]
         config[CONFIG_KEY] = {
             'format_version': FORMAT_VERSION,
@@ -86,13 +86,25 @@ def save_pretrained(
             if getattr(model, name) is not None:
                 config[CONFIG_KEY][name] = getattr(model, name).to_dict()
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=directory.parent) as temporary:
-        save_config_for_hf(backbone, Path(temporary, CONFIG_NAME), model_config=config, data_config=data_config)
+        path = Path(temporary, CONFIG_NAME)
+        save_config_for_hf(backbone, path, model_config=config, data_config=data_config)
+        values = read_json(path)
+        for name in _LABELS:
+            values['pretrained_cfg'].pop(name, None)  # where timm keeps those of a loaded model; they go to the root
+        path.write_text(json.dumps(values, indent=2), encoding='utf-8')
         _save_tensors(backbone.state_dict(), Path(temporary, BACKBONE_NAME))
         if isinstance(model, MultiExitModel):
             _save_tensors(_exit_tensors(model), Path(temporary, EXITS_NAME))
         # config.json last: until then a reader sees the old network or an incomplete one, not a mixture it accepts.
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG_NAME):
             shutil.move(path, directory / path.name)
+
+
+def _describe_labels(backbone: nn.Module, label_names: list[str] | None) -> dict[str, Any]:
+    """Return the names of the classes: those given, else those that the model was loaded with."""
+    old = backbone.pretrained_cfg if backbone.pretrained_cfg.get('num_classes') == backbone.num_classes else {}
+    labels = {'label_names': label_names} if label_names else {name: old.get(name) for name in _LABELS}
+    return {name: value for name, value in labels.items() if value}
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and one line where the disk refuses them."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,7 +39,7 @@ class explained:  # noqa: N801 - reads as a statement
                     self.draft.unlink()
             raise MultiExitError(
                 f'{self.path} could not be written: {str(cause).splitlines()[0]}. What was there before is whole: make'
-                ' room and go on with --resume.'
+                ' room and go on (train.py: --resume auto).'
             ) from error
 
 
@@ -68,3 +69,30 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """
     with replacing(path) as draft:
         draft.write_text(text, encoding='utf-8')
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike, mark: str) -> Iterator[Path]:
+    """Give an empty folder beside `path`, which takes its place at the end, if nothing raised.
+
+    Args:
+        path: What is there must be empty or have the file `mark`, which says that it may be replaced.
+        mark: Name of a file.
+
+    Raises:
+        MultiExitError: There is something else, or the disk is full or cannot be written.
+    """
+    path = Path(path).absolute()
+    draft = path.with_name(f'.{path.name}.new')
+    try:
+        with explained(path):
+            holds_others = path.exists() and (not path.is_dir() or any(path.iterdir())) and not (path / mark).is_file()
+            if holds_others or path == Path.cwd():
+                raise MultiExitError(f'{path} holds other files or is in use: give another folder.')
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            yield draft
+            shutil.rmtree(path, ignore_errors=True)
+            draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

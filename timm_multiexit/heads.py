@@ -30,7 +30,7 @@ class ExitHead(nn.Module):
     def __init__(self, head: str, *, in_chans: int, widths: Widths, num_classes: int, drop_rate: float = 0.0):
         super().__init__()
         if head not in HEADS:
-            raise MultiExitError(f"Unknown head {brief(head)}, allowed are {', '.join(HEADS)}.")
+            raise MultiExitError(f'Unknown head {brief(head)}, allowed are {", ".join(HEADS)}.')
         if 0 in widths and head != 'paper':
             raise MultiExitError(f"A '{head}' head takes widths without 0, given are {brief(list(widths))}.")
         if not widths and HEADS[head].num_widths(1):

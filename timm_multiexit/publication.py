@@ -1,4 +1,4 @@
-"""From a training run, or a model, to the folder that is published, and from there to the Hub.
+"""From a training run to the folder that is published.
 
 A publication holds what `save_pretrained` writes, `args.yaml`, `metrics.json` with all numbers, the picture, and the
 card, which is made of `metrics.json` alone. The same run gives the same bytes.
@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +17,10 @@ import yaml
 from timm.models import parse_model_name
 
 from timm_multiexit.card import write_card
-from timm_multiexit.checkpoint import hash_weights, load_pretrained, save_pretrained
+from timm_multiexit.checkpoint import hash_weights, load_pretrained
 from timm_multiexit.config import MultiExitError
-from timm_multiexit.factory import ExitTable, make_table
-from timm_multiexit.files import write_text
-from timm_multiexit.hub import PushResult, check_push, push_folder
+from timm_multiexit.files import new_folder
 from timm_multiexit.licenses import License, resolve_license
-from timm_multiexit.metrics import ENSEMBLE, exit_names
-from timm_multiexit.model import MultiExitModel
 from timm_multiexit.model_config import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME, ModelConfig, read_model_config
 from timm_multiexit.saver import BEST_NAME
 from timm_multiexit.untrusted import read_json
@@ -57,7 +52,7 @@ class Labels(NamedTuple):
     dataset_id: str | None = None
 
 
-_NO_LABELS = Labels()
+NO_LABELS = Labels()
 
 
 def find_license(args: Mapping[str, Any], labels: Labels, saved: str | None = None) -> tuple[str | None, License]:
@@ -86,7 +81,7 @@ def find_license(args: Mapping[str, Any], labels: Labels, saved: str | None = No
 
 
 def write_publication(
-    run: Path, folder: Path, repo_id: str, *, labels: Labels = _NO_LABELS, validation: Path | None = None
+    run: Path, folder: Path, repo_id: str, *, labels: Labels = NO_LABELS, validation: Path | None = None
 ) -> dict[str, Any]:
     """Write the folder that a run is published as, and return what `metrics.json` holds.
 
@@ -121,7 +116,7 @@ def write_publication(
         raise MultiExitError(f'{validation} has budgets, {best} has none: run validate.py again with --save-policy.')
     base_model, license_ = find_license(args, labels, config.pretrained_cfg.get('license'))
     metrics = {
-        **_describe_model(config, repo_id, license_, base_model),
+        **describe_model(config, repo_id, license_, base_model),
         'dataset': {
             'name': measured['dataset'],
             'hub_id': labels.dataset_id,
@@ -148,124 +143,35 @@ def write_publication(
         'weights': weights,
     }
     picture = (validation or run).parent / Path(PICTURE_NAME).name if validation else None
-    with _new_folder(folder) as draft:
+    with new_folder(folder, METRICS_NAME) as draft:
         for name in (BACKBONE_NAME, EXITS_NAME):
             shutil.copy2(best / name, draft / name)
-        values = read_json(best / CONFIG_NAME)
-        tag = re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}')
-        values['pretrained_cfg'] = _restamp(values['pretrained_cfg'], tag, license_)
-        _write_json(draft / CONFIG_NAME, values)
+        shutil.copy2(best / CONFIG_NAME, draft / CONFIG_NAME)
+        restamp(draft, re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}'), license_)
         (draft / ARGS_NAME).write_text(yaml.safe_dump({key: _relative(value) for key, value in args.items()}))
-        _write_papers(draft, metrics, picture)
+        write_papers(draft, metrics, picture)
     return metrics
 
 
-def publish_run(
-    run: Path, repo_id: str, *, labels: Labels = _NO_LABELS, private: bool = False
-) -> tuple[dict[str, Any], PushResult]:
-    """Write the folder `publication` in a run and push it, and return its metrics and what the push did.
+def describe_model(config: ModelConfig, repo_id: str, license_: License, base_model: str | None) -> dict[str, Any]:
+    """Return the part of `metrics.json` that is known without a measurement.
 
     Raises:
-        MultiExitError: See `write_publication` and `hub.push_folder`.
+        MultiExitError: The architecture is known to neither timm nor this package, so that nobody could load it.
     """
-    folder = run / PUBLICATION_NAME
-    repo_id = check_push(repo_id)
-    metrics = write_publication(run, folder, repo_id, labels=labels)
-    return metrics, push_folder(folder, repo_id, private=private)
-
-
-def list_model(path: Path, metrics: Mapping[str, Any], result: PushResult, *, tag: str | None = None) -> None:
-    """Enter a published model into the list of them, in the place of what the list says of its repository.
-
-    Args:
-        path: The list, a YAML file; made if it is not there.
-        metrics: What `write_publication` returned.
-        result: What the push returned.
-        tag: Name of the commit.
-
-    Raises:
-        MultiExitError: The list cannot be read or written.
-    """
-    try:
-        models = yaml.safe_load(path.read_text(encoding='utf-8'))['models'] if path.exists() else []
-        others = [model for model in models if model['repository'] != result.repo_id]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise MultiExitError(f'{path} is no list of published models: it was pushed, and is not listed.') from error
-    rows = metrics['rows']
-    metric = next((name for name in ('top-1', 'mAP') if name in rows[0]), None)
-    entry = {
-        'repository': result.repo_id,
-        'commit': result.commit,
-        'tag': tag,
-        'architecture': metrics['architecture'],
-        'dataset': metrics['dataset'],
-        'recipe': metrics['training']['recipe'],
-        'command': metrics['training']['command'],
-        'seed': metrics['training']['seed'],
-        metric or 'accuracy': {row['exit']: row.get(metric) for row in rows},
-        'policies': {
-            row['policy']: {'top-1': row['top-1'], 'MACs, %': row['macs_percent']} for row in metrics.get('dynamic', ())
-        },
-    }
-    models = sorted([*others, entry], key=lambda model: model['repository'])
-    head = '# What is published, written by hub/publish.py: repository, commit, how it was made, and what it reaches in'
-    write_text(path, f'{head} percent.\n{yaml.safe_dump({"models": models}, sort_keys=False, width=120)}')
-
-
-def push_to_hub(
-    model: MultiExitModel,
-    repo_id: str,
-    *,
-    table: ExitTable | None = None,
-    private: bool = False,
-    tag: str | None = None,
-    token: str | None = None,
-    license: str | None = None,
-    **saved: Any,
-) -> PushResult:
-    """Publish a model, with its policy and budgets, as one commit of a repository of the Hugging Face Hub.
-
-    Trained by `train.py`, a run is better published by `hub/publish.py`, whose card says how it was made.
-
-    Args:
-        model: The model; its exits should be trained.
-        repo_id: namespace/name; the repository is made if there is none.
-        table: What `evaluate` returned, for the card.
-        private: Make a private repository.
-        tag: Name that the commit gets as well.
-        token: None for the one that is logged in.
-        license: Of the weights; None for that of the weights that training started from.
-        **saved: `data_config` and `label_names` of `save_pretrained`.
-
-    Raises:
-        MultiExitError: See `hub.push_folder` and `licenses.resolve_license`.
-    """
-    cfg = model.backbone.pretrained_cfg
-    base = None if cfg.get('tag') is None and cfg.get('license') is None else f'timm/{cfg.get("architecture")}'
-    license_ = resolve_license(cfg.get('license'), asked=license, base=base)
-    if table is None:
-        names = (*exit_names(len(model.exits)), ENSEMBLE)
-        table = make_table(model, {name: {} for name in names}, input_size=model.input_size, num_samples=0)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        save_pretrained(model, folder, **saved)
-        metrics = _describe_model(read_model_config(folder), repo_id, license_, None)
-        metrics |= {'rows': table.rows, 'weights': hash_weights(folder)}
-        if table.num_samples:
-            metrics['dataset'] = {'name': None, 'hub_id': None, 'split': None, 'num_samples': table.num_samples}
-        _write_papers(folder, metrics, None)
-        return push_folder(folder, repo_id, private=private, tag=tag, token=token)
-
-
-def _describe_model(config: ModelConfig, repo_id: str, license_: License, base_model: str | None) -> dict[str, Any]:
-    module = timm.model_entrypoint(config.architecture).__module__
+    package = timm.model_entrypoint(config.architecture).__module__.split('.')[0]
+    if package not in ('timm', 'timm_multiexit'):
+        raise MultiExitError(
+            f'{config.architecture} is registered by {package}, allowed are architectures of timm and timm_multiexit:'
+            ' who loads it knows no others.'
+        )
     return {
         'format_version': 1,
         'repo_id': repo_id,
         'architecture': config.architecture,
         'num_classes': config.pretrained_cfg['num_classes'],
         'input_size': list(config.pretrained_cfg['input_size']),
-        'needs_import': module.split('.')[0] != 'timm',
+        'needs_import': package != 'timm',
         'license': license_._asdict(),
         'base_model': base_model,
     }
@@ -275,14 +181,16 @@ def _environment(results: Mapping[str, Any]) -> dict[str, Any]:
     return {name: results[name] for name in _ENVIRONMENT if name in results}
 
 
-def _restamp(pretrained_cfg: Mapping[str, Any], tag: str, license_: License) -> dict[str, Any]:
-    """Return timm's configuration of the weights as they are now, without what is true of those they started from."""
+def restamp(folder: Path, tag: str, license_: License) -> None:
+    """Let `config.json` say of the weights what is true of them now, not of those they started from."""
+    values = read_json(folder / CONFIG_NAME)
     old = ('origin_url', 'paper_name', 'description', 'notes', 'test_crop_pct', 'label_offset')
-    kept = {name: value for name, value in pretrained_cfg.items() if name not in old}
-    return {**kept, 'tag': tag, 'license': license_.name or license_.id, 'paper_ids': _EED}
+    kept = {name: value for name, value in values['pretrained_cfg'].items() if name not in old}
+    values['pretrained_cfg'] = {**kept, 'tag': tag, 'license': license_.name or license_.id, 'paper_ids': _EED}
+    _write_json(folder / CONFIG_NAME, values)
 
 
-def _write_papers(folder: Path, metrics: dict[str, Any], picture: Path | None) -> None:
+def write_papers(folder: Path, metrics: dict[str, Any], picture: Path | None) -> None:
     """Write the picture, `metrics.json` and the card."""
     metrics['has_picture'] = picture is not None and picture.is_file()
     if metrics['has_picture']:
@@ -329,29 +237,3 @@ def _relative_command(command: list[str]) -> str:
     pairs = [word.partition('=') for word in words]
     words = [f'{name}={_relative(value)}' if sign else name for name, sign, value in pairs]
     return shlex.join(words)
-
-
-class _new_folder:  # noqa: N801 - reads as a statement
-    """Gives an empty folder beside `folder`, which takes its place if nothing raised.
-
-    Raises:
-        MultiExitError: `folder` holds something that is no publication.
-    """
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        if folder.exists() and any(folder.iterdir()) and not (folder / METRICS_NAME).is_file():
-            raise MultiExitError(f'{folder} holds files and is no publication: give another folder.')
-
-    def __enter__(self) -> Path:
-        self._draft = self._folder.with_name(f'.{self._folder.name}-new')
-        shutil.rmtree(self._draft, ignore_errors=True)
-        self._draft.mkdir(parents=True)
-        return self._draft
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._draft.rename(self._folder)
-        else:
-            shutil.rmtree(self._draft, ignore_errors=True)

@@ -29,13 +29,11 @@ from timm_multiexit.checkpointing import Checkpointing
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.data import class_names
 from timm_multiexit.engine import Evaluation, Trainer, TrainerConfig, evaluate_loader
-from timm_multiexit.hub import check_push
 from timm_multiexit.journal import Journal
 from timm_multiexit.loaders import create_datasets, create_eval_loader, create_train_loader, encode_targets
 from timm_multiexit.metrics import evaluation_columns, flatten_metrics
 from timm_multiexit.model import MultiExitModel
-from timm_multiexit.publication import Labels, find_license, publish_run
-from timm_multiexit.ranges import option_name
+from timm_multiexit.publishing import check_publishing, publish_at_end
 from timm_multiexit.records import check_trackers
 from timm_multiexit.regimes import RegimeControl
 from timm_multiexit.report import report
@@ -71,7 +69,7 @@ class TrainingRun:
         if num_classes and args.num_classes is None and not args.pretrained:
             args.num_classes = num_classes
         model = create_train_model(args, num_classes, self.resume)
-        self._check_publishing(model)
+        check_publishing(args, model, has_table=self.datasets[2] is not None, asks_hub=accelerator.is_main_process)
         self.label_names = class_names(self.datasets[0], args.num_classes)
         encode_targets(args, self.datasets)
         self._check_metric(model)
@@ -119,22 +117,6 @@ class TrainingRun:
         if args.eval_metric not in columns:
             raise MultiExitError(f"--eval-metric is '{args.eval_metric}', allowed are {', '.join(columns)}.")
         self.is_decreasing = args.eval_metric.endswith(('loss', 'ece'))
-
-    def _check_publishing(self, model: torch.nn.Module) -> None:
-        """Raise for what would keep the finished run from being published."""
-        args = self.args
-        if not args.push_to_hub:
-            for dest in ('hub_private', 'hub_license'):
-                if getattr(args, dest):
-                    raise MultiExitError(f'{option_name(dest)} is of no effect without --push-to-hub ORG/NAME.')
-            return
-        if args.exits is None:
-            raise MultiExitError('--push-to-hub publishes networks with exits: add --eed or --exits.')
-        if self.datasets[2] is None:
-            raise MultiExitError('--push-to-hub needs a table to publish: add --val-split or --test-split.')
-        find_license(vars(args), Labels(args.hub_license), model.pretrained_cfg.get('license'))
-        if self.accelerator.is_main_process:
-            check_push(args.push_to_hub)
 
     def _create_loaders(self) -> None:
         args = self.args
@@ -341,19 +323,7 @@ class TrainingRun:
             rows = self.journal.best_epochs(self.args.eval_metric, is_decreasing=self.is_decreasing)
             print('--result\n[' + ',\n '.join(json.dumps(row) for row in rows) + ']', flush=True)
             if self.args.push_to_hub:
-                self._publish(Path(folder))
-
-    def _publish(self, folder: Path) -> None:
-        args = self.args
-        try:
-            labels = Labels(args.hub_license)
-            _, result = publish_run(folder, args.push_to_hub, labels=labels, private=args.hub_private)
-        except MultiExitError as error:
-            raise MultiExitError(
-                f'{folder} is whole, but was not published: {error} Try again with hub/publish.py {folder}'
-                f' {args.push_to_hub} --yes.'
-            ) from error
-        _logger.info(f'Published: {result.url}')
+                _logger.info(f'Published: {publish_at_end(self.args, Path(folder))}')
 
 
 def choose_output_dir(args: Namespace) -> Path:

@@ -20,7 +20,7 @@ _MAX_HEADER_BYTES = 4 * 2**20  # some 30,000 tensors
 
 
 def check_contained(path: Path) -> None:
-    """Raise for a file that is a link to another place than its folder, or, in the Hub's cache, the repository's blobs.
+    """Raise for a file that is a link to another place than its folder, or, in the Hub's cache, its blobs.
 
     Raises:
         MultiExitError: It is one.
@@ -29,7 +29,11 @@ def check_contained(path: Path) -> None:
         folder, target = path.parent.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
         raise MultiExitError(f'{path} cannot be read: {_reason(error)}.') from error
-    homes = [folder] + [folder.parent.parent / 'blobs'] * (folder.parent.name == 'snapshots')
+    homes = [folder]
+    if folder.parent.name == 'snapshots':
+        # A repository's own, and what Xet has stored once for all repositories.
+        repository = folder.parent.parent
+        homes += [repository / 'blobs', repository.parent / 'blobs']
     if not any(target.is_relative_to(home) for home in homes):
         raise MultiExitError(f'{path} is a link that leaves its folder, allowed are files in it: put a copy there.')
 

@@ -43,7 +43,7 @@ def find_own_folder(args: Namespace, model: MultiExitModel) -> Path | None:
     source, name = parse_model_name(args.model)
     if source != 'local-dir' or args.checkpoint or args.exits is not None or args.gp:
         return None
-    num_classes = read_model_config(Path(name), overridden=args.model_kwargs).num_classes
+    num_classes = read_model_config(Path(name), overridden=args.model_kwargs).pretrained_cfg.get('num_classes')
     return Path(name) if num_classes in (None, model.num_classes) else None
 
 

@@ -1,0 +1,511 @@
+"""A run is published as what it is: the folder, its configuration, its numbers, its license and its card."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import _enliven as enliven
+from conftest import write_images
+
+import timm_multiexit as tme
+import train
+import validate
+from timm_multiexit.checkpoint import hash_weights
+from timm_multiexit.hub import push_folder
+from timm_multiexit.publication import Labels, write_publication
+from timm_multiexit.publishing import push_to_hub
+
+REPO = 'org/net'
+ROOT = Path(__file__).parents[1]
+FLAGS = '--model test_resnet --eed --exits 1,3 --img-size 32 -b 8 -j 0 --epochs 1 --opt adamw --lr 0.002'
+PREPARATION = '--mean 0.4 0.5 0.6 --std 0.2 0.3 0.4 --crop-pct 0.9 --interpolation bicubic'
+MEASURE = '-b 8 -j 0 --split validation --calib-split train --budget 90% --save-policy --time-rounds 2'
+
+
+@contextmanager
+def script_state(folder):
+    """Gives a script the folder that it runs in, and takes back what it does to the process."""
+    before, argv, handlers = os.getcwd(), sys.argv, logging.root.handlers[:]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+        logging.disable(logging.NOTSET)
+        logging.root.handlers[:] = handlers
+
+
+def run_script(module, folder, *argv):
+    """Run a script as a shell does, with its command line in sys.argv."""
+    with script_state(folder):
+        sys.argv = [str(ROOT / f'{module.__name__}.py'), *map(str, argv)]
+        assert module.main(sys.argv[1:]) == 0
+
+
+def make_run(folder, *flags):
+    """Train on a folder of images with absolute paths on the command line, and return the run's folder."""
+    images = folder / 'images' if (folder / 'images').exists() else write_images(folder / 'images')
+    paths = ('--data-dir', images, '--output', folder / 'out', '--experiment', 'run')
+    run_script(train, folder, *FLAGS.split(), *flags, *paths)
+    return folder / 'out/run'
+
+
+def measure_run(run, *flags):
+    """Choose thresholds, save the policy and write validation.json and the picture."""
+    outputs = ('--results-file', run / 'validation.json', '--results-format', 'json')
+    images = run.parents[1] / 'images'
+    run_script(
+        validate, run, '--model', f'local-dir:{run}/best', '--data-dir', images, *MEASURE.split(), *flags, *outputs
+    )
+    return run
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run, trained and measured once; nobody changes it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('trained')
+    return measure_run(make_run(folder, *PREPARATION.split()))
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run to change, as small as publishing allows."""
+    return shutil.copytree(trained, tmp_path / 'run', ignore=shutil.ignore_patterns('*.pth.tar'))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / 'publication'
+
+
+def edit(path, **values):
+    """Change what a JSON or YAML file says."""
+    load, dump = (json.loads, json.dumps) if path.suffix == '.json' else (yaml.safe_load, yaml.safe_dump)
+    path.write_text(dump(load(path.read_text()) | values))
+
+
+def replace_best(run, model):
+    """Put another network into a run, as if it had been trained, with results of its weights."""
+    shutil.rmtree(run / 'best')
+    (run / 'validation.json').unlink(missing_ok=True)
+    tme.save_pretrained(model, run / 'best', data_config={'input_size': (3, 32, 32)})
+    edit(run / 'results.json', weights=hash_weights(run / 'best'))
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def refused(run, folder, **kwargs):
+    """The line that publishing ends with."""
+    with pytest.raises(tme.MultiExitError) as caught:
+        write_publication(run, folder, REPO, **kwargs)
+    line = str(caught.value)
+    assert '\n' not in line
+    return line
+
+
+def test_folder_holds_the_network_and_its_papers(run, folder):
+    write_publication(run, folder, REPO)
+    files = contents(folder)
+    papers = {'README.md', 'config.json', 'args.yaml', 'metrics.json', 'assets/accuracy_vs_macs.png'}
+    assert files.keys() == papers | {'model.safetensors', 'exits.safetensors'}
+    for name in ('model.safetensors', 'exits.safetensors'):
+        assert files[name] == (run / 'best' / name).read_bytes()
+    assert files['assets/accuracy_vs_macs.png'] == (run / 'accuracy_vs_macs.png').read_bytes()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ['publication', 'run']
+
+
+def test_configuration_says_how_the_network_was_trained(run, folder):
+    write_publication(run, folder, REPO)
+    config, old = read(folder, 'config.json'), read(run / 'best', 'config.json')
+    assert config.pop('pretrained_cfg') == {
+        'tag': 'eed_images',
+        'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2104.00299',
+        'num_classes': 2,
+        'input_size': [3, 32, 32],
+        'fixed_input_size': False,
+        'mean': [0.4, 0.5, 0.6],
+        'std': [0.2, 0.3, 0.4],
+        'crop_pct': 0.9,
+        'crop_mode': 'center',
+        'interpolation': 'bicubic',
+        'custom_load': False,
+        'pool_size': None,
+        'first_conv': 'conv1.0',
+        'classifier': 'fc',
+    }
+    del old['pretrained_cfg']
+    assert config == old
+    assert config['label_names'] == ['cat', 'dog']
+    assert {'policy', 'budgets', 'exits'} <= config['multiexit'].keys()
+    # It is what timm then prepares images with, also where it would use a larger size for testing.
+    plain = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    data_config = timm.data.resolve_model_data_config(plain, use_test_size=True)
+    assert (list(data_config['input_size']), data_config['crop_pct'], data_config['std']) == (
+        [3, 32, 32],
+        0.9,
+        [0.2, 0.3, 0.4],
+    )
+
+
+def test_nothing_of_the_base_is_said_of_the_new_weights(run, folder):
+    # a1_in1k of timm is tested at 288 px with crop 1, is of a paper of its own, and has 1,000 classes
+    model = tme.create_model('resnet18.a1_in1k', exits=1, num_classes=2, input_size=(3, 32, 32))
+    base = dict(model.pretrained_cfg)
+    assert (base['test_input_size'], base['test_crop_pct'], base['license']) == ((3, 288, 288), 1.0, 'apache-2.0')
+    replace_best(run, model)
+    edit(run / 'args.yaml', model='resnet18.a1_in1k', pretrained=True)
+    metrics = write_publication(run, folder, REPO)
+    cfg = read(folder, 'config.json')['pretrained_cfg']
+    assert not {'test_input_size', 'test_crop_pct', 'origin_url', 'description'} & {
+        name for name, value in cfg.items() if value is not None
+    }
+    assert (cfg['tag'], cfg['paper_ids'], cfg['num_classes']) == ('eed_images', 'arXiv:2104.00299', 2)
+    plain = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert timm.data.resolve_model_data_config(plain, use_test_size=True)['input_size'] == (3, 32, 32)
+    assert (metrics['base_model'], metrics['license']['id']) == ('timm/resnet18.a1_in1k', 'apache-2.0')
+
+
+def test_text_files_have_no_path_of_this_machine(trained, run, folder):
+    assert str(trained.parents[1]) in (run / 'args.yaml').read_text()
+    assert str(trained.parents[1]) in (run / 'results.json').read_text()
+    write_publication(run, folder, REPO)
+    for name in ('README.md', 'config.json', 'args.yaml', 'metrics.json'):
+        text = (folder / name).read_text()
+        assert [
+            word for word in (str(trained.parents[1]), str(folder.parent), str(ROOT), '/tmp/') if word in text
+        ] == []
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert (args['data_dir'], args['output'], args['model'], args['lr']) == ('images', 'out', 'test_resnet', 0.002)
+    expected = f'train.py {FLAGS} {PREPARATION} --data-dir images --output out --experiment run'
+    assert read(folder, 'metrics.json')['training']['command'] == expected
+
+
+@pytest.mark.parametrize(
+    ('words', 'expected'),
+    [
+        (['--data-dir=/home/me/set'], '--data-dir=set'),
+        (['--config', '~/recipe.yaml'], '--config recipe.yaml'),
+        (['--kd-model', 'local-dir:/home/me/net'], '--kd-model local-dir:net'),
+        (['--model=local-dir:/home/me/net'], '--model=local-dir:net'),
+        (['--model-kwargs', 'file=/home/me/a.txt'], '--model-kwargs file=a.txt'),
+        (['--data-dir', 'data/set'], '--data-dir data/set'),
+        (['--experiment', 'a run'], "--experiment 'a run'"),
+    ],
+    ids=['equals', 'home', 'folder', 'folder-equals', 'keyword', 'relative', 'quoted'],
+)
+def test_command_has_the_last_part_of_paths(words, expected, run, folder):
+    edit(run / 'results.json', command=['/home/me/bin/train.py', *words])
+    metrics = write_publication(run, folder, REPO)
+    assert metrics['training']['command'] == f'train.py {expected}'
+
+
+@pytest.mark.parametrize(
+    ('value', 'expected'),
+    [
+        ('/home/me/a.txt', 'a.txt'),
+        (['/home/me/a.txt', 'b'], ['a.txt', 'b']),
+        ({'file': '/home/me/a.txt', 'depth': 3}, {'file': 'a.txt', 'depth': 3}),
+        ('local-dir:/home/me/net', 'local-dir:net'),
+        ('resnet10t:/home/me/last.pth.tar', 'resnet10t:last.pth.tar'),
+        ('/home/me/a:b/last.pth.tar', 'last.pth.tar'),
+        ('hf-hub:org/net@v1', 'hf-hub:org/net@v1'),
+        ('https://host.org/a/net.pth', 'https://host.org/a/net.pth'),
+        ('data/set', 'data/set'),
+    ],
+    ids=['text', 'list', 'keywords', 'folder', 'checkpoint', 'colon', 'hub', 'address', 'relative'],
+)
+def test_arguments_have_the_last_part_of_paths(value, expected, run, folder):
+    edit(run / 'args.yaml', model_kwargs=value)
+    write_publication(run, folder, REPO)
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['model_kwargs'] == expected
+
+
+def test_compared_networks_have_the_last_part_of_paths(run, folder):
+    row = {'image, px': 32, 'params': 5000, 'GMACs': 0.01, 'top-1': 50.0, 'top-5': 90.0}
+    names = ['resnet10t:/home/me/last.pth.tar', 'local-dir:/home/me/small', 'resnet18.a1_in1k']
+    edit(run / 'validation.json', compare=[{'static model': name, **row} for name in names])
+    metrics = write_publication(run, folder, REPO)
+    published = ['resnet10t:last.pth.tar', 'local-dir:small', 'resnet18.a1_in1k']
+    assert [row['static model'] for row in metrics['compare']] == published
+    assert '/home/me' not in (folder / 'README.md').read_text()
+
+
+def test_same_run_gives_the_same_bytes(run, folder, tmp_path):
+    write_publication(run, folder, REPO)
+    first = contents(folder)
+    write_publication(run, folder, REPO)
+    assert contents(folder) == first
+    shutil.copytree(run, tmp_path / 'moved')
+    write_publication(tmp_path / 'moved', tmp_path / 'other', REPO)
+    assert contents(tmp_path / 'other') == first
+
+
+def test_numbers_are_those_that_were_measured(run, folder):
+    metrics = write_publication(run, folder, REPO, labels=Labels(dataset_id='org/images'))
+    assert metrics == read(folder, 'metrics.json')
+    validation, results = read(run, 'validation.json'), read(run, 'results.json')
+    for name in ('rows', 'dynamic', 'timing', 'latency', 'overthinking', 'curve', 'calibrated_on', 'precision'):
+        assert metrics[name] == validation[name], name
+    assert [row['policy'] for row in metrics['dynamic']] == ['plain timm', 'all exits', 'budget 90%']
+    assert metrics['rows'] == results['rows']  # measured twice, the same
+    assert metrics['dataset'] == {'name': 'images', 'hub_id': 'org/images', 'split': 'validation', 'num_samples': 11}
+    assert metrics['epoch'] == {
+        'best': 1,
+        'epochs': 1,
+        'chosen_by': 'top1',
+        'chosen_on': 'validation',
+        'is_reported_split': True,
+    }
+    assert (metrics['architecture'], metrics['num_classes'], metrics['input_size']) == ('test_resnet', 2, [3, 32, 32])
+    assert metrics['weights'] == hash_weights(folder)
+    assert metrics['has_picture'] is True
+    assert metrics['needs_import'] is False
+    names = ('hardware', 'threads', 'versions', 'commit')
+    assert metrics['environment'] == {name: validation[name] for name in names}
+    training = metrics['training']
+    assert training['environment'] == {name: results[name] for name in names}
+    assert (training['seed'], training['epochs'], training['exit_loss'], training['recipe']) == (42, 1, 'eed', None)
+
+
+def test_without_validation_the_numbers_of_training_count(run, folder):
+    (run / 'validation.json').unlink()
+    metrics = write_publication(run, folder, REPO)
+    assert metrics['rows'] == read(run, 'results.json')['rows']
+    assert not {'dynamic', 'latency', 'curve'} & metrics.keys()
+    # The picture is of what validate.py measured, which is not published.
+    assert metrics['has_picture'] is False
+    assert not (folder / 'assets').exists()
+    assert 'assets' not in (folder / 'README.md').read_text()
+
+
+def test_validation_may_lie_elsewhere_with_its_picture(run, folder, tmp_path):
+    (tmp_path / 'other').mkdir()
+    for name in ('validation.json', 'accuracy_vs_macs.png'):
+        shutil.move(run / name, tmp_path / 'other' / name)
+    metrics = write_publication(run, folder, REPO, validation=tmp_path / 'other/validation.json')
+    assert 'dynamic' in metrics
+    assert metrics['has_picture'] is True
+
+
+def test_architecture_that_timm_does_not_have_is_imported_first(run, folder):
+    replace_best(run, tme.create_model('cifar_resnet18', num_classes=2))
+    metrics = write_publication(run, folder, REPO)
+    assert metrics['needs_import'] is True
+    assert 'import timm_multiexit  # registers the architecture' in (folder / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('name', ['validation.json', 'results.json'])
+def test_results_of_other_weights_are_refused(name, run, folder):
+    if name == 'results.json':
+        (run / 'validation.json').unlink()
+    weights = run / 'best/exits.safetensors'
+    tensors = safetensors.torch.load_file(weights)
+    tensors['exits.0.fc.bias'] += 1
+    safetensors.torch.save_file(tensors, weights)
+    line = refused(run, folder)
+    assert line.startswith(f'{run / name} is of other weights than {run}/best: measure these with validate.py')
+    assert not folder.exists()
+
+
+def test_budgets_without_a_saved_policy_are_refused(run, folder):
+    config = read(run / 'best', 'config.json')
+    del config['multiexit']['budgets'], config['multiexit']['policy']
+    (run / 'best/config.json').write_text(json.dumps(config))
+    assert '--save-policy' in refused(run, folder)
+
+
+@pytest.mark.parametrize(
+    ('missing', 'message'),
+    [
+        ('args.yaml', 'is no run of train.py: its args.yaml cannot be read'),
+        ('best/config.json', 'config.json'),
+        ('best/exits.safetensors', 'is of other weights than'),
+        ('results.json', 'results.json'),
+    ],
+)
+def test_folder_that_is_no_whole_run_is_refused(missing, message, run, folder):
+    (run / missing).unlink()
+    assert message in refused(run, folder)
+    assert not folder.exists()
+
+
+def test_run_without_exits_is_refused(run, folder):
+    replace_best(run, timm.create_model('test_resnet', num_classes=2))
+    assert refused(run, folder) == f'{run} is a run without exits: publish it with timm.models.push_to_hf_hub.'
+
+
+def test_folder_with_other_files_is_refused_and_untouched(run, folder):
+    folder.mkdir()
+    (folder / 'thesis.tex').write_text('mine')
+    assert refused(run, folder) == f'{folder} holds other files or is in use: give another folder.'
+    assert contents(folder) == {'thesis.tex': b'mine'}
+
+
+def test_refused_publication_leaves_the_earlier_one_whole(run, folder):
+    write_publication(run, folder, REPO)
+    before = contents(folder)
+    edit(run / 'args.yaml', initial_checkpoint='a.safetensors')
+    assert 'name it with --license' in refused(run, folder)
+    assert 'allowed is a name such as' in refused_name(run, folder)
+    assert contents(folder) == before
+    assert sorted(path.name for path in folder.parent.iterdir()) == ['publication', 'run']
+
+
+def refused_name(run, folder):
+    with pytest.raises(tme.MultiExitError) as caught:
+        write_publication(run, folder, 'net', labels=Labels('mit'))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('args', 'labels', 'base_model', 'license_id', 'note'),
+    [
+        ({}, {}, None, 'apache-2.0', 'Trained from scratch; the license is the default'),
+        ({}, {'license': 'mit'}, None, 'mit', 'Trained from scratch; the license is chosen by the publisher.'),
+        # Without --pretrained the name of weights is the name of an architecture.
+        ({'model': 'resnet18.fb_swsl_ig1b_ft_in1k'}, {}, None, 'apache-2.0', 'Trained from scratch'),
+        (
+            {'model': 'test_resnet', 'pretrained': True},
+            {},
+            'timm/test_resnet.r160_in1k',
+            'apache-2.0',
+            'That of the weights that training started from (timm/test_resnet.r160_in1k).',
+        ),
+        (
+            {'model': 'resnet18.fb_swsl_ig1b_ft_in1k', 'pretrained': True},
+            {},
+            'timm/resnet18.fb_swsl_ig1b_ft_in1k',
+            'cc-by-nc-4.0',
+            'forbids commercial use',
+        ),
+        (
+            {'model': 'hf-hub:org/base@0123', 'pretrained': True},
+            {},
+            'org/base',
+            'apache-2.0',  # of the configuration that the run has from there
+            'That of the weights that training started from (org/base).',
+        ),
+        (
+            {'initial_checkpoint': '/home/me/a.safetensors'},
+            {'license': 'mit'},
+            None,
+            'mit',
+            'Chosen by the publisher; the weights that training started from (a file) come without a known license.',
+        ),
+        (
+            {'initial_checkpoint': 'a.safetensors'},
+            {'license': 'mit', 'base_model': 'org/base'},
+            'org/base',
+            'mit',
+            '(org/base)',
+        ),
+    ],
+    ids=['scratch', 'asked', 'name', 'registry', 'non-commercial', 'hub', 'file', 'named-base'],
+)
+def test_license_follows_from_what_training_started_from(args, labels, base_model, license_id, note, run, folder):
+    edit(run / 'args.yaml', **args)
+    metrics = write_publication(run, folder, REPO, labels=Labels(**labels))
+    assert (metrics['base_model'], metrics['license']['id']) == (base_model, license_id)
+    assert note in metrics['license']['note']
+    assert read(folder, 'config.json')['pretrained_cfg']['license'] == license_id
+    head = yaml.safe_load((folder / 'README.md').read_text().split('---\n')[1])
+    assert (head['license'], head.get('base_model')) == (license_id, base_model)
+
+
+@pytest.mark.parametrize(
+    ('args', 'labels', 'message'),
+    [
+        ({'initial_checkpoint': 'a.pth'}, {}, '(a file) is not given: find out what it is and name it with --license.'),
+        ({'pretrained_path': 'a.pth', 'pretrained': True}, {}, '(a file) is not given'),
+        ({'initial_checkpoint': 'a.pth'}, {'base_model': 'org/base'}, '(org/base) is not given'),
+        (
+            {'model': 'resnet18.fb_swsl_ig1b_ft_in1k', 'pretrained': True},
+            {'license': 'mit'},
+            'The license mit was asked for, the weights that training started from (timm/resnet18.fb_swsl',
+        ),
+        ({}, {'license': 'mine-1.0'}, "The license 'mine-1.0' is unknown"),
+    ],
+    ids=['file', 'path', 'named-base', 'non-commercial', 'unknown'],
+)
+def test_license_that_is_not_clear_is_refused(args, labels, message, run, folder):
+    edit(run / 'args.yaml', **args)
+    assert message in refused(run, folder, labels=Labels(**labels))
+    assert not folder.exists()
+
+
+def test_run_from_weights_of_the_registry_names_them(hub, tmp_path, folder):
+    base = enliven(timm.create_model('test_resnet'))
+    hub.add('timm/test_resnet.r160_in1k', {'model.safetensors': safetensors.torch.save(base.state_dict())})
+    metrics = write_publication(make_run(tmp_path, '--pretrained'), folder, REPO)
+    assert (metrics['base_model'], metrics['license']['id']) == ('timm/test_resnet.r160_in1k', 'apache-2.0')
+
+
+def test_run_from_a_repository_takes_over_its_license(hub, tmp_path, folder):
+    base = enliven(tme.create_model('test_resnet', exits=[1, 3], num_classes=4))
+    base.pretrained_cfg['license'] = base.backbone.pretrained_cfg['license'] = 'cc-by-nc-4.0'
+    commit = push_to_hub(base, 'org/base').commit
+    run = make_run(tmp_path, '--model', 'hf-hub:org/base', '--pretrained')
+    metrics = write_publication(run, folder, REPO)
+    assert (metrics['base_model'], metrics['license']['id']) == ('org/base', 'cc-by-nc-4.0')
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['model'] == f'hf-hub:org/base@{commit}'
+
+
+def test_snippets_of_the_card_run_against_the_hub(hub, run, folder, capsys):
+    metrics = write_publication(run, folder, REPO)
+    push_folder(folder, REPO)
+    card = hub.content(hub.repositories[REPO].find('main').files['README.md']).decode()
+    snippets = re.findall(r'^```python\n(.*?)^```$', card, re.DOTALL | re.MULTILINE)
+    assert len(snippets) == 3
+    spaces = [{} for _ in snippets]
+    for snippet, space in zip(snippets, spaces):
+        assert 'hf-hub:org/net' in snippet
+        exec(snippet, space)
+    every, dynamic, plain = spaces
+    assert [tuple(logits.shape) for logits in every['outputs'].logits] == [(4, metrics['num_classes'])] * 3
+    torch.testing.assert_close(every['early'], every['outputs'].logits[0])
+    expected = dynamic['model'].infer(dynamic['images'], budget='90%')
+    assert torch.equal(dynamic['prediction'].logits, expected.logits)
+    assert dynamic['k'] == 2
+    assert type(plain['model']) is timm.models.ResNet
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f'0 {every["outputs"].logits[0].argmax(-1)}'
+    assert lines[-1] == '2 torch.Size([4, 2])'
+
+
+def test_model_itself_is_published_with_what_is_known_of_it(hub, make_model):
+    model = make_model(exits=[1, 3], num_classes=2, input_size=(3, 32, 32))
+    images, targets = torch.randn(8, 3, 32, 32), torch.tensor([0, 1] * 4)
+    table = tme.evaluate(model, [(images, targets)])
+    result = push_to_hub(model, REPO, table=table, private=True, license='mit', label_names=['cat', 'dog'])
+    repository = hub.repositories[REPO]
+    files = {path: hub.content(file) for path, file in repository.find(result.commit).files.items()}
+    assert repository.is_private
+    names = {'README.md', 'config.json', 'metrics.json', 'model.safetensors', 'exits.safetensors'}
+    assert files.keys() - {'.gitattributes'} == names
+    metrics = json.loads(files['metrics.json'])
+    assert metrics['rows'] == [dict(row) for row in table.rows]
+    assert metrics['dataset']['num_samples'] == 8
+    assert metrics['license']['id'] == 'mit'
+    assert json.loads(files['config.json'])['label_names'] == ['cat', 'dog']
+    assert metrics['weights'].keys() == {'model.safetensors', 'exits.safetensors'}
