@@ -108,9 +108,12 @@ def _describe_labels(backbone: nn.Module, label_names: list[str] | None) -> dict
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    # Contiguous, which weights in channels_last are not.
-    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    safetensors.torch.save_file(tensors, path, metadata={'format': 'pt'})
+    # Contiguous, which weights in channels_last are not, and each by itself, which shared ones (CoaT's) are not.
+    written, places = {}, set()
+    for key, tensor in tensors.items():
+        written[key] = tensor.clone() if tensor.data_ptr() in places else tensor.contiguous()
+        places.add(tensor.data_ptr())
+    safetensors.torch.save_file(written, path, metadata={'format': 'pt'})
 
 
 def save_policy(directory: str | os.PathLike, policy: ExitPolicy | None, budgets: BudgetTable | None) -> None:
@@ -321,8 +324,11 @@ def _exit_tensors(model: MultiExitModel) -> dict[str, torch.Tensor]:
 
 
 def _check_finite(module: nn.Module, path: Path) -> None:
+    params = dict(module.named_parameters())
     for key, tensor in module.state_dict().items():
-        if not tensor.isfinite().all():
+        # Gemma's buffers hold infinite limits.
+        is_bad = not tensor.isfinite().all() if key in params else tensor.isnan().any()
+        if is_bad:
             raise MultiExitError(f'{path} holds numbers that are none (NaN or infinite), at {key}.')
 
 
