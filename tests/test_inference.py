@@ -363,8 +363,8 @@ def test_calibration_needs_one_of_budget_and_drop(model, loader, arguments):
 
 SEQUENCES = [
     ('blocks', 'infer plain step plain'),
-    ('blocks', 'plain infer exits stop'),
-    ('backbone', 'step plain predict infer'),
+    pytest.param('blocks', 'plain infer exits stop', marks=pytest.mark.slow),
+    pytest.param('backbone', 'step plain predict infer', marks=pytest.mark.slow),
 ]
 
 
@@ -415,8 +415,9 @@ def ask(model, x, policy, draw):
     return list(enumerate(model(x, exits=True).logits)) if form == 'exits' else [(3, model(x))]
 
 
-def test_eight_threads_mix_all_calls_on_one_model(model, policy):
-    num_threads, num_calls, tolerance = 8, 1000, 1e-4
+@pytest.mark.parametrize('num_calls', [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_eight_threads_mix_all_calls_on_one_model(model, policy, num_calls):
+    num_threads, tolerance = 8, 1e-4
     scales = torch.linspace(0.3, 3, 2 * num_threads).view(num_threads, 2, 1, 1, 1)
     inputs = torch.randn(num_threads, 2, *SIZE) * scales
     expected = []

@@ -98,7 +98,7 @@ def _killing_step(kill_at):
     return step
 
 
-@pytest.mark.parametrize('workers', ['0', '2'])
+@pytest.mark.parametrize('workers', [pytest.param('0', marks=pytest.mark.slow), '2'])
 def test_killed_and_resumed_run_equals_the_whole_one(workers, train_here):
     whole = train_here('whole', '-j', '0', '--sched-on-updates')
     flags = ('-j', workers, '--sched-on-updates', '--recovery-interval', '2', '--resume', 'auto')
@@ -113,8 +113,10 @@ def test_killed_and_resumed_run_equals_the_whole_one(workers, train_here):
     'flags',
     [
         ('--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5'),
-        ('--no-prefetcher', '--use-multi-epochs-loader'),
-        ('--train-img-sizes', '24', '32', '--sched', 'wsd', '--decay-epochs', '1'),
+        pytest.param(('--no-prefetcher', '--use-multi-epochs-loader'), marks=pytest.mark.slow),
+        pytest.param(
+            ('--train-img-sizes', '24', '32', '--sched', 'wsd', '--decay-epochs', '1'), marks=pytest.mark.slow
+        ),
         ('--regime', 'mixed', '--backbone-epochs', '1', '--head-warmup-epochs', '0.5'),
     ],
     ids=['plateau', 'host', 'sizes', 'mixed'],
@@ -127,7 +129,7 @@ def test_other_schedules_loaders_and_regimes_resume_exactly(flags, train_here):
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize('sign', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('sign', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_saves_and_stops_and_the_run_goes_on_with_the_next_batch(sign, train_here, monkeypatch):
     from timm_multiexit.engine import Trainer
 

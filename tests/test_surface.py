@@ -827,6 +827,7 @@ def test_stage_that_timm_froze_gets_no_gradients_and_keeps_its_statistics(make_s
     assert {key.split('.')[1] for key in moved if key.startswith('backbone.')} >= {'layer2', 'layer3', 'layer4'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'kwargs'),
     [('test_vit', {'depth': 3}), ('test_mambaout', {'depths': (1, 1, 1, 1)})],

@@ -145,7 +145,7 @@ def test_exits_flag_does_not_swallow_the_data_folder(run_script, image_folder):
         ('--eed', '--mixup', '0.2', '--cutmix', '1', '--mixup-off-epoch', '1', '--smoothing', '0.1'),
         ('--eed', '--mixup', '0.2', '--no-prefetcher', '--grad-accum-steps', '2', '--clip-grad', '1'),
         ('--eed', '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--model-ema', '--model-ema-warmup'),
-        ('--eed', '--torchcompile', 'aot_eager'),
+        pytest.param(('--eed', '--torchcompile', 'aot_eager'), marks=pytest.mark.slow),
         ('--eed', '--grad-checkpointing', '--clip-grad', '0.1', '--clip-mode', 'agc', '--layer-decay', '0.7'),
         ('--eed', '--exit-widths', '16-32-48-64,32-48-64,48-64', '--drop', '0.1'),
         ('--mixup', '0.2', '--model-ema', '--sched', 'step', '--decay-epochs', '1', '--sched-on-updates'),
