@@ -67,6 +67,17 @@ def hub(monkeypatch, tmp_path_factory):
     assert not leaks, 'the access token was sent to the host of large files'
 
 
+def cases(table, slow=()):
+    """Return a table of cases, id -> value or values, as pytest takes them; those named in `slow` are slow tests."""
+    assert set(slow) <= set(table)
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)), id=name, marks=[pytest.mark.slow] * (name in slow)
+        )
+        for name, value in table.items()
+    ]
+
+
 def _enliven(model):
     """Move what timm starts at zero or one (last norms, layer scale, BN statistics), so that every layer counts."""
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import cases
 from timm.layers import LayerNorm2d
 from torch import nn
 
@@ -105,7 +106,7 @@ XCEPTIONS = {
 }
 
 
-@pytest.mark.parametrize('name', XCEPTIONS)
+@pytest.mark.parametrize('name', cases({name: name for name in XCEPTIONS}, slow=[*XCEPTIONS][2:]))
 def test_xception_is_tapped_between_its_blocks(make_empty, name):
     # feature_info names layers inside the blocks, where a shortcut beside the tap has the whole batch.
     points = exit_points(make_empty(name))
@@ -267,7 +268,7 @@ def test_paper_heads_end_at_the_size_and_width_of_the_last_stage(make_empty):
         assert head.num_features == 512
 
 
-@pytest.mark.parametrize('name', ZOO)
+@pytest.mark.parametrize('name', cases({name: name for name in ZOO}, slow=[*ZOO][6:]))
 def test_conv_heads_are_cheap_and_every_exit_is_cheaper_than_the_plain_network(make_empty, name):
     costs = attach_exits(make_empty(name)).cost()
     *exits, main = costs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_images
+from conftest import cases, write_images
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -125,7 +125,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize('flags', RUNS.values(), ids=RUNS.keys())
+SLOW_RUNS = ('jsd-plain', 'split-erasing', 'sizes', 'sizes-plain', 'no-aug')
+
+
+@pytest.mark.parametrize('flags', cases({name: (flags,) for name, flags in RUNS.items()}, slow=SLOW_RUNS))
 def test_flags_of_the_data_train_and_report(flags, folder, train_on):
     run, result = train_on(folder, *flags)
     row = read_rows(run)[0]
@@ -208,7 +211,7 @@ MULTI_RUNS = {
 }
 
 
-@pytest.mark.parametrize(('flags', 'names'), MULTI_RUNS.values(), ids=MULTI_RUNS.keys())
+@pytest.mark.parametrize(('flags', 'names'), cases(MULTI_RUNS, slow=('mixed', 'host')))
 def test_several_labels_per_image_from_end_to_end(flags, names, labelled, train_on):
     run, result = train_on('nowhere', *MULTI, *flags, '--epochs', '2')
     row = read_rows(run)[-1]

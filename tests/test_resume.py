@@ -117,7 +117,9 @@ def test_killed_and_resumed_run_equals_the_whole_one(workers, train_here):
         pytest.param(
             ('--train-img-sizes', '24', '32', '--sched', 'wsd', '--decay-epochs', '1'), marks=pytest.mark.slow
         ),
-        ('--regime', 'mixed', '--backbone-epochs', '1', '--head-warmup-epochs', '0.5'),
+        pytest.param(
+            ('--regime', 'mixed', '--backbone-epochs', '1', '--head-warmup-epochs', '0.5'), marks=pytest.mark.slow
+        ),
     ],
     ids=['plateau', 'host', 'sizes', 'mixed'],
 )

@@ -198,7 +198,10 @@ def test_full_disk_is_one_line_and_what_was_there_stays_whole(write, size, tmp_p
     before, occupied = run.contents(), sum(path.stat().st_size for path in run.folder.rglob('*') if path.is_file())
     monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
     nn.init.constant_(run.model.weight, 1.0)
-    with no_room(size), pytest.raises(MultiExitError, match='could not be written: .*go on .train.py: --resume auto') as error:
+    with (
+        no_room(size),
+        pytest.raises(MultiExitError, match='could not be written: .*go on .train.py: --resume auto') as error,
+    ):
         WRITES[write](run)
     assert '\n' not in str(error.value)
     assert 'File too large' in str(error.value)

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import cases
 
 import timm_multiexit as tme
 import train
@@ -345,7 +346,7 @@ BAD_INPUT = {
 }
 
 
-@pytest.mark.parametrize(('flags', 'message'), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+@pytest.mark.parametrize(('flags', 'message'), cases(BAD_INPUT, slow=('encoder',)))
 def test_bad_input_is_one_clear_line_and_nothing_is_written(flags, message, train_on_images, tmp_path):
     if flags[0] == '--amp' and torch.cuda.is_available():
         pytest.skip('float16 runs on this GPU')
