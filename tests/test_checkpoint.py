@@ -9,7 +9,8 @@ import torch
 
 import timm_multiexit as tme
 from timm_multiexit.budgets import BudgetPoint, BudgetTable
-from timm_multiexit.checkpoint import hash_weights, load_pretrained, save_policy
+from timm_multiexit.checkpoint import hash_weights, save_policy
+from timm_multiexit.loading import load_pretrained
 from timm_multiexit.model_config import read_model_config
 from timm_multiexit.policy import ExitPolicy
 from timm_multiexit.training_checkpoint import read_training_checkpoint, restore_exits

@@ -66,22 +66,23 @@ LEVELS = {
     'dynamic_report': 8,
     'engine': 8,
     'task': 8,
-    'sources': 9,
+    'loading': 9,
+    'sources': 10,
     'training_checkpoint': 9,
-    'factory': 10,
-    'journal': 10,
-    'saver': 10,
-    'validation_data': 10,
-    'comparison': 10,
-    'build': 11,
-    'checkpointing': 11,
-    'publication': 11,
-    'report': 11,
-    'publishing': 12,
-    'validation': 12,
-    'training': 13,
-    'benchmarks': 14,  # a folder too
-    '__init__': 15,
+    'factory': 11,
+    'journal': 11,
+    'saver': 11,
+    'validation_data': 11,
+    'comparison': 11,
+    'build': 12,
+    'checkpointing': 12,
+    'publication': 12,
+    'report': 12,
+    'publishing': 13,
+    'validation': 13,
+    'training': 14,
+    'benchmarks': 15,  # a folder too
+    '__init__': 16,
 }
 FILES = sorted(PACKAGE.rglob('*.py'))
 HOOK_METHODS = ('register_forward_hook', 'register_forward_pre_hook')
@@ -116,7 +117,7 @@ def imported_modules(source):
 
 
 def test_every_module_has_a_level():
-    assert (len(FILES), len(LEVELS)) == (82, 73)
+    assert (len(FILES), len(LEVELS)) == (83, 74)
     assert {module_name(path) for path in FILES} == set(LEVELS)
 
 

@@ -220,11 +220,28 @@ class MultiExitModel(DynamicInference):
             heads.append(head_meter.read())
         return combine_costs([*(paths[idx] for idx in range(len(heads))), meter.read()], heads)
 
-    def tap_order(self, images: Tensor) -> list[int]:
-        """Return the exits in the order in which a forward of images [B, C, H, W] comes to them."""
+    @torch.no_grad()
+    def try_exits(self, images: Tensor) -> list[int]:
+        """Return the exits in the order in which a forward of images [B, C, H, W] comes to them; each head is run.
+
+        Raises:
+            MultiExitError: A tap is not come to, or a head does not take what is there.
+        """
         order: list[int] = []
-        self._taps.visit(self.backbone, images, lambda idx, tensor: order.append(idx))
-        return [idx for idx in order if idx < len(self.exits)]
+
+        def run_head(idx: int, tensor: Tensor) -> None:
+            if idx < len(self.exits):
+                order.append(idx)
+                try:
+                    self._run_head(idx, tensor, images)
+                except Exception as error:  # a tap can give anything
+                    reason = ' '.join(str(error).split())[:200]
+                    raise MultiExitError(f'the head of exit {idx} does not take its tap: {reason}') from error
+
+        self._taps.visit(self.backbone, images, run_head)
+        if len(set(order)) < len(self.exits):
+            raise MultiExitError(f'a forward came to exits {order}, there are {len(self.exits)}.')
+        return order
 
     @torch.no_grad()
     def feature_widths(self) -> tuple[int, ...]:

@@ -17,10 +17,11 @@ import yaml
 from timm.models import parse_model_name
 
 from timm_multiexit.card import write_card
-from timm_multiexit.checkpoint import hash_weights, load_pretrained
+from timm_multiexit.checkpoint import hash_weights
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.files import new_folder
 from timm_multiexit.licenses import License, resolve_license
+from timm_multiexit.loading import load_pretrained
 from timm_multiexit.model_config import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME, ModelConfig, read_model_config
 from timm_multiexit.saver import BEST_NAME
 from timm_multiexit.untrusted import read_json

@@ -9,9 +9,9 @@ import timm
 from timm.models import parse_model_name
 from torch import nn
 
-from timm_multiexit.checkpoint import load_backbone, load_pretrained
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.hub import fetch_files
+from timm_multiexit.loading import load_backbone, load_pretrained
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.model_config import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME, ModelConfig, read_model_config
 
