@@ -28,7 +28,8 @@ DIFFERENCES: dict[str, tuple[str, str]] = {}
 OURS = (
     'eed exit_feature_weight exit_head exit_loss exit_lr_scale exit_output_loss exit_output_weight exit_projectors'
     ' exit_teacher exit_temperature exit_warmup_epochs exit_weights exits head_widths freeze_backbone regime'
-    ' backbone_epochs head_warmup_epochs test_split val_from_train bad_images log_with progress push_to_hub hub_private'
+    ' backbone_epochs head_warmup_epochs test_split val_from_train bad_images cache_images'
+    ' crop_padding log_with progress push_to_hub hub_private'
     ' hub_license'
 ).split()
 
@@ -325,6 +326,8 @@ REFUSED = {
     f'{MULTILABEL} --loss-class-weight missing.json': "--loss-class-weight is 'missing.json' and cannot be read",
     f'{MULTILABEL} --loss-pos-weight neg_pos': "--loss-pos-weight is 'neg_pos' and cannot be read: Class weight method",
     f'{MULTILABEL} --class-stats missing.json': "--class-stats is 'missing.json' and cannot be read",
+    '--crop-padding 0': '--crop-padding is 0, allowed are integers from 1.',
+    '--crop-padding 4 --train-crop-mode rrc': '--crop-padding is a crop of its own: leave out --no-aug',
     '--val-from-train 0': '--val-from-train is 0, allowed are integers from 1.',
 }
 
@@ -371,6 +374,7 @@ def test_every_row_of_refusals_is_tried():
         '--epochs 2 --cooldown-epochs 1 --stop-epoch 3',
         '--epochs 2 --lr-cycle-limit 2 --stop-epoch 4',
         '--val-from-train 100 --val-split test',
+        '--crop-padding 4 --cache-images',
         '--epoch-repeats 2 --dataset-trust-remote-code --device-modules os --drop-connect 0.1',
         '--decay-rate 1e30 --in-chans 1 --mean 0.5',
     ],

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import timm_multiexit.backbones  # noqa: F401 - registers the networks
 from timm_multiexit.attach import attach_exits
 from timm_multiexit.backbones.cifar_resnet import CifarResNet
+from timm_multiexit.backbones.cifar_resnet_small import PadShortcut, SmallCifarResNet
 from timm_multiexit.backbones.cifar_vgg import CifarVgg
 from timm_multiexit.backbones.pyramidnet import PyramidBlock, PyramidNet
 from timm_multiexit.backbones.wide_resnet import WideBlock, WideResNet
@@ -25,6 +26,12 @@ NETWORKS = {
     'cifar_resnet50': (23_705_252, [(256, 1), (512, 2), (1024, 4), (2048, 8)]),
     'cifar_resnet101': (42_697_380, [(256, 1), (512, 2), (1024, 4), (2048, 8)]),
     'cifar_resnet152': (58_341_028, [(256, 1), (512, 2), (1024, 4), (2048, 8)]),
+    # He et al., Table 6, with ten classes: 0.27M, 0.46M and 0.85M; 90 classes more are 65 each. The shallowest by hand:
+    # convolutions 432 + 4,608 + 13,824 + 55,296, norms 480, classifier 650.
+    'cifar_resnet8': (75_290 + 90 * 65, [(16, 1), (32, 2), (64, 4)]),
+    'cifar_resnet20': (269_722 + 90 * 65, [(16, 1), (32, 2), (64, 4)]),
+    'cifar_resnet32': (464_154 + 90 * 65, [(16, 1), (32, 2), (64, 4)]),
+    'cifar_resnet56': (853_018 + 90 * 65, [(16, 1), (32, 2), (64, 4)]),
     # No published count found: by hand, and its larger kin below by Xie et al., Table 7.
     'cifar_resnext29_4x64d': (17_654_692, [(256, 1), (512, 2), (1024, 4)]),
     # With 10 classes, bearpaw/pytorch-classification:README.md has 20.04M; 90 classes more are 0.05M.
@@ -34,7 +41,9 @@ NETWORKS = {
     # jhkim89/PyramidNet:README.md: 28.3M and 286 features; osmr/imgclsmob: 28,511,307.
     'cifar_pyramidnet110_270': (28_511_307, [(106, 1), (196, 2), (286, 4)]),
 }
-RESNETS = [name for name in NETWORKS if 'resnet' in name and 'wide' not in name]
+# 6n + 2 layers.
+SMALL_RESNETS = {f'cifar_resnet{6 * num_blocks + 2}': num_blocks for num_blocks in (1, 3, 5, 9)}
+RESNETS = [name for name in NETWORKS if 'resnet' in name and 'wide' not in name and name not in SMALL_RESNETS]
 
 # Lee and Lee, Table III: GFLOPs at two per multiply-add, exits 1 to 3 and main; relative tolerance.
 TABLE_3 = {
@@ -48,6 +57,7 @@ TABLE_3 = {
 SMALL = {
     'resnet': lambda **kwargs: CifarResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 16), **kwargs),
     'resnext': lambda **kwargs: CifarResNet(Bottleneck, (1, 2, 1), channels=(8, 8, 16), cardinality=4, **kwargs),
+    'small resnet': lambda **kwargs: SmallCifarResNet(1, (8, 16, 16), **kwargs),
     'vgg': lambda **kwargs: CifarVgg((2, 2, 2, 2, 2), channels=(8, 8, 8, 16, 16), **kwargs),
     'wide': lambda **kwargs: WideResNet(16, 1, **kwargs),
     'pyramid': lambda **kwargs: PyramidNet(20, 9, **kwargs),
@@ -129,7 +139,38 @@ def test_vgg_costs_what_the_sum_over_its_convolutions_says(make_empty):
     ]
 
 
-@pytest.mark.parametrize('name', [name for name in NETWORKS if name != 'cifar_vgg19_bn'])
+@pytest.mark.parametrize(
+    ('name', 'millions'), [('cifar_resnet20', 0.27), ('cifar_resnet32', 0.46), ('cifar_resnet56', 0.85)]
+)
+def test_small_resnets_have_the_parameters_of_he_et_al(make_empty, name, millions):
+    # Their Table 6, with ten classes; with projections for shortcuts the last two would have 0.47M and 0.86M.
+    count = sum(param.numel() for param in make_empty(name, num_classes=10).parameters())
+    assert round(count / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize('name', SMALL_RESNETS)
+def test_small_resnets_cost_what_the_sum_over_their_convolutions_says(make_empty, name):
+    # 9 * channels in * channels out * pixels out. 16 channels at 32^2, 32 at 16^2 and 64 at 8^2 cost the same, the first
+    # convolution of a stage half of that.
+    full, blocks = 9 * 16 * 16 * 32**2, SMALL_RESNETS[name]
+    stem = 9 * 3 * 16 * 32**2
+    stages = [2 * blocks * full, (2 * blocks - 0.5) * full, (2 * blocks - 0.5) * full]
+    heads = [full // 2 + full // 2 + 64 * 100, full // 2 + 64 * 100]
+    model = attach_preset(make_empty(name))
+    assert [cost.fixed.macs for cost in model.cost()] == [
+        stem + stages[0] + heads[0],
+        stem + sum(stages[:2]) + heads[1],
+        stem + sum(stages) + 64 * 100,
+    ]
+
+
+@pytest.mark.parametrize('name', SMALL_RESNETS)
+def test_heads_of_the_small_resnets_have_the_widths_of_the_stages_they_stand_for(make_empty, name):
+    preset = make_empty(name).multiexit_preset
+    assert (preset['head'], preset['head_widths']) == ('paper', [[32, 64], [64]])
+
+
+@pytest.mark.parametrize('name', [name for name in NETWORKS if name not in ('cifar_vgg19_bn', *SMALL_RESNETS)])
 def test_preset_is_what_the_rule_of_the_papers_heads_gives(make_empty, name):
     preset = make_empty(name).multiexit_preset
     model = attach_exits(make_empty(name), preset['exits'], head='paper')
@@ -186,6 +227,13 @@ def test_wide_block_without_its_convolutions_is_the_shortcut():
     # Zagoruyko and Komodakis, as in pre-activation ResNets: a projection reads what the first convolution reads.
     activated = x.div(math.sqrt(1 + 1e-5)).relu()
     assert_close(wider(x), F.conv2d(activated, wider.shortcut.weight, stride=2))
+
+
+def test_shortcut_without_parameters_is_every_second_pixel_and_zeros():
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    expected = torch.zeros(1, 3, 2, 2)
+    expected[0, 0] = torch.tensor([[0.0, 2.0], [8.0, 10.0]])
+    assert torch.equal(PadShortcut(2)(x), expected)
 
 
 def test_pyramid_block_without_its_convolutions_is_the_pooled_input_and_zeros():

@@ -2,6 +2,7 @@ import io
 import logging
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from timm_multiexit.data import (
     class_to_idx,
     create_checked_dataset,
 )
+from timm_multiexit.holdout import hold_out
 
 
 def test_digit_splits_cover_every_image_once():
@@ -192,6 +194,37 @@ def test_unreadable_image_stops_where_asked(image_folder, how, reason, mode):
     assert message.endswith('; remove or mend it, or --bad-images skip.')
     assert reason in message
     assert '\n' not in message
+
+
+def test_cached_images_are_read_once_and_not_changed_by_transforms(image_folder):
+    plain = create_checked_dataset('', root=str(image_folder), split='train')
+    cached = create_checked_dataset('', root=str(image_folder), split='train', cache=True)
+    cached.transform = blacken
+    train, held_out = hold_out(cached, 4, seed=0)
+    names = [[part.filename(idx, absolute=True) for idx in range(len(part))] for part in (train, held_out)]
+    assert len(list(train)) == 20
+    train.transform = None
+    for name in names[0]:
+        Path(name).unlink()
+    assert len(list(train)) == len(names[0]) == 20
+    assert all(np.asarray(image).any() for image, _ in train)
+    # The other part has its own images under the same numbers.
+    held_out.transform = None
+    plain.reader = held_out.reader
+    pairs = list(zip(held_out, plain, strict=True))
+    assert len(pairs) == 4
+    assert all((np.asarray(image) == np.asarray(other)).all() for (image, _), (other, _) in pairs)
+
+
+def blacken(image):
+    image.paste(0, (0, 0, *image.size))
+    return image
+
+
+def test_data_sets_that_read_no_files_are_not_cached(monkeypatch):
+    monkeypatch.setattr('timm_multiexit.data.create_dataset', lambda *args, **kwargs: [])
+    with pytest.raises(MultiExitError, match="^'torch/cifar10' does not read image files: leave --cache-images out"):
+        create_checked_dataset('torch/cifar10', root='x', split='train', cache=True)
 
 
 def test_last_image_is_followed_by_the_first(image_folder):

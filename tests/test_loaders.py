@@ -2,18 +2,21 @@
 
 import csv
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import cases, write_images
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import train
 from timm_multiexit import loaders
+from timm_multiexit.arguments import parse_train_args
 from timm_multiexit.data import CheckedImages
 
 QUICK = ('--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0', '--opt', 'adamw', '--lr', '0.002')
@@ -111,7 +114,32 @@ def test_too_many_held_out_images_are_one_line(folder, train_on):
     assert not run.exists()
 
 
+def test_padded_crops_are_windows_of_the_padded_image(tmp_path):
+    pixels = np.arange(32 * 32 * 3).reshape(32, 32, 3) % 251 + 1
+    for name in ('a', 'b'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        for idx in range(8):
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / 'train' / name / f'{idx}.png')
+    flags = ('--crop-padding', '4', '--hflip', '0', '--color-jitter', '0', '--val-split', '', '--no-prefetcher')
+    args = parse_train_args([*flags, '-j', '0', '-b', '8', '--data-dir', str(tmp_path)])
+    (dataset, _, _), args.num_classes = loaders.create_datasets(args)
+    config = {'input_size': (3, 32, 32), 'mean': (0, 0, 0), 'std': (1, 1, 1), 'interpolation': 'bilinear'}
+    loader, _ = loaders.create_train_loader(args, dataset, config, Accelerator(cpu=True))
+    padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
+    windows = {(top, left): padded[top : top + 32, left : left + 32] for top in range(9) for left in range(9)}
+    seen = Counter()
+    for epoch in range(20):
+        loader.set_epoch(epoch)
+        for images, _ in loader:
+            for image in (images * 255).round().permute(0, 2, 3, 1).numpy():
+                seen[next(place for place, window in windows.items() if (window == image).all())] += 1
+    assert seen.total() == 320
+    assert {top for top, _ in seen} == {left for _, left in seen} == set(range(9))
+    assert len(seen) > 70  # of 81; 320 draws leave 1.5 of them out
+
+
 RUNS = {
+    'padded': ('--eed', '--crop-padding', '4', '--cache-images'),
     'jsd-exits': ('--eed', '--aug-splits', '2', '--jsd-loss'),
     'jsd-plain': ('--aug-splits', '2', '--jsd-loss'),
     'split-bn': ('--eed', '--aug-splits', '2', '--jsd-loss', '--split-bn'),
@@ -125,7 +153,7 @@ RUNS = {
 }
 
 
-SLOW_RUNS = ('jsd-plain', 'split-erasing', 'sizes', 'sizes-plain', 'no-aug')
+SLOW_RUNS = ('padded', 'jsd-plain', 'split-erasing', 'sizes', 'sizes-plain', 'no-aug')
 
 
 @pytest.mark.parametrize('flags', cases({name: (flags,) for name, flags in RUNS.items()}, slow=SLOW_RUNS))

@@ -154,6 +154,10 @@ _DATA_FLAGS = (
     value('--test-split', str, None, 'NAME', 'split of the final table, if not --val-split'),
     value('--val-from-train', int, None, 'N', 'hold so many training images out to choose the epoch on'),
     value('--bad-images', str, 'skip', None, 'what to do with unreadable ones', choices=('skip', 'stop')),
+    switch('--cache-images', 'keep decoded images in memory, in every loading process'),
+)
+_AUGMENTATION_FLAGS = (
+    value('--crop-padding', int, None, 'N', 'crop at random from images padded by N zero pixels, 4 for CIFAR'),
 )
 _RUN_FLAGS = (
     value('--log-with', str, [], None, 'write curves for these', nargs='+', choices=('tensorboard', 'wandb')),
@@ -217,7 +221,7 @@ def create_train_parser() -> ScriptParser:
     parser.add_argument(
         '-c', '--config', default='', metavar='FILE', help='YAML file of flag values; flags given here win'
     )
-    ours = {'Data': _DATA_FLAGS, 'Run': _RUN_FLAGS}
+    ours = {'Data': _DATA_FLAGS, 'Augmentation and regularization': _AUGMENTATION_FLAGS, 'Run': _RUN_FLAGS}
     for title, flags in TIMM_FLAGS.items():
         add_flags(parser, title, (*flags, *ours.get(title, ())))
         if title == 'Model':

@@ -99,6 +99,10 @@ REFUSALS: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
     (lambda a: a.aug_splits and a.no_aug, '--aug-splits needs augmentation: leave --no-aug out.'),
     (lambda a: a.aug_splits and a.no_prefetcher, '--aug-splits needs the prefetcher: leave --no-prefetcher out.'),
     (
+        lambda a: a.crop_padding and (a.no_aug or a.aug_splits or a.train_crop_mode or a.train_img_sizes is not None),
+        '--crop-padding is a crop of its own: leave out --no-aug, --aug-splits, --train-crop-mode, --train-img-sizes.',
+    ),
+    (
         lambda a: a.split_bn and not (a.aug_splits or a.resplit),
         '--split-bn needs augmentation splits, --aug-splits is 0: add --aug-splits 2 or more.',
     ),

@@ -91,6 +91,7 @@ class CheckedImages(ImageDataset):
         dataset: Where reader, image mode and transforms are taken from.
         bad_images: 'skip' takes the next image instead, as timm does, and names a file once (per worker process);
             'stop' raises.
+        cache: Keep decoded images in memory, in each process that reads them: width x height x channels bytes each.
 
     Raises:
         MultiExitError: `bad_images` is something else.
@@ -98,9 +99,10 @@ class CheckedImages(ImageDataset):
             TIMM_DATASET_MAX_RETRIES sets another number).
     """
 
-    def __init__(self, dataset: ImageDataset, *, bad_images: str = 'skip'):
+    def __init__(self, dataset: ImageDataset, *, bad_images: str = 'skip', cache: bool = False):
         if bad_images not in BAD_IMAGES:
             raise MultiExitError(f"--bad-images is '{bad_images}', allowed are {', '.join(BAD_IMAGES)}.")
+        self._cache = cache
         super().__init__(
             '',
             reader=dataset.reader,
@@ -112,6 +114,16 @@ class CheckedImages(ImageDataset):
         )
         self.bad_images = bad_images
         self._named = set()
+
+    @property
+    def reader(self) -> Reader:
+        """Where files come from; another one (a held-out part has its own) begins with nothing decoded."""
+        return self._reader
+
+    @reader.setter
+    def reader(self, reader: Reader) -> None:
+        self._reader = reader
+        self._decoded = {} if self._cache else None
 
     def __getitem__(self, index: int) -> tuple:
         image, target, *features = self._read_next(index)
@@ -141,6 +153,14 @@ class CheckedImages(ImageDataset):
         raise BadImageError(f'{self._max_retries} images in a row cannot be read, the last is {name}: {reason}.')
 
     def _read(self, index: int) -> tuple:
+        if self._decoded is None or self.load_bytes:
+            return self._decode(index)
+        if index not in self._decoded:
+            self._decoded[index] = self._decode(index)
+        image, *labels = self._decoded[index]
+        return image.copy(), *labels  # a transform may change it in place
+
+    def _decode(self, index: int) -> tuple:
         file, *labels = self.reader[index]
         with file:
             if self.load_bytes:
@@ -165,6 +185,7 @@ def create_checked_dataset(
     root: str | None,
     split: str,
     bad_images: str = 'skip',
+    cache: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Return a data set: 'digits', or what `timm.data.create_dataset` makes of the name.
@@ -174,13 +195,15 @@ def create_checked_dataset(
         root: Folder of the data.
         split: Name of the split, and of its folder.
         bad_images: 'skip' or 'stop', see `CheckedImages`; torchvision's data sets stop always.
+        cache: Keep decoded images, see `CheckedImages`.
         **kwargs: For `timm.data.create_dataset`.
 
     Raises:
         MultiExitError: The folder is missing or holds no images, a class has none, or the data set cannot be made.
     """
     if name == DIGITS:
-        return ImageDataset('', reader=DigitsReader(split), input_img_mode=kwargs.get('input_img_mode') or 'RGB')
+        digits = ImageDataset('', reader=DigitsReader(split), input_img_mode=kwargs.get('input_img_mode') or 'RGB')
+        return CheckedImages(digits, bad_images=bad_images, cache=cache)
     if not name and not (root and Path(root).is_dir()):
         raise MultiExitError(f"There is no data folder '{root or ''}': give one that holds {split}/CLASS/*.jpg.")
     if not name:
@@ -194,10 +217,14 @@ def create_checked_dataset(
         raise MultiExitError(f"No data set '{name or root}', split '{split}': {reason}.") from error
     if isinstance(dataset, IterableDataset) and bad_images == 'stop':
         raise MultiExitError(f"'{name}' is a stream, which cannot stop at a bad image: use --bad-images skip.")
+    if cache and not isinstance(dataset, ImageDataset):
+        raise MultiExitError(f"'{name}' does not read image files: leave --cache-images out.")
     # With a --class-map the numbers of the classes do not hang on which folders hold images.
     if isinstance(getattr(dataset, 'reader', None), ReaderImageFolder) and not kwargs.get('class_map'):
         _check_class_folders(dataset.reader)
-    return CheckedImages(dataset, bad_images=bad_images) if isinstance(dataset, ImageDataset) else dataset
+    if not isinstance(dataset, ImageDataset):
+        return dataset
+    return CheckedImages(dataset, bad_images=bad_images, cache=cache)
 
 
 def _check_class_folders(reader: ReaderImageFolder) -> None:

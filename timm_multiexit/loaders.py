@@ -5,15 +5,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.data import (
-    AugMixDataset,
-    FastCollateMixup,
-    Mixup,
-    create_loader,
-)
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from timm.data.loader import fast_collate
 from timm.data.target_transforms import MultiLabelTarget
+from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import IterableDataset, default_collate
+from torchvision.transforms import RandomCrop
 
 from timm_multiexit.checks import is_mixing
 from timm_multiexit.config import MultiExitError
@@ -43,6 +40,7 @@ def create_datasets(args: Namespace) -> tuple[tuple[Any, Any, Any], int | None]:
         'target_format': args.target_format if args.task == 'multilabel' else None,
         'trust_remote_code': args.dataset_trust_remote_code,
         'bad_images': args.bad_images,
+        'cache': args.cache_images,
     }
     training = {
         'split': args.train_split,
@@ -121,6 +119,13 @@ def create_train_loader(
         )
     except (ValueError, AssertionError) as error:
         raise MultiExitError(f'The training data cannot be loaded so: {error}'.rstrip('.') + '.') from error
+    if args.crop_padding:
+        if is_iterable:
+            raise MultiExitError('--crop-padding does not reach the images of a stream: leave it out.')
+        # timm puts the crop first, and has none of a padded image.
+        size = data_config['input_size'][-2:]
+        resize = ResizeKeepRatio(size, interpolation=interpolation or data_config['interpolation'])
+        dataset.transform.transforms[:1] = [resize, RandomCrop(size, padding=args.crop_padding)]
     if len(loader) == 0 and not is_iterable:
         raise MultiExitError(f'{len(dataset)} training images do not fill one batch of {args.batch_size}.')
     seeded = SeededLoader(

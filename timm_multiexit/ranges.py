@@ -15,7 +15,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         ' in_chans input_size recount lr_base_size lr_cycle_limit stop_epoch save_epochs train_num_samples'
         ' val_num_samples train_img_sizes train_batch_sizes train_batches_per_epoch val_from_train'
         ' kd_student_feature_dim kd_teacher_feature_dim naflex_train_seq_lens naflex_max_seq_len naflex_patch_sizes'
-        ' backbone_epochs',
+        ' backbone_epochs crop_padding',
     ),
     (
         'integers from 0',

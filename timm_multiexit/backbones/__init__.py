@@ -1,4 +1,4 @@
-"""The CIFAR networks of the EED paper. Importing this package registers them with timm.
+"""The CIFAR networks of the EED paper, and smaller ones. Importing this package registers them with timm.
 
 Source: Lee and Lee, arXiv 2104.00299, Tables I and II.
 
@@ -9,6 +9,6 @@ Source: Lee and Lee, arXiv 2104.00299, Tables I and II.
 [[128, 256, 512], [256, 512], [512]]
 """
 
-from timm_multiexit.backbones import cifar_resnet, cifar_vgg, pyramidnet, wide_resnet
+from timm_multiexit.backbones import cifar_resnet, cifar_resnet_small, cifar_vgg, pyramidnet, wide_resnet
 
-__all__ = ['cifar_resnet', 'cifar_vgg', 'pyramidnet', 'wide_resnet']
+__all__ = ['cifar_resnet', 'cifar_resnet_small', 'cifar_vgg', 'pyramidnet', 'wide_resnet']

@@ -1,0 +1,149 @@
+"""Figure 4: how unlike the representations of images are, before and after the linear layer of each classifier."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.metrics import exit_names
+from timm_multiexit.model import MultiExitModel
+
+_PER_CLASS = 10  # images at least, or there would be too few pairs within classes
+_MAX_CLASSES = 100  # of the matrix of classes that is written
+
+
+def choose_samples(targets: Tensor, num: int, *, seed: int = 0) -> list[int]:
+    """Return places of images sorted by class: as many of each class, and ten or more of each if possible.
+
+    Where that would leave fewer than two classes, there are two. The choice depends on targets and seed alone, so it
+    is the same for all runs.
+
+    Args:
+        targets: Class indices, [N].
+        num: At most so many images, 2 or more.
+        seed: Of the choice of classes and images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(targets), generator=generator)
+    classes = targets.unique()
+    count = min(len(classes), max(2, num // _PER_CLASS))
+    chosen = classes[torch.randperm(len(classes), generator=generator)[:count]].sort().values.tolist()
+    places = [order[targets[order] == label].tolist() for label in chosen]
+    quotas = [num // count + (idx < num % count) for idx in range(count)]
+    return [place for own, quota in zip(places, quotas) for place in sorted(own[:quota])]
+
+
+@torch.no_grad()
+def collect_representations(
+    model: MultiExitModel, loader: Iterable
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """Return features and logits of all images, one [N, D_k] and one [N, C] per classifier, and the targets [N].
+
+    Args:
+        model: In eval mode, on the device where it is to run.
+        loader: Batches of images and class indices.
+
+    Raises:
+        MultiExitError: The model is in training mode.
+    """
+    if model.training:
+        raise MultiExitError('The model is in training mode, its features would depend on the batch: model.eval().')
+    param = next(model.parameters())
+    features, logits, targets = [], [], []
+    for images, target in loader:
+        outputs = model(images.to(param.device, param.dtype), exits=True)
+        features.append([single.float().cpu() for single in outputs.features])
+        logits.append([single.float().cpu() for single in outputs.logits])
+        targets.append(target.cpu())
+    joined = [tuple(torch.cat(single) for single in zip(*parts)) for parts in (features, logits)]
+    return *joined, torch.cat(targets)
+
+
+def dissimilarity_matrix(vectors: Tensor) -> Tensor:
+    """Return 1 - Pearson's correlation between each two samples, [N, N] in 0 to 2.
+
+    A sample whose numbers are all the same correlates with nothing: 1 to all others, 0 to itself.
+
+    Args:
+        vectors: One row per sample, [N, D]; features of more dimensions are flattened.
+
+    Source: Lee and Lee, arXiv 2104.00299, figure 4, after Kriegeskorte et al. 2008.
+
+    >>> vectors = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 2.0, 1.0], [5.0, 5.0, 5.0]])
+    >>> dissimilarity_matrix(vectors).round(decimals=6).tolist()[0]
+    [0.0, 0.0, 2.0, 1.0]
+    """
+    rows = vectors.flatten(1).double()
+    centered = rows - rows.mean(1, keepdim=True)
+    norms = centered.norm(dim=1, keepdim=True)
+    # What rounding leaves of equal numbers is no direction.
+    is_flat = norms <= 1e-12 * rows.norm(dim=1, keepdim=True)
+    unit = torch.where(is_flat, 0.0, centered / norms.clamp(min=torch.finfo(torch.float64).tiny))
+    matrix = (1 - unit @ unit.T).clamp(0, 2)
+    return matrix.fill_diagonal_(0)
+
+
+def block_means(matrix: Tensor, targets: Tensor) -> dict[str, float | None]:
+    """Return the mean dissimilarity within classes and between them, and `ratio`, between over within.
+
+    A sample and itself are no pair. The larger the ratio, the clearer the classes; it is None, like a mean without
+    pairs, where it cannot be had.
+
+    Args:
+        matrix: [N, N].
+        targets: Class indices, [N].
+
+    >>> block_means(torch.tensor([[0.0, 0.2, 0.9], [0.2, 0.0, 0.7], [0.9, 0.7, 0.0]]), torch.tensor([0, 0, 1]))
+    {'within': 0.2, 'between': 0.8, 'ratio': 4.0}
+    """
+    is_same = targets[:, None] == targets[None]
+    others = ~torch.eye(len(targets), dtype=torch.bool)
+    means = [matrix[mask].double().mean().item() if mask.any() else None for mask in (is_same & others, ~is_same)]
+    within, between = (None if mean is None else round(mean, 6) for mean in means)
+    return {
+        'within': within,
+        'between': between,
+        'ratio': round(between / within, 6) if within and between is not None else None,
+    }
+
+
+def class_means(matrix: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean dissimilarity between each two classes that there are, [C, C], classes in order of their index.
+
+    A sample and itself are no pair; a class of one sample has NaN to itself.
+
+    Args:
+        matrix: [N, N].
+        targets: Class indices, [N].
+    """
+    _, places = targets.unique(return_inverse=True)
+    members = torch.nn.functional.one_hot(places).double()  # [N, C]
+    counts = members.sum(0)
+    pairs = counts[:, None] * counts[None] - counts.diag()
+    return (members.T @ matrix.double().fill_diagonal_(0) @ members) / pairs
+
+
+def describe_dissimilarity(
+    features: Sequence[Tensor], logits: Sequence[Tensor], targets: Tensor
+) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
+    """Return the numbers of the figure, and its matrices [N, N] by `before` and `after`, main last.
+
+    Args:
+        features: What enters the linear layer of each classifier, [N, D_k].
+        logits: What leaves it, [N, C].
+        targets: Class indices, [N], sorted.
+    """
+    matrices = {
+        'before': [dissimilarity_matrix(single) for single in features],
+        'after': [dissimilarity_matrix(single) for single in logits],
+    }
+    names, classes = exit_names(len(logits) - 1), targets.unique()
+    numbers: dict[str, Any] = {'num_samples': len(targets), 'classes': classes.tolist()}
+    for side, found in matrices.items():
+        numbers[side] = {name: block_means(matrix, targets) for name, matrix in zip(names, found)}
+        if len(classes) <= _MAX_CLASSES:
+            for name, matrix in zip(names, found):
+                numbers[side][name]['class_means'] = class_means(matrix, targets).tolist()
+    return numbers, matrices

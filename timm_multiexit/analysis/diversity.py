@@ -1,0 +1,82 @@
+"""Table IV: how diverse the members of a teacher are, and what the network has gained."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_multiexit.analysis.runs import member_names
+
+_CHUNK = 4096  # images whose probabilities are in memory at once
+
+
+def pairwise_disagreement(predictions: Tensor) -> float | None:
+    """Return the share of images for which two members predict different classes, the mean over all pairs.
+
+    Args:
+        predictions: Class indices, [M, N].
+
+    Returns:
+        In 0 to 1; None with fewer than two members.
+
+    >>> pairwise_disagreement(torch.tensor([[0, 0], [0, 1], [0, 0]]))  # pairs differ by 1/2, 0 and 1/2
+    0.3333333333333333
+    """
+    shares = [one.ne(other).double().mean().item() for one, other in combinations(predictions, 2)]
+    return sum(shares) / len(shares) if shares else None
+
+
+def softmax_variance(logits: Sequence[Tensor]) -> float | None:
+    """Return the variance over members of the softmax probabilities, summed over classes, the mean over images.
+
+    The variance is divided by the number of members, so it is 0 where they agree and below 1.
+
+    Args:
+        logits: One [N, C] tensor per member.
+
+    Returns:
+        None with fewer than two members.
+
+    >>> softmax_variance([torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]])])
+    0.5
+    """
+    if len(logits) < 2:
+        return None
+    total = 0.0
+    for chunk in zip(*(single.split(_CHUNK) for single in logits)):
+        probabilities = torch.stack([single.double().softmax(-1) for single in chunk])  # [M, B, C]
+        total += probabilities.var(0, correction=0).sum().item()
+    return total / len(logits[0])
+
+
+def describe_members(logits: Sequence[Tensor], targets: Tensor, members: Sequence[int]) -> dict[str, Any]:
+    """Return the diversity of some classifiers and the top-1 of the mean of their logits, in percent.
+
+    Args:
+        logits: One [N, C] tensor per classifier of the network, main last.
+        targets: Class indices, [N].
+        members: Which, 0-based; at least one.
+    """
+    chosen = [logits[idx] for idx in members]
+    mean = sum(chosen[1:], chosen[0]) / len(chosen)
+    return {
+        'members': member_names(members, len(logits) - 1),
+        'disagreement': pairwise_disagreement(torch.stack([single.argmax(-1) for single in chosen])),
+        'softmax_variance': softmax_variance(chosen),
+        'top1': 100 * mean.argmax(-1).eq(targets).double().mean().item(),
+    }
+
+
+def describe_gain(top1: Mapping[str, float], reference: Mapping[str, float] | None) -> dict[str, float | None]:
+    """Return by how many points main and ensemble are better than the reference's; None where there is nothing to.
+
+    Args:
+        top1: Classifier -> top-1 in percent.
+        reference: The same of the reference; None for none.
+
+    >>> describe_gain({'main': 71.0, 'ens': 72.5}, {'main': 70.0, 'ens': 70.5})
+    {'main': 1.0, 'ens': 2.0}
+    """
+    return {name: top1[name] - reference[name] if reference and name in reference else None for name in ('main', 'ens')}

@@ -1,0 +1,152 @@
+"""Pictures of accuracy: main against the ensemble, runs against each other, over MACs, and over diversity."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from timm_multiexit.analysis.figures import COLORS, MARKERS, new_figure, show_epochs, style
+from timm_multiexit.metrics import ENSEMBLE
+
+_PANELS_PER_ROW = 3
+
+
+def draw_main_and_ensemble(curves: Mapping[str, Mapping[str, Any]], label: str) -> Any:
+    """Return figure 3: a panel per run, all on one scale, with the gap between the two at the end.
+
+    Args:
+        curves: Run -> what `describe_curve` returned, with an ensemble.
+        label: What is measured.
+    """
+    columns = min(len(curves), _PANELS_PER_ROW)
+    rows = math.ceil(len(curves) / columns)
+    figure = new_figure(max(6, 4.5 * columns), 0.5 + 3.6 * rows, 'Main and the ensemble of all classifiers in training')
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, (name, curve) in zip(panels.flat, curves.items()):
+        axes.plot(curve['epochs'], curve['ensemble'], color=COLORS[1], linestyle='--', label='ensemble')
+        axes.plot(curve['epochs'], curve['main'], color=COLORS[0], label='main')
+        axes.fill_between(curve['epochs'], curve['main'], curve['ensemble'], color='0.85')
+        axes.set_title(f'{name}\nensemble - main: {curve["final_gap"]:+.2f} at the end', fontsize=9)
+        show_epochs(axes)
+        axes.legend(fontsize=8, loc='lower right')
+    for axes in panels[:, 0]:
+        axes.set_ylabel(label)
+    for axes in panels.flat[len(curves) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def draw_training(curves: Mapping[str, Mapping[str, Any]], label: str, reference: str | None) -> Any:
+    """Return figure 5: main of all runs over the epochs; how fast and how stable each is stands in the legend.
+
+    Args:
+        curves: Run -> what `describe_curve` returned.
+        label: What is measured.
+        reference: The run whose final accuracy is drawn as a line; None for none.
+    """
+    figure = new_figure(9, 5.5 + 0.2 * len(curves), 'Main in training')
+    axes = figure.subplots()
+    for idx, (name, curve) in enumerate(curves.items()):
+        points = len(curve['epochs']) < 20
+        axes.plot(
+            curve['epochs'],
+            curve['main'],
+            label=_describe_run(name, curve, reference),
+            marker='o' if points else None,
+            markersize=3,
+            **style(idx),
+        )
+    if reference in curves:
+        target = curves[reference]['final_main']
+        axes.axhline(target, color='0.5', linewidth=1, label=f'{reference} at the end: {target:.2f}')
+    show_epochs(axes)
+    axes.set_ylabel(label)
+    figure.legend(fontsize=8, loc='outside lower center', ncols=1)
+    return figure
+
+
+def _describe_run(name: str, curve: Mapping[str, Any], reference: str | None) -> str:
+    parts = [name]
+    if reference is not None and name != reference:
+        epochs = curve['epochs_to_keep']
+        parts.append(f'not at {reference} yet' if epochs is None else f'at {reference} from epoch {epochs}')
+    if curve['instability'] is not None:
+        parts.append(f'deviation of changes {curve["instability"]:.2f}')
+    return ', '.join(parts)
+
+
+def draw_accuracy_over_macs(points: Mapping[str, list[Mapping[str, Any]]], title: str) -> Any:
+    """Return accuracy over MACs: a line of all exits in sequence, a dotted one of each alone, a star for the ensemble.
+
+    Args:
+        points: Run -> what `accuracy_over_macs` returned; a run without exits is one point.
+        title: Heading.
+    """
+    figure = new_figure(9, 6 + 0.15 * len(points), title)
+    axes = figure.subplots()
+    largest = max(point['sequential'] for line in points.values() for point in line)
+    scale, unit = (1e9, 'GMACs') if largest >= 1e9 else (1e6, 'MMACs')
+    for idx, (name, line) in enumerate(points.items()):
+        color = COLORS[idx % len(COLORS)]
+        singles = [point for point in line if point['classifier'] != ENSEMBLE]
+        for key, dashes, filling in (('fixed', ':', 'white'), ('sequential', '-', color)):
+            label = name if len(singles) == 1 else f'{name}, {"one exit alone" if key == "fixed" else "in sequence"}'
+            axes.plot(
+                [point[key] / scale for point in singles],
+                [point['top1'] for point in singles],
+                color=color,
+                linestyle=dashes,
+                marker=MARKERS[idx % len(MARKERS)],
+                markerfacecolor=filling,
+                label=label if len(singles) > 1 or key == 'sequential' else None,
+            )
+        for point in line[len(singles) :]:
+            axes.plot(
+                point['sequential'] / scale,
+                point['top1'],
+                color=color,
+                marker='*',
+                markersize=13,
+                linestyle='none',
+                label=f'{name}, ensemble',
+            )
+    axes.set(xlabel=f'cost of an image, {unit}', ylabel='top-1 accuracy, %')
+    axes.margins(0.08)
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=8, loc='outside lower center', ncols=3)
+    return figure
+
+
+def draw_diversity(rows: Mapping[str, Mapping[str, Any]], reference: str) -> Any:
+    """Return table IV as a picture: gain over the reference against two measures of how diverse the teacher is.
+
+    Args:
+        rows: Run -> `teacher` (`describe_members`, of two or more members) and `gain` (`describe_gain`).
+        reference: Name of the run that gains are over.
+    """
+    figure = new_figure(10, 4.6 + 0.2 * len(rows), f'Diversity of the teacher and gain over {reference}')
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, label, factor in (
+        (panels[0], 'disagreement', 'mean pairwise disagreement of its members, %', 100),
+        (panels[1], 'softmax_variance', 'variance of their probabilities', 1),
+    ):
+        for idx, (name, row) in enumerate(rows.items()):
+            x, color = factor * row['teacher'][key], COLORS[idx % len(COLORS)]
+            members = '+'.join(row['teacher']['members'])
+            for kind, marker, filling in (('main', 'o', color), (ENSEMBLE, '^', 'white')):
+                text = f'{name} ({members}): {"main" if kind == "main" else "ensemble"}' if axes is panels[0] else None
+                axes.plot(
+                    x,
+                    row['gain'][kind],
+                    marker,
+                    color=color,
+                    markerfacecolor=filling,
+                    markersize=8,
+                    label=text,
+                )
+        axes.axhline(0, color='0.5', linewidth=1)
+        axes.set_xlabel(label)
+        axes.margins(0.15)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel('gain in top-1, points')
+    figure.legend(fontsize=8, loc='outside lower center', ncols=2)
+    return figure

@@ -1,0 +1,173 @@
+"""Runs of `train.py` as they lie on disk: how each was trained, and its table of epochs."""
+
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.distillation import DepthWeights, checked_teacher, resolve_teacher
+from timm_multiexit.losses import LOSSES
+from timm_multiexit.metrics import exit_names
+from timm_multiexit.records import Summary
+from timm_multiexit.saver import BEST_NAME
+from timm_multiexit.untrusted import read_json
+
+PLAIN = 'plain'
+
+_NEEDED_ARGS = {'model', 'exits', 'exit_loss', 'task', 'model_kwargs', 'train_split', 'val_split', 'test_split'}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Attributes:
+        name: What it is called in figures; no two runs that are read together have the same.
+        folder: Where it is.
+        args: Of the command line, from `args.yaml`.
+        rows: Of `summary.csv`, one per epoch.
+        results: `results.json`; empty where the run did not come to its end.
+    """
+
+    name: str
+    folder: Path
+    args: Namespace
+    rows: Sequence[Mapping[str, float]]
+    results: Mapping[str, Any]
+
+    @property
+    def best(self) -> Path:
+        """Folder of the network."""
+        return self.folder / BEST_NAME
+
+    @property
+    def method(self) -> str:
+        """How it was trained, see `name_method`."""
+        return name_method(self.args)
+
+    @property
+    def curve_split(self) -> str:
+        """What its epochs were evaluated on."""
+        held_out, split = getattr(self.args, 'val_from_train', None), self.args.val_split
+        return f'{held_out} images held out of {self.args.train_split}' if held_out else split
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image has any number of classes."""
+        return self.args.task == 'multilabel'
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Return the runs in these folders, named by as much of their paths as tells them apart.
+
+    Raises:
+        MultiExitError: A folder is no run or is named twice.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise MultiExitError(f'{twice[0]} is named twice: name each run once.')
+    return [_read_run(path, name) for path, name in zip(paths, name_folders(paths))]
+
+
+def name_folders(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that differ.
+
+    >>> name_folders([Path('/a/ce/seed0'), Path('/a/eed/seed0')])
+    ['ce/seed0', 'eed/seed0']
+    """
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ['/'.join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    needed = ('args.yaml', 'summary.csv', f'{BEST_NAME}/config.json')
+    missing = [part for part in needed if not (folder / part).is_file()]
+    if missing:
+        raise MultiExitError(f'{folder} is no run of train.py: it has no {missing[0]}. Name the folder that has it.')
+    try:
+        args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
+        summary = Summary()
+        summary.read(folder / 'summary.csv', before=sys.maxsize)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise MultiExitError(f'{folder} cannot be read: {" ".join(str(error).split())}.') from error
+    if not isinstance(args, dict) or not _NEEDED_ARGS <= args.keys():
+        raise MultiExitError(f'{folder}/args.yaml is not of a run of this train.py: name a run of it.')
+    results = read_json(folder / 'results.json') if (folder / 'results.json').is_file() else {}
+    return Run(name, folder, Namespace(**args), summary.rows, results)
+
+
+def name_method(args: Namespace) -> str:
+    """Return how a run was trained, in a word: 'plain' without exits, else the loss and what differs from its row.
+
+    >>> name_method(Namespace(exits='auto', exit_loss='eed', exit_output_loss='mse', exit_teacher=[0, -1]))
+    'eed-mse-teacher[0,-1]'
+    """
+    if args.exits is None:
+        return PLAIN
+    parts = [args.exit_loss]
+    if args.exit_loss != 'ce':
+        parts.append(getattr(args, 'exit_output_loss', None) or LOSSES[args.exit_loss].get('output_loss', 'kl'))
+    teacher = getattr(args, 'exit_teacher', None)
+    if teacher is not None:
+        parts.append('teacher' + (teacher if isinstance(teacher, str) else f'[{",".join(map(str, teacher))}]'))
+    if getattr(args, 'exit_feature_weight', None):
+        parts.append('features')
+    return '-'.join(parts)
+
+
+def teacher_members(args: Namespace, num_exits: int) -> tuple[int, ...]:
+    """Return the classifiers that teach, 0-based, shallow to deep; none where nothing is distilled.
+
+    Args:
+        args: Of the run.
+        num_exits: Of its network, without main.
+
+    Raises:
+        MultiExitError: A classifier is named that is not there.
+
+    >>> teacher_members(Namespace(exits='auto', exit_loss='eed', exit_teacher=[0, -1]), 3)
+    (0, 3)
+    """
+    if args.exits is None:
+        return ()
+    teacher = getattr(args, 'exit_teacher', None)
+    teacher = checked_teacher(LOSSES[args.exit_loss]['teacher'] if teacher is None else teacher)
+    return () if teacher is None else tuple(resolve_teacher(teacher, DepthWeights(), num_exits + 1))
+
+
+def member_names(members: Sequence[int], num_exits: int) -> list[str]:
+    """Return what the classifiers are called.
+
+    >>> member_names((0, 3), 3)
+    ['exit0', 'main']
+    """
+    names = exit_names(num_exits)
+    return [names[idx] for idx in members]
+
+
+def find_reference(runs: Sequence[Run], name: str | None) -> Run | None:
+    """Return the run that others are measured against: that of this name or method, else the first one of 'ce'.
+
+    Args:
+        runs: All.
+        name: What was asked for; None for nothing, which finds None where no run is of 'ce'.
+
+    Raises:
+        MultiExitError: No run is called so.
+    """
+    wanted = name or 'ce'
+    found = [run for run in runs if run.name == wanted] or [run for run in runs if run.method == wanted]
+    if not found and name is not None:
+        known = ', '.join(f'{run.name} ({run.method})' for run in runs)
+        raise MultiExitError(f"--reference is '{name}', allowed are the runs {known}: name one by name or by method.")
+    return found[0] if found else None

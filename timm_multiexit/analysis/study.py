@@ -1,0 +1,213 @@
+"""The study of some runs: all numbers in `analysis.json`, pictures beside it, and a table for people."""
+
+import json
+import logging
+import re
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from timm_multiexit.analysis.architecture_figure import draw_architecture
+from timm_multiexit.analysis.curves import describe_curve, read_curve
+from timm_multiexit.analysis.diversity import describe_gain
+from timm_multiexit.analysis.figures import encode_png
+from timm_multiexit.analysis.line_figures import (
+    draw_accuracy_over_macs,
+    draw_diversity,
+    draw_main_and_ensemble,
+    draw_training,
+)
+from timm_multiexit.analysis.matrix_figures import draw_agreement, draw_dissimilarity
+from timm_multiexit.analysis.measuring import Measurer
+from timm_multiexit.analysis.runs import Run, find_reference
+from timm_multiexit.config import MultiExitError
+from timm_multiexit.files import explained, replacing, write_text
+from timm_multiexit.metrics import default_metric, describe_environment
+from timm_multiexit.report import name_dataset
+from timm_multiexit.untrusted import read_json
+
+_logger = logging.getLogger(__name__)
+
+_LABELS = {'top1': 'top-1 accuracy, %', 'map': 'mean average precision, %'}
+_JSON_DIGITS = 6
+_ROW = re.compile(r'\[\s+(?:[-\d]|null)[^][{}"]*\]')  # a list of numbers
+
+
+class Study:
+    """Measures runs and draws them.
+
+    Args:
+        runs: As `read_runs` returned them.
+        args: For `Measurer`, with `reference` (name, method or None).
+        out: Folder of what is written; files of the same names are replaced.
+        accelerator: Gives the device.
+
+    Raises:
+        MultiExitError: No run is called as the reference, or runs are of different tasks.
+    """
+
+    def __init__(self, runs: Sequence[Run], args: Namespace, out: Path, accelerator: Accelerator):
+        self.runs, self.args, self.out, self.accelerator = runs, args, out, accelerator
+        self.reference = find_reference(runs, args.reference)
+        if len({run.is_multi_label for run in runs}) > 1:
+            raise MultiExitError('Runs with one and with several classes per image cannot be compared: name one kind.')
+        self.metric = default_metric(runs[0].is_multi_label)
+        self.draws = True
+
+    def run(self) -> dict[str, Any]:
+        """Write everything and return what `analysis.json` holds, numbers rounded to six digits after the point."""
+        with explained(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        numbers = {run.name: self._describe(run) for run in self.runs}
+        self._add_curves(numbers)
+        if self.runs[0].is_multi_label:
+            _logger.info('Several classes per image: curves alone.')
+        else:
+            self._measure(numbers)
+        content = {
+            'dataset': name_dataset(self.args),
+            'split': self.args.split,
+            'reference': self.reference and self.reference.name,
+            'metric': self.metric,
+            'samples': self.args.samples,
+            'seed': self.args.seed,
+            'runs': numbers,
+            'environment': describe_environment(),
+        }
+        content = _rounded(content)
+        write_text(self.out / 'analysis.json', format_json(content))
+        self._draw_together(numbers)
+        return content
+
+    def _describe(self, run: Run) -> dict[str, Any]:
+        best = run.results.get('best_epoch')
+        return {
+            'model': run.args.model,
+            'method': run.method,
+            'seed': getattr(run.args, 'seed', None),
+            'best_epoch': None if best is None else best + 1,
+            'curve_of': run.curve_split,
+        }
+
+    def _add_curves(self, numbers: Mapping[str, dict[str, Any]]) -> None:
+        curves = {run.name: read_curve(run.rows, self.metric) for run in self.runs}
+        own = curves[self.reference.name]['main'] if self.reference else []
+        for name, curve in curves.items():
+            numbers[name]['curve'] = describe_curve(curve, own[-1] if own else None)
+            if not curve['epochs']:
+                _logger.warning(f'{name} has no epoch that was evaluated: no curve of it.')
+
+    def _measure(self, numbers: Mapping[str, dict[str, Any]]) -> None:
+        measurer = Measurer(self.args, self.accelerator)
+        for run in self.runs:
+            found, matrices = measurer.measure(run)
+            numbers[run.name] |= found
+            _logger.info(f'{run.name} measured on {found["num_samples"]} images of {self.args.split}.')
+            self._draw_alone(run, numbers[run.name], matrices)
+        reference = numbers[self.reference.name]['top1'] if self.reference else None
+        for values in numbers.values():
+            if 'diversity' in values:
+                values['diversity']['gain'] = describe_gain(values['top1'], reference)
+
+    def _draw_alone(self, run: Run, numbers: Mapping[str, Any], matrices: Mapping[str, list[Tensor]]) -> None:
+        """Write the pictures of one run, whose matrices are not kept."""
+        if not matrices:
+            return
+        labels = read_json(run.best / 'config.json').get('label_names')
+        name = run.name.replace('/', '-')
+        title = f'{run.name}: {run.args.model}, {run.method}'
+        of_split = f'{title}, {numbers["num_samples"]} images of {self.args.split}'
+        self._save(f'fig1_architecture_{name}', lambda: draw_architecture(numbers['architecture'], title))
+        self._save(f'fig2_agreement_{name}', lambda: draw_agreement(numbers['agreement'], of_split, labels))
+        self._save(f'fig4_dissimilarity_{name}', lambda: draw_dissimilarity(numbers['dissimilarity'], matrices, title))
+
+    def _draw_together(self, numbers: Mapping[str, dict[str, Any]]) -> None:
+        label, reference = _LABELS[self.metric], self.reference and self.reference.name
+        curves = {name: values['curve'] for name, values in numbers.items() if values['curve']['epochs']}
+        pairs = {name: curve for name, curve in curves.items() if curve['ensemble']}
+        if pairs:
+            self._save('fig3_main_and_ensemble', lambda: draw_main_and_ensemble(pairs, label))
+        if curves:
+            self._save('fig5_training', lambda: draw_training(curves, label, reference))
+        taught = {
+            name: values['diversity']
+            for name, values in numbers.items()
+            if values.get('diversity', {}).get('teacher') and _can_place(values['diversity'])
+        }
+        if taught:
+            self._save('table4_diversity', lambda: draw_diversity(taught, reference))
+        points = {
+            name: values['accuracy_over_macs'] for name, values in numbers.items() if 'accuracy_over_macs' in values
+        }
+        if points:
+            title = f'{name_dataset(self.args)}, {self.args.split} split'
+            self._save('accuracy_over_macs', lambda: draw_accuracy_over_macs(points, title))
+
+    def _save(self, name: str, draw: Callable[[], Any]) -> None:
+        if not self.draws:
+            return
+        try:
+            picture = encode_png(draw())
+        except ImportError:
+            self.draws = False
+            _logger.warning('matplotlib is not installed, so numbers alone are written: pip install matplotlib.')
+            return
+        with replacing(self.out / f'{name}.png') as draft:
+            draft.write_bytes(picture)
+
+
+def _can_place(diversity: Mapping[str, Any]) -> bool:
+    """Return whether there is a gain, and a teacher of several members: one alone has no diversity."""
+    return diversity['teacher']['disagreement'] is not None and None not in diversity['gain'].values()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, _JSON_DIGITS) if value == value else None
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def format_json(content: Mapping[str, Any]) -> str:
+    """Return JSON with one line per row of numbers, which `json` would give a line each.
+
+    >>> print(format_json({'a': [[1, 2.5], [None, 4]]}).rstrip())
+    {
+      "a": [
+        [1, 2.5],
+        [null, 4]
+      ]
+    }
+    """
+    text = json.dumps(content, indent=2, allow_nan=False)
+    return _ROW.sub(lambda match: json.dumps(json.loads(match[0])), text) + '\n'
+
+
+def summary_rows(numbers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a table of runs for people, given `analysis.json`'s `runs`."""
+    rows = []
+    for name, values in numbers.items():
+        curve, top1 = values['curve'], values.get('top1', {})
+        after = values.get('dissimilarity', {}).get('after', {}).get('main', {})
+        teacher = values.get('diversity', {}).get('teacher') or {}
+        gain = values.get('diversity', {}).get('gain') or {}
+        rows.append(
+            {
+                'run': name,
+                'method': values['method'],
+                'main': top1.get('main', curve['final_main']),
+                'ensemble': top1.get('ens'),
+                'gain': gain.get('main'),
+                'gap, last half': curve['mean_gap'],
+                'epochs to reference': curve['epochs_to_keep'],
+                'deviation of changes': curve['instability'],
+                'RDM ratio of main': after.get('ratio'),
+                'disagreement in teacher': teacher.get('disagreement'),
+            }
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""Evidence: plans of runs, the runner that works through them, what each run left, and the tables of it all."""
