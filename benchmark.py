@@ -20,6 +20,7 @@ from timm_multiexit.benchmarks.zoo import POPULAR, count_heads, count_layouts
 from timm_multiexit.launch import create_accelerator
 from timm_multiexit.losses import LOSSES
 from timm_multiexit.metrics import describe_environment, format_table
+from timm_multiexit.refusals import one_line
 
 
 def infer(args):
@@ -96,7 +97,7 @@ def parse_device(text):
         device = torch.device(text)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no device here: {str(error).splitlines()[0]}") from error
+        raise argparse.ArgumentTypeError(f"'{text}' is no device here: {one_line(error)}") from error
     return device
 
 

@@ -6,18 +6,16 @@ Flags and files are timm's (`train.py --help`); Accelerate owns device, precisio
 import logging
 import sys
 
-from timm.utils import setup_default_logging
-
 import timm_multiexit as tme
 from timm_multiexit.arguments import parse_train_args
-from timm_multiexit.launch import create_accelerator
+from timm_multiexit.launch import create_accelerator, setup_logging
 from timm_multiexit.stopping import Stopped
 from timm_multiexit.training import TrainingRun
 
 
 def main(argv=None):
     """Run the command line and return the exit code: 0, 2 for an error of one line, 128 + N after signal N."""
-    setup_default_logging()
+    setup_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files every epoch
     run, code = None, 0
     try:
@@ -42,7 +40,19 @@ def main(argv=None):
     # Together: a process that leaves while others still talk to it takes them along.
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if code == 0:
+        code = publish(run)
     return code
+
+
+def publish(run):
+    """Publish a finished run if its flags say so, and return the exit code."""
+    try:
+        run.publish()
+    except tme.MultiExitError as error:
+        print(f'train.py: error: {error}', file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == '__main__':

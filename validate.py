@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from timm.utils import setup_default_logging
 
 import timm_multiexit as tme
 from timm_multiexit.arguments import create_validate_parser
 from timm_multiexit.build import model_kwargs, pin_model
 from timm_multiexit.data import DIGITS
+from timm_multiexit.launch import setup_logging
 from timm_multiexit.metrics import describe_environment
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.sources import create_backbone
@@ -94,7 +94,7 @@ def write_results(args, validation):
 
 
 def main(argv=None):
-    setup_default_logging()
+    setup_logging()
     args = create_validate_parser().parse_args(argv)
     try:
         precision = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(args.amp_dtype, args.amp_dtype) if args.amp else None

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import timm_multiexit as tme
 from timm_multiexit.card import headline
-from timm_multiexit.hub import PushPlan, check_push, plan_push, push_folder
-from timm_multiexit.publication import PUBLICATION_NAME, Labels, write_publication
+from timm_multiexit.hub import PushPlan, check_push, full_name, plan_push, push_folder
+from timm_multiexit.publication import PUBLICATION_NAME, write_publication
+from timm_multiexit.publication_checks import Labels
 from timm_multiexit.publishing import list_model
 
 
@@ -32,9 +33,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--license', help='of the weights, if not that of those that training started from')
     parser.add_argument('--base-model', metavar='ORG/NAME', help='what training started from, if the run does not say')
     parser.add_argument('--dataset-id', metavar='ORG/NAME', help='the data set on the Hub, uoft-cs/cifar10')
-    parser.add_argument(
-        '--models-file', type=Path, default=Path(__file__).with_name('models.yaml'), help='list of what is published'
-    )
+    parser.add_argument('--models-file', type=Path, metavar='FILE', help='enter it into this list, hub/models.yaml')
     return parser
 
 
@@ -50,17 +49,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
     args = create_parser().parse_args(argv)
     try:
-        repo_id = check_push(args.repo_id) if args.yes else args.repo_id
+        repo_id = check_push(args.repo_id, private=args.private) if args.yes else full_name(args.repo_id)
         folder = args.folder or args.run / PUBLICATION_NAME
         labels = Labels(args.license, args.base_model, args.dataset_id)
         metrics = write_publication(args.run, folder, repo_id, labels=labels, validation=args.validation)
         print(f'{headline(metrics)}\nLicense: {metrics["license"]["note"]}')
+        try:
+            plan = plan_push(folder, repo_id, private=args.private)
+        except tme.MultiExitError as error:
+            raise tme.MultiExitError(f'{folder} is written, what would go where is not known: {error}') from error
+        print(describe(plan, folder))
         if not args.yes:
-            print(f'{describe(plan_push(folder, repo_id), folder)}\nNothing was sent: add --yes to push.')
+            print('Nothing was sent: add --yes to push.')
             return 0
-        print(describe(plan_push(folder, repo_id), folder))
         result = push_folder(folder, repo_id, private=args.private, tag=args.tag, message=args.message)
-        list_model(args.models_file, metrics, result, tag=args.tag)
+        if args.models_file:
+            list_model(args.models_file, metrics, result, tag=args.tag)
         print(f'{"Pushed" if result.has_changed else "Nothing has changed"}: {result.url}')
     except tme.MultiExitError as error:
         print(f'publish.py: error: {error}', file=sys.stderr)

@@ -7,6 +7,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from timm_multiexit.attach import attach_exits, exit_points
+from timm_multiexit.checkpoint import save_pretrained
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.heads import HEADS
 from timm_multiexit.model import MultiExitModel
@@ -224,6 +225,18 @@ def test_module_that_is_no_stage_can_be_named(make_empty):
 def test_exit_at_the_last_stage_can_be_asked_for(make_empty):
     model = attach_exits(make_empty('resnet18'), [-1])
     assert modules(model) == ['layer4.1']
+
+
+def test_exit_points_of_a_name_are_those_of_its_model(make_backbone, tmp_path):
+    save_pretrained(make_backbone('test_vit', img_size=96), tmp_path)
+    folder, other = exit_points(f'local-dir:{tmp_path}'), exit_points('test_vit')
+    assert folder == exit_points(make_backbone('test_vit', img_size=96))
+    assert [point.size for point in folder] != [point.size for point in other]
+    with pytest.raises(MultiExitError, match="timm has no model 'test_vitt', nearest are test_vit"):
+        exit_points('test_vitt')
+    (tmp_path / 'config.json').write_text('{"architecture": "test_vit", "model_args": {"pretrained_strict": false}}')
+    with pytest.raises(MultiExitError, match='pretrained_strict'):
+        exit_points(f'local-dir:{tmp_path}')
 
 
 def test_exit_points_are_the_stages_with_their_cost(make_empty):

@@ -8,17 +8,19 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.layers import SplitBatchNorm2d
+from timm.models import resolve_model_input_args
 
 import timm_multiexit as tme
 from timm_multiexit.arguments import parse_train_args
 from timm_multiexit.build import (
-    create_criterion,
     create_regime,
-    create_task,
     create_train_model,
     create_train_optimizer,
+    model_kwargs,
     place_model,
 )
+from timm_multiexit.model_config import read_model_config
+from timm_multiexit.objective import create_criterion, create_task
 from timm_multiexit.regimes import Regime
 
 BASE = ('--model', 'test_resnet', '--img-size', '32', '--num-classes', '3', '--data-dir', 'images')
@@ -301,3 +303,40 @@ def test_placed_model_has_type_and_memory_format():
     model = place_model(args, create_train_model(args, 3), Accelerator(cpu=True))
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
     assert model.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+SAVED = {
+    'vit': ('test_vit', {}),
+    'vit-96': ('test_vit', {'img_size': 96}),
+    'vit-dynamic': ('test_vit', {'dynamic_img_size': True}),
+    'vit-dynamic-96': ('test_vit', {'img_size': 96, 'dynamic_img_size': True}),
+    'resnet': ('test_resnet', {}),
+}
+ASKED = {'nothing': (), 'flag': ('--img-size', '64'), 'keyword': ('--model-kwargs', 'img_size=48')}
+ASKED['both'] = ASKED['flag'] + ASKED['keyword']
+
+
+@pytest.mark.parametrize('name', ['local-dir', 'registry'])
+@pytest.mark.parametrize('asked', ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize('saved', SAVED.values(), ids=SAVED)
+def test_image_size_is_that_which_timm_finds(saved, asked, name, tmp_path):
+    architecture, kwargs = saved
+    model, own = architecture, None
+    if name == 'local-dir':
+        tme.save_pretrained(timm.create_model(architecture, **kwargs), tmp_path / 'net')
+        model = f'local-dir:{tmp_path / "net"}'
+        own = read_model_config(tmp_path / 'net').model_args.get('img_size')
+    args = parse_train_args(['--model', model, '--num-classes', '3', '--data-dir', 'images', *asked])
+    try:
+        expected = resolve_model_input_args(model, vars(args), **args.model_kwargs).get('img_size')
+    except ValueError as error:
+        with pytest.raises(tme.MultiExitError, match=str(error)[:30]):
+            model_kwargs(args)
+        return
+    found = model_kwargs(args)[0].get('img_size', own)
+    assert _sides(found) == _sides(expected)
+
+
+def _sides(size):
+    """Return a size as two sides."""
+    return (size, size) if isinstance(size, int) else size and tuple(size)

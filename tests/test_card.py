@@ -191,9 +191,8 @@ def test_table_of_policies_has_the_numbers_of_the_metrics(metrics):
     assert [row['policy'] for row in table] == [row['policy'] for row in metrics['dynamic']]
     for shown, row in zip(table, metrics['dynamic']):
         assert_shows(shown['GMACs'], row['macs'] / 1e9)
-        for name, key in (('% of MACs', 'macs_percent'), ('top-1', 'top-1'), ('images/s', 'img/s')):
+        for name, key in (('% of MACs', 'macs_percent'), ('top-1', 'top-1'), ('time ratio', 'time_ratio')):
             assert_shows(shown[name], row[key])
-        assert_shows(shown['time ratio'], row['time_ratio'])
     assert [row['thresholds'] for row in table] == ['-', '-', '0.93 / -', '0.9714 / 0.8']
     assert [row[shares] for row in table] == ['-', '-', '40.0 / 0.0 / 60.0', '25.1 / 30.1 / 44.8']
     assert [row['criterion'] for row in table] == ['-', '-', 'confidence', 'confidence, mean of the exits so far']
@@ -217,14 +216,14 @@ def test_notes_say_what_numbers_are_of(metrics):
     for text in (
         'on the `test` split of `cifar10`, 10,000 images; one run (seed 42), no spread is known.',
         'Epoch 12 of 16, chosen by `top1`, on 5000 images held out of train.',
-        'Thresholds of `budget 40%`, `budget 0.02GMACs` were chosen on 4000 images held out of train',
-        'a batch of 64 images on `cpu`, medians of 31 rounds',
+        'Thresholds of `budget 40%`, `budget 0.02GMACs` were chosen on 4000 images held out of train; the numbers are of'
+        ' the split above.',
+        'Time ratios: medians of 31 rounds, in each of which all take a batch of 64 images on `cpu` in turns',
         'the median of 29 rounds with a batch of 1 on `cpu`',
         'wrong at main: 3.21 % of the images; the reverse: 9.12 %; right at some classifier: 86.23 %',
         '- Measured on 2 x Intel(R) Xeon(R) CPU @ 2.20GHz; 1 torch threads; python 3.11.2, timm 1.0.31, torch 2.15.0;'
         ' timm_multiexit at 5ff385c.',
         'timm_multiexit at 1234567.',
-        '![Accuracy over MACs of every exit and policy](assets/accuracy_vs_macs.png)',
         '`args.yaml`: exit loss `eed`, epochs `16`, seed `42`',
     ):
         assert text in card
@@ -234,12 +233,91 @@ def test_notes_say_what_numbers_are_of(metrics):
 
 def test_a_split_that_chose_the_epoch_is_named(metrics):
     metrics['epoch']['is_reported_split'] = True
-    assert write_card(metrics).count('too good') == 2
+    assert '**the very split that is reported**, so the numbers are too good' in write_card(metrics)
 
 
-def test_picture_is_shown_where_there_is_one(metrics):
+def test_speed_is_of_one_measurement(metrics):
+    # The median of the paired ratios is 0.465, and that of the times gives 900 / 1935.4 = 0.465: here they part.
+    metrics['dynamic'][2]['img/s'] = 1234.5
+    card = write_card(metrics)
+    assert 'time of plain timm (900 images/s) in the same round' in card
+    (section,) = re.findall('^## Dynamic inference$(.*?)^## ', card, re.DOTALL | re.MULTILINE)
+    assert re.findall(r'[0-9,.]+ images/s|1,?23[45]|850|1,?566|1,?935', section) == ['900 images/s']
+    assert read_tables(card)[1][2]['time ratio'] == '0.465'
+    assert 'in 46.5 % of its time' in card
+    del metrics['dynamic'][0]['img/s']
+    assert 'to the time of plain timm in the same round' in write_card(metrics)
+
+
+def test_precision_is_what_was_measured_in_or_not_said(metrics):
+    assert not re.search(r'float|\bamp\b|bf16', write_card(metrics))
+    card = write_card(metrics | {'precision': 'amp bfloat16'})
+    assert '- Measured on 2 x Intel(R) Xeon(R) CPU @ 2.20GHz; 1 torch threads; amp bfloat16; python' in card
+    assert card.count('amp bfloat16') == 1  # training may have had another
+
+
+def read_alt(card):
+    (alt,) = re.findall(r'^!\[([^\[\]]*)\]\(assets/accuracy_vs_macs.png\)$', card, re.MULTILINE)
+    return alt
+
+
+def test_picture_is_described_for_those_who_do_not_see_it(metrics):
+    drawn = 'exits 0, 1 and main, the ensemble of all exits, plain timm'
+    about = 'Top-1 accuracy against mean MACs of an image'
+    assert read_alt(write_card(metrics)) == f'{about} on the test split of cifar10: {drawn}, static resnet10t'
+    metrics |= {'curve': {'chosen_on': 'train', 'points': [{}]}, 'compare': None, 'dataset': None}
+    with_policies = drawn.replace('main, ', 'main, policies for budgets, ')
+    assert read_alt(write_card(metrics)) == f'{about}: {with_policies}'
     metrics['has_picture'] = False
     assert 'assets/' not in write_card(metrics)
+
+
+def test_description_of_the_picture_is_escaped(metrics):
+    metrics['dataset']['name'] = metrics['compare'][0]['static model'] = 'a](http://b) `c` <d>'
+    escaped = 'a&#93;(http&#58;//b) &#96;c&#96; &#60;d&#62;'
+    alt = read_alt(write_card(metrics))
+    assert f'split of {escaped}:' in alt
+    assert alt.endswith(f'static {escaped}')
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'expected'),
+    [
+        ({'num_samples': 8}, 'Accuracies are in percent, on 8 images; one run (seed 42), no spread is known.'),
+        ({}, 'Accuracies are in percent; one run (seed 42), no spread is known.'),
+        ({'split': 'test'}, 'in percent, on the `test` split; one run'),
+        ({'name': 'cifar10', 'num_samples': 8}, 'in percent, on `cifar10`, 8 images; one run'),
+    ],
+    ids=['count', 'nothing', 'split', 'name'],
+)
+def test_data_are_called_by_what_is_known_of_them(metrics, dataset, expected):
+    metrics['dataset'] = dict.fromkeys(('name', 'hub_id', 'split', 'num_samples')) | dataset
+    card = write_card(metrics)
+    assert expected in card
+    name = ' (`cifar10`)' if 'name' in dataset else ''
+    assert f'The data{name} have terms of their own, which this license does not replace.' in card
+    assert f'of 10 classes{name} with' in card
+    assert ('the split above' in card) == ('split' in dataset)
+    assert not re.search('[(`]-[)`]|None', card)
+
+
+def test_default_policy_is_marked_and_told(metrics):
+    assert 'default' not in write_card(metrics)
+    metrics['dynamic'][3]['is_default'] = True
+    card = write_card(metrics)
+    assert [line.split(' | ')[0] for line in card.splitlines() if '(default)' in line] == [
+        '| `budget 0.02GMACs` (default)'
+    ]
+    assert '- `model.infer(x)` uses the default policy, `budget 0.02GMACs`.' in card
+    assert "model.infer(images, budget='40%')" in card
+    assert card.count('default') == 2
+
+
+def test_two_default_policies_are_refused(metrics):
+    for row in metrics['dynamic'][2:]:
+        row['is_default'] = True
+    with pytest.raises(MultiExitError, match=r"default policies \['budget 40%', 'budget 0.02GMACs'\], allowed is one"):
+        write_card(metrics)
 
 
 EXPECTED_RESULTS = [
@@ -388,24 +466,39 @@ ALONE = '; exit `0` alone is 10.70 points below plain timm at 27.3 % of its MACs
     [
         (
             [make_policy('a', 79.7, 20.0), make_policy('b', 79.9, 30.0, time_ratio=0.5), make_policy('c', 80.8, 60.0)],
-            'With `b` it has 79.90 % top-1, 0.90 points below plain timm (80.80 %), at 30.0 % of its MACs and 2.00 times'
-            ' its images/s' + ALONE,
+            'With `b` it has 79.90 % top-1, 0.90 points below plain timm (80.80 %), at 30.0 % of its MACs and in'
+            ' 50.0 % of its time' + ALONE,
         ),
         (
             [make_policy('a', 81.0, 70.0, time_ratio=1.25)],
-            'With `a` it has 81.00 % top-1, 0.20 points above plain timm (80.80 %), at 70.0 % of its MACs and 0.80 times'
-            ' its images/s' + ALONE,
+            'With `a` it has 81.00 % top-1, 0.20 points above plain timm (80.80 %), at 70.0 % of its MACs and in'
+            ' 125.0 % of its time' + ALONE,
         ),
         (
-            [make_policy('a', 60.0, 20.0), make_policy('b', 79.0, 101.5)],
-            'With `b` it has 79.00 % top-1, 1.80 points below plain timm (80.80 %), at 101.5 % of its MACs' + ALONE,
+            [make_policy('a', 60.0, 20.0), make_policy('b', 79.0, 90.0)],
+            'With `b` it has 79.00 % top-1, 1.80 points below plain timm (80.80 %), at 90.0 % of its MACs' + ALONE,
+        ),
+        (
+            [make_policy('a', 79.7, 40.0), make_policy('b', 80.9, 101.5)],
+            'With `a` it has 79.70 % top-1, 1.10 points below plain timm (80.80 %), at 40.0 % of its MACs' + ALONE,
+        ),
+        (
+            [make_policy('a', 80.8, 100.0), make_policy('b', 80.9, 101.5)],
+            'At exit `1` it has 78.44 % top-1, 2.36 points below plain timm (80.80 %), at 51.5 % of its MACs.',
         ),
         (
             [],
             'At exit `1` it has 78.44 % top-1, 2.36 points below plain timm (80.80 %), at 51.5 % of its MACs.',
         ),
     ],
-    ids=['cheapest within a point', 'better and slower', 'none within a point', 'exits alone'],
+    ids=[
+        'cheapest within a point',
+        'better and slower',
+        'none within a point',
+        'dearer than plain timm',
+        'all dear',
+        'exits alone',
+    ],
 )
 def test_headline_is_the_cheapest_trade_within_a_point(metrics, dynamic, expected):
     metrics['dynamic'] = [PLAIN, *dynamic]
@@ -419,6 +512,17 @@ def test_headline_without_measured_exits(metrics):
         if row['exit'] != 'main':
             del row['top-1']
     assert headline(metrics) == 'Main has 80.80 % top-1; its exits have not been measured.'
+
+
+def test_headline_where_nothing_costs_less_is_about_main(metrics):
+    metrics['dynamic'] = [PLAIN, make_policy('a', 81.0, 101.5)]
+    for row in metrics['rows'][:2]:
+        row['GMACs fixed'] = 0.0372
+    assert headline(metrics) == 'Main has 80.80 % top-1; nothing that was measured costs fewer MACs.'
+    metrics['dynamic'].append(make_policy('b', 80.0, 90.0))
+    assert headline(metrics) == (
+        'With `b` it has 80.00 % top-1, 0.80 points below plain timm (80.80 %), at 90.0 % of its MACs.'
+    )
 
 
 def test_several_labels_are_compared_by_map(metrics):
@@ -449,6 +553,7 @@ def poison(metrics):
     metrics['license'] = {'id': HOSTILE, 'name': HOSTILE, 'link': f'https://x) {HOSTILE}', 'note': HOSTILE}
     metrics['epoch'] |= {'chosen_by': HOSTILE, 'chosen_on': HOSTILE}
     metrics['dynamic'][2] |= {'policy': HOSTILE, 'chosen_on': HOSTILE, 'criterion': HOSTILE, 'combine': HOSTILE}
+    metrics['dynamic'][2]['is_default'] = True
     metrics['timing']['device'] = metrics['latency']['device'] = HOSTILE
     metrics['compare'][0]['static model'] = HOSTILE
     metrics['training'] |= {'command': HOSTILE, 'exit_loss': HOSTILE, 'seed': HOSTILE, 'recipe': HOSTILE}
@@ -464,9 +569,10 @@ def poison(metrics):
 def test_hostile_names_change_no_table_and_no_metadata(metrics):
     good, bad = write_card(metrics), write_card(poison(copy.deepcopy(metrics)))
     assert [len(table) for table in read_tables(bad)] == [5, 4, 2, 1]
+    assert bad.count('(default)') == 1
     # One more column in the first table: the metric of a hostile name.
     widths = [[len(table[0]) for table in read_tables(card)] for card in (good, bad)]
-    assert widths == [[9, 9, 6, 2], [10, 9, 6, 2]]
+    assert widths == [[9, 8, 6, 2], [10, 8, 6, 2]]
     for row, shown in zip(metrics['rows'], read_tables(bad)[0]):
         assert_shows(shown['top-1'], row['top-1'])
     metadata = [yaml.safe_load(card.split('\n---\n')[0].removeprefix('---\n')) for card in (good, bad)]
@@ -560,6 +666,16 @@ def test_without_a_measured_budget_the_snippet_has_a_threshold(metrics, folder):
     assert 'budget=' not in card
     prediction = run_snippets(card, folder)[1]['prediction']
     assert prediction.exit_idx.shape == (4,)
+
+
+def test_without_a_measured_budget_the_snippet_has_the_default_policy(metrics, folder):
+    metrics['dynamic'] = metrics['dynamic'][:2] + [metrics['dynamic'][2] | {'policy': 'max drop 1', 'is_default': True}]
+    card = write_card(metrics)
+    assert 'prediction = model.infer(images)\n' in card
+    anytime = run_snippets(card, folder)[1]
+    model, images = anytime['model'], anytime['images']
+    expected = tme.apply_policy(model.policy, model(images, exits=True).logits)
+    assert torch.equal(anytime['prediction'].exit_idx, expected.exit_idx)
 
 
 def test_plain_timm_is_told_of_an_architecture_of_ours(metrics):

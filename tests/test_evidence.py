@@ -106,8 +106,8 @@ def test_runs_of_small_differ_in_method_and_seed_alone():
 
 def test_methods_are_the_papers_losses():
     # Who teaches, distance of outputs and its weight, weight of features: equations 2 to 8 and Table IV.
-    from timm_multiexit.build import create_task
     from timm_multiexit.factory import create_model
+    from timm_multiexit.objective import create_task
 
     expected = {
         'ce': (None, 0.0, 0.0),

@@ -247,8 +247,8 @@ PRETRAINED_CFG = [
             ('hf_hub_filename', 'pytorch_model.bin'),
             ('hf_hub_filename', '../exits.safetensors'),
             ('source', 'url'),
-            ('custom_load', True),
             ('custom_load', 'hf'),
+            ('custom_load', 1),
             *(
                 ('input_size', value)
                 for value in (7, [64, 64], [3, 64, -64], [3, 10**9, 64], [3, '64', 64], [True] * 3)
@@ -828,6 +828,35 @@ def test_callers_own_keyword_allows_what_a_file_must_not_set(folder):
     edit(folder, ('model_args', 'replace_stem_pool'), True)
     refuse(folder, 'replace_stem_pool')
     assert is_faithful(load(folder, replace_stem_pool=False), folder)
+
+
+@pytest.mark.parametrize('is_at_root', [False, True], ids=['now', 'long ago'])
+def test_custom_load_of_older_files_is_of_no_effect(folder, is_at_root):
+    """timm read weights beside such a file as its own, and so do we: `load_pretrained` of the model is not called."""
+    saved = timm.create_model('test_vit', num_classes=10)
+    tme.save_pretrained(saved, folder)
+    edit(folder, ('pretrained_cfg', 'custom_load'), True)
+    if is_at_root:
+        fields = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+        fields |= {'architecture': 'test_vit', 'num_classes': 10, 'fixed_input_size': True}
+        (folder / 'config.json').write_text(json.dumps(fields))
+    assert is_faithful(load(folder, exits=[1]), folder, with_exits=False)
+
+
+def test_place_of_weights_is_refused_with_the_reason(folder):
+    edit(folder, ('pretrained_cfg', 'url'), 'http://localhost:9/x.pth')
+    line = refuse(folder)
+    assert line.endswith(
+        "url is 'http://localhost:9/x.pth', which a file must not say: weights are those in model.safetensors beside it."
+    )
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'exits.safetensors'])
+def test_pointer_of_git_lfs_says_what_to_run(folder, name):
+    pointer = f'version https://git-lfs.github.com/spec/v1\noid sha256:{"0" * 64}\nsize 123\n'
+    (folder / name).write_text(pointer)
+    line = refuse(folder, name)
+    assert line.endswith(f'holds no weights: run `git lfs pull` in {folder}.')
 
 
 def test_unknown_keys_without_power_are_ignored(folder):

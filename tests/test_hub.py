@@ -17,12 +17,14 @@ from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from loopback.messages import Refusal, Response, answer
 
 from timm_multiexit.config import MultiExitError
-from timm_multiexit.hub import Change, PushPlan, check_push, fetch_files, plan_push, push_folder
+from timm_multiexit.hub import PushPlan, check_push, fetch_files, full_name, plan_push, push_folder
+from timm_multiexit.hub_files import OWNED_FILES, Change
 
 REPO = 'org/net'
 CARD = b'---\nlicense: apache-2.0\n---\n# Net\n'
 SECRET = 'hf_theSecretOfAllTests'
 WEIGHTS = 'model.safetensors'
+PLOT = 'assets/accuracy_vs_macs.png'
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def secret(hub, monkeypatch, caplog):
 @pytest.fixture
 def folder(tmp_path):
     """A publication: small files and weights that go by LFS, one in a folder, and what must not go."""
-    contents = {'README.md': CARD, 'config.json': b'{"a": 1}', 'metrics.json': b'{}', 'assets/plot.png': b'\x89PNG'}
+    contents = {'README.md': CARD, 'config.json': b'{"a": 1}', 'metrics.json': b'{}', PLOT: b'\x89PNG'}
     contents |= {WEIGHTS: noise(300_000), 'exits.safetensors': noise(5_000, b'exits'), 'notes/recipe.txt': b'of mine'}
     return write(tmp_path / 'run', {**contents, '.cache/state': b'hidden', '.token': SECRET.encode()})
 
@@ -158,27 +160,91 @@ def test_plan_says_what_the_push_will_do_and_changes_nothing(hub, folder):
     assert plan == PushPlan(REPO, hub.url, False, None, files)
     commit = push_folder(folder, REPO).commit
     assert {change.action for change in plan_push(folder, REPO).changes} == {'keep'}
-    (folder / 'metrics.json').unlink()
+    (folder / PLOT).unlink()
     # Of the same sizes, one of each kind that the server tells by a hash of its own.
     write(folder, {'config.json': b'{"a": 3}', WEIGHTS: noise(300_000, b'other'), 'args.yaml': b'lr: 1'})
     hub.log.clear()
     plan = plan_push(folder, REPO)
     assert sent(hub) == []
     assert (plan.exists, plan.parent) == (True, commit)
-    actions = {'args.yaml': 'add', 'config.json': 'update', WEIGHTS: 'update', 'metrics.json': 'delete'}
-    keys = sorted({*visible(folder), 'metrics.json'})
+    actions = {'args.yaml': 'add', 'config.json': 'update', WEIGHTS: 'update', PLOT: 'delete'}
+    keys = sorted({*visible(folder), PLOT})
     assert [change[:2] for change in plan.changes] == [(path, actions.get(path, 'keep')) for path in keys]
-    assert {change.path: change.size for change in plan.changes}['metrics.json'] == 2
+    assert {change.path: change.size for change in plan.changes}[PLOT] == 4
 
 
-def test_what_a_publication_owns_is_deleted_and_the_rest_stays(hub, folder):
+def test_what_a_publication_wrote_is_deleted_and_all_else_stays(hub, folder):
+    write(folder, {'args.yaml': b'lr: 1'})
     push_folder(folder, REPO)
-    theirs = {'examples/run.py': b'by hand', 'old.onnx': b'onnx', 'assets.md': b'text', 'notes/LICENSE': b'mine'}
-    hub.add(REPO, {**theirs, 'LICENSE': b'old', 'assets/old/plot.png': b'old'})
-    for path in ('assets/plot.png', 'metrics.json', 'notes/recipe.txt'):
+    theirs = {
+        'LICENSE': b'mine',
+        'assets/logo.png': b'logo',
+        'assets/accuracy_vs_macs.svg': b'svg',
+        'old.onnx': b'onnx',
+    }
+    theirs |= {
+        'examples/run.py': b'by hand',
+        'notes/README.md': b'text',
+        'assets/config.json': b'{}',
+        'results.json': b'',
+    }
+    hub.add(REPO, theirs)
+    for path in ('args.yaml', PLOT, 'notes/recipe.txt', 'README.md'):
         (folder / path).unlink()
+    plan = plan_push(folder, REPO)
+    assert {path for path, action, _ in plan.changes if action == 'delete'} == {'args.yaml', PLOT, 'README.md'}
+    assert not {change.path for change in plan.changes} & theirs.keys()
     push_folder(folder, REPO)
     assert tree(hub) == {**visible(folder), **theirs, 'notes/recipe.txt': b'of mine'}
+
+
+def test_every_file_of_a_publication_is_owned(hub, folder):
+    write(folder, dict.fromkeys(OWNED_FILES, b'{}') | {'README.md': CARD})
+    push_folder(folder, REPO)
+    marks = {'metrics.json', 'exits.safetensors'}
+    for path in {*OWNED_FILES} - marks:
+        (folder / path).unlink()
+    push_folder(folder, REPO)
+    assert set(tree(hub)) == {*marks, 'notes/recipe.txt'}
+
+
+THEIRS = {
+    'model': (
+        {'config.json': b'{}', WEIGHTS: b'theirs', 'README.md': CARD},
+        'README.md, config.json, model.safetensors',
+    ),
+    'card': ({'README.md': CARD}, 'README.md'),
+    'metrics': ({'metrics.json': b'{}', 'a.onnx': b'', 'b/c.txt': b'', 'd': b''}, 'a.onnx, b/c.txt, d and 1 more'),
+}
+
+
+@pytest.mark.parametrize(('files', 'names'), THEIRS.values(), ids=THEIRS)
+def test_repository_of_something_else_is_refused_before_anything_is_sent(hub, folder, files, names):
+    hub.add(REPO, files)
+    before = tree(hub)
+    expected = (
+        f"'org/net' holds {names} and no model that timm_multiexit published, so nothing is pushed to it: choose another"
+        ' name, or empty it first.'
+    )
+    calls = (lambda: push_folder(folder, REPO), lambda: plan_push(folder, REPO), lambda: check_push(REPO))
+    assert [refused(call) for call in calls] == [expected] * 3
+    assert sent(hub) == []
+    assert tree(hub) == before
+
+
+def test_repository_with_hidden_files_alone_is_empty(hub, folder):
+    hub.add(REPO, {'.gitignore': b'*.pyc'})
+    push_folder(folder, REPO)
+    assert tree(hub) == {**visible(folder), '.gitignore': b'*.pyc'}
+
+
+@pytest.mark.parametrize('name', ['metrics.json', 'exits.safetensors'])
+def test_folder_that_is_no_publication_is_refused(hub, folder, name):
+    (folder / name).unlink()
+    for function in (push_folder, plan_push):
+        expected = f'{folder} has no {name}: give one that a publication was written to.'
+        assert refused(function, folder, REPO) == expected
+    assert hub.log == []
 
 
 def test_commit_that_fails_leaves_the_old_one_and_the_next_run_goes_on(hub, folder):
@@ -333,9 +399,21 @@ def test_private_repository_is_made_private_and_stays_so(hub, folder, monkeypatc
 
 def test_public_repository_is_not_pushed_to_as_private(hub, folder):
     hub.create_repository(REPO)
-    assert "'org/net' is public already" in refused(push_folder, folder, REPO, private=True)
+    assert check_push(REPO) == REPO
+    hub.log.clear()
+    for call in (
+        lambda: push_folder(folder, REPO, private=True),
+        lambda: plan_push(folder, REPO, private=True),
+        lambda: check_push(REPO, private=True),
+    ):
+        assert "'org/net' is public already, so it cannot be pushed to as private" in refused(call)
     assert tree(hub) == {}
     assert sent(hub) == []
+
+
+def test_private_and_missing_repositories_are_checked_as_private(hub):
+    hub.create_repository('org/private', is_private=True)
+    assert [check_push(name, private=True) for name in ('org/private', 'org/new')] == ['org/private', 'org/new']
 
 
 def test_repository_that_the_server_made_public_against_our_will_gets_nothing(hub, folder, monkeypatch):
@@ -518,20 +596,47 @@ def test_without_a_connection_the_cache_gives_what_it_has(hub, monkeypatch, fold
     assert refused(check_push, REPO) == refused(push_folder, folder, REPO) == f'{expected}.'
 
 
-def test_check_gives_the_full_name_and_asks_one_question(hub):
+def test_check_gives_the_full_name_and_changes_nothing(hub):
     assert check_push('net') == 'tester/net'
     assert check_push('tester/net') == 'tester/net'
     assert check_push(REPO) == REPO
     assert (
         refused(check_push, 'google/net') == "'tester' may not write to 'google', allowed are 'tester', 'org', 'timm'."
     )
-    assert {(entry.method, entry.path) for entry in hub.log} == {('GET', '/api/whoami-v2')}
+    names = ('tester/net', REPO)
+    assert {entry.path.partition('?')[0] for entry in hub.log} == {
+        '/api/whoami-v2',
+        *(f'/api/models/{name}' for name in names),
+    }
+    assert {entry.method for entry in hub.log} == {'GET'}
     assert hub.repositories == {}
 
 
 def test_push_to_a_bare_name_is_to_the_user(hub, folder):
     assert push_folder(folder, 'net').repo_id == 'tester/net'
     assert plan_push(folder, 'net').repo_id == 'tester/net'
+
+
+def test_bare_name_is_asked_for_once_and_full_ones_are_taken(hub, folder, monkeypatch):
+    assert full_name(REPO) == REPO
+    assert hub.log == []
+    assert full_name('net') == 'tester/net'
+    assert [entry.path for entry in hub.log] == ['/api/whoami-v2']
+    start = "'net' names no user: give namespace/name. "
+    for token in ('hf_other', 'a b'):
+        line = refused(full_name, 'net', token=token)
+        assert line.startswith(start)
+        assert token not in line
+    monkeypatch.delenv('HF_TOKEN')
+    for call in (lambda: full_name('net'), lambda: plan_push(folder, 'net')):
+        assert refused(call) == f"{start}'net' cannot be pushed to without a token: log in with `hf auth login`."
+
+
+def test_without_a_network_a_bare_name_is_one_line(hub, folder, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    expected = f"'net' names no user: give namespace/name. HF_HUB_OFFLINE is set, so that {hub.url} is not asked"
+    for call in (lambda: plan_push(folder, 'net'), lambda: push_folder(folder, 'net')):
+        assert refused(call).startswith(expected)
 
 
 def test_token_must_be_there_and_taken(hub, folder, monkeypatch):

@@ -1,6 +1,7 @@
 """Every way of starting a run: those that are supported come to the same, the others are one line."""
 
 import argparse
+import logging
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 import train
+import validate
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.launch import create_accelerator
 
@@ -135,3 +137,17 @@ def test_backend_module_is_imported_and_a_missing_one_is_one_line(tmp_path, monk
     with pytest.raises(MultiExitError, match="--device-modules names 'no_such_backend'") as error:
         create_accelerator(make_args(device_modules=['no_such_backend']))
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('script', [train, validate], ids=['train', 'validate'])
+@pytest.mark.parametrize('name', ['httpx', 'httpx2'])
+def test_log_of_a_script_has_no_addresses_of_the_hubs_client(script, name, run_script, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger(name), 'level', logging.NOTSET)
+    monkeypatch.setattr(logging.root, 'level', logging.WARNING)
+    caplog.clear()
+    run_script(script.main, '--model', 'no_such_model')
+    logging.getLogger(name).info('HTTP Request: GET https://cdn/x?signature=abc')
+    logging.getLogger(name).warning('a warning')
+    logging.getLogger('timm_multiexit.any').info('an event')
+    messages = [record.message for record in caplog.records if record.name in (name, 'timm_multiexit.any')]
+    assert messages == ['a warning', 'an event']

@@ -129,8 +129,7 @@ def test_padded_crops_are_windows_of_the_padded_image(tmp_path):
     windows = {(top, left): padded[top : top + 32, left : left + 32] for top in range(9) for left in range(9)}
     seen = Counter()
     for epoch in range(20):
-        loader.set_epoch(epoch)
-        for images, _ in loader:
+        for images, _ in loader.epoch(epoch):
             for image in (images * 255).round().permute(0, 2, 3, 1).numpy():
                 seen[next(place for place, window in windows.items() if (window == image).all())] += 1
     assert seen.total() == 320

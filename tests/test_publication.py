@@ -17,13 +17,17 @@ import yaml
 from accelerate.state import AcceleratorState
 from conftest import _enliven as enliven
 from conftest import write_images
+from timm.data import resolve_data_config
 
 import timm_multiexit as tme
 import train
 import validate
 from timm_multiexit.checkpoint import hash_weights
 from timm_multiexit.hub import push_folder
-from timm_multiexit.publication import Labels, write_publication
+from timm_multiexit.licenses import find_origin
+from timm_multiexit.metrics import describe_preparation
+from timm_multiexit.publication import write_publication
+from timm_multiexit.publication_checks import Labels
 from timm_multiexit.publishing import push_to_hub
 
 REPO = 'org/net'
@@ -55,12 +59,12 @@ def run_script(module, folder, *argv):
         assert module.main(sys.argv[1:]) == 0
 
 
-def make_run(folder, *flags):
+def make_run(folder, *flags, name='run'):
     """Train on a folder of images with absolute paths on the command line, and return the run's folder."""
     images = folder / 'images' if (folder / 'images').exists() else write_images(folder / 'images')
-    paths = ('--data-dir', images, '--output', folder / 'out', '--experiment', 'run')
+    paths = ('--data-dir', images, '--output', folder / 'out', '--experiment', name)
     run_script(train, folder, *FLAGS.split(), *flags, *paths)
-    return folder / 'out/run'
+    return folder / 'out' / name
 
 
 def measure_run(run, *flags):
@@ -103,7 +107,17 @@ def replace_best(run, model):
     shutil.rmtree(run / 'best')
     (run / 'validation.json').unlink(missing_ok=True)
     tme.save_pretrained(model, run / 'best', data_config={'input_size': (3, 32, 32)})
-    edit(run / 'results.json', weights=hash_weights(run / 'best'))
+    config = read(run / 'best', 'config.json')['pretrained_cfg']
+    preparation = describe_preparation(resolve_data_config(pretrained_cfg=config))
+    edit(run / 'results.json', weights=hash_weights(run / 'best'), preparation=preparation)
+
+
+def set_origin(run, **args):
+    """Change what the weights of a run started from, as the run itself would have noted it."""
+    has_file = bool(args.get('initial_checkpoint') or args.get('pretrained_path'))
+    name, pretrained = args.get('model', 'test_resnet'), args.get('pretrained', False)
+    origin = find_origin(name, pretrained, saved='apache-2.0', has_file=has_file)
+    edit(run / 'args.yaml', **args, origin=origin._asdict())
 
 
 def read(folder, name):
@@ -174,7 +188,7 @@ def test_nothing_of_the_base_is_said_of_the_new_weights(run, folder):
     base = dict(model.pretrained_cfg)
     assert (base['test_input_size'], base['test_crop_pct'], base['license']) == ((3, 288, 288), 1.0, 'apache-2.0')
     replace_best(run, model)
-    edit(run / 'args.yaml', model='resnet18.a1_in1k', pretrained=True)
+    set_origin(run, model='resnet18.a1_in1k', pretrained=True)
     metrics = write_publication(run, folder, REPO)
     cfg = read(folder, 'config.json')['pretrained_cfg']
     assert not {'test_input_size', 'test_crop_pct', 'origin_url', 'description'} & {
@@ -230,10 +244,12 @@ def test_command_has_the_last_part_of_paths(words, expected, run, folder):
         ('resnet10t:/home/me/last.pth.tar', 'resnet10t:last.pth.tar'),
         ('/home/me/a:b/last.pth.tar', 'last.pth.tar'),
         ('hf-hub:org/net@v1', 'hf-hub:org/net@v1'),
-        ('https://host.org/a/net.pth', 'https://host.org/a/net.pth'),
+        ('https://me:secret@host.org/a/net.pth?X-Amz-Signature=1', 'net.pth'),
+        ('file:///home/me/net.pth', 'net.pth'),
+        ('s3://my-bucket/me/net.pth', 'net.pth'),
         ('data/set', 'data/set'),
     ],
-    ids=['text', 'list', 'keywords', 'folder', 'checkpoint', 'colon', 'hub', 'address', 'relative'],
+    ids=['text', 'list', 'keywords', 'folder', 'checkpoint', 'colon', 'hub', 'address', 'file', 'bucket', 'relative'],
 )
 def test_arguments_have_the_last_part_of_paths(value, expected, run, folder):
     edit(run / 'args.yaml', model_kwargs=value)
@@ -265,8 +281,10 @@ def test_numbers_are_those_that_were_measured(run, folder):
     metrics = write_publication(run, folder, REPO, labels=Labels(dataset_id='org/images'))
     assert metrics == read(folder, 'metrics.json')
     validation, results = read(run, 'validation.json'), read(run, 'results.json')
-    for name in ('rows', 'dynamic', 'timing', 'latency', 'overthinking', 'curve', 'calibrated_on', 'precision'):
+    for name in ('rows', 'timing', 'latency', 'overthinking', 'curve', 'calibrated_on', 'precision'):
         assert metrics[name] == validation[name], name
+    *others, budget = validation['dynamic']
+    assert metrics['dynamic'] == [*others, {**budget, 'is_default': True}]
     assert [row['policy'] for row in metrics['dynamic']] == ['plain timm', 'all exits', 'budget 90%']
     assert metrics['rows'] == results['rows']  # measured twice, the same
     assert metrics['dataset'] == {'name': 'images', 'hub_id': 'org/images', 'split': 'validation', 'num_samples': 11}
@@ -328,6 +346,69 @@ def test_results_of_other_weights_are_refused(name, run, folder):
     assert not folder.exists()
 
 
+def test_policies_of_other_thresholds_are_refused(run, folder):
+    rows = read(run, 'validation.json')['dynamic']
+    edit(run / 'validation.json', dynamic=[*rows[:2], rows[2] | {'thresholds': [0.123, 0.456]}])
+    assert refused(run, folder) == (
+        f"{run / 'validation.json'} has budget 90% with other thresholds than the network's: run validate.py again with"
+        ' --save-policy.'
+    )
+    edit(run / 'validation.json', dynamic=[*rows[:2], rows[2] | {'policy': "the model's own", 'combine': 'mean'}])
+    assert "has the model's own with other thresholds" in refused(run, folder)
+    # What is not called by a name that loading knows is as it was measured.
+    edit(run / 'validation.json', dynamic=[*rows[:2], rows[2] | {'policy': 'threshold 0.5', 'thresholds': [0.5, 0.5]}])
+    assert not any('is_default' in row for row in write_publication(run, folder, REPO)['dynamic'])
+
+
+@pytest.mark.parametrize('name', ['validation.json', 'results.json'])
+def test_numbers_of_other_images_are_refused(name, run, folder):
+    if name == 'results.json':
+        (run / 'validation.json').unlink()
+    edit(run / name, preparation=read(run, name)['preparation'] | {'crop_pct': 1.0})
+    assert refused(run, folder) == (
+        f'{run / name} is of images prepared with crop_pct 1.0, the network is for 0.9: measure it without the flag of'
+        ' it.'
+    )
+
+
+def test_picture_of_another_evaluation_is_refused(run, folder):
+    picture = run / 'accuracy_vs_macs.png'
+    picture.write_bytes(picture.read_bytes() + b'0')
+    assert refused(run, folder) == (
+        f'{picture} is not the picture of {run / "validation.json"}: run validate.py again, or remove it.'
+    )
+    picture.unlink()
+    assert write_publication(run, folder, REPO)['has_picture'] is False
+
+
+@pytest.mark.parametrize(
+    ('split', 'dataset', 'is_reported'),
+    [('val', 'images', True), ('validation', 'images', True), ('test', 'images', False), ('val', 'others', False)],
+)
+def test_epoch_chosen_on_the_reported_images_is_told_by_any_of_their_names(split, dataset, is_reported, run, folder):
+    edit(run / 'validation.json', split=split, dataset=dataset)
+    assert write_publication(run, folder, REPO)['epoch']['is_reported_split'] is is_reported
+
+
+def test_run_that_stopped_early_says_how_many_epochs_it_had(tmp_path, folder):
+    run = make_run(tmp_path, '--epochs', '3', '--stop-epoch', '1')
+    metrics = write_publication(run, folder, REPO)
+    assert (metrics['epoch']['best'], metrics['epoch']['epochs'], metrics['precision']) == (1, 1, 'float32')
+
+
+def test_validation_that_is_not_there_is_refused(run, folder, tmp_path):
+    assert refused(run, folder, validation=tmp_path / 'nosuch.json') == (
+        f'There is no {tmp_path}/nosuch.json: give the JSON that validate.py --results-file wrote.'
+    )
+
+
+@pytest.mark.parametrize('label', ['base_model', 'dataset_id'])
+def test_label_that_is_no_repository_is_refused(label, run, folder):
+    assert refused(run, folder, labels=Labels(**{label: 'org/sub/net'})) == (
+        f"--{label.replace('_', '-')} is 'org/sub/net', allowed is the name of a repository, ORG/NAME."
+    )
+
+
 def test_budgets_without_a_saved_policy_are_refused(run, folder):
     config = read(run / 'best', 'config.json')
     del config['multiexit']['budgets'], config['multiexit']['policy']
@@ -365,7 +446,7 @@ def test_folder_with_other_files_is_refused_and_untouched(run, folder):
 def test_refused_publication_leaves_the_earlier_one_whole(run, folder):
     write_publication(run, folder, REPO)
     before = contents(folder)
-    edit(run / 'args.yaml', initial_checkpoint='a.safetensors')
+    set_origin(run, initial_checkpoint='a.safetensors')
     assert 'name it with --license' in refused(run, folder)
     assert 'allowed is a name such as' in refused_name(run, folder)
     assert contents(folder) == before
@@ -424,7 +505,7 @@ def refused_name(run, folder):
     ids=['scratch', 'asked', 'name', 'registry', 'non-commercial', 'hub', 'file', 'named-base'],
 )
 def test_license_follows_from_what_training_started_from(args, labels, base_model, license_id, note, run, folder):
-    edit(run / 'args.yaml', **args)
+    set_origin(run, **args)
     metrics = write_publication(run, folder, REPO, labels=Labels(**labels))
     assert (metrics['base_model'], metrics['license']['id']) == (base_model, license_id)
     assert note in metrics['license']['note']
@@ -449,7 +530,7 @@ def test_license_follows_from_what_training_started_from(args, labels, base_mode
     ids=['file', 'path', 'named-base', 'non-commercial', 'unknown'],
 )
 def test_license_that_is_not_clear_is_refused(args, labels, message, run, folder):
-    edit(run / 'args.yaml', **args)
+    set_origin(run, **args)
     assert message in refused(run, folder, labels=Labels(**labels))
     assert not folder.exists()
 
@@ -459,12 +540,18 @@ def test_run_from_weights_of_the_registry_names_them(hub, tmp_path, folder):
     hub.add('timm/test_resnet.r160_in1k', {'model.safetensors': safetensors.torch.save(base.state_dict())})
     metrics = write_publication(make_run(tmp_path, '--pretrained'), folder, REPO)
     assert (metrics['base_model'], metrics['license']['id']) == ('timm/test_resnet.r160_in1k', 'apache-2.0')
+    # What goes on from there says so too, and what goes on from that, though their flags do not.
+    for epochs, before, name in ((2, 'run', 'second'), (3, 'second', 'third')):
+        checkpoint = tmp_path / 'out' / before / 'last.pth.tar'
+        more = ('--num-classes', '1000', '--epochs', epochs, '--resume', checkpoint)
+        run = make_run(tmp_path, *more, name=name)
+        assert yaml.safe_load((run / 'args.yaml').read_text())['pretrained'] is False
+        assert write_publication(run, folder, REPO)['base_model'] == 'timm/test_resnet.r160_in1k'
 
 
 def test_run_from_a_repository_takes_over_its_license(hub, tmp_path, folder):
     base = enliven(tme.create_model('test_resnet', exits=[1, 3], num_classes=4))
-    base.pretrained_cfg['license'] = base.backbone.pretrained_cfg['license'] = 'cc-by-nc-4.0'
-    commit = push_to_hub(base, 'org/base').commit
+    commit = push_to_hub(base, 'org/base', license='cc-by-nc-4.0').commit
     run = make_run(tmp_path, '--model', 'hf-hub:org/base', '--pretrained')
     metrics = write_publication(run, folder, REPO)
     assert (metrics['base_model'], metrics['license']['id']) == ('org/base', 'cc-by-nc-4.0')
@@ -509,3 +596,27 @@ def test_model_itself_is_published_with_what_is_known_of_it(hub, make_model):
     assert metrics['license']['id'] == 'mit'
     assert json.loads(files['config.json'])['label_names'] == ['cat', 'dog']
     assert metrics['weights'].keys() == {'model.safetensors', 'exits.safetensors'}
+
+
+def test_model_knows_what_it_started_from(hub, make_model, tmp_path, caplog):
+    base = enliven(timm.create_model('resnet18.fb_swsl_ig1b_ft_in1k', num_classes=1000))
+    files = {'model.safetensors': safetensors.torch.save(base.state_dict())}
+    hub.add('timm/resnet18.fb_swsl_ig1b_ft_in1k', files)
+    name = 'resnet18.fb_swsl_ig1b_ft_in1k'
+    scratch, trained = (tme.create_model(name, pretrained, exits=1, num_classes=2) for pretrained in (False, True))
+    with pytest.raises(tme.MultiExitError, match='The license mit was asked for, .* are licensed cc-by-nc-4.0'):
+        push_to_hub(trained, REPO, license='mit')
+    assert published_license(hub, scratch) == ('apache-2.0', None)
+    assert published_license(hub, trained) == ('cc-by-nc-4.0', 'timm/resnet18.fb_swsl_ig1b_ft_in1k')
+    # And whoever starts from that repository starts from it.
+    assert published_license(hub, tme.create_model(f'hf-hub:{REPO}', True)) == ('cc-by-nc-4.0', REPO)
+    assert published_license(hub, tme.create_model(f'hf-hub:{REPO}')) == ('apache-2.0', None)
+    # Of a backbone made elsewhere it is not known: the careful choice, unless somebody knows.
+    other = tme.attach_exits(timm.create_model(name, num_classes=2), 1)
+    assert published_license(hub, other) == ('cc-by-nc-4.0', 'timm/resnet18.fb_swsl_ig1b_ft_in1k')
+
+
+def published_license(hub, model):
+    push_to_hub(model, REPO)
+    metrics = json.loads(hub.content(hub.repositories[REPO].find('main').files['metrics.json']))
+    return metrics['license']['id'], metrics['base_model']

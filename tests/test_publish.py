@@ -133,6 +133,20 @@ def test_dry_run_says_what_it_would_do_and_sends_nothing(call, hub, run, tmp_pat
     assert last == 'Nothing was sent: add --yes to push.'
 
 
+def test_dry_run_without_the_hub_says_that_the_folder_is_written(call, hub, run):
+    with hub.unreachable():
+        code, _, err = call()
+    assert code == 2
+    assert err.startswith(f'publish.py: error: {run}/publication is written, what would go where is not known: ')
+    assert tme.create_model(f'local-dir:{run}/publication', pretrained=True).policy is not None
+
+
+def test_list_of_models_is_written_where_asked_alone(publish, hub, run):
+    before = (ROOT / 'hub/models.yaml').read_bytes()
+    assert publish.main([str(run), REPO, '--yes']) == 0
+    assert (ROOT / 'hub/models.yaml').read_bytes() == before
+
+
 def test_push_is_one_commit_that_loads_bit_by_bit(call, hub, run, images, tmp_path):
     code, out, err = call('--yes', '--message', 'First of all')
     assert (code, err) == (0, '')

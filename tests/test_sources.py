@@ -1,5 +1,6 @@
 """What comes back by `hf-hub:` names, from the Hub on this machine, is what was published."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,12 @@ from conftest import _enliven as enliven
 from huggingface_hub import constants
 
 import timm_multiexit as tme
+import validate
 from timm_multiexit import sources
+from timm_multiexit.arguments import create_validate_parser, parse_train_args
+from timm_multiexit.build import create_train_model, model_kwargs
+from timm_multiexit.comparison import create_static
+from timm_multiexit.objective import create_task
 from timm_multiexit.publishing import push_to_hub
 
 REPO = 'org/net'
@@ -315,6 +321,49 @@ def test_model_from_the_hub_is_published_again_elsewhere(published, net, images)
     copy = tme.create_model('hf-hub:org/copy', pretrained=True)
     assert_same_answers(copy, net, images)
     assert (copy.policy, copy.budgets) == (net.policy, net.budgets)
+
+
+def train_args(*flags):
+    return parse_train_args(['--data-dir', 'images', '--num-classes', '5', '--img-size', '32', *flags])
+
+
+def learn_from(name):
+    """Make the task of a small network with a teacher of this name."""
+    args = train_args('--model', 'test_resnet', '--kd-model-name', name)
+    return create_task(args, create_train_model(args, 5), torch.device('cpu'))
+
+
+USES = {
+    'create_model': lambda name: tme.create_model(name, pretrained=True),
+    'other exits': lambda name: tme.create_model(name, pretrained=True, exits=[1]),
+    'create_backbone': lambda name: sources.create_backbone(name, pretrained=True),
+    'exit_points': tme.exit_points,
+    'compare': lambda name: create_static(name, num_classes=5),
+    'teacher': learn_from,
+    'model_kwargs': lambda name: model_kwargs(train_args('--model', name)),
+    'train': lambda name: create_train_model(train_args('--model', name, '--pretrained', '--eed'), 5),
+    'validate': lambda name: validate.create_model(create_validate_parser().parse_args(['--model', name])),
+}
+
+
+@pytest.mark.parametrize('use', USES.values(), ids=USES)
+@pytest.mark.parametrize('place', ['hub', 'folder'])
+def test_timm_reads_no_folder_and_no_repository_itself(published, hub, net, place, use, tmp_path, monkeypatch):
+    """It takes what they say for its own: an unknown field is a TypeError there, and `model_args` set any keyword."""
+    tme.save_pretrained(net, tmp_path / 'net')
+    config = json.loads((tmp_path / 'net/config.json').read_text())
+    config['pretrained_cfg']['a_field_of_later'] = 1
+    (tmp_path / 'net/config.json').write_text(json.dumps(config))
+    hub.add(REPO, {'config.json': (tmp_path / 'net/config.json').read_bytes()})
+    for name in ('load_model_config_from_hf', 'load_model_config_from_path'):
+        monkeypatch.setattr(f'timm.models._factory.{name}', None)
+    name = NAME if place == 'hub' else f'local-dir:{tmp_path / "net"}'
+    assert use(name) is not None
+    config['model_args'] = {'pretrained_strict': False}
+    (tmp_path / 'net/config.json').write_text(json.dumps(config))
+    hub.add(REPO, {'config.json': (tmp_path / 'net/config.json').read_bytes()})
+    with pytest.raises(tme.MultiExitError, match='pretrained_strict'):
+        use(name)
 
 
 NEEDS_IMPORT = """

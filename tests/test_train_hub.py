@@ -35,11 +35,13 @@ def test_run_is_published_at_its_end(fit, hub, image_folder):
 
 def test_run_that_cannot_be_published_in_the_end_is_whole_and_says_how_to_go_on(fit, hub, image_folder):
     hub.fail_next += [('/commit/', 403)]
-    code, out, err = fit('--model', 'test_resnet', '--push-to-hub', REPO)
-    folder = image_folder.parent / 'output/train/run'
+    flags = ('--push-to-hub', REPO, '--hub-private', '--hub-license', 'mit')
+    code, out, err = fit('--model', 'test_resnet', *flags, name='my run')
+    folder = image_folder.parent / 'output/train/my run'
     assert code == 2
     assert 'is whole, but was not published' in err.splitlines()[-1]
-    assert f'hub/publish.py {folder.relative_to(image_folder.parent)} {REPO} --yes' in err.splitlines()[-1]
+    command = f"hub/publish.py 'output/train/my run' {REPO} --yes --private --license mit"
+    assert err.splitlines()[-1].endswith(f'Try again with {command}')
     assert '--result' in out
     assert tme.create_model(f'local-dir:{folder}/best', pretrained=True)
     assert hub.token not in out + err

@@ -198,7 +198,7 @@ def test_held_out_images_are_those_of_training_and_not_augmented(model):
     args = parse('--model', 'test_resnet', '--calib-from-train', '150', '--seed', '7', '--img-size', '32')
     validator = Validator(args, model, Accelerator())
     collected, source = validator._calibrate(collect_logits(model, [(torch.zeros(1, 3, 32, 32), torch.zeros(1))]))
-    assert source == '150 images held out of the train split with seed 7'
+    assert source == '150 images drawn from the train split with seed 7'  # the run is not known
     train = create_checked_dataset(DIGITS, root=None, split='train')
     _, held_out = hold_out(train, 150, seed=7)
     keys = ('mean', 'std', 'interpolation', 'crop_pct')
@@ -218,7 +218,9 @@ def test_seed_of_the_run_is_the_default(tmp_path, caplog):
         args = parse('--model', f'local-dir:{tmp_path}/{name}/best', '--calib-from-train', '150')
         with caplog.at_level(logging.WARNING):
             dataset, source = create_calibration_split(args, create_split(args, 'test', 3), 3)
-        assert source == '150 images held out of the train split with seed 9'
+        caveat = ', on which the network was trained' if warns else ''
+        how = 'drawn from' if warns else 'held out of'
+        assert source == f'150 images {how} the train split with seed 9{caveat}'
         assert len(dataset) == 150
         assert bool(caplog.messages) == warns
     assert 'held 100 images of train out with seed 9, not 150 of train with seed 9' in caplog.messages[0]
@@ -518,6 +520,7 @@ def test_weights_are_named_where_they_are_the_folders(make_model, net_folder, mo
         described = Validator(parse(*flags), evaluated, Accelerator()).described
         weights = described.pop('weights', {})
         assert set(weights) == ({'model.safetensors', 'exits.safetensors'} if is_named else set())
+        assert described.pop('preparation')['input_size'] == [3, 32, 32]
         assert described == {'dataset': 'digits', 'input_size': [3, 32, 32], 'precision': 'float32'}
 
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import timm
 import torch
 from timm.models import get_model_input_config
 from torch import nn
@@ -14,6 +13,7 @@ from timm_multiexit.config import ExitSpec, MultiExitError
 from timm_multiexit.cost import Cost, CostMeter
 from timm_multiexit.heads import HEADS, ExitHead
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.model_folder import create_empty
 from timm_multiexit.survey import ExitPoint, Survey, survey_backbone
 from timm_multiexit.taps import resolve_tap
 
@@ -89,18 +89,17 @@ def exit_points(
     """Return the places that `feature_info` names where an exit can be attached, shallow to deep.
 
     Args:
-        backbone: A timm classification model, or the name of one.
+        backbone: A timm classification model, or the name of one: timm's, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
         input_size: (channels, height, width) that costs are reckoned for; the backbone's own if not given.
 
     Raises:
-        MultiExitError: The backbone has no such stages, or no classifier.
+        MultiExitError: The backbone has no such stages, or no classifier; there is no model of this name.
 
     >>> [(point.index, point.module, point.reduction) for point in exit_points('resnet18')]
     [(0, 'act1', 2), (1, 'layer1.1', 4), (2, 'layer2.1', 8), (3, 'layer3.1', 16), (4, 'layer4.1', 32)]
     """
     if isinstance(backbone, str):
-        with torch.device('meta'):
-            backbone = timm.create_model(backbone)
+        backbone = create_empty(backbone)
     return _stage_points(backbone, survey_backbone(backbone, (), _input_size(backbone, input_size)))
 
 

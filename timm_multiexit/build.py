@@ -1,4 +1,4 @@
-"""Model, task and optimizer from command-line arguments."""
+"""Model, regime and optimizer from command-line arguments; the task is made in `objective`."""
 
 import logging
 from argparse import Namespace
@@ -7,34 +7,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.loss import create_classification_loss
 from timm.models import load_state_dict, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.task import (
-    ClassificationTask,
-    FeatureDistillationTask,
-    LogitDistillationTask,
-    MultiLabelClassificationTask,
-    TokenDistillationTask,
-    TrainingTask,
-)
+from timm.task import TrainingTask
 from torch import nn
 
-from timm_multiexit.checks import loss_kwargs
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.cost import meta_copy
-from timm_multiexit.distillation import KDConfig
 from timm_multiexit.factory import create_model
-from timm_multiexit.losses import create_loss
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.objective import create_train_loss
+from timm_multiexit.refusals import REFUSALS, one_line
 from timm_multiexit.regimes import Regime, split_exit_groups
 from timm_multiexit.sources import Source, create_backbone, find_source
 from timm_multiexit.taps import classifier_names
-from timm_multiexit.task import MultiExitTask
 from timm_multiexit.training_checkpoint import load_checkpoint, read_training_checkpoint
 
-# What timm and torch raise for keywords and numbers that they do not take, and for weights that are not to be had.
-_REFUSALS = (TypeError, ValueError, AssertionError, IndexError, RuntimeError, OSError)
 _logger = logging.getLogger(__name__)
 
 _SQRT_SCALED = ('ada', 'lamb')  # optimizers whose rate timm scales with the root of the batch
@@ -58,9 +46,9 @@ def create_train_model(args: Namespace, num_classes: int | None, resume: Any = N
         model = _create_architecture(args)
     except MultiExitError:
         raise
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise MultiExitError(
-            f'{args.model} cannot be made so: {_first_line(error)}. See the flags of the model and --model-kwargs.'
+            f'{args.model} cannot be made so: {one_line(error)}. See the flags of the model and --model-kwargs.'
         ) from error
     if args.initial_checkpoint:
         load_checkpoint(model, args.initial_checkpoint)
@@ -101,11 +89,27 @@ def model_kwargs(args: Namespace) -> tuple[dict[str, Any], tuple[int, int, int] 
         'global_pool': args.gp,
         **args.model_kwargs,
     }
-    # Models made for one image size (transformers) must be told another.
-    img_size = resolve_model_input_args(args.model, vars(args), **args.model_kwargs).get('img_size')
+    img_size = _find_img_size(args)
     if img_size is not None:
         kwargs['img_size'] = img_size
     return kwargs, args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
+
+
+def _find_img_size(args: Namespace) -> Any:
+    """Return the size that a model must be made for, None where it takes any: most transformers are made for one."""
+    name, given = args.model, dict(args.model_kwargs)
+    source = find_source(name, **given)
+    if source is not None:
+        # timm gets what was checked. A size that was saved with the model gives way to the one that is asked for.
+        config = source.config
+        name, saved, cfg = config.architecture, dict(config.model_args), dict(config.pretrained_cfg)
+        if saved.pop('img_size', None) is not None and given.get('img_size') is None:
+            cfg['fixed_input_size'] = True
+        given = {'pretrained_cfg': cfg, **saved, **given}
+    try:
+        return resolve_model_input_args(name, vars(args), **given).get('img_size')
+    except REFUSALS as error:
+        raise MultiExitError(f'{args.model} cannot be made so: {one_line(error)}. See --img-size.') from error
 
 
 def _create_architecture(args: Namespace) -> nn.Module:
@@ -179,14 +183,14 @@ def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None
     try:
         meta_copy(model).eval()(torch.empty(2, *input_size, device='meta'))
         return
-    except _REFUSALS:
+    except REFUSALS:
         pass  # a few models read their data, which is not there: asked again with data
     modes = [module.training for module in model.modules()]
     try:
         model.eval()(torch.zeros(2, *input_size, dtype=next(model.parameters()).dtype))
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise MultiExitError(
-            f'The model does not take images of {list(input_size)}: {_first_line(error)}. Give another --img-size.'
+            f'The model does not take images of {list(input_size)}: {one_line(error)}. Give another --img-size.'
         ) from error
     finally:
         for module, mode in zip(model.modules(), modes):
@@ -204,85 +208,6 @@ def place_model(args: Namespace, model: nn.Module, accelerator: Accelerator) -> 
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return ' '.join((str(error).splitlines() or [type(error).__name__])[0].split()).rstrip('.:') or type(error).__name__
-
-
-def create_criterion(args: Namespace) -> nn.Module:
-    """Return the task term: timm's loss for the flags."""
-    return create_classification_loss(**loss_kwargs(args, args.num_classes))
-
-
-def create_train_loss(args: Namespace) -> nn.Module:
-    """Return the multi-exit loss that the flags name."""
-    return create_loss(
-        args.exit_loss,
-        teacher=args.exit_teacher,
-        output_loss=args.exit_output_loss,
-        output_weight=args.exit_output_weight,
-        feature_weight=args.exit_feature_weight,
-        temperature=args.exit_temperature,
-        exit_weights=args.exit_weights,
-        criterion=create_criterion(args),
-        multi_label=args.task == 'multilabel',
-    )
-
-
-def create_task(args: Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
-    """Return the task: what is minimised in a step.
-
-    Raises:
-        MultiExitError: The teacher cannot be had, or flags contradict each other.
-    """
-    common = {'device': device, 'dtype': getattr(torch, args.model_dtype) if args.model_dtype else None}
-    common['verbose'] = False
-    teacher = args.kd_model_name
-    source = find_source(teacher) if teacher else None
-    try:
-        if source is not None:
-            teacher = source.create_backbone(pretrained=True).to(device=device, dtype=common['dtype'])
-        return _create_task(args, model, teacher, common)
-    except MultiExitError:
-        raise
-    except _REFUSALS as error:
-        if not teacher:
-            raise
-        raise MultiExitError(f'--kd-model-name {args.kd_model_name} cannot teach so: {_first_line(error)}.') from error
-
-
-def _create_task(
-    args: Namespace, model: nn.Module, teacher: str | nn.Module | None, common: dict[str, Any]
-) -> TrainingTask:
-    weights = {'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
-    if isinstance(model, MultiExitModel):
-        kd = KDConfig(**weights, temperature=args.kd_temperature) if teacher else None
-        return MultiExitTask(model, create_train_loss(args), teacher=teacher, kd=kd, **common)
-    if teacher:
-        return _create_distillation_task(args, model, teacher, weights, common)
-    if args.task == 'multilabel':
-        return MultiLabelClassificationTask(
-            model, create_criterion(args), threshold=args.multilabel_threshold, **common
-        )
-    return ClassificationTask(model, create_criterion(args), **common)
-
-
-def _create_distillation_task(args, model, teacher, weights, common) -> TrainingTask:
-    common = {
-        'student_model': model,
-        'teacher_model': teacher,
-        'criterion': create_criterion(args),
-        **weights,
-        **common,
-    }
-    if args.kd_distill_type == 'feature':
-        return FeatureDistillationTask(
-            student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim, **common
-        )
-    if args.kd_distill_type == 'token':
-        return TokenDistillationTask(distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
-    return LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
 
 
 def create_regime(args: Namespace, model: nn.Module) -> Regime:
@@ -342,9 +267,9 @@ def create_train_optimizer(
         args.lr = args.lr_base * (ratio**0.5 if args.lr_base_scale == 'sqrt' else ratio)
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise MultiExitError(
-            f'--opt {args.opt} cannot be made so: {_first_line(error)}. See its flags and --opt-kwargs.'
+            f'--opt {args.opt} cannot be made so: {one_line(error)}. See its flags and --opt-kwargs.'
         ) from error
     split_exit_groups(optimizer, model, args.exit_lr_scale, trains_classifier=regime.trains_classifier)
     return optimizer

@@ -9,18 +9,17 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm_multiexit.card_results import (
     COSTS,
     describe_environment,
-    describe_exits,
-    describe_policies,
-    describe_runs,
-    describe_statics,
+    describe_picture,
+    describe_results,
     exit_rows,
+    find_default,
     find_main,
     find_metric,
     headline,
     policy_rows,
 )
 from timm_multiexit.config import FORMAT_VERSION, MultiExitError
-from timm_multiexit.markdown import code, escape, fence, is_finite, link, number, one_line, table
+from timm_multiexit.markdown import bullets, code, escape, fence, is_finite, link, number, one_line, table
 
 TAGS = ('image-classification', 'timm', 'timm_multiexit', 'multi-exit', 'early-exit', 'anytime-inference')
 REQUIRED = ('repo_id', 'architecture', 'num_classes', 'input_size', 'needs_import', 'license', 'rows')
@@ -76,6 +75,14 @@ model = timm.create_model('hf-hub:REPO', pretrained=True).eval()
 with torch.inference_mode():
     logits = model(torch.randn(4, SIZE))  # [4, CLASSES], those of main
 """
+_LIMITS = """
+## Limits
+
+- Thresholds hold for images like those they were chosen on. On others confidence drifts, and with it who leaves where,
+  the cost and the accuracy: `model.calibrate` on a sample of your own.
+- MACs are not time. What leaving early saves depends on batch, hardware and resolution; measure with your own.
+- Networks are too sure of what they have never seen: a confident early answer is no sign of a known class.
+"""
 _CITATION = """
 @article{lee2021students,
   title = {Students are the Best Teacher: Exit-Ensemble Distillation with Multi-Exits},
@@ -108,15 +115,13 @@ def write_card(metrics: Mapping[str, Any]) -> str:
     _check(metrics)
     parts = [
         f'---\n{_write_metadata(metrics)}\n---',
-        f'# Model card for {code(_model_name(metrics))}',
+        f'# Model card for {code(metrics["repo_id"].split("/")[1])}',
         f'{_introduce(metrics)} {headline(metrics)}',
-        f'![Accuracy over MACs of every exit and policy]({PICTURE})' if metrics.get('has_picture') else '',
-        *describe_exits(metrics),
-        *describe_policies(metrics),
-        *describe_statics(metrics),
+        f'![{describe_picture(metrics)}]({PICTURE})' if metrics.get('has_picture') else '',
+        *describe_results(metrics),
         *_describe_use(metrics),
         *_describe_training(metrics),
-        *_describe_limits(metrics),
+        _LIMITS.strip(),
         *_describe_license(metrics),
         '## Citation',
         fence(_CITATION, 'bibtex'),
@@ -139,8 +144,7 @@ def _check(metrics: Mapping[str, Any]) -> None:
     sizes = [metrics['num_classes'], *metrics['input_size']]
     if len(sizes) != 4 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise MultiExitError(
-            f'num_classes and input_size are {sizes} in metrics.json, allowed are integers from 1, three of them for'
-            ' the size.'
+            f'num_classes and input_size are {sizes} in metrics.json, allowed are integers from 1, three for the size.'
         )
     rows = metrics['rows']
     is_whole = all(name in row for row in rows for name in COSTS) and exit_rows(rows) and find_main(rows)
@@ -150,20 +154,17 @@ def _check(metrics: Mapping[str, Any]) -> None:
             f'The rows of metrics.json must be of one exit or more and of main, each with {", ".join(COSTS)}, and their'
             ' GMACs fixed above 0.'
         )
-
-
-def _model_name(metrics: Mapping[str, Any]) -> str:
-    return metrics['repo_id'].split('/')[1]
+    defaults = [row['policy'] for row in metrics.get('dynamic') or () if row.get('is_default') is True]
+    if len(defaults) > 1:
+        raise MultiExitError(f'metrics.json has the default policies {defaults}, allowed is one: measure it again.')
 
 
 def _write_metadata(metrics: Mapping[str, Any]) -> str:
     """Return the YAML block, without its dashes."""
     terms, dataset = metrics['license'], metrics.get('dataset') or {}
     results = _list_results(metrics)
-    base = metrics.get('base_model')
-    has_base = isinstance(base, str) and _REPO_ID.fullmatch(base) is not None
-    hub_id = dataset.get('hub_id')
-    has_id = isinstance(hub_id, str) and _DATASET_ID.fullmatch(hub_id) is not None
+    base = _REPO_ID.fullmatch(str(metrics.get('base_model') or ''))
+    hub_id = _DATASET_ID.fullmatch(str(dataset.get('hub_id') or ''))
     return ModelCardData(
         license=one_line(terms['id']),
         license_name=one_line(terms['name']) if terms.get('name') else None,
@@ -171,11 +172,11 @@ def _write_metadata(metrics: Mapping[str, Any]) -> str:
         library_name='timm',
         pipeline_tag='image-classification',
         tags=list(TAGS),
-        datasets=[hub_id] if has_id else None,
-        base_model=base if has_base else None,
-        base_model_relation='finetune' if has_base else None,
+        datasets=[hub_id[0]] if hub_id else None,
+        base_model=base[0] if base else None,
+        base_model_relation='finetune' if base else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        model_name=_model_name(metrics) if results else None,
+        model_name=metrics['repo_id'].split('/')[1] if results else None,
         eval_results=results or None,
     ).to_yaml()
 
@@ -189,8 +190,8 @@ def _list_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     titles = {'main': 'main', 'ens': 'ensemble of all exits'}
     found = []
     for row in metrics['rows']:
-        gmacs = row['GMACs sequential'] if row['exit'] == 'ens' else row['GMACs fixed']
         exit_name = one_line(row['exit'])
+        gmacs = row['GMACs sequential' if exit_name == 'ens' else 'GMACs fixed']
         title = titles.get(exit_name, f'exit {exit_name}')
         exit_idx = int(exit_name) if exit_name.isdecimal() else exit_name
         found.append((title, row.get(metric), {'exit': exit_idx, 'gmacs': gmacs}))
@@ -258,6 +259,8 @@ def _choose_infer(metrics: Mapping[str, Any]) -> tuple[str, str]:
     budget = next((match[1] for match in budgets if match), None)
     if budget:
         return 'By a budget, the mean cost of an image; and e', _INFER.replace('HOW', f"budget='{budget}'")
+    if find_default(metrics):
+        return 'By the default policy; and e', _INFER.replace(', HOW', '')
     return 'By the least confidence to leave with; and e', _INFER.replace('HOW', 'threshold=0.9')
 
 
@@ -274,41 +277,19 @@ def _describe_training(metrics: Mapping[str, Any]) -> list[str]:
     if environment:
         lines.append(f'Trained on {environment}.')
     command = fence(one_line(training['command'], limit=10_000), 'shell') if training.get('command') else ''
-    return ['## Training', '\n'.join(f'- {line}' for line in lines), command] if lines or command else []
-
-
-def _describe_limits(metrics: Mapping[str, Any]) -> list[str]:
-    lines = [
-        'Thresholds hold for images like those they were chosen on. On others confidence drifts, and with it who'
-        ' leaves where, the cost and the accuracy: `model.calibrate` on a sample of your own.',
-        'MACs are not time. What leaving early saves depends on the batch, the hardware and the resolution; measure'
-        ' with your own.',
-        'Networks are too sure of what they have never seen. A confident early answer is no sign that an image is of a'
-        ' known class.',
-    ]
-    if find_metric(metrics['rows']):
-        lines.append(f'Accuracies are of {describe_runs(metrics.get("training") or {})}.')
-    if (metrics.get('epoch') or {}).get('is_reported_split'):
-        lines.append('The epoch was chosen on the split that is reported, so its accuracies are too good.')
-    return ['## Limits', '\n'.join(f'- {line}' for line in lines)]
+    return ['## Training', bullets(lines), command] if lines or command else []
 
 
 def _describe_license(metrics: Mapping[str, Any]) -> list[str]:
     terms = metrics['license']
-    name = code(terms.get('name') or terms['id'])
-    if terms.get('link'):
-        name = link(name, one_line(terms['link']))
+    name = link(code(terms.get('name') or terms['id']), one_line(terms.get('link') or ''))
     lines = [f'{name}. {escape(terms["note"])}' if terms.get('note') else f'{name}.']
     dataset = metrics.get('dataset') or {}
     if dataset:
-        lines.append(
-            f'The data ({code(dataset["name"])}) have terms of their own, which this license does not replace.'
-        )
+        data = f' ({code(dataset["name"])})' if dataset.get('name') else ''
+        lines.append(f'The data{data} have terms of their own, which this license does not replace.')
     if _IMAGENET.search(f'{metrics.get("base_model")} {dataset.get("name")} {dataset.get("hub_id")}'.lower()):
-        lines.append(
-            'The images of ImageNet are for non-commercial research; what follows for weights that were trained on them'
-            ' is not settled.'
-        )
+        lines.append('ImageNet is for non-commercial research; what follows for weights trained on it is not settled.')
     return ['## License', ' '.join(lines)]
 
 

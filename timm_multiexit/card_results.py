@@ -1,9 +1,9 @@
 """What a model card says of results: the headline and the tables, made of metrics.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from timm_multiexit.markdown import code, escape, is_finite, number, table
+from timm_multiexit.markdown import bullets, code, escape, is_finite, number, table
 
 COSTS = ('exit', 'tap', 'params', 'GMACs fixed', 'GMACs sequential')
 REFERENCES = ('plain timm', 'all exits')  # rows of `dynamic` that are no policy
@@ -37,8 +37,8 @@ class _Trade(NamedTuple):
 def headline(metrics: Mapping[str, Any]) -> str:
     """Return in one sentence what answering early is worth, against plain timm, which is what main answers.
 
-    It is about the policy, or where none was measured the exit, that costs least of those that lose no more than one
-    point; if all lose more, about the one that loses least.
+    It is about the policy that costs least of those that lose no more than one point; if all lose more, about the one
+    that loses least. Where no policy costs less than main, it is about an exit, and where no exit does, about main.
 
     Args:
         metrics: Contents of metrics.json.
@@ -56,19 +56,21 @@ def headline(metrics: Mapping[str, Any]) -> str:
         _Trade(row, row['top-1'], row['top-1'] - main[metric], row['macs_percent'])
         for row in (policy_rows(metrics) if metric == 'top-1' else ())
     ]
-    if not policies and not exits:
-        return f'Main has {main[metric]:.2f} % {metric}; its exits have not been measured.'
-    best = _choose(policies or exits)
-    name = f'With {code(best.row["policy"])}' if policies else f'At exit {code(best.row["exit"])}'
+    cheap_policies, cheap_exits = ([trade for trade in trades if trade.percent < 100] for trades in (policies, exits))
+    if not cheap_policies and not cheap_exits:
+        why = 'nothing that was measured costs fewer MACs' if policies or exits else 'its exits have not been measured'
+        return f'Main has {main[metric]:.2f} % {metric}; {why}.'
+    best = _choose(cheap_policies or cheap_exits)
+    name = f'With {code(best.row["policy"])}' if cheap_policies else f'At exit {code(best.row["exit"])}'
     text = (
         f'{name} it has {best.accuracy:.2f} % {metric}, {best.compare()} ({main[metric]:.2f} %), at'
         f' {best.percent:.1f} % of its MACs'
     )
     ratio = best.row.get('time_ratio')
     if is_finite(ratio) and ratio > 0:
-        text += f' and {1 / ratio:.2f} times its images/s'
-    if policies and exits:
-        first = exits[0]
+        text += f' and in {100 * ratio:.1f} % of its time'
+    if cheap_policies and cheap_exits:
+        first = cheap_exits[0]
         text += f'; exit {code(first.row["exit"])} alone is {first.compare()} at {first.percent:.1f} % of its MACs'
     return f'{text}.'
 
@@ -95,6 +97,11 @@ def policy_rows(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [row for row in _measured_rows(metrics) if row['policy'] not in REFERENCES]
 
 
+def find_default(metrics: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the row of the policy that the checkpoint has as its own; None where that is not known."""
+    return next((row for row in policy_rows(metrics) if row.get('is_default') is True), None)
+
+
 def _measured_rows(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     needed = ('top-1', 'macs', 'macs_percent')
     return [row for row in metrics.get('dynamic') or () if all(is_finite(row.get(name)) for name in needed)]
@@ -105,7 +112,23 @@ def find_metric(rows: Sequence[Mapping[str, Any]]) -> str | None:
     return next((name for name in MAIN_METRICS if any(is_finite(row.get(name)) for row in rows)), None)
 
 
-def describe_exits(metrics: Mapping[str, Any]) -> list[str]:
+def describe_picture(metrics: Mapping[str, Any]) -> str:
+    """Return in words what the picture shows, for those who do not see it."""
+    rows, split = metrics['rows'], _name_split(metrics.get('dataset') or {}, escape)
+    exits = ', '.join(escape(row['exit']) for row in exit_rows(rows))
+    shown = [f'exits {exits} and main', 'the ensemble of all exits', 'plain timm']
+    if metrics.get('curve'):
+        shown.insert(1, 'policies for budgets')
+    shown += [f'static {escape(row["static model"])}' for row in metrics.get('compare') or ()]
+    return f'Top-1 accuracy against mean MACs of an image{f" on {split}" if split else ""}: {", ".join(shown)}'
+
+
+def describe_results(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the parts of the sections of tables: exits, dynamic inference, static networks; what there is."""
+    return [*_describe_exits(metrics), *_describe_policies(metrics), *_describe_statics(metrics)]
+
+
+def _describe_exits(metrics: Mapping[str, Any]) -> list[str]:
     """Return the parts of the section on exits: one row per classifier, and what the numbers are of."""
     rows, latency = metrics['rows'], metrics.get('latency') or {}
     ms = latency.get('ms') or {}
@@ -136,15 +159,14 @@ def describe_exits(metrics: Mapping[str, Any]) -> list[str]:
 
 def _describe_data(metrics: Mapping[str, Any]) -> str:
     """Return what accuracies are of and what everything was measured on."""
-    lines = []
-    dataset, training = metrics.get('dataset') or {}, metrics.get('training') or {}
-    if dataset and find_metric(metrics['rows']):
-        split = f'the {code(dataset["split"])} split' if dataset.get('split') else ''
-        name = code(dataset['name']) if dataset.get('name') else ''
-        source = ' of '.join(part for part in (split, name) if part)
+    lines, dataset = [], metrics.get('dataset') or {}
+    if find_metric(metrics['rows']):
         count = f'{number(dataset["num_samples"])} images' if dataset.get('num_samples') else ''
-        places = ', '.join(part for part in (source, count) if part)
-        lines.append(f'Accuracies are in percent, on {places}; {describe_runs(training)}.')
+        places = ', '.join(part for part in (_name_split(dataset, code), count) if part)
+        where = f', on {places}' if places else ''
+        seed = (metrics.get('training') or {}).get('seed')
+        run = 'one run' if seed is None else f'one run (seed {number(seed)})'
+        lines.append(f'Accuracies are in percent{where}; {run}, no spread is known.')
     epoch = metrics.get('epoch') or {}
     if epoch.get('best') is not None:
         text = f'Epoch {number(epoch["best"])} of {number(epoch.get("epochs"))}'
@@ -158,13 +180,14 @@ def _describe_data(metrics: Mapping[str, Any]) -> str:
     environment = describe_environment({'precision': metrics.get('precision'), **(metrics.get('environment') or {})})
     if environment:
         lines.append(f'Measured on {environment}.')
-    return '\n'.join(f'- {line}' for line in lines)
+    return bullets(lines)
 
 
-def describe_runs(training: Mapping[str, Any]) -> str:
-    """Return how many runs the numbers are of."""
-    seed = training.get('seed')
-    return 'one run, no spread is known' if seed is None else f'one run (seed {number(seed)}), no spread is known'
+def _name_split(dataset: Mapping[str, Any], show: Callable[[Any], str]) -> str:
+    """Return the split and the name of a data set as far as they are known, each shown so."""
+    split = f'the {show(dataset["split"])} split' if dataset.get('split') else ''
+    name = show(dataset['name']) if dataset.get('name') else ''
+    return ' of '.join(part for part in (split, name) if part)
 
 
 def describe_environment(environment: Mapping[str, Any]) -> str:
@@ -176,22 +199,21 @@ def describe_environment(environment: Mapping[str, Any]) -> str:
     return '; '.join(known.values())
 
 
-def describe_policies(metrics: Mapping[str, Any]) -> list[str]:
+def _describe_policies(metrics: Mapping[str, Any]) -> list[str]:
     """Return the parts of the section on dynamic inference; none where no policy was measured."""
     policies = policy_rows(metrics)
     if not policies:
         return []
-    heads = _join(escape(row['exit']) for row in exit_rows(metrics['rows']))
+    heads, default = _join(escape(row['exit']) for row in exit_rows(metrics['rows'])), find_default(metrics)
     lines = [
         {
-            'policy': code(row['policy']),
+            'policy': code(row['policy']) + (' (default)' if row is default else ''),
             'criterion': _describe_criterion(row),
             'thresholds': _join('-' if value is None else number(value) for value in row.get('thresholds') or ()),
             f'leave at {heads} / main, %': _join(f'{100 * share:.1f}' for share in row.get('shares') or ()),
             'GMACs': number(row['macs'] / 1e9),
             '% of MACs': number(row['macs_percent'], 1),
             'top-1': number(row.get('top-1'), 2),
-            'images/s': number(row.get('img/s')),
             'time ratio': number(row.get('time_ratio')),
         }
         for row in _measured_rows(metrics)
@@ -200,11 +222,11 @@ def describe_policies(metrics: Mapping[str, Any]) -> list[str]:
         '## Dynamic inference',
         'An image that an exit is sure of leaves the network there. MACs are means per image.',
         table(lines, left=('policy', 'criterion')),
-        '\n'.join(f'- {line}' for line in _note_policies(metrics, policies)),
+        bullets(_note_policies(metrics, policies)),
     ]
 
 
-def _join(values: Any) -> str:
+def _join(values: Iterable[str]) -> str:
     return ' / '.join(values) or '-'
 
 
@@ -217,19 +239,25 @@ def _describe_criterion(row: Mapping[str, Any]) -> str:
 
 def _note_policies(metrics: Mapping[str, Any], policies: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the notes under the table of policies."""
-    lines = []
-    sources = dict.fromkeys(row['chosen_on'] for row in policies if row.get('chosen_on'))
-    for source in sources:
+    lines, default = [], find_default(metrics)
+    if default:
+        lines.append(f'`model.infer(x)` uses the default policy, {code(default["policy"])}.')
+    for source in dict.fromkeys(row['chosen_on'] for row in policies if row.get('chosen_on')):
         names = ', '.join(code(row['policy']) for row in policies if row.get('chosen_on') == source)
-        lines.append(f'Thresholds of {names} were chosen on {escape(source)}; the numbers are of the split above.')
+        reported = '; the numbers are of the split above' if (metrics.get('dataset') or {}).get('split') else ''
+        lines.append(f'Thresholds of {names} were chosen on {escape(source)}{reported}.')
     given = ', '.join(code(row['policy']) for row in policies if not row.get('chosen_on'))
     if given:
         lines.append(f'Where thresholds of {given} come from is not recorded.')
     timing = metrics.get('timing')
     if timing:
+        # The medians of images/s are not those of the ratios, so plain timm's alone is shown.
+        speeds = (row.get('img/s') for row in _measured_rows(metrics) if row['policy'] == 'plain timm')
+        speed = ''.join(f' ({number(speed)} images/s)' for speed in speeds if is_finite(speed))
         lines.append(
-            f'Times: a batch of {number(timing.get("images"))} images on {code(timing.get("device"))}, medians of'
-            f' {number(timing.get("rounds"))} rounds taken in turns; the ratio is to plain timm, below 1 is faster.'
+            f'Time ratios: medians of {number(timing.get("rounds"))} rounds, in each of which all take a batch of'
+            f' {number(timing.get("images"))} images on {code(timing.get("device"))} in turns; the ratio is to the time'
+            f' of plain timm{speed} in the same round, below 1 is faster.'
         )
     over = metrics.get('overthinking')
     if over:
@@ -240,7 +268,7 @@ def _note_policies(metrics: Mapping[str, Any], policies: Sequence[Mapping[str, A
     return lines
 
 
-def describe_statics(metrics: Mapping[str, Any]) -> list[str]:
+def _describe_statics(metrics: Mapping[str, Any]) -> list[str]:
     """Return the parts of the section on other networks; none where there are none."""
     if not metrics.get('compare'):
         return []

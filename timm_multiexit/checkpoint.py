@@ -106,7 +106,10 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     for key, tensor in tensors.items():
         written[key] = tensor.clone() if tensor.data_ptr() in places else tensor.contiguous()
         places.add(tensor.data_ptr())
+    path.touch()
+    mode = path.stat().st_mode
     safetensors.torch.save_file(written, path, metadata={'format': 'pt'})
+    path.chmod(mode)  # that of every new file here, where safetensors lets nobody else read
 
 
 def exit_tensors(model: MultiExitModel) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.engine import Trainer
-from timm_multiexit.files import explained, write_text
+from timm_multiexit.files import RESUME, explained, write_text
 from timm_multiexit.journal import Journal
 from timm_multiexit.progress import Progress
 from timm_multiexit.saver import RunSaver, load_optimizer, read_position
@@ -181,7 +181,7 @@ class Checkpointing:
         """Write `args.yaml`, as the run resolved them."""
         if self.saver:
             text = yaml.safe_dump(vars(self.args), default_flow_style=False)
-            write_text(Path(self.saver.checkpoint_dir, 'args.yaml'), text)
+            write_text(Path(self.saver.checkpoint_dir, 'args.yaml'), text, advice=RESUME)
 
     def save_epoch(self, epoch: int, model: torch.nn.Module, metric: float | None, **described: Any) -> None:
         """Keep the end of an epoch, and the network as a folder if it is the best so far.

@@ -13,11 +13,9 @@ from timm_multiexit.config import MultiExitError
 from timm_multiexit.engine import evaluate_loader
 from timm_multiexit.loaders import create_eval_loader
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.refusals import REFUSALS, one_line
 from timm_multiexit.sources import create_backbone
 from timm_multiexit.training_checkpoint import load_checkpoint
-
-# What timm, torch and the Hub raise for weights that are not to be had or do not fit.
-_REFUSALS = (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -53,9 +51,8 @@ def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExi
             backbone = create_backbone(name, pretrained=True)
     except MultiExitError as error:
         raise MultiExitError(f'--compare {text}: {error}') from error
-    except _REFUSALS as error:
-        reason = ' '.join((str(error).splitlines() or [type(error).__name__])[0].split()).rstrip('.')
-        raise MultiExitError(f'--compare {text}: the weights cannot be had: {reason}.') from error
+    except (*REFUSALS, KeyError, SafetensorError) as error:
+        raise MultiExitError(f'--compare {text}: the weights cannot be had: {one_line(error)}.') from error
     if backbone.num_classes != num_classes:
         raise MultiExitError(
             f'--compare {text} has {backbone.num_classes} classes, allowed are the {num_classes} of the model.'

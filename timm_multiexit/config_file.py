@@ -33,7 +33,9 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise MultiExitError(f'--config {path} must be a mapping of flag names to values.')
-    values = [(str(key).replace('-', '_'), value) for key, value in content.items() if key != 'is_demo']
+    # What a run writes beside its flags, and finds out anew.
+    kept = {key: value for key, value in content.items() if key not in ('is_demo', 'origin')}
+    values = [(str(key).replace('-', '_'), value) for key, value in kept.items()]
     actions = _actions_by_key(parser)
     unknown = [key for key, _ in values if key not in actions]
     if unknown:

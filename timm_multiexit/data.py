@@ -14,6 +14,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset
 
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.refusals import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class CheckedImages(ImageDataset):
             try:
                 return self._read(index)
             except _READ_ERRORS as error:
-                name, reason = self._name(index), _one_line(error)
+                name, reason = self._name(index), _reason(error)
                 if self.bad_images == 'stop':
                     raise BadImageError(
                         f'{name} cannot be read: {reason}; remove or mend it, or --bad-images skip.'
@@ -173,10 +174,10 @@ class CheckedImages(ImageDataset):
         return ' '.join(str(self.filename(index, absolute=True) or f'image {index}').splitlines())
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return 'it is not an image'  # Pillow's own words name an address in memory
-    return ' '.join((getattr(error, 'strerror', None) or str(error) or type(error).__name__).splitlines()).rstrip('.')
+    return one_line(getattr(error, 'strerror', None) or error)
 
 
 def create_checked_dataset(
@@ -236,13 +237,22 @@ def _check_class_folders(reader: ReaderImageFolder) -> None:
         try:
             below = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] not in '._')
         except OSError as error:
-            raise MultiExitError(f'{folder} cannot be read: {_one_line(error)}.') from error
+            raise MultiExitError(f'{folder} cannot be read: {_reason(error)}.') from error
         name = os.path.basename(folder)
         if not below and name not in reader.class_to_idx:
             raise MultiExitError(
                 f"Class '{name}' in {os.path.dirname(folder)} has no images: add some, or remove the folder."
             )
         pending += [path for path in reversed(below) if path not in filled]
+
+
+def is_same_split(one: str, other: str) -> bool:
+    """Return whether two names of splits mean the same images of a folder.
+
+    >>> is_same_split('val', 'validation'), is_same_split('train[:90%]', 'train[90%:]')
+    (True, False)
+    """
+    return one == other or any({one, other} <= names for names in _SPLIT_FOLDERS)
 
 
 def _check_split(root: Path, split: str) -> None:

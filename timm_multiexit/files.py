@@ -10,6 +10,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.refusals import one_line
+
+# What to do where the disk refuses: in a run of training, and elsewhere.
+RESUME = 'make room and go on (train.py: --resume auto)'
+RUN_AGAIN = 'make room, then go on or run it again'
 
 
 class explained:  # noqa: N801 - reads as a statement
@@ -18,11 +23,13 @@ class explained:  # noqa: N801 - reads as a statement
     Args:
         path: What is written.
         draft: A part that was written, to be removed then.
+        advice: What to do then.
     """
 
-    def __init__(self, path: str | os.PathLike, draft: str | os.PathLike | None = None):
+    def __init__(self, path: str | os.PathLike, draft: str | os.PathLike | None = None, *, advice: str = RESUME):
         self.path = Path(path)
         self.draft = draft and Path(draft)
+        self.advice = advice
 
     def __enter__(self) -> None:
         """Nothing."""
@@ -38,14 +45,17 @@ class explained:  # noqa: N801 - reads as a statement
                 with suppress(OSError):
                     self.draft.unlink()
             raise MultiExitError(
-                f'{self.path} could not be written: {str(cause).splitlines()[0]}. What was there before is whole: make'
-                ' room and go on (train.py: --resume auto).'
+                f'{self.path} could not be written: {one_line(cause)}. What was there before is whole: {self.advice}.'
             ) from error
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, *, advice: str = RUN_AGAIN) -> Iterator[Path]:
     """Give a hidden name beside `path`; what is written there takes its place at the end, if nothing raised.
+
+    Args:
+        path: What is written.
+        advice: What to do if it cannot be.
 
     Raises:
         MultiExitError: The disk is full or cannot be written.
@@ -53,7 +63,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     draft = path.with_name(f'.{path.name}.tmp')
     try:
-        with explained(path):
+        with explained(path, advice=advice):
             yield draft
             os.replace(draft, path)
     finally:
@@ -61,13 +71,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file, whole or not at all.
+def write_text(path: str | os.PathLike, text: str, *, advice: str = RUN_AGAIN) -> None:
+    """Write a text file, whole or not at all; see `replacing`.
 
     Raises:
         MultiExitError: The disk is full or cannot be written.
     """
-    with replacing(path) as draft:
+    with replacing(path, advice=advice) as draft:
         draft.write_text(text, encoding='utf-8')
 
 
@@ -85,7 +95,7 @@ def new_folder(path: str | os.PathLike, mark: str) -> Iterator[Path]:
     path = Path(path).absolute()
     draft = path.with_name(f'.{path.name}.new')
     try:
-        with explained(path):
+        with explained(path, advice=RUN_AGAIN):
             holds_others = path.exists() and (not path.is_dir() or any(path.iterdir())) and not (path / mark).is_file()
             if holds_others or path == Path.cwd():
                 raise MultiExitError(f'{path} holds other files or is in use: give another folder.')

@@ -13,23 +13,11 @@ from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.hf_api import ModelInfo
 
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.hub_errors import check_repo_id, check_revision, check_token, endpoint, explained, is_token_refused
-from timm_multiexit.hub_files import check_file_name, digest, local_files
-
-# What a publication writes, and so may delete; everything else in a repository is its owner's.
-OWNED_FILES = (
-    'README.md',
-    'config.json',
-    'model.safetensors',
-    'exits.safetensors',
-    'args.yaml',
-    'metrics.json',
-    'LICENSE',
-)
-OWNED_FOLDER = 'assets/'
+from timm_multiexit.hub_files import Change, RemoteFile, check_file_name, check_owned, compare, local_files
 
 _COMMIT = re.compile(r'[0-9a-f]{40}')
 
@@ -44,20 +32,6 @@ class Snapshot(NamedTuple):
 
     folder: Path
     commit: str
-
-
-class Change(NamedTuple):
-    """What a push does with one file.
-
-    Attributes:
-        path: Path in the repository, with slashes.
-        action: 'add', 'update', 'delete' or 'keep'.
-        size: Bytes; of a file to delete, those it has there.
-    """
-
-    path: str
-    action: str
-    size: int
 
 
 class PushPlan(NamedTuple):
@@ -150,7 +124,7 @@ def _fetch_file(repo_id: str, name: str, revision: str | None, cache_dir: str | 
         return Path(cached)
 
 
-def check_push(repo_id: str, *, token: str | None = None) -> str:
+def check_push(repo_id: str, *, token: str | None = None, private: bool = False) -> str:
     """Return namespace/name of a repository that may be pushed to; changes nothing.
 
     A fine-grained token tells its rights to the server alone: `push_folder` hears of a missing one from it.
@@ -158,10 +132,12 @@ def check_push(repo_id: str, *, token: str | None = None) -> str:
     Args:
         repo_id: Name, of the logged-in user then, or namespace/name.
         token: None for the one that is logged in.
+        private: Whether it will be pushed to as private.
 
     Raises:
         MultiExitError: Name of a wrong form, not logged in, a token that the server does not take or that only reads,
-            or a namespace that is neither the user's nor an organization's to write to.
+            a namespace that is neither the user's nor an organization's to write to, a repository of something else
+            than a publication, or a public one with `private`.
     """
     check_repo_id(repo_id)
     check_token(token, repo_id, is_required=True)
@@ -175,25 +151,45 @@ def check_push(repo_id: str, *, token: str | None = None) -> str:
     if namespace not in ('', user, *writable):
         names = ', '.join(f"'{each}'" for each in [user, *sorted(writable)[:10]])
         raise MultiExitError(f"'{user}' may not write to '{namespace}', allowed are {names}.")
-    return f'{namespace or user}/{name}'
+    repo_id = f'{namespace or user}/{name}'
+    _read_remote(_api(token), repo_id, private=private)
+    return repo_id
 
 
-def plan_push(folder: str | os.PathLike, repo_id: str, *, token: str | None = None) -> PushPlan:
+def full_name(repo_id: str, *, token: str | None = None) -> str:
+    """Return namespace/name; of a bare name the server says whose it is, since nobody may write there but the user.
+
+    Raises:
+        MultiExitError: Name of a wrong form; for a bare one, see `check_push`.
+    """
+    check_repo_id(repo_id)
+    if '/' in repo_id:
+        return repo_id
+    try:
+        check_token(token, repo_id, is_required=True)
+        with explained(repo_id):
+            return f'{_api(token).whoami()["name"]}/{repo_id}'
+    except MultiExitError as error:
+        raise MultiExitError(f"'{repo_id}' names no user: give namespace/name. {error}") from error
+
+
+def plan_push(folder: str | os.PathLike, repo_id: str, *, token: str | None = None, private: bool = False) -> PushPlan:
     """Return what `push_folder` would do with a folder; changes nothing.
 
     Args:
-        folder: Its files go, with those of its folders, except hidden ones.
+        folder: A publication; its files go, with those of its folders, except hidden ones.
         repo_id: See `check_push`.
         token: None for the one that is logged in; a private repository is not seen without.
+        private: See `push_folder`.
 
     Raises:
-        MultiExitError: A file may hold code, is a link out of the folder or has a name that is not taken; the server
+        MultiExitError: It is no publication, a file may hold code, is a link out of the folder or has a name that is
+            not taken; the repository holds something else than a publication, or is public with `private`; the server
             cannot be reached or does not take the token.
     """
     files = local_files(Path(folder))
-    repo_id = _full_name(repo_id, token)
-    info = _read_remote(_api(token), repo_id)
-    return PushPlan(repo_id, endpoint(), info is not None, info and info.sha, _compare(files, info))
+    repo_id = full_name(repo_id, token=token)
+    return _plan(files, repo_id, _read_remote(_api(token), repo_id, private=private))
 
 
 def push_folder(
@@ -207,9 +203,9 @@ def push_folder(
 ) -> PushResult:
     """Make a repository hold a folder, by one commit or by none where it does already.
 
-    Changed files alone are sent. What is gone from the folder is deleted there if a publication owns it (`OWNED_FILES`
-    and `assets/`). Until the commit, which is the last step but the tag, the repository stays as it was; after a break
-    run again.
+    Changed files alone are sent. What is gone from the folder is deleted there if it is one of the files that a
+    publication writes (`hub_files.OWNED_FILES`); all others stay. Until the commit, which is the last step but the tag,
+    the repository stays as it was; after a break run again.
 
     Args:
         folder: See `plan_push`.
@@ -220,22 +216,17 @@ def push_folder(
         token: None for the one that is logged in.
 
     Raises:
-        MultiExitError: See `plan_push`; `private` of a public repository; a tag that another commit has, or the name of
-            a branch; someone else's commit in between; no right to write.
+        MultiExitError: See `plan_push`; a tag that another commit has, or the name of a branch; someone else's commit
+            in between; no right to write.
     """
     if tag is not None:
         check_revision(tag, 'Tag')
     check_token(token, repo_id, is_required=True)
     files = local_files(Path(folder))
-    repo_id = _full_name(repo_id, token)
+    repo_id = full_name(repo_id, token=token)
     api = _api(token)
-    info = _read_remote(api, repo_id)
-    if info is not None and private and not info.private:
-        raise MultiExitError(
-            f"'{repo_id}' is public already, so it cannot be pushed to as private: make it private at"
-            f' {endpoint()}/{repo_id}/settings, or choose another name.'
-        )
-    changes = _compare(files, info)
+    info = _read_remote(api, repo_id, private=private)
+    changes = _plan(files, repo_id, info).changes
     has_changes = any(change.action != 'keep' for change in changes)
     has_tag = tag is not None and _find_tag(api, repo_id, tag, info, has_changes=has_changes)
     with explained(repo_id):
@@ -283,38 +274,37 @@ def _find_tag(api: HfApi, repo_id: str, tag: str, info: ModelInfo | None, *, has
     return tag in tags
 
 
-def _compare(files: dict[str, Path], info: ModelInfo | None) -> tuple[Change, ...]:
-    """Return what makes the repository's files those of the folder, by path."""
-    there = {sibling.rfilename: sibling for sibling in (info and info.siblings) or ()}
-    changes = [
-        Change(path, 'delete', sibling.size or 0)
-        for path, sibling in there.items()
-        if path not in files and (path in OWNED_FILES or path.startswith(OWNED_FOLDER))
-    ]
-    with explained(''):
-        for path, file in files.items():
-            action = 'add' if path not in there else 'keep' if _is_same(file, there[path]) else 'update'
-            changes.append(Change(path, action, file.stat().st_size))
-    return tuple(sorted(changes))
+def _plan(files: dict[str, Path], repo_id: str, info: ModelInfo | None) -> PushPlan:
+    remote = {}
+    for sibling in (info and info.siblings) or ():
+        digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+        remote[sibling.rfilename] = RemoteFile(sibling.size or 0, digest, bool(sibling.lfs))
+    with explained(repo_id):
+        changes = compare(files, remote)
+    return PushPlan(repo_id, endpoint(), info is not None, info and info.sha, changes)
 
 
-def _is_same(file: Path, sibling: RepoSibling) -> bool:
-    """Return whether a file has the bytes that the repository has; other sizes need no look at them."""
-    if file.stat().st_size != sibling.size:
-        return False
-    return digest(file, is_large=bool(sibling.lfs)) == (sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
+def _read_remote(api: HfApi, repo_id: str, *, private: bool) -> ModelInfo | None:
+    """Return commit, visibility and files of a repository's main branch in one answer, or None if it is not seen.
 
-
-def _read_remote(api: HfApi, repo_id: str) -> ModelInfo | None:
-    """Return commit, visibility and files of a repository's main branch in one answer, or None if it is not seen."""
+    Raises:
+        MultiExitError: The Hub fails, or what is there must not be pushed to.
+    """
     check_token(api.token, repo_id)
     with explained(repo_id):
         try:
-            return api.model_info(repo_id, files_metadata=True)
+            info = api.model_info(repo_id, files_metadata=True)
         except RepositoryNotFoundError as error:
             if isinstance(error, GatedRepoError) or is_token_refused(error):
                 raise
             return None
+    check_owned(repo_id, [sibling.rfilename for sibling in info.siblings or ()])
+    if private and not info.private:
+        raise MultiExitError(
+            f"'{repo_id}' is public already, so it cannot be pushed to as private: make it private at"
+            f' {endpoint()}/{repo_id}/settings, or choose another name.'
+        )
+    return info
 
 
 def _api(token: str | None) -> HfApi:
@@ -324,13 +314,3 @@ def _api(token: str | None) -> HfApi:
 def _library() -> dict[str, str]:
     """Return how this package introduces itself to the server."""
     return {'library_name': 'timm_multiexit', 'library_version': version('timm-multiexit')}
-
-
-def _full_name(repo_id: str, token: str | None) -> str:
-    """Return namespace/name; only a bare name asks the server whose it is."""
-    check_repo_id(repo_id)
-    return repo_id if '/' in repo_id else check_push(repo_id, token=token)
-
-
-def _raise(error: OSError) -> None:
-    raise error

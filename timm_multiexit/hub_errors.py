@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.refusals import one_line
 
 _REVISION = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)*')
 _TOKEN = re.compile(r'[!-~]+')
@@ -134,7 +135,7 @@ def _line(error: Exception) -> str:
         line = _known_line(each)
         if line is not None:
             return line + suffix
-    return _escape(f'{endpoint()}: {_clean(error) or type(error).__name__}')
+    return _escape(f'{endpoint()}: {_clean(error)}')
 
 
 def _known_line(error: BaseException) -> str | None:
@@ -168,7 +169,7 @@ def _status_line(error: HfHubHTTPError) -> str:
 
 def _clean(text: object, secret: str = '') -> str:
     """Return somebody's words on one line, shortened, without tokens, queries of addresses and control characters."""
-    words = ' '.join(''.join(sign if sign.isprintable() else ' ' for sign in str(text)).split())
+    words = one_line(text, limit=None)
     if secret:
         words = words.replace(secret, '***')
     return re.sub(r'hf_\w+|(?<=\w)\?\S+', '***', words)[:300].rstrip('.')

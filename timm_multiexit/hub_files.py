@@ -3,13 +3,56 @@
 import hashlib
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from timm_multiexit.config import MultiExitError
+
+# What a publication writes, and so may delete in a repository; everything else there is its owner's.
+OWNED_FILES = (
+    'README.md',
+    'args.yaml',
+    'assets/accuracy_vs_macs.png',
+    'config.json',
+    'exits.safetensors',
+    'metrics.json',
+    'model.safetensors',
+)
+# What each publication has, and together no repository of anybody else's.
+_MARKS = ('exits.safetensors', 'metrics.json')
 
 # Formats that can hold pickles, which run code where they are read.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.tar', '.npz')
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
+
+
+class RemoteFile(NamedTuple):
+    """A file of a repository.
+
+    Attributes:
+        size: Bytes.
+        digest: See `digest`.
+        is_large: Whether it is stored apart from git.
+    """
+
+    size: int
+    digest: str
+    is_large: bool
+
+
+class Change(NamedTuple):
+    """What a push does with one file.
+
+    Attributes:
+        path: Path in the repository, with slashes.
+        action: 'add', 'update', 'delete' or 'keep'.
+        size: Bytes; of a file to delete, those it has there.
+    """
+
+    path: str
+    action: str
+    size: int
 
 
 def check_file_name(name: str) -> None:
@@ -29,8 +72,8 @@ def local_files(folder: Path) -> dict[str, Path]:
     """Return the files of a folder and its folders that are not hidden, by their path in it with slashes.
 
     Raises:
-        MultiExitError: There is no such folder or nothing in it, a file may hold code or has a name that is not taken,
-            a link leads out of the folder or to another folder, something cannot be read.
+        MultiExitError: There is no such folder or no publication in it, a file may hold code or has a name that is not
+            taken, a link leads out of the folder or to another folder, something cannot be read.
     """
     if not folder.is_dir():
         raise MultiExitError(f'{folder} is no folder: give one that a publication was written to.')
@@ -46,7 +89,47 @@ def local_files(folder: Path) -> dict[str, Path]:
         raise MultiExitError(f'{folder} cannot be read: {error}.') from error
     if not files:
         raise MultiExitError(f'{folder} has no files to push: give one that a publication was written to.')
+    missing = [name for name in _MARKS if name not in files]
+    if missing:
+        raise MultiExitError(f'{folder} has no {missing[0]}: give one that a publication was written to.')
     return files
+
+
+def check_owned(repo_id: str, paths: Collection[str]) -> None:
+    """Raise `MultiExitError` unless a repository is empty, but for hidden files, or holds a publication.
+
+    >>> check_owned('org/net', ['.gitattributes'])
+    """
+    others = sorted(path for path in paths if not path.startswith('.'))
+    if others and not set(_MARKS) <= set(others):
+        more = f' and {len(others) - 3} more' if len(others) > 3 else ''
+        raise MultiExitError(
+            f"'{repo_id}' holds {', '.join(others[:3])}{more} and no model that timm_multiexit published, so nothing is"
+            ' pushed to it: choose another name, or empty it first.'
+        )
+
+
+def compare(files: Mapping[str, Path], remote: Mapping[str, RemoteFile]) -> tuple[Change, ...]:
+    """Return what makes a repository hold the files of a folder, by path.
+
+    Args:
+        files: Of the folder, by their path in it.
+        remote: Of the repository, by path.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    gone = [path for path in OWNED_FILES if path in remote and path not in files]
+    changes = [Change(path, 'delete', remote[path].size) for path in gone]
+    for path, file in files.items():
+        action = 'add' if path not in remote else 'keep' if _is_same(file, remote[path]) else 'update'
+        changes.append(Change(path, action, file.stat().st_size))
+    return tuple(sorted(changes))
+
+
+def _is_same(file: Path, remote: RemoteFile) -> bool:
+    """Return whether a file has the bytes that the repository has; other sizes need no look at them."""
+    return file.stat().st_size == remote.size and digest(file, is_large=remote.is_large) == remote.digest
 
 
 def _resolve(path: Path, root: Path) -> Path:

@@ -1,20 +1,30 @@
-"""Accelerate, set up from command-line arguments."""
+"""What a script sets up first: its log, and Accelerate from command-line arguments."""
 
 import importlib
+import logging
 import os
 from argparse import Namespace
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from timm.utils import setup_default_logging
 
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.refusals import one_line
 
 _SUPPORTED = {
     kind
     for kind in DistributedType
     if kind.name == 'NO' or (kind.name.startswith('MULTI_') and not kind.name.endswith('TPU'))
 }
+
+
+def setup_logging() -> None:
+    """Set up timm's log of a script, without the addresses that the Hub's client asks, which may be signed."""
+    setup_default_logging()
+    for name in ('httpx', 'httpx2'):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
@@ -28,7 +38,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
             importlib.import_module(module)
         except ImportError as error:
             raise MultiExitError(
-                f"--device-modules names '{module}', which cannot be imported: {str(error).splitlines()[0]}."
+                f"--device-modules names '{module}', which cannot be imported: {one_line(error)}."
             ) from error
     _check_launcher()
     has_gpu = torch.cuda.is_available()

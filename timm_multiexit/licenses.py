@@ -1,11 +1,68 @@
-"""The license of published weights: what the weights that training started from allow. No legal advice."""
+"""What weights started from, and the license that they are published under for that reason. No legal advice."""
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import timm
+from timm.models import parse_model_name
 
 from timm_multiexit.config import MultiExitError, brief
 
 DEFAULT_LICENSE = 'apache-2.0'
+
+
+class Origin(NamedTuple):
+    """The weights that training started from.
+
+    Attributes:
+        base: Their repository, 'timm/NAME.TAG' or ORG/NAME, else 'a file' or 'a folder'; None: none, from scratch.
+        license: Theirs; None where it is not known.
+    """
+
+    base: str | None = None
+    license: str | None = None
+
+    @property
+    def repository(self) -> str | None:
+        """The repository, None where there is none."""
+        return self.base if self.base and '/' in self.base else None
+
+
+def find_origin(model_name: str, pretrained: bool, *, saved: str | None = None, has_file: bool = False) -> Origin:
+    """Return what a model starts from.
+
+    Args:
+        model_name: As `create_model` takes it.
+        pretrained: Whether the weights that the name means are loaded.
+        saved: License in the configuration of a folder or a repository.
+        has_file: Whether weights of a file take their place.
+
+    >>> find_origin('resnet18.fb_swsl_ig1b_ft_in1k', True)
+    Origin(base='timm/resnet18.fb_swsl_ig1b_ft_in1k', license='cc-by-nc-4.0')
+    >>> find_origin('resnet18.fb_swsl_ig1b_ft_in1k', False)
+    Origin(base=None, license=None)
+    """
+    if has_file:
+        return Origin('a file')
+    if not pretrained:
+        return Origin()
+    source, name = parse_model_name(model_name)
+    if source is not None:
+        return Origin(name.partition('@')[0] if source == 'hf-hub' else 'a folder', saved)
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        return Origin()  # timm warns and starts from scratch
+    return Origin(f'timm/{name.split(".")[0]}.{cfg.tag}', cfg.license)
+
+
+def read_origin(args: Mapping[str, Any]) -> Origin:
+    """Return what a run of `train.py` started from, as its arguments remember it.
+
+    Args:
+        args: Of the run; those of a run of timm's own script say nothing, so that its weights are a file's.
+    """
+    return Origin(**args['origin']) if isinstance(args.get('origin'), Mapping) else Origin('a file')
 
 
 class License(NamedTuple):

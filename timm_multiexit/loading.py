@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 from torch import nn
 
@@ -22,6 +21,7 @@ from timm_multiexit.model_config import (
     ModelConfig,
     read_model_config,
 )
+from timm_multiexit.model_folder import create_architecture
 from timm_multiexit.untrusted import check_state, read_header
 
 _logger = logging.getLogger(__name__)
@@ -95,26 +95,17 @@ def _load_backbone(config: ModelConfig, directory: Path, *, pretrained: bool, **
     pretrained_cfg = dict(config.pretrained_cfg)
     if pretrained:
         pretrained_cfg['file'] = str(path)
-    model = _create_backbone(config, directory, kwargs, pretrained=pretrained, pretrained_cfg=pretrained_cfg)
+    model = create_architecture(config, directory, kwargs, pretrained=pretrained, pretrained_cfg=pretrained_cfg)
     if pretrained:
         _check_finite(model, path)
     return model
-
-
-def _create_backbone(config: ModelConfig, directory: Path, given: dict[str, Any], **kwargs: Any) -> nn.Module:
-    kwargs = {'pretrained_cfg': dict(config.pretrained_cfg), 'pretrained_model_args': config.model_args, **kwargs}
-    given = {name: value for name, value in given.items() if value is not None}
-    try:
-        return timm.create_model(config.architecture, **kwargs, **{**config.model_args, **given})
-    except Exception as error:  # architectures raise all kinds of errors for what they do not take
-        raise MultiExitError(f'{config.architecture} of {directory} cannot be made so: {_reason(error)}.') from error
 
 
 def _create_empty_backbone(config: ModelConfig, directory: Path, given: dict[str, Any]) -> nn.Module:
     """Return the architecture that the weights are of, on the meta device: of what is given, only what no file sets."""
     own = {name: value for name, value in given.items() if name not in (*MODEL_ARGS, *_FACTORY_KEYWORDS)}
     with torch.device('meta'):
-        return _create_backbone(config, directory, own)
+        return create_architecture(config, directory, own)
 
 
 def _create_empty(config: ModelConfig, directory: Path, given: dict[str, Any]) -> MultiExitModel:
@@ -184,7 +175,3 @@ def _check_finite(module: nn.Module, path: Path) -> None:
         # Gemma's buffers hold infinite limits.
         if least.isnan() or (key in params and not (least.isfinite() and most.isfinite())):
             raise MultiExitError(f'{path} holds numbers that are none (NaN or infinite), at {key}.')
-
-
-def _reason(error: Exception) -> str:
-    return ' '.join(' '.join(str(error).split())[:200].rstrip('.:').split()) or type(error).__name__

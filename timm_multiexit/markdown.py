@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -50,6 +50,11 @@ def fence(text: str, language: str = '') -> str:
     """Return a block of code, whatever backticks there are in it."""
     marks = '`' * max(3, 1 + max(map(len, re.findall('`+', text)), default=0))
     return f'{marks}{language}\n{text.strip()}\n{marks}'
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Return lines of Markdown as a list."""
+    return '\n'.join(f'- {line}' for line in lines)
 
 
 def table(rows: Sequence[Mapping[str, str]], *, left: Sequence[str] = ()) -> str:

@@ -265,3 +265,8 @@ def _format_cell(value: Any) -> str:
     if isinstance(value, float):
         return f'{value:.2f}' if abs(value) >= 1 or value == 0 else f'{value:.3g}'
     return str(value)
+
+
+def describe_preparation(data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `resolve_data_config` of timm says, JSON-ready."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in data_config.items()}

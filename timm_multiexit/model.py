@@ -13,6 +13,7 @@ from timm_multiexit.config import ExitSpec, MultiExitError
 from timm_multiexit.cost import Cost, CostMeter, ExitCost, combine_costs, meta_copy
 from timm_multiexit.heads import ExitHead, combine_features, to_map
 from timm_multiexit.inference import DynamicInference
+from timm_multiexit.licenses import Origin
 from timm_multiexit.metrics import format_table
 from timm_multiexit.taps import Taps, classifier_names
 
@@ -89,6 +90,7 @@ class MultiExitModel(DynamicInference):
         self.backbone = backbone
         self._frozen_names: tuple[str, ...] | None = None
         self.hub_commit: str | None = None  # of the repository that the weights are from
+        self.origin: Origin | None = None  # what the weights started from, where `create_model` made them
         self.input_size = tuple(input_size or get_model_input_config(backbone)['input_size'])
         heads = [
             ExitHead(

@@ -94,7 +94,7 @@ _IMAGE = Rule(
     ),
     f'[channels, height, width] of up to {_MAX_PIXELS} pixels a side',
 )
-_NOTHING = Rule(lambda value: not value, 'nothing')
+_NOTHING = Rule(lambda value: not value, '')
 
 # Keywords of timm.create_model that a file may set.
 MODEL_ARGS: dict[str, Rule] = {
@@ -129,7 +129,8 @@ _PRETRAINED_CFG: dict[str, Rule] = {
     'hf_hub_id': _NOTHING,
     'hf_hub_filename': _NOTHING,
     'source': _NOTHING,
-    'custom_load': _NOTHING,
+    # True in older files of timm: of the weights in the authors' format, not of those beside the file.
+    'custom_load': _BOOL,
     'tag': _either(_NULL, _TEXT),
     'input_size': _IMAGE,
     'test_input_size': _either(_NULL, _IMAGE),
@@ -248,9 +249,14 @@ def _pick(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any
     """Return the listed values, checked; others have no effect, so that newer files can be read."""
     picked = {name: values[name] for name in rules if name in values}
     for name, value in picked.items():
-        if not rules[name].allows(value):
-            raise MultiExitError(f'{name} is {brief(value)}, allowed in a file are {rules[name].text}.')
-    return {name: value for name, value in picked.items() if rules[name] is not _NOTHING}
+        if rules[name].allows(value):
+            continue
+        if rules[name] is _NOTHING:
+            raise MultiExitError(
+                f'{name} is {brief(value)}, which a file must not say: weights are those in {BACKBONE_NAME} beside it.'
+            )
+        raise MultiExitError(f'{name} is {brief(value)}, allowed in a file are {rules[name].text}.')
+    return {name: value for name, value in picked.items() if name != 'custom_load' and rules[name] is not _NOTHING}
 
 
 def _check_model_args(values: Any, overridden: set[str]) -> dict[str, Any]:

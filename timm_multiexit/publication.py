@@ -10,75 +10,29 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import yaml
-from timm.models import parse_model_name
 
-from timm_multiexit.card import write_card
-from timm_multiexit.checkpoint import hash_weights
+from timm_multiexit.card import PICTURE, write_card
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.data import is_same_split
 from timm_multiexit.files import new_folder
-from timm_multiexit.licenses import License, resolve_license
+from timm_multiexit.licenses import License, read_origin
 from timm_multiexit.loading import load_pretrained
-from timm_multiexit.model_config import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME, ModelConfig, read_model_config
+from timm_multiexit.model_config import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME, ModelConfig
+from timm_multiexit.publication_checks import ARGS_NAME, NO_LABELS, Labels, find_license, has_policy, read_run
 from timm_multiexit.saver import BEST_NAME
 from timm_multiexit.untrusted import read_json
 
-ARGS_NAME = 'args.yaml'
 CARD_NAME = 'README.md'
-RESULTS_NAME = 'results.json'
 METRICS_NAME = 'metrics.json'
 PUBLICATION_NAME = 'publication'
-PICTURE_NAME = 'assets/accuracy_vs_macs.png'
-VALIDATION_NAME = 'validation.json'
 
 _MEASURED = ('rows', 'dynamic', 'timing', 'latency', 'compare', 'overthinking', 'curve', 'calibrated_on', 'precision')
 _ENVIRONMENT = ('hardware', 'threads', 'versions', 'commit')
 _EED = 'arXiv:2104.00299'
-
-
-class Labels(NamedTuple):
-    """What a run does not know of itself.
-
-    Attributes:
-        license: Asked for; None for what the rules of `resolve_license` give.
-        base_model: Repository of the weights that training started from; None for what the run's flags say.
-        dataset_id: Repository of the data set on the Hub.
-    """
-
-    license: str | None = None
-    base_model: str | None = None
-    dataset_id: str | None = None
-
-
-NO_LABELS = Labels()
-
-
-def find_license(args: Mapping[str, Any], labels: Labels, saved: str | None = None) -> tuple[str | None, License]:
-    """Return the repository that a run's weights started from, None for from scratch, and the license that follows.
-
-    Args:
-        args: Of the run.
-        labels: Of the publisher.
-        saved: License in the configuration that the run started from, where it is not one of timm's registry.
-
-    Raises:
-        MultiExitError: See `resolve_license`.
-    """
-    base, license_id = labels.base_model, None
-    source, name = parse_model_name(args['model'])
-    if args.get('initial_checkpoint') or args.get('pretrained_path'):
-        base = base or 'a file'
-    elif args.get('pretrained') and source is None:
-        cfg = timm.get_pretrained_cfg(name)
-        base, license_id = base or f'timm/{name.split(".")[0]}.{cfg.tag}', cfg.license
-    elif args.get('pretrained'):
-        base = base or (name.partition('@')[0] if source == 'hf-hub' else 'a folder')
-        license_id = saved
-    resolved = resolve_license(license_id, asked=labels.license, base=base)
-    return (base if base and '/' in base else None), resolved
 
 
 def write_publication(
@@ -97,25 +51,10 @@ def write_publication(
     Raises:
         MultiExitError: The run has no exits or no results, results are of other weights, or the license is not clear.
     """
-    best, args = run / BEST_NAME, _read_args(run)
-    config = read_model_config(best)
-    if not config.exits:
-        raise MultiExitError(f'{run} is a run without exits: publish it with timm.models.push_to_hf_hub.')
-    if not (run / RESULTS_NAME).is_file():
-        raise MultiExitError(f'{run} has no {RESULTS_NAME}, which train.py writes at the end: let it end.')
-    results = read_json(run / RESULTS_NAME)
-    if validation is None and (run / VALIDATION_NAME).is_file():
-        validation = run / VALIDATION_NAME
-    measured = read_json(validation) if validation else results
-    weights = hash_weights(best)
-    if measured.get('weights') != weights:
-        raise MultiExitError(
-            f'{validation or run / RESULTS_NAME} is of other weights than {best}: measure these with validate.py'
-            f' --model local-dir:{best} ... --results-file {run / VALIDATION_NAME} --results-format json.'
-        )
-    if config.budgets is None and any(row['policy'].startswith('budget ') for row in measured.get('dynamic', ())):
-        raise MultiExitError(f'{validation} has budgets, {best} has none: run validate.py again with --save-policy.')
-    base_model, license_ = find_license(args, labels, config.pretrained_cfg.get('license'))
+    best = run / BEST_NAME
+    args, config, results, measured, picture = read_run(run, validation)
+    base_model, license_ = find_license(read_origin(args), labels)
+    is_same = measured['dataset'] == results['dataset'] and is_same_split(results['epoch_chosen_on'], measured['split'])
     metrics = {
         **describe_model(config, repo_id, license_, base_model),
         'dataset': {
@@ -129,7 +68,7 @@ def write_publication(
             'epochs': results['epochs'],
             'chosen_by': results['epoch_chosen_by'],
             'chosen_on': results['epoch_chosen_on'],
-            'is_reported_split': results['epoch_chosen_on'] == measured['split'],
+            'is_reported_split': is_same,
         },
         **{name: _relative(measured[name]) for name in _MEASURED if name in measured},
         'environment': _environment(measured),
@@ -141,9 +80,9 @@ def write_publication(
             'exit_loss': args['exit_loss'],
             'environment': _environment(results),
         },
-        'weights': weights,
+        'weights': measured['weights'],
     }
-    picture = (validation or run).parent / Path(PICTURE_NAME).name if validation else None
+    _mark_default(metrics, config)
     with new_folder(folder, METRICS_NAME) as draft:
         for name in (BACKBONE_NAME, EXITS_NAME):
             shutil.copy2(best / name, draft / name)
@@ -151,7 +90,15 @@ def write_publication(
         restamp(draft, re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}'), license_)
         (draft / ARGS_NAME).write_text(yaml.safe_dump({key: _relative(value) for key, value in args.items()}))
         write_papers(draft, metrics, picture)
+        load_pretrained(draft)  # what is refused when it is loaded is not published
     return metrics
+
+
+def _mark_default(metrics: dict[str, Any], config: ModelConfig) -> None:
+    """Mark the row of the policy that `create_model` gives with the network."""
+    own = [row for row in metrics.get('dynamic', ()) if has_policy(row, config.policy)]
+    for row in own[:1]:
+        row['is_default'] = True
 
 
 def describe_model(config: ModelConfig, repo_id: str, license_: License, base_model: str | None) -> dict[str, Any]:
@@ -193,40 +140,30 @@ def restamp(folder: Path, tag: str, license_: License) -> None:
 
 def write_papers(folder: Path, metrics: dict[str, Any], picture: Path | None) -> None:
     """Write the picture, `metrics.json` and the card."""
-    metrics['has_picture'] = picture is not None and picture.is_file()
+    metrics['has_picture'] = picture is not None
     if metrics['has_picture']:
-        (folder / PICTURE_NAME).parent.mkdir()
-        shutil.copy2(picture, folder / PICTURE_NAME)
+        (folder / PICTURE).parent.mkdir()
+        shutil.copy2(picture, folder / PICTURE)
     _write_json(folder / METRICS_NAME, metrics)
     (folder / CARD_NAME).write_text(write_card(metrics), encoding='utf-8')
-    load_pretrained(folder)  # what is refused when it is loaded is not published
 
 
 def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, allow_nan=False) + '\n', encoding='utf-8')
 
 
-def _read_args(run: Path) -> dict[str, Any]:
-    path = run / ARGS_NAME
-    try:
-        args = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise MultiExitError(f'{run} is no run of train.py: its {ARGS_NAME} cannot be read.') from error
-    if not isinstance(args, dict) or not {'model', 'seed', 'exit_loss'} <= args.keys():
-        raise MultiExitError(f'{path} is no {ARGS_NAME} of train.py.')
-    return args
-
-
 def _relative(value: Any) -> Any:
-    """Return a value without folders of this machine: of an absolute path its last part."""
+    """Return a value without folders of this machine: of an absolute path or an address its last part."""
     if isinstance(value, list):
         return [_relative(item) for item in value]
     if isinstance(value, dict):
         return {key: _relative(item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
-    is_whole = Path(value).is_absolute() or '://' in value
-    prefix, colon, path = ('', '', value) if is_whole else value.rpartition(':')  # local-dir:FOLDER, NAME:CHECKPOINT
+    if '://' in value:  # an address may have names of buckets, tokens and signatures
+        return Path(value.partition('?')[0]).name
+    # local-dir:FOLDER, NAME:CHECKPOINT
+    prefix, colon, path = ('', '', value) if Path(value).is_absolute() else value.rpartition(':')
     if Path(path).is_absolute() or path.startswith('~'):
         path = Path(path).name
     return prefix + colon + path

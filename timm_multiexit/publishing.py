@@ -1,5 +1,6 @@
 """Publishing: a run or a model to the Hugging Face Hub, and the list of what is there."""
 
+import shlex
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
@@ -13,29 +14,21 @@ from timm_multiexit.config import MultiExitError
 from timm_multiexit.factory import ExitTable, make_table
 from timm_multiexit.files import write_text
 from timm_multiexit.hub import PushResult, check_push, push_folder
-from timm_multiexit.licenses import resolve_license
+from timm_multiexit.licenses import Origin, read_origin
+from timm_multiexit.loading import load_pretrained
 from timm_multiexit.metrics import ENSEMBLE, exit_names
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.model_config import read_model_config
-from timm_multiexit.publication import (
-    NO_LABELS,
-    PUBLICATION_NAME,
-    Labels,
-    describe_model,
-    find_license,
-    restamp,
-    write_papers,
-    write_publication,
-)
+from timm_multiexit.publication import PUBLICATION_NAME, describe_model, restamp, write_papers, write_publication
+from timm_multiexit.publication_checks import NO_LABELS, Labels, find_license
 from timm_multiexit.ranges import option_name
 
 
-def check_publishing(args: Namespace, model: MultiExitModel, *, has_table: bool, asks_hub: bool) -> None:
+def check_publishing(args: Namespace, *, has_table: bool, asks_hub: bool) -> None:
     """Raise for what would keep a run of `train.py` from being published at its end, before it begins.
 
     Args:
         args: Of the run.
-        model: What is trained.
         has_table: Whether there are images to measure it on.
         asks_hub: Ask the Hub whether it would take it.
 
@@ -51,9 +44,9 @@ def check_publishing(args: Namespace, model: MultiExitModel, *, has_table: bool,
         raise MultiExitError('--push-to-hub publishes networks with exits: add --eed or --exits.')
     if not has_table:
         raise MultiExitError('--push-to-hub needs a table to publish: add --val-split or --test-split.')
-    find_license(vars(args), Labels(args.hub_license), model.pretrained_cfg.get('license'))
+    find_license(read_origin(vars(args)), Labels(args.hub_license))
     if asks_hub:
-        check_push(args.push_to_hub)
+        check_push(args.push_to_hub, private=args.hub_private)
 
 
 def publish_at_end(args: Namespace, folder: Path) -> str:
@@ -66,9 +59,10 @@ def publish_at_end(args: Namespace, folder: Path) -> str:
         labels = Labels(args.hub_license)
         return publish_run(folder, args.push_to_hub, labels=labels, private=args.hub_private).url
     except MultiExitError as error:
+        again = ['hub/publish.py', str(folder), args.push_to_hub, '--yes', *['--private'] * args.hub_private]
+        again += ['--license', args.hub_license] if args.hub_license else []
         raise MultiExitError(
-            f'{folder} is whole, but was not published: {error} Try again with hub/publish.py {folder}'
-            f' {args.push_to_hub} --yes.'
+            f'{folder} is whole, but was not published: {error} Try again with {shlex.join(again)}'
         ) from error
 
 
@@ -79,7 +73,7 @@ def publish_run(run: Path, repo_id: str, *, labels: Labels = NO_LABELS, private:
         MultiExitError: See `write_publication` and `hub.push_folder`.
     """
     folder = run / PUBLICATION_NAME
-    repo_id = check_push(repo_id)
+    repo_id = check_push(repo_id, private=private)
     write_publication(run, folder, repo_id, labels=labels)
     return push_folder(folder, repo_id, private=private)
 
@@ -135,6 +129,7 @@ def push_to_hub(
     tag: str | None = None,
     token: str | None = None,
     license: str | None = None,
+    base_model: str | None = None,
     **saved: Any,
 ) -> PushResult:
     """Publish a model, with its policy and budgets, as one commit of a repository of the Hugging Face Hub.
@@ -149,27 +144,35 @@ def push_to_hub(
         tag: Name that the commit gets as well.
         token: None for the one that is logged in.
         license: Of the weights; None for that of the weights that training started from.
+        base_model: Repository of these; None for what `create_model` was told. Of a model that it did not make they
+            are taken to be those of timm's registry, where it has some.
         **saved: `data_config` and `label_names` of `save_pretrained`.
 
     Raises:
         MultiExitError: See `hub.push_folder` and `licenses.resolve_license`.
     """
-    cfg = model.pretrained_cfg
-    # Of timm's registry weights that were there to be had count, since a model does not say whether it has them.
-    has_source = any(cfg.get(key) for key in ('hf_hub_id', 'url', 'file'))
-    base = (cfg.get('hf_hub_id') or 'unnamed weights').partition('@')[0] if has_source else None
-    license_ = resolve_license(cfg.get('license') if has_source else None, asked=license, base=base)
+    base, license_ = find_license(model.origin or _guess_origin(model), Labels(license, base_model))
     if table is None:
         names = (*exit_names(len(model.exits)), ENSEMBLE)
         table = make_table(model, {name: {} for name in names}, input_size=model.input_size, num_samples=0)
     saved['data_config'] = {'input_size': model.input_size, **(saved.get('data_config') or {})}
+    repo_id = check_push(repo_id, private=private, token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_pretrained(model, folder, **saved)
         restamp(folder, 'multiexit', license_)
-        metrics = describe_model(read_model_config(folder), repo_id, license_, base if model.hub_commit else None)
+        metrics = describe_model(read_model_config(folder), repo_id, license_, base)
         metrics |= {'rows': table.rows, 'weights': hash_weights(folder)}
         if table.num_samples:
             metrics['dataset'] = {'name': None, 'hub_id': None, 'split': None, 'num_samples': table.num_samples}
         write_papers(folder, metrics, None)
+        load_pretrained(folder)
         return push_folder(folder, repo_id, private=private, tag=tag, token=token)
+
+
+def _guess_origin(model: MultiExitModel) -> Origin:
+    """Return the weights of timm's registry that a model could have: it does not say whether it has them."""
+    cfg = model.pretrained_cfg
+    if not any(cfg.get(key) for key in ('hf_hub_id', 'url', 'file')):
+        return Origin()
+    return Origin((cfg.get('hf_hub_id') or 'unnamed weights').partition('@')[0], cfg.get('license'))

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_multiexit.config import MultiExitError
-from timm_multiexit.files import replacing
+from timm_multiexit.files import RESUME, replacing
 from timm_multiexit.metrics import ENSEMBLE
 
 TRACKERS = {'tensorboard': is_tensorboard_available, 'wandb': is_wandb_available}
@@ -68,7 +68,7 @@ class Summary:
 
     def write(self, path: Path | str) -> None:
         """Write the whole file, or nothing: a kill leaves the file as it was."""
-        with replacing(path) as draft, draft.open('w', newline='', encoding='utf-8') as file:
+        with replacing(path, advice=RESUME) as draft, draft.open('w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self._rows)
@@ -123,7 +123,7 @@ def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Se
         _draw_line(loss_axes, rows, key, label=label, color='black', linestyle=style)
     _finish_axes(loss_axes, 'loss')
     figure.suptitle(title)
-    with replacing(path) as draft:
+    with replacing(path, advice=RESUME) as draft:
         figure.savefig(draft, dpi=150, format='png')
     return True
 

@@ -10,11 +10,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from timm_multiexit.checkpoint import hash_weights
+from timm_multiexit.data import is_same_split
 from timm_multiexit.engine import evaluate_loader
 from timm_multiexit.factory import create_model, make_table
-from timm_multiexit.files import write_text
+from timm_multiexit.files import RESUME, write_text
 from timm_multiexit.loaders import create_eval_loader
-from timm_multiexit.metrics import describe_environment
+from timm_multiexit.metrics import describe_environment, describe_preparation
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.sources import create_backbone
 
@@ -42,7 +43,7 @@ def report(
         dataset: What the table is of.
         data_config: How images are made ready.
         best_epoch: From 0; None where no epoch was chosen.
-        num_epochs: Of the run.
+        num_epochs: That the run has trained.
     """
     best = load_best(args, f'{folder}/best').to(accelerator.device)
     result = evaluate_loader(
@@ -60,7 +61,7 @@ def report(
         chosen_on = f'{args.val_from_train} images held out of {args.train_split}'
     table = make_table(best, result.metrics, input_size=data_config['input_size'], num_samples=result.num_samples)
     chosen = ''
-    is_same = best_epoch is not None and split == args.val_split and not args.val_from_train
+    is_same = best_epoch is not None and is_same_split(split, args.val_split) and not args.val_from_train
     if best_epoch is not None:
         chosen = f', epoch {best_epoch + 1} of {num_epochs} chosen by {args.eval_metric} on'
         chosen += ' this split' if is_same else f' {chosen_on}' if args.val_from_train else f' the {chosen_on} split'
@@ -72,7 +73,7 @@ def report(
     results = {
         'split': split,
         'num_samples': table.num_samples,
-        **describe_inputs(args, data_config, folder / 'best'),
+        **describe_inputs(args, best, data_config, folder / 'best'),
         'epochs': num_epochs,
         'epoch_chosen_on': chosen_on,
         'epoch_chosen_by': None if best_epoch is None else args.eval_metric,
@@ -83,19 +84,29 @@ def report(
         'command': sys.argv,
         **describe_environment(),
     }
-    write_text(folder / 'results.json', json.dumps(results, indent=2) + '\n')
+    write_text(folder / 'results.json', json.dumps(results, indent=2) + '\n', advice=RESUME)
 
 
-def describe_inputs(args: Namespace, data_config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """Return what results are of: dataset, input_size, and where a folder was evaluated the SHA-256 of its weights.
+def describe_inputs(
+    args: Namespace, model: MultiExitModel, data_config: dict[str, Any], folder: Path | None
+) -> dict[str, Any]:
+    """Return what results are of: dataset, input_size, preparation, precision, and the SHA-256 of a folder's weights.
 
     Args:
         args: Of the command line.
+        model: What was evaluated.
         data_config: How images are made ready.
         folder: Whose weights were evaluated; None for none.
     """
     weights = {} if folder is None else {'weights': hash_weights(folder)}
-    return {'dataset': name_dataset(args), 'input_size': list(data_config['input_size']), **weights}
+    dtype = str(next(model.parameters()).dtype).removeprefix('torch.')
+    return {
+        'dataset': name_dataset(args),
+        'input_size': list(data_config['input_size']),
+        'preparation': describe_preparation(data_config),
+        'precision': f'amp {args.amp_dtype}' if args.amp else dtype,
+        **weights,
+    }
 
 
 def name_dataset(args: Namespace) -> str:

@@ -1,40 +1,21 @@
-"""Where a model comes from: timm's registry, a folder, or a repository of the Hugging Face Hub."""
+"""Models of a folder or of a repository of the Hugging Face Hub."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
-from timm.models import parse_model_name
 from torch import nn
 
-from timm_multiexit.config import MultiExitError
 from timm_multiexit.hub import fetch_files
 from timm_multiexit.loading import load_backbone, load_pretrained
 from timm_multiexit.model import MultiExitModel
-from timm_multiexit.model_config import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME, ModelConfig, read_model_config
+from timm_multiexit.model_config import BACKBONE_NAME, EXITS_NAME
+from timm_multiexit.model_folder import ModelFolder, find_folder
 
 
-class Source(NamedTuple):
-    """A model folder, on this machine or in the cache of the Hub.
-
-    Attributes:
-        folder: The folder; of the Hub's its configuration is there, and the weights once they were asked for.
-        config: Its configuration, checked.
-        repo_id: Of the Hub, None for a folder of one's own.
-        commit: Of the Hub: all files are of this one, whatever is pushed meanwhile.
-    """
-
-    folder: Path
-    config: ModelConfig
-    repo_id: str | None = None
-    commit: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The model name that means this very source."""
-        return f'hf-hub:{self.repo_id}@{self.commit}' if self.repo_id else f'local-dir:{self.folder}'
+class Source(ModelFolder):
+    """A model folder, and the models that can be made of it."""
 
     def create_model(self, *, pretrained: bool = False, **kwargs: Any) -> MultiExitModel:
         """Return the model with the source's own exits; keywords are those of `load_pretrained`."""
@@ -63,31 +44,11 @@ class Source(NamedTuple):
 def find_source(model_name: str, **kwargs: Any) -> Source | None:
     """Return the folder that a model name means, None for a name of timm's registry.
 
-    Args:
-        model_name: A timm name, `local-dir:FOLDER` or `hf-hub:ORG/NAME[@REVISION]`, of which the configuration is
-            downloaded.
-        **kwargs: What `timm.create_model` will be given.
-
     Raises:
-        MultiExitError: There is no such model, the message has the nearest names; no such folder or repository, or it
-            says what it must not say.
+        MultiExitError: See `find_folder`, whose arguments these are.
     """
-    try:
-        source, name = parse_model_name(model_name)
-    except ValueError as error:
-        raise MultiExitError(str(error)) from error
-    if source == 'local-dir':
-        return Source(Path(name), read_model_config(Path(name), overridden=kwargs))
-    if source == 'hf-hub':
-        repo_id, _, revision = name.partition('@')
-        snapshot = fetch_files(repo_id, [CONFIG_NAME], revision=revision or None, cache_dir=kwargs.get('cache_dir'))
-        config = read_model_config(snapshot.folder, overridden=kwargs)
-        return Source(snapshot.folder, config, repo_id, snapshot.commit)
-    if not timm.is_model(name):
-        near = get_close_matches(name.split('.')[0], timm.list_models(), n=3, cutoff=0.5)
-        hint = f'nearest are {", ".join(near)}' if near else 'timm.list_models() lists what there is'
-        raise MultiExitError(f"timm has no model '{name}', {hint}.")
-    return None
+    found = find_folder(model_name, **kwargs)
+    return None if found is None else Source(*found)
 
 
 def create_backbone(model_name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -19,7 +19,6 @@ from torchvision.utils import save_image
 from timm_multiexit.build import (
     check_image_size,
     create_regime,
-    create_task,
     create_train_model,
     create_train_optimizer,
     place_model,
@@ -30,15 +29,18 @@ from timm_multiexit.config import MultiExitError
 from timm_multiexit.data import class_names
 from timm_multiexit.engine import Evaluation, Trainer, TrainerConfig, evaluate_loader
 from timm_multiexit.journal import Journal
+from timm_multiexit.licenses import Origin, find_origin, read_origin
 from timm_multiexit.loaders import create_datasets, create_eval_loader, create_train_loader, encode_targets
 from timm_multiexit.metrics import evaluation_columns, flatten_metrics
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.objective import create_task
 from timm_multiexit.publishing import check_publishing, publish_at_end
 from timm_multiexit.records import check_trackers
 from timm_multiexit.regimes import RegimeControl
 from timm_multiexit.report import report
 from timm_multiexit.saver import BEST_NAME, find_resume
 from timm_multiexit.stopping import Stopped, Stopper
+from timm_multiexit.training_checkpoint import read_training_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ class TrainingRun:
         if num_classes and args.num_classes is None and not args.pretrained:
             args.num_classes = num_classes
         model = create_train_model(args, num_classes, self.resume)
-        check_publishing(args, model, has_table=self.datasets[2] is not None, asks_hub=accelerator.is_main_process)
+        args.origin = self._find_origin(model)._asdict()
+        check_publishing(args, has_table=self.datasets[2] is not None, asks_hub=accelerator.is_main_process)
         self.label_names = class_names(self.datasets[0], args.num_classes)
         encode_targets(args, self.datasets)
         self._check_metric(model)
@@ -107,6 +110,16 @@ class TrainingRun:
             path = find_resume(self.output_dir)
             _logger.info(f'Resuming from {path}.' if path else f'Nothing to resume in {self.output_dir}: a new run.')
         return Path(path) if path else None
+
+    def _find_origin(self, model: torch.nn.Module) -> Origin:
+        """Return what the weights started from; a run that goes on started where the one before it did."""
+        args = self.args
+        if self.resume:
+            before = read_training_checkpoint(self.resume).get('args')
+            return read_origin(vars(before) if isinstance(before, Namespace) else {})
+        has_file = bool(args.initial_checkpoint or args.pretrained_path)
+        saved = model.pretrained_cfg.get('license')
+        return find_origin(args.model, args.pretrained, saved=saved, has_file=has_file)
 
     def _check_metric(self, model: torch.nn.Module) -> None:
         args = self.args
@@ -316,14 +329,21 @@ class TrainingRun:
                 self.datasets[2],
                 data_config=self.data_config,
                 best_epoch=best_epoch,
-                num_epochs=self.num_epochs,
+                num_epochs=self.last_epoch,
             )
         if self.accelerator.is_main_process:
             # Nothing after these lines: timm's bulk tools read the rest of the output as JSON.
             rows = self.journal.best_epochs(self.args.eval_metric, is_decreasing=self.is_decreasing)
             print('--result\n[' + ',\n '.join(json.dumps(row) for row in rows) + ']', flush=True)
-            if self.args.push_to_hub:
-                _logger.info(f'Published: {publish_at_end(self.args, Path(folder))}')
+
+    def publish(self) -> None:
+        """Publish the run if its flags say so: last of all, when no other process waits for this one.
+
+        Raises:
+            MultiExitError: It could not be; the run is whole.
+        """
+        if self.args.push_to_hub and self.accelerator.is_main_process:
+            _logger.info(f'Published: {publish_at_end(self.args, self.output_dir)}')
 
 
 def choose_output_dir(args: Namespace) -> Path:

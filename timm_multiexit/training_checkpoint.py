@@ -13,6 +13,7 @@ from timm_multiexit.attach import attach_exits
 from timm_multiexit.checkpoint import TRAINING_ONLY, without
 from timm_multiexit.config import ExitSpec, MultiExitError
 from timm_multiexit.model import MultiExitModel
+from timm_multiexit.refusals import one_line
 from timm_multiexit.untrusted import check_state
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, use_ema: bool 
     try:
         state = load_state_dict(os.fspath(path), use_ema=use_ema)
     except Exception as error:
-        raise MultiExitError(f'{path} is no checkpoint that can be read: {_first_line(error)}.') from error
+        raise MultiExitError(f'{path} is no checkpoint that can be read: {one_line(error)}.') from error
     if isinstance(model, MultiExitModel) and not any(key.startswith('backbone.') for key in state):
         _logger.info(f'{path} is of a plain network: loaded into the backbone, the exits stay as they are.')
         model = model.backbone
@@ -56,7 +57,7 @@ def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         return load_checkpoint_metadata(os.fspath(path))
     except Exception as error:
-        raise MultiExitError(f'{path} is no checkpoint that can be read: {_first_line(error)}.') from error
+        raise MultiExitError(f'{path} is no checkpoint that can be read: {one_line(error)}.') from error
 
 
 def restore_exits(backbone: nn.Module, checkpoint: dict[str, Any], **kwargs: Any) -> MultiExitModel:
@@ -71,7 +72,3 @@ def restore_exits(backbone: nn.Module, checkpoint: dict[str, Any], **kwargs: Any
     if values is None:
         return attach_exits(backbone, 'auto', **kwargs)
     return MultiExitModel(backbone, [ExitSpec.from_dict(value) for value in values], **kwargs)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')

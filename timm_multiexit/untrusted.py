@@ -14,8 +14,10 @@ import safetensors
 from torch import Tensor
 
 from timm_multiexit.config import MultiExitError, brief
+from timm_multiexit.refusals import one_line
 
 _MAX_JSON_BYTES = 4 * 2**20  # Python's objects take many times that
+_LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 _MAX_HEADER_BYTES = 4 * 2**20  # some 30,000 tensors
 
 
@@ -28,7 +30,7 @@ def check_contained(path: Path) -> None:
     try:
         folder, target = path.parent.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
-        raise MultiExitError(f'{path} cannot be read: {_reason(error)}.') from error
+        raise MultiExitError(f'{path} cannot be read: {one_line(error)}.') from error
     homes = [folder]
     if folder.parent.name == 'snapshots':
         # A repository's own, and what Xet has stored once for all repositories.
@@ -61,7 +63,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except MultiExitError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise MultiExitError(f'{path} cannot be read: {_reason(error)}.') from error
+        reason = 'it is nested too deeply' if isinstance(error, RecursionError) else one_line(error)
+        raise MultiExitError(f'{path} cannot be read: {reason}.') from error
     if not isinstance(values, dict):
         raise MultiExitError(f'{path} holds {brief(values)}, allowed is an object.')
     return values
@@ -102,14 +105,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return what a safetensors file holds, without reading its tensors.
 
     Raises:
-        MultiExitError: There is no such file, or it is none of safetensors.
+        MultiExitError: There is no such file, it is none of safetensors, or git-LFS's pointer to one.
     """
     check_contained(path)
     if not path.is_file():
         raise MultiExitError(f'{path.parent} has no {path.name}, and weights are read from nothing else.')
     try:
-        with path.open('rb') as start:
-            size = int.from_bytes(start.read(8), 'little')
+        with path.open('rb') as file:
+            start = file.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            raise MultiExitError(
+                f'{path} is what git has in place of a large file, and holds no weights: run `git lfs pull` in'
+                f' {path.parent}.'
+            )
+        size = int.from_bytes(start[:8], 'little')
         if size > _MAX_HEADER_BYTES:
             raise MultiExitError(
                 f'{path} cannot be read: its header has {size} bytes, allowed are {_MAX_HEADER_BYTES}.'
@@ -118,7 +127,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             slices = {key: file.get_slice(key) for key in file.keys()}
             return {key: TensorInfo(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except (OSError, safetensors.SafetensorError) as error:
-        raise MultiExitError(f'{path} cannot be read: {_reason(error)}.') from error
+        raise MultiExitError(f'{path} cannot be read: {one_line(error)}.') from error
 
 
 def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor | TensorInfo], path: Any) -> None:
@@ -153,10 +162,3 @@ def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor | TensorIn
 
 def _first(names: list[str]) -> str:
     return ', '.join(brief(name).strip("'") for name in names[:2]) or 'none'
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, RecursionError):
-        return 'it is nested too deeply'
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text[:200].rstrip('.')

@@ -1,5 +1,6 @@
 """What `validate.py` does: evaluate all exits, choose thresholds on other data, and report what they do here."""
 
+import hashlib
 import logging
 import warnings
 from argparse import Namespace
@@ -74,8 +75,8 @@ class Validation:
 
     Attributes:
         table: Of every classifier.
-        sections: JSON-ready: dataset, input_size, precision, weights, calibrated_on, curve, dynamic, timing, latency,
-            failure_auroc, overthinking, monotonicity, compare; what there is.
+        sections: JSON-ready: dataset, input_size, preparation, precision, weights, picture, calibrated_on, curve,
+            dynamic, timing, latency, failure_auroc, overthinking, monotonicity, compare; what there is.
         show: Is given the same for people, each part as soon as it is there.
     """
 
@@ -181,9 +182,7 @@ class Validator:
         args = self.args
         is_written = args.save_policy or (args.results_file and args.results_format == 'json')
         folder = find_own_folder(args, self.model) if is_written and self.accelerator.is_main_process else None
-        dtype = str(next(self.model.parameters()).dtype).removeprefix('torch.')
-        precision = f'amp {args.amp_dtype}' if args.amp else dtype
-        return {**describe_inputs(args, self.data_config, folder), 'precision': precision}
+        return describe_inputs(args, self.model, self.data_config, folder)
 
     def _calibrate(self, reported: LogitSet) -> Calibration | None:
         """Return what thresholds are chosen on, prepared like the reported images, without augmentation."""
@@ -348,4 +347,5 @@ class Validator:
         )
         if picture is not None:
             write_output(path, picture)
+            validation.sections['picture'] = {'name': path.name, 'sha256': hashlib.sha256(picture).hexdigest()}
             _logger.info(f'{path} shows accuracy over MACs.')

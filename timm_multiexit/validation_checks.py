@@ -1,7 +1,6 @@
 """Whether the flags of `validate.py` fit the model, the processes and each other, and its results can be written."""
 
 from argparse import Namespace
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ from timm.models import parse_model_name
 
 from timm_multiexit.budgets import BudgetPoint, BudgetTable, StageCosts, parse_budget
 from timm_multiexit.config import MultiExitError
+from timm_multiexit.files import replacing
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.model_config import CONFIG_NAME, read_model_config
 from timm_multiexit.policy import ExitPolicy
 from timm_multiexit.ranges import option_name
+from timm_multiexit.refusals import one_line
 
 PICTURE_NAME = 'accuracy_vs_macs.png'
 _ASKING = ('threshold', 'budget', 'max_drop', 'calib_split', 'calib_from_train', 'save_policy', 'compare', 'plot')
@@ -218,10 +219,11 @@ def check_outputs(args: Namespace) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             is_folder = path.is_dir()
             if not is_folder:
-                _draft(path).touch()
-                _draft(path).unlink()
+                draft = path.with_name(f'.{path.name}.tmp')
+                draft.touch()
+                draft.unlink()
         except OSError as error:
-            raise MultiExitError(f'{path} cannot be written: {_reason(error)}. Give another path.') from error
+            raise MultiExitError(f'{path} cannot be written: {one_line(error)}. Give another path.') from error
         if is_folder:
             raise MultiExitError(f'{path} is a folder, allowed is the path of a file: give one in it.')
 
@@ -232,21 +234,5 @@ def write_output(path: Path, content: bytes) -> None:
     Raises:
         MultiExitError: The disk is full or cannot be written.
     """
-    try:
-        _draft(path).write_bytes(content)
-        _draft(path).replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            _draft(path).unlink(missing_ok=True)
-        raise MultiExitError(
-            f'{path} could not be written: {_reason(error)}. What was found is printed above; make room or give another'
-            ' path.'
-        ) from error
-
-
-def _draft(path: Path) -> Path:
-    return path.with_name(f'.{path.name}.tmp')
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+    with replacing(path, advice='what was found is printed above; make room or give another path') as draft:
+        draft.write_bytes(content)

@@ -99,22 +99,24 @@ def _hold_out_again(args: Namespace, split: str, run: dict[str, Any], in_chans: 
     if isinstance(dataset, IterableDataset):
         raise MultiExitError('Images cannot be held out of a stream: give --calib-split NAME, not --calib-from-train.')
     seed = next(seed for seed in (args.seed, run.get('seed'), _DEFAULT_SEED) if seed is not None)
+    how, caveat = 'held out of', ''
     held_out = {'val_from_train': args.calib_from_train, 'seed': seed, 'train_split': split}
     if not run:
+        how = 'drawn from'
         _logger.warning(
             'The arguments of the run that trained the model are not to be found: whether it was trained on the'
             f' {args.calib_from_train} images of {split} that thresholds are chosen on is not known.'
         )
     elif any(run.get(name) != value for name, value in held_out.items()):
+        how, caveat = 'drawn from', ', on which the network was trained'
         number, other_seed = run.get('val_from_train') or 0, run.get('seed')
         _logger.warning(
             f'The run that trained the model held {number} images of {run.get("train_split")} out with seed'
             f' {other_seed}, not {args.calib_from_train} of {split} with seed {seed}: thresholds are chosen'
             ' on images that it was trained on.'
         )
-    return hold_out(dataset, args.calib_from_train, seed=seed)[1], (
-        f'{args.calib_from_train} images held out of the {split} split with seed {seed}'
-    )
+    source = f'{args.calib_from_train} images {how} the {split} split with seed {seed}{caveat}'
+    return hold_out(dataset, args.calib_from_train, seed=seed)[1], source
 
 
 def find_training_args(args: Namespace) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from timm.utils import setup_default_logging
 
 from timm_multiexit.analysis.runs import Run, read_runs
 from timm_multiexit.analysis.study import Study, summary_rows
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.flags import ScriptParser, add_flags, switch, value
+from timm_multiexit.launch import setup_logging
 from timm_multiexit.metrics import format_table
 
 _logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def complete_args(args: Namespace, run: Run) -> Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    setup_default_logging()
+    setup_logging()
     try:
         args = parse_args(argv)
         runs = read_runs(args.runs)

@@ -25,7 +25,7 @@ from timm_multiexit.analysis.matrix_figures import draw_agreement, draw_dissimil
 from timm_multiexit.analysis.measuring import Measurer
 from timm_multiexit.analysis.runs import Run, find_reference
 from timm_multiexit.config import MultiExitError
-from timm_multiexit.files import explained, replacing, write_text
+from timm_multiexit.files import RUN_AGAIN, explained, replacing, write_text
 from timm_multiexit.metrics import default_metric, describe_environment
 from timm_multiexit.report import name_dataset
 from timm_multiexit.untrusted import read_json
@@ -60,7 +60,7 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Write everything and return what `analysis.json` holds, numbers rounded to six digits after the point."""
-        with explained(self.out):
+        with explained(self.out, advice=RUN_AGAIN):
             self.out.mkdir(parents=True, exist_ok=True)
         numbers = {run.name: self._describe(run) for run in self.runs}
         self._add_curves(numbers)

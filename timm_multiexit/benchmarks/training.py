@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from timm_multiexit.arguments import parse_train_args
-from timm_multiexit.build import create_regime, create_task, create_train_model, create_train_optimizer, place_model
+from timm_multiexit.build import create_regime, create_train_model, create_train_optimizer, place_model
+from timm_multiexit.objective import create_task
 from timm_multiexit.timing import describe_ratios, measure_peak, read_clock, time_interleaved
 from timm_multiexit.training import TrainingRun
 
