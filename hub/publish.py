@@ -21,7 +21,7 @@ def create_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', type=Path, metavar='RUN', help='folder of the run')
-    parser.add_argument('repo_id', metavar='ORG/NAME', help='repository on the Hub')
+    parser.add_argument('repo_id', nargs='?', metavar='ORG/NAME', help='repository on the Hub; none: write the folder')
     parser.add_argument('--yes', action='store_true', help='push; without it nothing is sent')
     parser.add_argument('--folder', type=Path, help='where to write what is published, RUN/publication if not given')
     parser.add_argument(
@@ -49,11 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
     args = create_parser().parse_args(argv)
     try:
-        repo_id = check_push(args.repo_id, private=args.private) if args.yes else full_name(args.repo_id)
+        if args.yes and not args.repo_id:
+            raise tme.MultiExitError('--yes needs a repository to push to: name ORG/NAME.')
+        repo_id = None
+        if args.repo_id:
+            repo_id = check_push(args.repo_id, private=args.private) if args.yes else full_name(args.repo_id)
         folder = args.folder or args.run / PUBLICATION_NAME
         labels = Labels(args.license, args.base_model, args.dataset_id)
         metrics = write_publication(args.run, folder, repo_id, labels=labels, validation=args.validation)
         print(f'{headline(metrics)}\nLicense: {metrics["license"]["note"]}')
+        if repo_id is None:
+            print(f'{folder} is written.')
+            return 0
         try:
             plan = plan_push(folder, repo_id, private=args.private)
         except tme.MultiExitError as error:

@@ -30,7 +30,7 @@ def make_row(name, tap, params, fixed, sequential, top1=None, top5=None, ece=Non
 
 METRICS = {
     'format_version': 1,
-    'repo_id': 'org/cifar10-resnet18',
+    'model_name': 'hf-hub:org/cifar10-resnet18',
     'architecture': 'resnet18',
     'num_classes': 10,
     'input_size': [3, 32, 32],
@@ -430,9 +430,11 @@ def test_what_is_required_must_be_there(metrics, name):
     ('change', 'message'),
     [
         ({'format_version': 2}, 'format 2'),
-        ({'repo_id': 'no-namespace'}, 'repository'),
-        ({'repo_id': "org/x'); import os; ('"}, 'repository'),
-        ({'repo_id': 'org/name\n'}, 'repository'),
+        ({'model_name': 'hf-hub:no-namespace'}, 'is called'),
+        ({'model_name': "hf-hub:org/x'); import os; ('"}, 'is called'),
+        ({'model_name': 'hf-hub:org/name\n'}, 'is called'),
+        ({'model_name': "local-dir:x'); import os; ('"}, 'is called'),
+        ({'model_name': 'local-dir:/home/me/x'}, 'is called'),
         ({'input_size': [3, 32]}, 'input_size'),
         ({'input_size': [3, 32, '32)']}, 'input_size'),
         ({'num_classes': 0}, 'num_classes'),

@@ -448,7 +448,7 @@ def test_refused_publication_leaves_the_earlier_one_whole(run, folder):
     before = contents(folder)
     set_origin(run, initial_checkpoint='a.safetensors')
     assert 'name it with --license' in refused(run, folder)
-    assert 'allowed is a name such as' in refused_name(run, folder)
+    assert "is called 'hf-hub:net', allowed are names such as" in refused_name(run, folder)
     assert contents(folder) == before
     assert sorted(path.name for path in folder.parent.iterdir()) == ['publication', 'run']
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -425,3 +426,19 @@ def test_whole_way_over_xet(hub, run, tmp_path, images):
     assert sum(sizes) > 1_000_000  # the weights of both files
     assert [path for method, path in paths if method == 'GET' and '/_xorb/' in path]
     assert [path for _, path in paths if '/_lfs/' in path or '/_cdn/' in path] == []
+
+
+def test_without_a_repository_the_folder_is_written_for_itself(publish, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert publish.main([str(run), '--folder', 'nets/small']) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == 'nets/small is written.'
+    card = Path('nets/small/README.md').read_text()
+    assert '# Model card for `small`' in card
+    assert 'hf-hub:' not in card
+    snippets = re.findall(r'^```python\n(.*?)^```$', card, re.DOTALL | re.MULTILINE)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        assert snippet.count("'local-dir:nets/small'") == 1
+        exec(snippet, {})
+    assert publish.main([str(run), '--yes']) == 2
+    assert '--yes needs a repository' in capsys.readouterr().err

@@ -22,12 +22,13 @@ from timm_multiexit.config import FORMAT_VERSION, MultiExitError
 from timm_multiexit.markdown import bullets, code, escape, fence, is_finite, link, number, one_line, table
 
 TAGS = ('image-classification', 'timm', 'timm_multiexit', 'multi-exit', 'early-exit', 'anytime-inference')
-REQUIRED = ('repo_id', 'architecture', 'num_classes', 'input_size', 'needs_import', 'license', 'rows')
+REQUIRED = ('model_name', 'architecture', 'num_classes', 'input_size', 'needs_import', 'license', 'rows')
 PICTURE = 'assets/accuracy_vs_macs.png'
 
 # Metric of the rows -> how the Hub names it and its type.
 _HUB_METRICS = {'top-1': ('Top-1', 'accuracy'), 'mAP': ('mAP', 'mean_average_precision')}
 _REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}', re.ASCII)
+_MODEL_NAME = re.compile(rf'hf-hub:{_REPO_ID.pattern}|local-dir:\w[\w./-]*', re.ASCII)
 _DATASET_ID = re.compile(r'([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}', re.ASCII)
 _BUDGET = re.compile(r'budget ([0-9]{1,20}(?:\.[0-9]{1,20})? ?(?:%|[kKMGT]?MACs|ms))')
 _IMAGENET = re.compile(r'imagenet|in(1|12|21|22)k')
@@ -44,7 +45,7 @@ import timm
 import torch
 import timm_multiexit as tme
 
-model = tme.create_model('hf-hub:REPO', pretrained=True).eval()
+model = tme.create_model('NAME', pretrained=True).eval()
 data_config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**data_config, is_training=False)
 images = torch.randn(4, SIZE)  # in place of yours: transform(pil_image).unsqueeze(0)
@@ -58,7 +59,7 @@ _ANYTIME = """
 import torch
 import timm_multiexit as tme
 
-model = tme.create_model('hf-hub:REPO', pretrained=True).eval()
+model = tme.create_model('NAME', pretrained=True).eval()
 images = torch.randn(4, SIZE)  # in place of yours
 INFERfor k, logits in model.anytime(images):  # each exit as soon as it is known, main last
     print(k, logits.shape)  # leaving the loop stops the work
@@ -71,7 +72,7 @@ import timm
 import torch
 IMPORT
 
-model = timm.create_model('hf-hub:REPO', pretrained=True).eval()
+model = timm.create_model('NAME', pretrained=True).eval()
 with torch.inference_mode():
     logits = model(torch.randn(4, SIZE))  # [4, CLASSES], those of main
 """
@@ -115,7 +116,7 @@ def write_card(metrics: Mapping[str, Any]) -> str:
     _check(metrics)
     parts = [
         f'---\n{_write_metadata(metrics)}\n---',
-        f'# Model card for {code(metrics["repo_id"].split("/")[1])}',
+        f'# Model card for {code(_short_name(metrics))}',
         f'{_introduce(metrics)} {headline(metrics)}',
         f'![{describe_picture(metrics)}]({PICTURE})' if metrics.get('has_picture') else '',
         *describe_results(metrics),
@@ -139,8 +140,11 @@ def _check(metrics: Mapping[str, Any]) -> None:
         raise MultiExitError(
             f'metrics.json has the format {version!r}, this version reads {FORMAT_VERSION}: update timm_multiexit.'
         )
-    if not isinstance(metrics['repo_id'], str) or not _REPO_ID.fullmatch(metrics['repo_id']):
-        raise MultiExitError(f'The repository is {metrics["repo_id"]!r}, allowed is a name such as org/model.')
+    if not isinstance(metrics['model_name'], str) or not _MODEL_NAME.fullmatch(metrics['model_name']):
+        raise MultiExitError(
+            f'The model is called {metrics["model_name"]!r}, allowed are names such as hf-hub:org/model and'
+            ' local-dir:folder/model.'
+        )
     sizes = [metrics['num_classes'], *metrics['input_size']]
     if len(sizes) != 4 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise MultiExitError(
@@ -157,6 +161,10 @@ def _check(metrics: Mapping[str, Any]) -> None:
     defaults = [row['policy'] for row in metrics.get('dynamic') or () if row.get('is_default') is True]
     if len(defaults) > 1:
         raise MultiExitError(f'metrics.json has the default policies {defaults}, allowed is one: measure it again.')
+
+
+def _short_name(metrics: Mapping[str, Any]) -> str:
+    return re.split('[:/]', metrics['model_name'])[-1]
 
 
 def _write_metadata(metrics: Mapping[str, Any]) -> str:
@@ -176,7 +184,7 @@ def _write_metadata(metrics: Mapping[str, Any]) -> str:
         base_model=base[0] if base else None,
         base_model_relation='finetune' if base else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        model_name=metrics['repo_id'].split('/')[1] if results else None,
+        model_name=_short_name(metrics) if results else None,
         eval_results=results or None,
     ).to_yaml()
 
@@ -230,7 +238,7 @@ def _introduce(metrics: Mapping[str, Any]) -> str:
 def _describe_use(metrics: Mapping[str, Any]) -> list[str]:
     """Return the section of snippets; each runs as it is printed."""
     values = {
-        'REPO': metrics['repo_id'],
+        'NAME': metrics['model_name'],
         'SIZE': ', '.join(map(str, metrics['input_size'])),
         'CLASSES': str(metrics['num_classes']),
     }

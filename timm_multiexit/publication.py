@@ -36,14 +36,14 @@ _EED = 'arXiv:2104.00299'
 
 
 def write_publication(
-    run: Path, folder: Path, repo_id: str, *, labels: Labels = NO_LABELS, validation: Path | None = None
+    run: Path, folder: Path, repo_id: str | None, *, labels: Labels = NO_LABELS, validation: Path | None = None
 ) -> dict[str, Any]:
     """Write the folder that a run is published as, and return what `metrics.json` holds.
 
     Args:
         run: Folder of a run of `train.py`.
         folder: Made anew; one that is there must be an earlier publication.
-        repo_id: Where it will be published, namespace/name.
+        repo_id: Where it will be published, namespace/name; None for nowhere: the card is of the folder then.
         labels: What the run does not know of itself.
         validation: What `validate.py --results-file` wrote for the run's `best`, with what policies give; the run's
             own `validation.json` where there is one, else what training measured of each exit.
@@ -56,7 +56,7 @@ def write_publication(
     base_model, license_ = find_license(read_origin(args), labels)
     is_same = measured['dataset'] == results['dataset'] and is_same_split(results['epoch_chosen_on'], measured['split'])
     metrics = {
-        **describe_model(config, repo_id, license_, base_model),
+        **describe_model(config, _name_model(folder, repo_id), license_, base_model),
         'dataset': {
             'name': measured['dataset'],
             'hub_id': labels.dataset_id,
@@ -94,6 +94,14 @@ def write_publication(
     return metrics
 
 
+def _name_model(folder: Path, repo_id: str | None) -> str:
+    """Return what `create_model` takes; of a folder outside of this one its name, for whoever has it elsewhere."""
+    if repo_id is not None:
+        return f'hf-hub:{repo_id}'
+    is_inside = folder.resolve().is_relative_to(Path.cwd())
+    return f'local-dir:{folder.resolve().relative_to(Path.cwd()).as_posix() if is_inside else folder.name}'
+
+
 def _mark_default(metrics: dict[str, Any], config: ModelConfig) -> None:
     """Mark the row of the policy that `create_model` gives with the network."""
     own = [row for row in metrics.get('dynamic', ()) if has_policy(row, config.policy)]
@@ -101,7 +109,7 @@ def _mark_default(metrics: dict[str, Any], config: ModelConfig) -> None:
         row['is_default'] = True
 
 
-def describe_model(config: ModelConfig, repo_id: str, license_: License, base_model: str | None) -> dict[str, Any]:
+def describe_model(config: ModelConfig, model_name: str, license_: License, base_model: str | None) -> dict[str, Any]:
     """Return the part of `metrics.json` that is known without a measurement.
 
     Raises:
@@ -115,7 +123,7 @@ def describe_model(config: ModelConfig, repo_id: str, license_: License, base_mo
         )
     return {
         'format_version': 1,
-        'repo_id': repo_id,
+        'model_name': model_name,
         'architecture': config.architecture,
         'num_classes': config.pretrained_cfg['num_classes'],
         'input_size': list(config.pretrained_cfg['input_size']),

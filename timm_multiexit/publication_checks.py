@@ -24,6 +24,7 @@ VALIDATION_NAME = 'validation.json'
 
 _BUDGET = 'budget '
 _REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+', re.ASCII)
+_DATASET = re.compile(r'([\w.-]+/)?[\w.-]+', re.ASCII)
 
 
 class Labels(NamedTuple):
@@ -67,8 +68,11 @@ def find_license(origin: Origin, labels: Labels = NO_LABELS) -> tuple[str | None
     Raises:
         MultiExitError: A label is no name of a repository; or see `resolve_license`.
     """
-    for flag, name in (('--base-model', labels.base_model), ('--dataset-id', labels.dataset_id)):
-        if name is not None and not _REPOSITORY.fullmatch(name):
+    for flag, name, pattern in (
+        ('--base-model', labels.base_model, _REPOSITORY),
+        ('--dataset-id', labels.dataset_id, _DATASET),
+    ):
+        if name is not None and not pattern.fullmatch(name):
             raise MultiExitError(f'{flag} is {brief(name)}, allowed is the name of a repository, ORG/NAME.')
     if labels.base_model:
         origin = Origin(labels.base_model, origin.license)

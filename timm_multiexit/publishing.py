@@ -161,7 +161,7 @@ def push_to_hub(
         folder = Path(temporary)
         save_pretrained(model, folder, **saved)
         restamp(folder, 'multiexit', license_)
-        metrics = describe_model(read_model_config(folder), repo_id, license_, base)
+        metrics = describe_model(read_model_config(folder), f'hf-hub:{repo_id}', license_, base)
         metrics |= {'rows': table.rows, 'weights': hash_weights(folder)}
         if table.num_samples:
             metrics['dataset'] = {'name': None, 'hub_id': None, 'split': None, 'num_samples': table.num_samples}
