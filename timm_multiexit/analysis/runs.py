@@ -64,7 +64,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Return the runs in these folders, named by as much of their paths as tells them apart.
+    """Return the runs in these folders, named by what tells their paths apart.
 
     Raises:
         MultiExitError: A folder is no run or is named twice.
@@ -77,16 +77,27 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def name_folders(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that differ.
+    """Return the shortest ends of the paths that differ, without the words that all names begin or end with.
 
     >>> name_folders([Path('/a/ce/seed0'), Path('/a/eed/seed0')])
     ['ce/seed0', 'eed/seed0']
+    >>> name_folders([Path('/a/short16-resnet8-ce-s0'), Path('/a/short16-resnet8-eed-kl-s0')])
+    ['ce', 'eed-kl']
     """
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ['/'.join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             break
-    return names
+    return names if depth > 1 or len(names) == 1 else _cut_common_words(names)
+
+
+def _cut_common_words(names: Sequence[str]) -> list[str]:
+    words = [name.split('-') for name in names]
+    for _ in range(2):  # from the front, then from the back
+        while min(map(len, words)) > 1 and len({name[0] for name in words}) == 1:
+            words = [name[1:] for name in words]
+        words = [name[::-1] for name in words]
+    return ['-'.join(name) for name in words]
 
 
 def _read_run(folder: Path, name: str) -> Run:
@@ -166,7 +177,8 @@ def find_reference(runs: Sequence[Run], name: str | None) -> Run | None:
         MultiExitError: No run is called so.
     """
     wanted = name or 'ce'
-    found = [run for run in runs if run.name == wanted] or [run for run in runs if run.method == wanted]
+    found = [run for run in runs if wanted in (run.name, run.folder.name)]
+    found = found or [run for run in runs if run.method == wanted]
     if not found and name is not None:
         known = ', '.join(f'{run.name} ({run.method})' for run in runs)
         raise MultiExitError(f"--reference is '{name}', allowed are the runs {known}: name one by name or by method.")
