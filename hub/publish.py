@@ -33,7 +33,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--license', help='of the weights, if not that of those that training started from')
     parser.add_argument('--base-model', metavar='ORG/NAME', help='what training started from, if the run does not say')
     parser.add_argument('--dataset-id', metavar='ORG/NAME', help='the data set on the Hub, uoft-cs/cifar10')
-    parser.add_argument('--models-file', type=Path, metavar='FILE', help='enter it into this list, hub/models.yaml')
+    parser.add_argument('--models-file', type=Path, metavar='FILE', help='enter it into this list, as hub/models.yaml')
     return parser
 
 

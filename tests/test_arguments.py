@@ -96,6 +96,13 @@ def test_exit_flags_belong_to_exits():
     assert {flag.dest for flag in (*EXIT_FLAGS, *EXIT_TRAIN_FLAGS)} == set(OURS[:18])
 
 
+def test_flag_of_several_values_may_be_given_again():
+    args = create_validate_parser().parse_args('--budget 50% 60% --budget 80% --compare a --compare b'.split())
+    assert (args.budget, args.compare) == (['50%', '60%', '80%'], ['a', 'b'])
+    assert create_validate_parser().parse_args(['--budget', '5ms']).budget == ['5ms']
+    assert create_validate_parser().parse_args([]).budget == []
+
+
 def test_validate_parser_keeps_its_flags():
     assert set(actions_of(create_validate_parser())) == set(
         'data data_dir dataset split dataset_download class_map input_img_mode model pretrained num_classes gp img_size'

@@ -275,6 +275,7 @@ PRETRAINED_CFG = [
 EXITS = [
     (('multiexit',), 7, 'format'),
     (('multiexit',), [], 'format'),
+    *((('multiexit', 'origin'), value, 'origin') for value in (7, [], 'a', {'base': 7}, {'license': [LONG]})),
     *((('multiexit', 'format_version'), value, 'format') for value in (2, '1', True, GONE, None, -1, 0, 1.5, LONG)),
     *(
         (('multiexit', 'weights'), value, 'weights')

@@ -211,9 +211,8 @@ def test_every_file_of_a_publication_is_owned(hub, folder):
 THEIRS = {
     'model': (
         {'config.json': b'{}', WEIGHTS: b'theirs', 'README.md': CARD},
-        'README.md, config.json, model.safetensors',
+        'config.json, model.safetensors',
     ),
-    'card': ({'README.md': CARD}, 'README.md'),
     'metrics': ({'metrics.json': b'{}', 'a.onnx': b'', 'b/c.txt': b'', 'd': b''}, 'a.onnx, b/c.txt, d and 1 more'),
 }
 
@@ -230,6 +229,13 @@ def test_repository_of_something_else_is_refused_before_anything_is_sent(hub, fo
     assert [refused(call) for call in calls] == [expected] * 3
     assert sent(hub) == []
     assert tree(hub) == before
+
+
+def test_repository_as_the_website_makes_it_is_taken(hub, folder):
+    hub.add(REPO, {'README.md': b'---\nlicense: mit\n---\n', 'LICENSE': b'MIT', '.gitattributes': b''})
+    push_folder(folder, REPO)
+    assert tree(hub)['LICENSE'] == b'MIT'
+    assert tree(hub)['README.md'] == visible(folder)['README.md']
 
 
 def test_repository_with_hidden_files_alone_is_empty(hub, folder):

@@ -24,7 +24,6 @@ import train
 import validate
 from timm_multiexit.checkpoint import hash_weights
 from timm_multiexit.hub import push_folder
-from timm_multiexit.licenses import find_origin
 from timm_multiexit.metrics import describe_preparation
 from timm_multiexit.publication import write_publication
 from timm_multiexit.publication_checks import Labels
@@ -112,12 +111,9 @@ def replace_best(run, model):
     edit(run / 'results.json', weights=hash_weights(run / 'best'), preparation=preparation)
 
 
-def set_origin(run, **args):
-    """Change what the weights of a run started from, as the run itself would have noted it."""
-    has_file = bool(args.get('initial_checkpoint') or args.get('pretrained_path'))
-    name, pretrained = args.get('model', 'test_resnet'), args.get('pretrained', False)
-    origin = find_origin(name, pretrained, saved='apache-2.0', has_file=has_file)
-    edit(run / 'args.yaml', **args, origin=origin._asdict())
+def set_origin(run, base=None, license=None):
+    """Change what the weights of a run started from."""
+    edit(run / 'args.yaml', origin={'base': base, 'license': license})
 
 
 def read(folder, name):
@@ -169,6 +165,8 @@ def test_configuration_says_how_the_network_was_trained(run, folder):
         'classifier': 'fc',
     }
     del old['pretrained_cfg']
+    assert old['multiexit'].pop('origin') == {'base': None, 'license': None}
+    assert config['multiexit'].pop('origin') == {'base': REPO, 'license': 'apache-2.0'}
     assert config == old
     assert config['label_names'] == ['cat', 'dog']
     assert {'policy', 'budgets', 'exits'} <= config['multiexit'].keys()
@@ -188,7 +186,7 @@ def test_nothing_of_the_base_is_said_of_the_new_weights(run, folder):
     base = dict(model.pretrained_cfg)
     assert (base['test_input_size'], base['test_crop_pct'], base['license']) == ((3, 288, 288), 1.0, 'apache-2.0')
     replace_best(run, model)
-    set_origin(run, model='resnet18.a1_in1k', pretrained=True)
+    set_origin(run, 'timm/resnet18.a1_in1k', 'apache-2.0')
     metrics = write_publication(run, folder, REPO)
     cfg = read(folder, 'config.json')['pretrained_cfg']
     assert not {'test_input_size', 'test_crop_pct', 'origin_url', 'description'} & {
@@ -210,7 +208,9 @@ def test_text_files_have_no_path_of_this_machine(trained, run, folder):
             word for word in (str(trained.parents[1]), str(folder.parent), str(ROOT), '/tmp/') if word in text
         ] == []
     args = yaml.safe_load((folder / 'args.yaml').read_text())
-    assert (args['data_dir'], args['output'], args['model'], args['lr']) == ('images', 'out', 'test_resnet', 0.002)
+    assert (args['data_dir'], args['model'], args['lr']) == ('images', 'test_resnet', 0.002)
+    # Whoever repeats it writes elsewhere, and does not publish it.
+    assert not {'output', 'experiment', 'resume', 'push_to_hub', 'hub_private', 'hub_license'} & args.keys()
     expected = f'train.py {FLAGS} {PREPARATION} --data-dir images --output out --experiment run'
     assert read(folder, 'metrics.json')['training']['command'] == expected
 
@@ -220,13 +220,15 @@ def test_text_files_have_no_path_of_this_machine(trained, run, folder):
     [
         (['--data-dir=/home/me/set'], '--data-dir=set'),
         (['--config', '~/recipe.yaml'], '--config recipe.yaml'),
+        (['--initial-checkpoint=https://me.org/a/net.pth?sig=1'], '--initial-checkpoint=net.pth'),
+        (['--initial-checkpoint', 'hf://o/n=1/net.pth'], '--initial-checkpoint net.pth'),
         (['--kd-model', 'local-dir:/home/me/net'], '--kd-model local-dir:net'),
         (['--model=local-dir:/home/me/net'], '--model=local-dir:net'),
         (['--model-kwargs', 'file=/home/me/a.txt'], '--model-kwargs file=a.txt'),
         (['--data-dir', 'data/set'], '--data-dir data/set'),
         (['--experiment', 'a run'], "--experiment 'a run'"),
     ],
-    ids=['equals', 'home', 'folder', 'folder-equals', 'keyword', 'relative', 'quoted'],
+    ids=['equals', 'home', 'address-equals', 'address', 'folder', 'folder-equals', 'keyword', 'relative', 'quoted'],
 )
 def test_command_has_the_last_part_of_paths(words, expected, run, folder):
     edit(run / 'results.json', command=['/home/me/bin/train.py', *words])
@@ -371,6 +373,28 @@ def test_numbers_of_other_images_are_refused(name, run, folder):
     )
 
 
+def test_results_that_do_not_say_how_images_were_prepared_are_refused(run, folder):
+    results = read(run, 'validation.json')
+    del results['preparation']
+    (run / 'validation.json').write_text(json.dumps(results))
+    line = refused(run, folder)
+    assert line.startswith(f'{run}/validation.json does not say how its images were prepared: measure these with')
+
+
+def test_grey_images_are_published_as_they_were_measured(tmp_path, folder):
+    metrics = write_publication(make_run(tmp_path, '--in-chans', '1'), folder, REPO)
+    assert metrics['input_size'] == [1, 32, 32]
+    assert tme.create_model(f'local-dir:{folder}', pretrained=True).in_chans == 1
+
+
+def test_picture_may_lie_elsewhere(run, folder, tmp_path):
+    (tmp_path / 'pictures').mkdir()
+    shutil.move(run / 'accuracy_vs_macs.png', tmp_path / 'pictures/net.png')
+    picture = read(run, 'validation.json')['picture']
+    edit(run / 'validation.json', picture=picture | {'path': '../pictures/net.png'})
+    assert write_publication(run, folder, REPO)['has_picture'] is True
+
+
 def test_picture_of_another_evaluation_is_refused(run, folder):
     picture = run / 'accuracy_vs_macs.png'
     picture.write_bytes(picture.read_bytes() + b'0')
@@ -405,7 +429,8 @@ def test_validation_that_is_not_there_is_refused(run, folder, tmp_path):
 @pytest.mark.parametrize('label', ['base_model', 'dataset_id'])
 def test_label_that_is_no_repository_is_refused(label, run, folder):
     assert refused(run, folder, labels=Labels(**{label: 'org/sub/net'})) == (
-        f"--{label.replace('_', '-')} is 'org/sub/net', allowed is the name of a repository, ORG/NAME."
+        f"The {label.replace('_', ' ').replace('dataset id', 'data set')} is 'org/sub/net', allowed is the name of a"
+        ' repository, ORG/NAME.'
     )
 
 
@@ -446,8 +471,8 @@ def test_folder_with_other_files_is_refused_and_untouched(run, folder):
 def test_refused_publication_leaves_the_earlier_one_whole(run, folder):
     write_publication(run, folder, REPO)
     before = contents(folder)
-    set_origin(run, initial_checkpoint='a.safetensors')
-    assert 'name it with --license' in refused(run, folder)
+    set_origin(run, 'a file')
+    assert 'name it: train.py --hub-license' in refused(run, folder)
     assert "is called 'hf-hub:net', allowed are names such as" in refused_name(run, folder)
     assert contents(folder) == before
     assert sorted(path.name for path in folder.parent.iterdir()) == ['publication', 'run']
@@ -460,79 +485,72 @@ def refused_name(run, folder):
 
 
 @pytest.mark.parametrize(
-    ('args', 'labels', 'base_model', 'license_id', 'note'),
+    ('origin', 'labels', 'base_model', 'license_id', 'note'),
     [
-        ({}, {}, None, 'apache-2.0', 'Trained from scratch; the license is the default'),
-        ({}, {'license': 'mit'}, None, 'mit', 'Trained from scratch; the license is chosen by the publisher.'),
-        # Without --pretrained the name of weights is the name of an architecture.
-        ({'model': 'resnet18.fb_swsl_ig1b_ft_in1k'}, {}, None, 'apache-2.0', 'Trained from scratch'),
+        ((), {}, None, 'apache-2.0', 'Trained from scratch; the license is the default'),
+        ((), {'license': 'mit'}, None, 'mit', 'Trained from scratch; the license is chosen by the publisher.'),
         (
-            {'model': 'test_resnet', 'pretrained': True},
+            ('timm/test_resnet.r160_in1k', 'apache-2.0'),
             {},
             'timm/test_resnet.r160_in1k',
             'apache-2.0',
             'That of the weights that training started from (timm/test_resnet.r160_in1k).',
         ),
         (
-            {'model': 'resnet18.fb_swsl_ig1b_ft_in1k', 'pretrained': True},
+            ('timm/resnet18.fb_swsl_ig1b_ft_in1k', 'cc-by-nc-4.0'),
             {},
             'timm/resnet18.fb_swsl_ig1b_ft_in1k',
             'cc-by-nc-4.0',
             'forbids commercial use',
         ),
         (
-            {'model': 'hf-hub:org/base@0123', 'pretrained': True},
-            {},
-            'org/base',
-            'apache-2.0',  # of the configuration that the run has from there
-            'That of the weights that training started from (org/base).',
-        ),
-        (
-            {'initial_checkpoint': '/home/me/a.safetensors'},
+            ('a file',),
             {'license': 'mit'},
             None,
             'mit',
             'Chosen by the publisher; the weights that training started from (a file) come without a known license.',
         ),
-        (
-            {'initial_checkpoint': 'a.safetensors'},
-            {'license': 'mit', 'base_model': 'org/base'},
-            'org/base',
-            'mit',
-            '(org/base)',
-        ),
+        (('a file',), {'license': 'mit', 'base_model': 'org/base'}, 'org/base', 'mit', '(org/base)'),
     ],
-    ids=['scratch', 'asked', 'name', 'registry', 'non-commercial', 'hub', 'file', 'named-base'],
+    ids=['scratch', 'asked', 'registry', 'non-commercial', 'file', 'named-base'],
 )
-def test_license_follows_from_what_training_started_from(args, labels, base_model, license_id, note, run, folder):
-    set_origin(run, **args)
+def test_license_follows_from_what_training_started_from(origin, labels, base_model, license_id, note, run, folder):
+    set_origin(run, *origin)
     metrics = write_publication(run, folder, REPO, labels=Labels(**labels))
     assert (metrics['base_model'], metrics['license']['id']) == (base_model, license_id)
     assert note in metrics['license']['note']
-    assert read(folder, 'config.json')['pretrained_cfg']['license'] == license_id
+    config = read(folder, 'config.json')
+    assert config['pretrained_cfg']['license'] == license_id
+    assert config['multiexit']['origin'] == {'base': REPO, 'license': license_id}
     head = yaml.safe_load((folder / 'README.md').read_text().split('---\n')[1])
     assert (head['license'], head.get('base_model')) == (license_id, base_model)
 
 
 @pytest.mark.parametrize(
-    ('args', 'labels', 'message'),
+    ('origin', 'labels', 'message'),
     [
-        ({'initial_checkpoint': 'a.pth'}, {}, '(a file) is not given: find out what it is and name it with --license.'),
-        ({'pretrained_path': 'a.pth', 'pretrained': True}, {}, '(a file) is not given'),
-        ({'initial_checkpoint': 'a.pth'}, {'base_model': 'org/base'}, '(org/base) is not given'),
+        (('a file',), {}, '(a file) is not given: find out what it is and name it: train.py --hub-license'),
+        (('a file',), {'base_model': 'org/base'}, '(org/base) is not given'),
         (
-            {'model': 'resnet18.fb_swsl_ig1b_ft_in1k', 'pretrained': True},
+            ('timm/resnet18.fb_swsl_ig1b_ft_in1k', 'cc-by-nc-4.0'),
             {'license': 'mit'},
             'The license mit was asked for, the weights that training started from (timm/resnet18.fb_swsl',
         ),
-        ({}, {'license': 'mine-1.0'}, "The license 'mine-1.0' is unknown"),
+        ((), {'license': 'mine-1.0'}, "The license 'mine-1.0' is unknown"),
     ],
-    ids=['file', 'path', 'named-base', 'non-commercial', 'unknown'],
+    ids=['file', 'named-base', 'non-commercial', 'unknown'],
 )
-def test_license_that_is_not_clear_is_refused(args, labels, message, run, folder):
-    set_origin(run, **args)
+def test_license_that_is_not_clear_is_refused(origin, labels, message, run, folder):
+    set_origin(run, *origin)
     assert message in refused(run, folder, labels=Labels(**labels))
     assert not folder.exists()
+
+
+def test_arguments_of_timms_own_script_do_not_say_where_weights_are_from(run, folder):
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    del args['origin']
+    (run / 'args.yaml').write_text(yaml.safe_dump(args))
+    assert '(a file) is not given' in refused(run, folder)
 
 
 def test_run_from_weights_of_the_registry_names_them(hub, tmp_path, folder):
@@ -598,25 +616,79 @@ def test_model_itself_is_published_with_what_is_known_of_it(hub, make_model):
     assert metrics['weights'].keys() == {'model.safetensors', 'exits.safetensors'}
 
 
-def test_model_knows_what_it_started_from(hub, make_model, tmp_path, caplog):
-    base = enliven(timm.create_model('resnet18.fb_swsl_ig1b_ft_in1k', num_classes=1000))
-    files = {'model.safetensors': safetensors.torch.save(base.state_dict())}
-    hub.add('timm/resnet18.fb_swsl_ig1b_ft_in1k', files)
-    name = 'resnet18.fb_swsl_ig1b_ft_in1k'
-    scratch, trained = (tme.create_model(name, pretrained, exits=1, num_classes=2) for pretrained in (False, True))
+@pytest.fixture
+def weights(hub):
+    """Weights of timm's on the Hub, under a license that goes with them."""
+    base = enliven(timm.create_model('resnet18'))
+    content = safetensors.torch.save(base.state_dict())
+    hub.add('timm/resnet18.fb_swsl_ig1b_ft_in1k', {'model.safetensors': content})
+    hub.add('timm/resnet18.a1_in1k', {'model.safetensors': content})
+    return content
+
+
+@pytest.fixture
+def license_of(hub):
+    """Return a function that publishes a model and returns license and base of the publication."""
+
+    def publish(model, **kwargs):
+        push_to_hub(model, REPO, **kwargs)
+        metrics = json.loads(hub.content(hub.repositories[REPO].find('main').files['metrics.json']))
+        return metrics['license']['id'], metrics['base_model']
+
+    return publish
+
+
+SWSL = 'resnet18.fb_swsl_ig1b_ft_in1k'
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs'),
+    [(SWSL, {}), ('swsl_resnet18', {}), ('resnet18', {'pretrained_cfg': 'fb_swsl_ig1b_ft_in1k'})],
+    ids=['tag', 'old-name', 'keyword'],
+)
+def test_model_knows_the_weights_of_timm_that_it_started_from(name, kwargs, weights, license_of):
+    trained = tme.create_model(name, True, exits=1, num_classes=2, **kwargs)
     with pytest.raises(tme.MultiExitError, match='The license mit was asked for, .* are licensed cc-by-nc-4.0'):
-        push_to_hub(trained, REPO, license='mit')
-    assert published_license(hub, scratch) == ('apache-2.0', None)
-    assert published_license(hub, trained) == ('cc-by-nc-4.0', 'timm/resnet18.fb_swsl_ig1b_ft_in1k')
-    # And whoever starts from that repository starts from it.
-    assert published_license(hub, tme.create_model(f'hf-hub:{REPO}', True)) == ('cc-by-nc-4.0', REPO)
-    assert published_license(hub, tme.create_model(f'hf-hub:{REPO}')) == ('apache-2.0', None)
-    # Of a backbone made elsewhere it is not known: the careful choice, unless somebody knows.
-    other = tme.attach_exits(timm.create_model(name, num_classes=2), 1)
-    assert published_license(hub, other) == ('cc-by-nc-4.0', 'timm/resnet18.fb_swsl_ig1b_ft_in1k')
+        license_of(trained, license='mit')
+    assert license_of(trained) == ('cc-by-nc-4.0', f'timm/{SWSL}')
+    assert license_of(tme.create_model(name, exits=1, num_classes=2, **kwargs)) == ('apache-2.0', None)
 
 
-def published_license(hub, model):
-    push_to_hub(model, REPO)
-    metrics = json.loads(hub.content(hub.repositories[REPO].find('main').files['metrics.json']))
-    return metrics['license']['id'], metrics['base_model']
+def test_what_a_model_started_from_goes_through_repositories_and_folders(weights, license_of, tmp_path):
+    trained = tme.create_model(SWSL, True, exits=1, num_classes=2)
+    tme.save_pretrained(trained, tmp_path / 'trained')
+    again = tme.create_model(f'local-dir:{tmp_path}/trained', True)
+    assert license_of(again) == ('cc-by-nc-4.0', f'timm/{SWSL}')
+    assert license_of(tme.create_model(f'hf-hub:{REPO}', True)) == ('cc-by-nc-4.0', REPO)
+    assert license_of(tme.create_model(f'hf-hub:{REPO}')) == ('apache-2.0', None)
+    # From scratch, whatever license the architecture's own weights have.
+    tme.save_pretrained(tme.create_model('convnextv2_atto', exits=1, num_classes=2), tmp_path / 'scratch')
+    assert license_of(tme.create_model(f'local-dir:{tmp_path}/scratch', True)) == ('apache-2.0', None)
+    # Nothing is known of a folder that does not say it, and of a file.
+    model = tme.attach_exits(timm.create_model('resnet18', num_classes=2), 1)
+    tme.save_pretrained(model, tmp_path / 'other')
+    (tmp_path / 'weights.safetensors').write_bytes(weights)
+    for unknown in (
+        tme.create_model(f'local-dir:{tmp_path}/other', True),
+        tme.create_model('resnet18', exits=1, checkpoint_path=str(tmp_path / 'weights.safetensors')),
+        tme.create_model('resnet18', True, exits=1, pretrained_cfg_overlay={'file': f'{tmp_path}/weights.safetensors'}),
+    ):
+        with pytest.raises(tme.MultiExitError, match='is not given: find out what it is and name it'):
+            license_of(unknown)
+    assert license_of(unknown, license='mit', base_model='org/base') == ('mit', 'org/base')
+
+
+def test_backbone_made_elsewhere_counts_as_started_from_the_weights_it_could_have(weights, license_of):
+    model = tme.attach_exits(timm.create_model(SWSL, num_classes=2), 1)
+    assert license_of(model) == ('cc-by-nc-4.0', f'timm/{SWSL}')
+
+
+def test_run_from_a_run_started_where_that_did(tmp_path, folder):
+    (tmp_path / 'w').mkdir()
+    safetensors.torch.save_file(
+        timm.create_model('test_resnet', num_classes=2).state_dict(), tmp_path / 'w/w.safetensors'
+    )
+    first = make_run(tmp_path, '--initial-checkpoint', tmp_path / 'w/w.safetensors')
+    assert '(a file) is not given' in refused(first, folder)
+    second = make_run(tmp_path, '--model', f'local-dir:{first}/best', '--pretrained', name='second')
+    assert '(a file) is not given' in refused(second, folder)

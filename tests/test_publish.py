@@ -428,6 +428,15 @@ def test_whole_way_over_xet(hub, run, tmp_path, images):
     assert [path for _, path in paths if '/_lfs/' in path or '/_cdn/' in path] == []
 
 
+def test_folder_of_a_run_with_any_name_is_written_for_itself(publish, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run.rename('my run')
+    assert publish.main(['my run']) == 0
+    card = Path('my run/publication/README.md').read_text()
+    assert '# Model card for `my run`' in card
+    assert "'local-dir:my run/publication'" in card
+
+
 def test_without_a_repository_the_folder_is_written_for_itself(publish, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert publish.main([str(run), '--folder', 'nets/small']) == 0

@@ -46,7 +46,7 @@ def test_shell_and_python_blocks_run_in_order(run_script, tmp_path, hub):
     assert {path.name for path in published.iterdir()} == {
         *('model.safetensors', 'exits.safetensors', 'config.json', 'args.yaml', 'metrics.json', 'README.md', 'assets')
     }
-    assert hub.repositories['org/mine'].is_private
+    assert hub.repositories['org/calibrated'].is_private
     assert names['prediction'].logits.shape == (1, 2)
     assert names['tme'].create_model('local-dir:calibrated', pretrained=True).policy is not None
     # plain timm's network is the main one

@@ -1,5 +1,7 @@
 """Training from a repository of the Hub and into one."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -7,6 +9,7 @@ import yaml
 import timm_multiexit as tme
 import train
 import validate
+from timm_multiexit.checkpoint import hash_weights
 
 FLAGS = ('--eed', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '1', '--opt', 'adamw', '--lr', '0.002')
 REPO = 'org/net'
@@ -45,6 +48,19 @@ def test_run_that_cannot_be_published_in_the_end_is_whole_and_says_how_to_go_on(
     assert '--result' in out
     assert tme.create_model(f'local-dir:{folder}/best', pretrained=True)
     assert hub.token not in out + err
+
+
+def test_run_that_goes_on_is_published_without_what_was_measured_before(fit, run_script, hub, image_folder):
+    run = image_folder.parent / 'output/train/run'
+    assert fit('--model', 'test_resnet')[0] == 0
+    flags = ('--model', f'local-dir:{run}/best', '--data-dir', image_folder, '-b', '8', '-j', '0', '--time-rounds', '0')
+    outputs = ('--results-file', run / 'validation.json', '--results-format', 'json')
+    assert run_script(validate.main, *flags, *outputs)[0] == 0
+    # Whichever epoch is the best now, its numbers are those of training or of the same weights.
+    code, _, err = fit('--model', 'test_resnet', '--resume', 'auto', '--epochs', '3', '--push-to-hub', REPO)
+    assert code == 0, err
+    metrics = json.loads(hub.content(hub.repositories[REPO].find('main').files['metrics.json']))
+    assert metrics['weights'] == hash_weights(run / 'best') == json.loads((run / 'results.json').read_text())['weights']
 
 
 @pytest.mark.parametrize(

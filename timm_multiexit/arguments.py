@@ -183,7 +183,7 @@ _DYNAMIC_FLAGS = (
     value('--threshold', parse_thresholds, None, 'T', '0.9: of every exit; 0.9,none,0.8: of each, none: not used'),
     value('--criterion', str, 'confidence', None, 'what a threshold is compared with', choices=tuple(CRITERIA)),
     value('--combine', str, None, None, 'answer with the exits seen so far, together', choices=COMBINATIONS),
-    value('--budget', str, [], 'B', 'mean cost of an image: 60%, 1.2GMACs or 5ms', nargs='+'),
+    value('--budget', str, [], 'B', 'mean cost of an image: 60%, 1.2GMACs or 5ms', nargs='+', action='extend'),
     value(
         '--max-drop',
         float,
@@ -197,7 +197,15 @@ _DYNAMIC_FLAGS = (
         '--save-policy',
         "write the first --budget's policy, else --max-drop's, and all budgets into the model folder's config.json",
     ),
-    value('--compare', str, [], 'NAME', 'static models to set beside it: NAME, NAME:CHECKPOINT', nargs='+'),
+    value(
+        '--compare',
+        str,
+        [],
+        'NAME',
+        'static models to set beside it: NAME, NAME:CHECKPOINT',
+        nargs='+',
+        action='extend',
+    ),
     value('--plot', str, '', 'PNG', 'draw accuracy over MACs; with --results-file always, beside it'),
 )
 

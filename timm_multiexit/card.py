@@ -27,9 +27,9 @@ PICTURE = 'assets/accuracy_vs_macs.png'
 
 # Metric of the rows -> how the Hub names it and its type.
 _HUB_METRICS = {'top-1': ('Top-1', 'accuracy'), 'mAP': ('mAP', 'mean_average_precision')}
-_REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}', re.ASCII)
-_MODEL_NAME = re.compile(rf'hf-hub:{_REPO_ID.pattern}|local-dir:\w[\w./-]*', re.ASCII)
-_DATASET_ID = re.compile(r'([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}', re.ASCII)
+REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}', re.ASCII)
+_MODEL_NAME = re.compile(rf'hf-hub:{REPO_ID.pattern}|local-dir:\w[\w ./-]*', re.ASCII)
+DATASET_ID = re.compile(r'([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}', re.ASCII)
 _BUDGET = re.compile(r'budget ([0-9]{1,20}(?:\.[0-9]{1,20})? ?(?:%|[kKMGT]?MACs|ms))')
 _IMAGENET = re.compile(r'imagenet|in(1|12|21|22)k')
 _LOSSES = {
@@ -164,15 +164,16 @@ def _check(metrics: Mapping[str, Any]) -> None:
 
 
 def _short_name(metrics: Mapping[str, Any]) -> str:
-    return re.split('[:/]', metrics['model_name'])[-1]
+    parts = re.split('[:/]', metrics['model_name'])
+    return parts[-1] if parts[-1] != 'publication' else parts[-2]  # of a run that has the name
 
 
 def _write_metadata(metrics: Mapping[str, Any]) -> str:
     """Return the YAML block, without its dashes."""
     terms, dataset = metrics['license'], metrics.get('dataset') or {}
     results = _list_results(metrics)
-    base = _REPO_ID.fullmatch(str(metrics.get('base_model') or ''))
-    hub_id = _DATASET_ID.fullmatch(str(dataset.get('hub_id') or ''))
+    base = REPO_ID.fullmatch(str(metrics.get('base_model') or ''))
+    hub_id = DATASET_ID.fullmatch(str(dataset.get('hub_id') or ''))
     return ModelCardData(
         license=one_line(terms['id']),
         license_name=one_line(terms['name']) if terms.get('name') else None,

@@ -78,6 +78,8 @@ def save_pretrained(
         for name in ('policy', 'budgets'):
             if getattr(model, name) is not None:
                 config[CONFIG_KEY][name] = getattr(model, name).to_dict()
+        if model.origin is not None:
+            config[CONFIG_KEY]['origin'] = model.origin._asdict()
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=directory.parent) as temporary:
         path = Path(temporary, CONFIG_NAME)
         save_config_for_hf(backbone, path, model_config=config, data_config=data_config)

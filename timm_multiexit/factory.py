@@ -11,10 +11,10 @@ import torch
 from timm_multiexit.attach import ExitsArg, attach_exits
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.engine import evaluate_loader
-from timm_multiexit.licenses import find_origin
+from timm_multiexit.licenses import Origin, find_origin
 from timm_multiexit.metrics import ENSEMBLE, format_table
 from timm_multiexit.model import MultiExitModel
-from timm_multiexit.sources import find_source
+from timm_multiexit.sources import Source, find_source
 
 _logger = logging.getLogger(__name__)
 
@@ -64,10 +64,9 @@ def create_model(
     if kwargs.get('features_only'):
         raise MultiExitError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
     source = find_source(model_name, **kwargs)
-    saved = None if source is None else source.config.pretrained_cfg.get('license')
     if source is not None and source.config.exits is not None and exits is None:
         model = source.create_model(pretrained=pretrained, **kwargs)
-        model.origin = find_origin(model_name, pretrained, saved=saved)
+        model.origin = _find_origin(model, source, pretrained, kwargs)
         return model
     if input_size is not None:
         kwargs.setdefault('in_chans', input_size[0])
@@ -83,12 +82,20 @@ def create_model(
         drop_rate=kwargs.get('drop_rate'),
         input_size=input_size,
     )
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    has_file = bool(kwargs.get('checkpoint_path') or overlay.get('file'))
-    model.origin = find_origin(model_name, pretrained, saved=saved, has_file=has_file)
+    model.origin = _find_origin(model, source, pretrained, kwargs)
     if pretrained:
         _logger.warning(f'{model_name} is trained, its {len(model.exits)} exits are not: train them before use.')
     return model
+
+
+def _find_origin(model: MultiExitModel, source: Source | None, pretrained: bool, kwargs: dict[str, Any]) -> Origin:
+    """Return what the weights of a model that was just made started from."""
+    has_file = bool(kwargs.get('checkpoint_path'))
+    if source is None or has_file or not pretrained:
+        return find_origin(model.pretrained_cfg, pretrained=pretrained, has_file=has_file)
+    if source.repo_id:
+        return Origin(source.repo_id, source.config.pretrained_cfg.get('license'))
+    return source.config.origin or Origin('a folder')
 
 
 @dataclass(frozen=True)

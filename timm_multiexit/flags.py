@@ -94,7 +94,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]
         shown = flag.default if isinstance(flag.default, list) else [flag.default]
         text = f'{flag.help} (default: {" ".join(map(_shortest, shown))})' if flag.default else flag.help
         options = {'default': copy(flag.default), 'help': text.replace('%', '%%'), **flag.options}
-        if 'action' not in options:
+        if options.get('action', 'extend') == 'extend':
             options |= {'type': flag.type, 'metavar': None if 'choices' in options else flag.metavar}
         owner = group
         if flag.dest in ('torchscript', 'torchcompile'):

@@ -22,6 +22,9 @@ OWNED_FILES = (
 # What each publication has, and together no repository of anybody else's.
 _MARKS = ('exits.safetensors', 'metrics.json')
 
+# What the website puts into a new repository.
+_OF_NEW = ('README.md', 'LICENSE')
+
 # Formats that can hold pickles, which run code where they are read.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.tar', '.npz')
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
@@ -96,11 +99,11 @@ def local_files(folder: Path) -> dict[str, Path]:
 
 
 def check_owned(repo_id: str, paths: Collection[str]) -> None:
-    """Raise `MultiExitError` unless a repository is empty, but for hidden files, or holds a publication.
+    """Raise `MultiExitError` unless a repository is new, or holds a publication.
 
-    >>> check_owned('org/net', ['.gitattributes'])
+    >>> check_owned('org/net', ['.gitattributes', 'LICENSE'])
     """
-    others = sorted(path for path in paths if not path.startswith('.'))
+    others = sorted(path for path in paths if not path.startswith('.') and path not in _OF_NEW)
     if others and not set(_MARKS) <= set(others):
         more = f' and {len(others) - 3} more' if len(others) > 3 else ''
         raise MultiExitError(

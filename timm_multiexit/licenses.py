@@ -4,12 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import timm
-from timm.models import parse_model_name
-
 from timm_multiexit.config import MultiExitError, brief
 
 DEFAULT_LICENSE = 'apache-2.0'
+_HOW = 'train.py --hub-license, hub/publish.py --license, push_to_hub(license=...)'
 
 
 class Origin(NamedTuple):
@@ -29,31 +27,28 @@ class Origin(NamedTuple):
         return self.base if self.base and '/' in self.base else None
 
 
-def find_origin(model_name: str, pretrained: bool, *, saved: str | None = None, has_file: bool = False) -> Origin:
-    """Return what a model starts from.
+def find_origin(pretrained_cfg: Mapping[str, Any], *, pretrained: bool, has_file: bool = False) -> Origin:
+    """Return what a model of timm's registry started from.
 
     Args:
-        model_name: As `create_model` takes it.
-        pretrained: Whether the weights that the name means are loaded.
-        saved: License in the configuration of a folder or a repository.
-        has_file: Whether weights of a file take their place.
+        pretrained_cfg: Of the model that was made: what timm took a name, old or new, and all keywords to mean.
+        pretrained: Whether weights were loaded.
+        has_file: Whether a file's took their place.
 
-    >>> find_origin('resnet18.fb_swsl_ig1b_ft_in1k', True)
+    >>> import timm
+    >>> find_origin(timm.get_pretrained_cfg('resnet18.fb_swsl_ig1b_ft_in1k').to_dict(), pretrained=True)
     Origin(base='timm/resnet18.fb_swsl_ig1b_ft_in1k', license='cc-by-nc-4.0')
-    >>> find_origin('resnet18.fb_swsl_ig1b_ft_in1k', False)
+    >>> find_origin({'license': 'mit'}, pretrained=False)
     Origin(base=None, license=None)
     """
-    if has_file:
+    if has_file or (pretrained and pretrained_cfg.get('file')):
         return Origin('a file')
-    if not pretrained:
-        return Origin()
-    source, name = parse_model_name(model_name)
-    if source is not None:
-        return Origin(name.partition('@')[0] if source == 'hf-hub' else 'a folder', saved)
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None or not cfg.has_weights:
-        return Origin()  # timm warns and starts from scratch
-    return Origin(f'timm/{name.split(".")[0]}.{cfg.tag}', cfg.license)
+    if not pretrained or not any(pretrained_cfg.get(key) for key in ('hf_hub_id', 'url', 'state_dict')):
+        return Origin()  # without a place of weights timm warns and starts from scratch
+    repository = pretrained_cfg.get('hf_hub_id') or 'timm/'
+    if repository.endswith('/'):
+        repository += '.'.join(filter(None, (pretrained_cfg.get('architecture'), pretrained_cfg.get('tag'))))
+    return Origin(repository, pretrained_cfg.get('license'))
 
 
 def read_origin(args: Mapping[str, Any]) -> Origin:
@@ -62,7 +57,7 @@ def read_origin(args: Mapping[str, Any]) -> Origin:
     Args:
         args: Of the run; those of a run of timm's own script say nothing, so that its weights are a file's.
     """
-    return Origin(**args['origin']) if isinstance(args.get('origin'), Mapping) else Origin('a file')
+    return Origin(**args['origin']) if args.get('origin') else Origin('a file')
 
 
 class License(NamedTuple):
@@ -167,7 +162,7 @@ def resolve_license(source: str | None, *, asked: str | None = None, base: str |
     if kind == 'unclear':
         if asked is None:
             raise MultiExitError(
-                f'The license of {start} is {source or "not given"}: find out what it is and name it with --license.'
+                f'The license of {start} is {source or "not given"}: find out what it is and name it: {_HOW}.'
             )
         return _make(asked, f'Chosen by the publisher; {start} come without a known license.')
     if kind == 'permissive':
@@ -177,7 +172,7 @@ def resolve_license(source: str | None, *, asked: str | None = None, base: str |
     if asked not in (None, source):
         raise MultiExitError(
             f'The license {asked} was asked for, {start} are licensed {source}, which what is derived from them keeps:'
-            f' leave --license out, or give {source}.'
+            f' ask for none, or for {source}.'
         )
     limits = ' and forbids commercial use' if kind == 'non-commercial' else ''
     return _make(source, f'That of {start}, which is passed on with them{limits}.', base)

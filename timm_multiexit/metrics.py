@@ -268,5 +268,10 @@ def _format_cell(value: Any) -> str:
 
 
 def describe_preparation(data_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `resolve_data_config` of timm says, JSON-ready."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in data_config.items()}
+    """Return what timm's `resolve_data_config` says, JSON-ready; mean and std averaged as timm does for grey images."""
+    described = {name: list(value) if isinstance(value, tuple) else value for name, value in data_config.items()}
+    num_channels = described['input_size'][0]
+    for name in ('mean', 'std'):
+        if len(described[name]) != num_channels:
+            described[name] = [sum(described[name]) / len(described[name])] * num_channels
+    return described

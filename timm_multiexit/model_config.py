@@ -14,6 +14,7 @@ from timm.models._hub import _parse_model_cfg
 
 from timm_multiexit.budgets import BudgetTable
 from timm_multiexit.config import FORMAT_VERSION, ExitSpec, MultiExitError, brief
+from timm_multiexit.licenses import Origin
 from timm_multiexit.policy import ExitPolicy, is_number
 from timm_multiexit.untrusted import read_json
 
@@ -175,6 +176,7 @@ class ModelConfig:
         exits: None for a plain timm model.
         policy: Of a calibrated model.
         budgets: Of a calibrated model.
+        origin: What the weights started from, where it is known.
     """
 
     architecture: str
@@ -183,6 +185,7 @@ class ModelConfig:
     exits: tuple[ExitSpec, ...] | None = None
     policy: ExitPolicy | None = None
     budgets: BudgetTable | None = None
+    origin: Origin | None = None
 
 
 def read_model_config(directory: Path, *, overridden: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -301,7 +304,17 @@ def _read_section(config: Mapping[str, Any]) -> dict[str, Any]:
                 f'the exit at {brief(spec.module)} has {brief(spec.channels)} channels and widths {brief(spec.widths)},'
                 f' allowed are up to {_MAX_WIDTH}, and {_MAX_EXITS} widths.'
             )
-    return {'exits': specs, **_read_policies(section, len(specs))}
+    return {'exits': specs, 'origin': _read_origin(section), **_read_policies(section, len(specs))}
+
+
+def _read_origin(section: Mapping[str, Any]) -> Origin | None:
+    values = section.get('origin')
+    if values is None:
+        return None
+    texts = [values.get(name) for name in Origin._fields] if isinstance(values, dict) else [values]
+    if not isinstance(values, dict) or not all(text is None or _TEXT.allows(text) for text in texts):
+        raise MultiExitError(f'origin is {brief(values)}, allowed is an object with {" and ".join(Origin._fields)}.')
+    return Origin(*texts)
 
 
 def _read_policies(section: Mapping[str, Any], num_exits: int) -> dict[str, Any]:

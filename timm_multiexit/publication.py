@@ -19,9 +19,9 @@ from timm_multiexit.card import PICTURE, write_card
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.data import is_same_split
 from timm_multiexit.files import new_folder
-from timm_multiexit.licenses import License, read_origin
+from timm_multiexit.licenses import License, Origin, read_origin
 from timm_multiexit.loading import load_pretrained
-from timm_multiexit.model_config import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME, ModelConfig
+from timm_multiexit.model_config import BACKBONE_NAME, CONFIG_KEY, CONFIG_NAME, EXITS_NAME, ModelConfig
 from timm_multiexit.publication_checks import ARGS_NAME, NO_LABELS, Labels, find_license, has_policy, read_run
 from timm_multiexit.saver import BEST_NAME
 from timm_multiexit.untrusted import read_json
@@ -33,6 +33,8 @@ PUBLICATION_NAME = 'publication'
 _MEASURED = ('rows', 'dynamic', 'timing', 'latency', 'compare', 'overthinking', 'curve', 'calibrated_on', 'precision')
 _ENVIRONMENT = ('hardware', 'threads', 'versions', 'commit')
 _EED = 'arXiv:2104.00299'
+# Arguments that say where a run is and goes, which whoever repeats it does not want.
+_OF_ITS_PLACE = ('output', 'experiment', 'resume', 'push_to_hub', 'hub_private', 'hub_license')
 
 
 def write_publication(
@@ -87,8 +89,9 @@ def write_publication(
         for name in (BACKBONE_NAME, EXITS_NAME):
             shutil.copy2(best / name, draft / name)
         shutil.copy2(best / CONFIG_NAME, draft / CONFIG_NAME)
-        restamp(draft, re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}'), license_)
-        (draft / ARGS_NAME).write_text(yaml.safe_dump({key: _relative(value) for key, value in args.items()}))
+        restamp(draft, re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}'), license_, repo_id)
+        kept = {key: _relative(value) for key, value in args.items() if key not in _OF_ITS_PLACE}
+        (draft / ARGS_NAME).write_text(yaml.safe_dump(kept))
         write_papers(draft, metrics, picture)
         load_pretrained(draft)  # what is refused when it is loaded is not published
     return metrics
@@ -137,12 +140,14 @@ def _environment(results: Mapping[str, Any]) -> dict[str, Any]:
     return {name: results[name] for name in _ENVIRONMENT if name in results}
 
 
-def restamp(folder: Path, tag: str, license_: License) -> None:
+def restamp(folder: Path, tag: str, license_: License, repo_id: str | None) -> None:
     """Let `config.json` say of the weights what is true of them now, not of those they started from."""
     values = read_json(folder / CONFIG_NAME)
     old = ('origin_url', 'paper_name', 'description', 'notes', 'test_crop_pct', 'label_offset')
     kept = {name: value for name, value in values['pretrained_cfg'].items() if name not in old}
     values['pretrained_cfg'] = {**kept, 'tag': tag, 'license': license_.name or license_.id, 'paper_ids': _EED}
+    # What starts from these weights starts from this publication, wherever the folder is then.
+    values[CONFIG_KEY]['origin'] = Origin(repo_id or 'a folder', license_.name or license_.id)._asdict()
     _write_json(folder / CONFIG_NAME, values)
 
 
@@ -179,7 +184,11 @@ def _relative(value: Any) -> Any:
 
 def _relative_command(command: list[str]) -> str:
     """Return a command line for a shell, without folders of this machine."""
-    words = [_relative(word) for word in command]
-    pairs = [word.partition('=') for word in words]
-    words = [f'{name}={_relative(value)}' if sign else name for name, sign, value in pairs]
+    pairs = [word.partition('=') for word in command]
+    # Of an address what comes before its first '=' may be one already.
+    is_flag = [bool(sign) and '://' not in name for name, sign, _ in pairs]
+    words = [
+        f'{name}={_relative(value)}' if has_value else _relative(word)
+        for word, (name, _, value), has_value in zip(command, pairs, is_flag)
+    ]
     return shlex.join(words)

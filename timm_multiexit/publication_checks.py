@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 from timm.data import resolve_data_config
 
+from timm_multiexit.card import DATASET_ID, REPO_ID
 from timm_multiexit.checkpoint import hash_weights
 from timm_multiexit.config import MultiExitError, brief
 from timm_multiexit.licenses import License, Origin, resolve_license
@@ -23,8 +23,6 @@ RESULTS_NAME = 'results.json'
 VALIDATION_NAME = 'validation.json'
 
 _BUDGET = 'budget '
-_REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+', re.ASCII)
-_DATASET = re.compile(r'([\w.-]+/)?[\w.-]+', re.ASCII)
 
 
 class Labels(NamedTuple):
@@ -68,12 +66,12 @@ def find_license(origin: Origin, labels: Labels = NO_LABELS) -> tuple[str | None
     Raises:
         MultiExitError: A label is no name of a repository; or see `resolve_license`.
     """
-    for flag, name, pattern in (
-        ('--base-model', labels.base_model, _REPOSITORY),
-        ('--dataset-id', labels.dataset_id, _DATASET),
+    for what, name, pattern in (
+        ('The base model', labels.base_model, REPO_ID),
+        ('The data set', labels.dataset_id, DATASET_ID),
     ):
         if name is not None and not pattern.fullmatch(name):
-            raise MultiExitError(f'{flag} is {brief(name)}, allowed is the name of a repository, ORG/NAME.')
+            raise MultiExitError(f'{what} is {brief(name)}, allowed is the name of a repository, ORG/NAME.')
     if labels.base_model:
         origin = Origin(labels.base_model, origin.license)
     return origin.repository, resolve_license(origin.license, asked=labels.license, base=origin.base)
@@ -102,7 +100,7 @@ def read_run(run: Path, validation: Path | None) -> RunFiles:
     measured = results if validation is None else read_json(validation)
     where = validation or run / RESULTS_NAME
     _check_weights(measured, where, run / BEST_NAME)
-    _check_preparation(measured, where, config)
+    _check_preparation(measured, where, run / BEST_NAME, config)
     for row in measured.get('dynamic', ()):
         _check_policy(row, where, config)
     picture = None if validation is None else _find_picture(measured, validation)
@@ -130,10 +128,12 @@ def _check_weights(measured: Mapping[str, Any], where: Path, best: Path) -> None
         raise MultiExitError(f'{where} is of other weights than {best}: {_again(where, best)}.')
 
 
-def _check_preparation(measured: Mapping[str, Any], where: Path, config: ModelConfig) -> None:
+def _check_preparation(measured: Mapping[str, Any], where: Path, best: Path, config: ModelConfig) -> None:
     """Raise for numbers that whoever loads the network would not get."""
     own = describe_preparation(resolve_data_config(pretrained_cfg=config.pretrained_cfg))
-    found = measured.get('preparation') or {}
+    found = measured.get('preparation')
+    if not isinstance(found, dict):
+        raise MultiExitError(f'{where} does not say how its images were prepared: {_again(where, best)}.')
     for name, value in own.items():
         if json.dumps(found.get(name)) != json.dumps(value):
             raise MultiExitError(
@@ -167,7 +167,7 @@ def has_policy(row: Mapping[str, Any], policy: Any) -> bool:
 def _find_picture(measured: Mapping[str, Any], validation: Path) -> Path | None:
     """Return the picture that was drawn of the numbers, if it is there."""
     drawn = measured.get('picture')
-    path = validation.parent / Path(drawn['name']).name if drawn else None
+    path = validation.parent / drawn['path'] if drawn else None
     if path is None or not path.is_file():
         return None
     if hashlib.sha256(path.read_bytes()).hexdigest() != drawn['sha256']:
@@ -177,4 +177,7 @@ def _find_picture(measured: Mapping[str, Any], validation: Path) -> Path | None:
 
 def _again(where: Path, best: Path) -> str:
     name = where if where.name != RESULTS_NAME else where.with_name(VALIDATION_NAME)
-    return f'measure these with validate.py --model local-dir:{best} ... --results-file {name} --results-format json'
+    return (
+        f'measure these with validate.py --model local-dir:{best} --data-dir DIR --results-format json --results-file'
+        f' {name}'
+    )

@@ -20,8 +20,9 @@ from timm_multiexit.metrics import ENSEMBLE, exit_names
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.model_config import read_model_config
 from timm_multiexit.publication import PUBLICATION_NAME, describe_model, restamp, write_papers, write_publication
-from timm_multiexit.publication_checks import NO_LABELS, Labels, find_license
+from timm_multiexit.publication_checks import NO_LABELS, RESULTS_NAME, VALIDATION_NAME, Labels, find_license
 from timm_multiexit.ranges import option_name
+from timm_multiexit.untrusted import read_json
 
 
 def check_publishing(args: Namespace, *, has_table: bool, asks_hub: bool) -> None:
@@ -74,8 +75,15 @@ def publish_run(run: Path, repo_id: str, *, labels: Labels = NO_LABELS, private:
     """
     folder = run / PUBLICATION_NAME
     repo_id = check_push(repo_id, private=private)
-    write_publication(run, folder, repo_id, labels=labels)
+    # A run that goes on may hold what was measured of its earlier weights.
+    is_current = read_json(run / RESULTS_NAME)['weights'] == _measured_weights(run / VALIDATION_NAME)
+    validation = None if is_current else run / RESULTS_NAME
+    write_publication(run, folder, repo_id, labels=labels, validation=validation)
     return push_folder(folder, repo_id, private=private)
+
+
+def _measured_weights(path: Path) -> dict[str, str] | None:
+    return read_json(path).get('weights') if path.is_file() else None
 
 
 def list_model(path: Path, metrics: Mapping[str, Any], result: PushResult, *, tag: str | None = None) -> None:
@@ -160,7 +168,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_pretrained(model, folder, **saved)
-        restamp(folder, 'multiexit', license_)
+        restamp(folder, 'multiexit', license_, repo_id)
         metrics = describe_model(read_model_config(folder), f'hf-hub:{repo_id}', license_, base)
         metrics |= {'rows': table.rows, 'weights': hash_weights(folder)}
         if table.num_samples:

@@ -117,14 +117,14 @@ def name_dataset(args: Namespace) -> str:
     >>> name_dataset(Namespace(dataset='', data_dir='/data/imagenet/'))
     'imagenet'
     """
-    name = args.dataset
+    name = args.dataset.partition('?')[0]
     if name.partition('/')[0].lower() in _READERS:
         name = name.partition('/')[2]
     if name.lower() in _FOLDER_READERS:
         name = ''
     # No folder of this machine: results are published.
     if not name or os.path.isabs(name):
-        name = os.path.basename(os.path.abspath(name or args.data_dir or ''))
+        name = os.path.basename(os.path.abspath(name or (args.data_dir or '').partition('?')[0]))
     return name
 
 

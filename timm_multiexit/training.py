@@ -29,7 +29,7 @@ from timm_multiexit.config import MultiExitError
 from timm_multiexit.data import class_names
 from timm_multiexit.engine import Evaluation, Trainer, TrainerConfig, evaluate_loader
 from timm_multiexit.journal import Journal
-from timm_multiexit.licenses import Origin, find_origin, read_origin
+from timm_multiexit.licenses import Origin, read_origin
 from timm_multiexit.loaders import create_datasets, create_eval_loader, create_train_loader, encode_targets
 from timm_multiexit.metrics import evaluation_columns, flatten_metrics
 from timm_multiexit.model import MultiExitModel
@@ -71,7 +71,7 @@ class TrainingRun:
         if num_classes and args.num_classes is None and not args.pretrained:
             args.num_classes = num_classes
         model = create_train_model(args, num_classes, self.resume)
-        args.origin = self._find_origin(model)._asdict()
+        self._note_origin(model)
         check_publishing(args, has_table=self.datasets[2] is not None, asks_hub=accelerator.is_main_process)
         self.label_names = class_names(self.datasets[0], args.num_classes)
         encode_targets(args, self.datasets)
@@ -111,15 +111,18 @@ class TrainingRun:
             _logger.info(f'Resuming from {path}.' if path else f'Nothing to resume in {self.output_dir}: a new run.')
         return Path(path) if path else None
 
-    def _find_origin(self, model: torch.nn.Module) -> Origin:
-        """Return what the weights started from; a run that goes on started where the one before it did."""
+    def _note_origin(self, model: torch.nn.Module) -> None:
+        """Remember what the weights started from; a run that goes on started where the one before it did."""
         args = self.args
+        args.origin = None
+        if not isinstance(model, MultiExitModel):
+            return
         if self.resume:
             before = read_training_checkpoint(self.resume).get('args')
-            return read_origin(vars(before) if isinstance(before, Namespace) else {})
-        has_file = bool(args.initial_checkpoint or args.pretrained_path)
-        saved = model.pretrained_cfg.get('license')
-        return find_origin(args.model, args.pretrained, saved=saved, has_file=has_file)
+            model.origin = read_origin(vars(before) if isinstance(before, Namespace) else {})
+        elif args.initial_checkpoint:
+            model.origin = Origin('a file')
+        args.origin = model.origin._asdict()
 
     def _check_metric(self, model: torch.nn.Module) -> None:
         args = self.args

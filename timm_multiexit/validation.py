@@ -2,10 +2,12 @@
 
 import hashlib
 import logging
+import os
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -347,5 +349,6 @@ class Validator:
         )
         if picture is not None:
             write_output(path, picture)
-            validation.sections['picture'] = {'name': path.name, 'sha256': hashlib.sha256(picture).hexdigest()}
+            place = os.path.relpath(path, Path(args.results_file or path).parent)
+            validation.sections['picture'] = {'path': place, 'sha256': hashlib.sha256(picture).hexdigest()}
             _logger.info(f'{path} shows accuracy over MACs.')
