@@ -185,7 +185,7 @@ def test_recipe_of_timm_runs_with_and_without_exits_by_changing_nothing_else(tra
     }
     args = {name: yaml.safe_load((run / 'args.yaml').read_text()) for name, run in runs.items()}
     differing = {key for key in args['plain'] if args['plain'][key] != args['eed'][key]}
-    assert differing == {'eed', 'exit_loss', 'exits', 'experiment'}
+    assert differing == {'eed', 'exit_loss', 'exits', 'experiment', 'origin'}
     rows = {name: read_csv(run / 'summary.csv') for name, run in runs.items()}
     assert [len(table) for table in rows.values()] == [2, 2]
     # timm's columns come first in both, and a plain run has the same of them.

@@ -177,7 +177,7 @@ class CheckedImages(ImageDataset):
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return 'it is not an image'  # Pillow's own words name an address in memory
-    return one_line(getattr(error, 'strerror', None) or error)
+    return one_line(error)
 
 
 def create_checked_dataset(

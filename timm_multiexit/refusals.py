@@ -14,5 +14,7 @@ def one_line(error: object, limit: int | None = 200) -> str:
     >>> one_line(OSError('No space left\non device.')), one_line(KeyError()), one_line('')
     ('No space left on device', 'KeyError', '')
     """
+    if isinstance(error, OSError) and error.strerror:
+        error = error.strerror  # without its number and the path, which the message has
     words = ' '.join(''.join(sign if sign.isprintable() else ' ' for sign in str(error)).split())
     return words[:limit].rstrip('.: ') or (type(error).__name__ if isinstance(error, BaseException) else '')
