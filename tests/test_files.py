@@ -33,7 +33,7 @@ def test_full_disk_says_nothing_of_training_where_nothing_is_trained(write, tmp_
     with pytest.raises(MultiExitError) as caught:
         write(tmp_path / 'a')
     assert str(caught.value) == (
-        f'{tmp_path / "a"} could not be written: [Errno 28] No space left on device. What was there before is whole:'
+        f'{tmp_path / "a"} could not be written: No space left on device. What was there before is whole:'
         ' make room, then go on or run it again.'
     )
     assert list(tmp_path.iterdir()) == []
