@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Print the tables of hub/results as Markdown: `hub/table.py [hub/plans/small.yaml ...]`.
 
-Without a plan, of all plans of which something has been measured. --readme writes them between two comments of
-README.md.
+Without a plan, of all plans. --readme writes them between two comments of README.md.
 """
 
 import argparse
@@ -19,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def make_tables(plan_files: list[Path], results_dir: Path) -> str:
-    """Return the tables; without plans, those of all plans that have results.
+    """Return the tables; without plans, those of all.
 
     Raises:
         MultiExitError: A plan or a result cannot be read, or they contradict each other.
@@ -27,8 +26,8 @@ def make_tables(plan_files: list[Path], results_dir: Path) -> str:
     results = read_results(results_dir)
     by_name = {result['name']: result for result in results}
     plans = [read_plan(path) for path in plan_files or sorted((HERE / 'plans').glob('*.yaml'))]
-    if not plan_files:
-        plans = [plan for plan in plans if any(run.name in by_name for run in plan.runs)]
+    # What has been measured comes first.
+    plans.sort(key=lambda plan: not any(run.name in by_name for run in plan.runs))
     for run in (run for plan in plans for run in plan.runs):
         if run.name in by_name:
             check_flags(run, by_name[run.name]['flags'], result_path(results_dir, run))

@@ -141,7 +141,7 @@ def up_to(calls, name):
     return Cost(sum(macs for _, macs, _ in done), sum(params for _, _, params in done))
 
 
-@pytest.mark.parametrize('head', ['conv', 'paper', 'linear'])
+@pytest.mark.parametrize('head', ['conv', 'paper', 'bottleneck', 'linear'])
 @pytest.mark.parametrize('name', ['resnet18', 'mobilenetv3_small_050', 'regnetx_002'])
 def test_costs_equal_a_count_by_layer_shapes(make_model, name, head):
     model = make_model(name, head=head).eval()

@@ -125,6 +125,10 @@ def test_methods_are_the_papers_losses():
         'eed-mse-teacher-exits': ((0, 1, 2), 1.0, 0.0),
         'ce-narrow': (None, 0.0, 0.0),
         'eed-kl-narrow': ('all', 0.1, 0.0),
+        'ce-bottleneck': (None, 0.0, 0.0),
+        'eed-kl-bottleneck': ('all', 0.1, 0.0),
+        'eed-mse-bottleneck': ('all', 1.0, 0.0),
+        'eed-kl-weight-1': ('all', 1.0, 0.0),
         'beed-kl': ('all', 1.0, 0.0),
         'beed-mse': ('all', 1.0, 0.0),
     }
@@ -275,6 +279,7 @@ def test_distances_are_compared_with_their_like():
     assert baselines('eed-kl', METHODS) == ['plain', 'ce', 'phuong-kl', 'byot-kl']
     assert baselines('eed-mse-teacher-0-main', METHODS) == ['plain', 'ce', 'phuong-mse', 'byot-mse']
     assert baselines('eed-kl-narrow', METHODS) == ['plain', 'ce-narrow']
+    assert baselines('eed-mse-bottleneck', METHODS) == ['plain', 'ce-bottleneck']
 
 
 # Tables
@@ -319,9 +324,12 @@ def test_script_prints_and_writes_the_tables(tmp_path, results, run_script):
         (tmp_path / 'results' / f'{result["name"]}.json').write_text(json.dumps(result))
     expected = format_tables([SMALL], results, list(METHODS))
     flags = ('--results', tmp_path / 'results')
-    assert run_script(table.main, *flags) == (0, expected, '')
+    assert run_script(table.main, HUB / 'plans/small.yaml', *flags) == (0, expected, '')
     readme = tmp_path / 'README.md'
     readme.write_text(f'# A\n{START}\nold\n{END}\nrest\n')
+    others = [read_plan(path) for path in PLANS if path.stem != 'small']
+    assert len(others) == 7
+    expected = format_tables([SMALL, *others], results, list(METHODS))  # what was measured comes first
     assert run_script(table.main, *flags, '--readme', readme) == (0, '', '')
     assert readme.read_text() == f'# A\n{START}\n{expected}{END}\nrest\n'
     results[0]['flags'] = results[0]['flags'] | {'lr': 0.7}

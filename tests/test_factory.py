@@ -16,7 +16,7 @@ import timm_multiexit as tme
         ('local-dir:/nowhere', {}, 'is no model folder'),
         ('test_resnet', {'features_only': True}, 'features_only has no classifier'),
         ('test_resnet', {'exits': [9]}, r'no exit 9. Allowed are 0 \(act1, 1/2\)'),
-        ('test_resnet', {'head': 'mlp'}, "Unknown head 'mlp', allowed are conv, paper, linear"),
+        ('test_resnet', {'head': 'mlp'}, "Unknown head 'mlp', allowed are conv, paper, bottleneck, linear"),
     ],
     ids=['near', 'far', 'path', 'source', 'hub', 'folder', 'features', 'exit', 'head'],
 )

@@ -19,7 +19,21 @@ import timm_multiexit as tme
 
 WORDS = [
     *('test_resnet', 'test_vit', 'vit_giant_patch14_dinov2', 'avg', 'max', '', 'bicubic', 'confidence', 'patience'),
-    *('entropy', 'mean', 'geometric', 'conv', 'linear', 'paper', 'NCHW', 'NHWC', 'NLC', 'layer1', 'layer4.0', 'fc'),
+    *(
+        'entropy',
+        'mean',
+        'geometric',
+        'conv',
+        'linear',
+        'paper',
+        'bottleneck',
+        'NCHW',
+        'NHWC',
+        'NLC',
+        'layer1',
+        'layer4.0',
+        'fc',
+    ),
     *(
         'conv1.0',
         '../x',

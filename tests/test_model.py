@@ -99,7 +99,7 @@ def test_heads_do_not_touch_the_batch_statistics_of_the_backbone(make_model, x, 
 # Collect and stop
 
 
-@pytest.mark.parametrize('head', ['conv', 'paper', 'linear'])
+@pytest.mark.parametrize('head', ['conv', 'paper', 'bottleneck', 'linear'])
 @pytest.mark.parametrize('name', SMALL)
 def test_one_exit_gives_what_all_exits_give(make_model, x, name, head):
     model = make_model(name, head=head).eval()

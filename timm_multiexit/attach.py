@@ -43,11 +43,12 @@ def attach_exits(
         backbone: A timm classification model.
         exits: 'auto' for all stages before the last, without the stem where three or more remain, and of a backbone of
             one resolution three, at a quarter, half and three quarters of its depth; the CIFAR networks of this
-            package have their paper's places and, with head='paper', widths. An int for that many of them, spread
-            evenly in cost, the stem only if there are not enough others; a list of ints for indices into
+            package have their paper's places and, with head='paper' or 'bottleneck', widths. An int for that many of
+            them, spread evenly in cost, the stem only if there are not enough others; a list of ints for indices into
             `feature_info`; a list of strings for module names.
-        head: 'conv', narrow and cheap; 'paper', the paper's widths, so that features can be distilled; 'linear',
-            norm, pooling and a linear layer.
+        head: 'conv', narrow and cheap; 'paper', the paper's widths, so that features can be distilled; 'bottleneck',
+            of the same widths, with a bottleneck in place of each convolution; 'linear', norm, pooling and a linear
+            layer.
         head_widths: Output channels of the convolutions, one list per exit, in place of the head's own rule.
         drop_rate: Dropout probability of the heads; the backbone's if not given.
         input_size: (channels, height, width) that costs, and so the widths of 'conv' heads, are reckoned for; the
@@ -67,7 +68,7 @@ def attach_exits(
     preset = getattr(backbone, 'multiexit_preset', None)
     if exits == 'auto' and preset is not None:
         exits = preset['exits']
-        if head_widths is None and head == preset['head']:
+        if head_widths is None and HEADS[head].is_paper:
             head_widths = preset['head_widths']
     survey = survey_backbone(backbone, _named(exits), input_size)
     points = _choose(backbone, exits, survey)
@@ -203,7 +204,7 @@ def _build_spec(
     if widths is not None:
         most = kind.num_widths(halvings)
         # The paper's heads may end on a larger map than the last stage's.
-        least = min(1, most) if head == 'paper' else most
+        least = min(1, most) if kind.is_paper else most
         if not least <= len(widths) <= most:
             allowed = most if least == most else f'{least} to {most}'
             raise MultiExitError(

@@ -48,7 +48,7 @@ def create_model(
         pretrained: Load weights: timm's into the backbone, the exits staying fresh; a folder's or a repository's into
             all of it, and with them its policy and budgets.
         exits: See `attach_exits`. None for the exits that folder or repository have, else 'auto'.
-        head: Type of fresh heads: 'conv', 'paper' or 'linear'.
+        head: Type of fresh heads: 'conv', 'paper', 'bottleneck' or 'linear'.
         head_widths: Widths of fresh heads, see `attach_exits`.
         input_size: (channels, height, width) that the costs of fresh exits are reckoned for.
         **kwargs: Every other keyword of `timm.create_model`: num_classes, in_chans, drop_rate, ...

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class ExitHead(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise MultiExitError(f'Unknown head {brief(head)}, allowed are {", ".join(HEADS)}.')
-        if 0 in widths and head != 'paper':
+        if 0 in widths and not HEADS[head].is_paper:
             raise MultiExitError(f"A '{head}' head takes widths without 0, given are {brief(list(widths))}.")
         if not widths and HEADS[head].num_widths(1):
             raise MultiExitError(f"A '{head}' head needs the widths of its convolutions, none are given.")
@@ -123,18 +124,31 @@ class HeadType(NamedTuple):
         candidates: (channels of the map, width of main's features, halvings between the map and the last stage) ->
             the widths to choose from, the richest first.
         num_widths: (halvings) -> how many widths `build` takes.
+        is_paper: Whether widths are the EED paper's: those of a backbone's preset fit, there may be fewer of them than
+            `num_widths` says, and 0 stands for pooling.
     """
 
     build: Callable[[int, Widths], nn.Module]
     candidates: Callable[[int, int, int], list[Widths]]
     num_widths: Callable[[int], int]
+    is_paper: bool = False
 
 
-def _build_paper(in_chans: int, widths: Widths) -> nn.Module:
-    """Stride-2 3x3 convolutions, one per width; 2x2 max pooling for a width of 0."""
+def _halve(in_chans: int, width: int) -> nn.Module:
+    return ConvNormAct(in_chans, width, kernel_size=3, stride=2)
+
+
+def _halve_by_bottleneck(in_chans: int, width: int) -> nn.Module:
+    return nn.Sequential(
+        ConvNormAct(in_chans, width, kernel_size=1), _halve(width, width), ConvNormAct(width, width, kernel_size=1)
+    )
+
+
+def _build_paper(in_chans: int, widths: Widths, halve: Callable[[int, int], nn.Module] = _halve) -> nn.Module:
+    """What halves the map, once per width; 2x2 max pooling for a width of 0."""
     layers = []
     for width in widths:
-        layers.append(ConvNormAct(in_chans, width, kernel_size=3, stride=2) if width else nn.MaxPool2d(2))
+        layers.append(halve(in_chans, width) if width else nn.MaxPool2d(2))
         in_chans = width or in_chans
     return nn.Sequential(*layers)
 
@@ -173,6 +187,10 @@ def _build_linear(in_chans: int, widths: Widths) -> nn.Module:
 HEADS: dict[str, HeadType] = {
     # Narrow by default: heads run on the way to every deeper exit, and their pull on latency is larger than on MACs.
     'conv': HeadType(_build_conv, _conv_candidates, lambda halvings: halvings + 1),
-    'paper': HeadType(_build_paper, _paper_candidates, lambda halvings: halvings),
+    'paper': HeadType(_build_paper, _paper_candidates, lambda halvings: halvings, is_paper=True),
+    # 1x1, stride-2 3x3 and 1x1 convolutions, without a shortcut and all of one width, as hjdw2/BEED has them.
+    'bottleneck': HeadType(
+        partial(_build_paper, halve=_halve_by_bottleneck), _paper_candidates, lambda halvings: halvings, is_paper=True
+    ),
     'linear': HeadType(_build_linear, lambda in_chans, num_features, halvings: [()], lambda halvings: 0),
 }

@@ -42,7 +42,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     'eed': {'teacher': 'all', 'feature_weight': 0.0},
     # BEED, Lee and Lee 2022 (ACCV): a teacher that leans to the deep classifiers, and shallow classifiers that lean to
     # the teacher, for at most five classifiers. The numbers are those of hjdw2/BEED, which has four classifiers and
-    # distils features too, with a weight of 0.1; off here for the reason above.
+    # distils features too, maps that are not pooled with a weight of 0.1; off here for the reason above.
     'beed': {
         'teacher': 'all',
         'output_weight': 1.0,

@@ -80,7 +80,6 @@ class SmallCifarResNet(StagedNet):
         )
         self.multiexit_preset = {
             'exits': [f'layer{idx}' for idx in range(1, len(channels))],
-            'head': 'paper',
             'head_widths': [list(channels[idx:]) for idx in range(1, len(channels))],
         }
 

@@ -58,7 +58,6 @@ class CifarVgg(StagedNet):
         # A width of 0 is 2x2 max pooling without a convolution.
         self.multiexit_preset = {
             'exits': ['layer1', 'layer2', 'layer3'],
-            'head': 'paper',
             'head_widths': [[128, 0, 256, 512], [256, 0, 512], [512]],
         }
 

@@ -51,7 +51,6 @@ def paper_exits(num_stages: int, num_features: int) -> dict[str, Any]:
     """
     return {
         'exits': [f'layer{stage}' for stage in range(1, num_stages)],
-        'head': 'paper',
         'head_widths': [
             [*(256 >> step for step in reversed(range(num_stages - stage - 1))), num_features]
             for stage in range(1, num_stages)

@@ -24,6 +24,7 @@ RESOLUTION = 0.4
 START, END = '<!-- evidence -->', '<!-- /evidence -->'
 _BASELINES = ('ce', 'phuong', 'byot')
 _DISTANCES = ('kl', 'mse')
+_HEADS = ('narrow', 'bottleneck')
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -77,8 +78,8 @@ def baselines(method: str, present: Iterable[str]) -> list[str]:
     """
     parts = method.split('-')
     distance = next((part for part in parts if part in _DISTANCES), '')
-    narrow = '-narrow' if 'narrow' in parts else ''
-    wanted = {'plain', *(f'{name}{narrow}' for name in _BASELINES), *(f'{n}-{distance}{narrow}' for n in _BASELINES)}
+    heads = next((f'-{part}' for part in parts if part in _HEADS), '')
+    wanted = {'plain', *(f'{name}{heads}' for name in _BASELINES), *(f'{n}-{distance}{heads}' for n in _BASELINES)}
     return [name for name in present if name in wanted]
 
 
