@@ -17,6 +17,7 @@ from timm_multiexit.arguments import parse_exits
 from timm_multiexit.benchmarks.inference import InferenceBenchmark
 from timm_multiexit.benchmarks.training import create_train_args, measure_loop, measure_steps
 from timm_multiexit.benchmarks.zoo import POPULAR, count_heads, count_layouts
+from timm_multiexit.heads import HEADS
 from timm_multiexit.launch import create_accelerator
 from timm_multiexit.losses import LOSSES
 from timm_multiexit.metrics import describe_environment, format_table
@@ -105,7 +106,7 @@ def add_common_flags(command, *, model, img_size, rounds):
     """Add the flags of `infer` and `train`, with these defaults."""
     command.add_argument('--model', default=model, metavar='NAME', help=f'timm name (default: {model})')
     command.add_argument('--exits', type=parse_exits, default='auto', metavar='E', help='as in train.py')
-    command.add_argument('--exit-head', default='conv', choices=('conv', 'paper', 'linear'), help='default: conv')
+    command.add_argument('--exit-head', default='conv', choices=tuple(HEADS), help='default: conv')
     command.add_argument('--img-size', type=int, default=img_size, metavar='N', help=f'default: {img_size}')
     command.add_argument('--rounds', type=int, default=rounds, metavar='N', help=f'default: {rounds}')
     command.add_argument('--channels-last', action='store_true', help='channels_last memory format')
@@ -140,6 +141,7 @@ def create_parser():
     add_common_flags(command, model='cifar_resnet18', img_size=32, rounds=5)
     command.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='default: 64')
     command.add_argument('--num-classes', type=int, default=100, metavar='N', help='default: 100')
+    command.add_argument('--data-dir', metavar='DIR', help='images of train/ for the loop, of --num-classes classes')
     command.add_argument('--losses', nargs='+', default=list(LOSSES), choices=tuple(LOSSES), help='default: all')
     command.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     command.add_argument('--torchcompile', action='store_true', help='torch.compile, by inductor')

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 import benchmark
 from timm_multiexit.benchmarks import inference, training
@@ -206,6 +207,18 @@ def test_training_is_timed_for_every_loss_and_for_the_loop(run_script, threads):
     waiting = [float(row['waiting, %']) for row in loop.values()]
     assert 0 < waiting[0] < waiting[1] < 100
     assert all(0 < float(row['time ratio']) < math.inf for row in loop.values())
+    prepared = [float(row['img/s prepared']) for row in loop.values()]
+    assert prepared[0] > prepared[1] > 0
+
+
+def test_loop_is_measured_on_cached_images_of_a_folder(run_script, threads, image_folder, monkeypatch):
+    opened, original = [], Image.open
+    monkeypatch.setattr('PIL.Image.open', lambda *args, **kwargs: opened.append(args) or original(*args, **kwargs))
+    flags = ('--exit-head', 'linear', '--losses', 'eed', '--data-dir', image_folder, '--num-classes', 2)
+    code, out, err = run_script(benchmark.main, 'train', *TINY, *flags)
+    assert (code, err) == (0, '')
+    assert list(read_table(out, 'loop of eed')) == ['tensors in memory', 'images, augmented, no workers']
+    assert len(opened) == 24  # every image of train/ once, however many batches there are
 
 
 def test_macs_of_training_are_those_of_backbone_heads_and_projectors():

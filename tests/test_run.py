@@ -4,6 +4,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,8 @@ SCRIPT = f"""
 import json, os, signal, sys, time
 from pathlib import Path
 
+import yaml
+
 def get(flag):
     return sys.argv[sys.argv.index(flag) + 1]
 
@@ -73,7 +76,9 @@ if 'fail' in words:
 while 'wait' in words and not (folder / 'saved').exists() and not (data / 'go').exists():
     time.sleep(0.01)
 (folder / 'summary.csv').write_text('epoch,train_loss,eval_top1,lr\\n0,1.5,40.0,0.1\\n1,nan,50.0,0.05\\n')
-(folder / 'results.json').write_text(json.dumps({RESULTS!r} | {{'seed': int(get('--seed'))}}))
+flags = yaml.safe_load(Path(get('--config')).read_text())
+(folder / 'trained.json').write_text(json.dumps(flags))
+(folder / 'results.json').write_text(json.dumps({RESULTS!r} | {{'seed': flags['seed']}}))
 print('done')
 """
 
@@ -214,6 +219,22 @@ def test_signal_lets_the_runs_save_and_the_next_start_goes_on(bench, number):
     assert len(bench.done()) == 6
 
 
+def test_signal_during_a_start_reaches_what_was_started_and_starts_no_more(bench, monkeypatch):
+    for method in METHODS:
+        bench.order(method, 0, 'wait')
+    original = subprocess.Popen
+
+    def start(*args, **kwargs):
+        process = original(*args, **kwargs)
+        wait_for(lambda: bench.started() and _catches(bench))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, 'Popen', start)
+    assert bench.runner(jobs=3).work() == 128 + signal.SIGTERM
+    assert bench.started() == ['plain 0']
+
+
 def _catches(bench):
     """Whether the last process that was started has got so far that it catches SIGTERM."""
     pid = (bench.data / 'started').read_text().split()[-1]
@@ -229,14 +250,17 @@ def test_killed_runners_run_goes_on_and_the_next_runner_takes_what_it_leaves(ben
     wait_for(lambda: (bench.root / 'out/tiny-pets-test_resnet-plain-s0.json').exists())
     process.kill()
     process.join()
+    bench.write(methods=['ce', 'eed-kl', 'plain'])  # it is the third now
     runner = bench.runner()
     # It counts as the one job, so nothing else starts before it has ended.
-    when(lambda: True, lambda: (time.sleep(0.6), _go(bench)))
-    begun = time.monotonic()
+    seen = []
+    when(lambda: True, lambda: (time.sleep(1.5), seen.extend(bench.started()), _go(bench)))
     assert runner.work() == 0
-    assert time.monotonic() - begun > 0.6
+    assert seen == ['plain 0']
     assert sorted(bench.started()) == sorted(ALL), 'each once'
     assert len(bench.done()) == 6
+    result = json.loads((bench.results / 'tiny-pets-test_resnet-plain-s0.json').read_text())
+    assert 1.5 < result['seconds'] < 15, 'the time without a runner counts'
 
 
 def test_two_runners_share_a_folder_and_do_every_run_once(bench):
@@ -290,7 +314,53 @@ def test_a_run_begun_with_other_extra_flags_fails(bench):
     bench.runner().work()
     lines = []
     assert bench.runner(lines, extra=('--amp',)).work() == 1
-    assert 'was begun with extra flags []: remove it' in lines[0]
+    assert "was made with the extra flags [], now they are ['--amp']: remove it" in lines[0]
+
+
+def test_how_images_are_loaded_may_change(bench):
+    bench.order('plain', 0, 'wait')
+    when(lambda: bench.started() and _catches(bench), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    bench.runner().work()
+    assert bench.runner(extra=('--workers', '2')).work() == 0
+    assert len(bench.done()) == 6
+    assert bench.runner(extra=('-j', '1')).work() == 0
+    with pytest.raises(MultiExitError, match='was made with the extra flags'):
+        bench.runner(extra=('--amp',))
+
+
+def test_what_is_trained_is_what_was_planned_although_the_recipe_changes(bench):
+    runner = bench.runner()
+    bench.write(recipe=RECIPE | {'epochs': 3, 'lr': 0.7})
+    assert runner.work() == 0
+    trained = [json.loads(path.read_text()) for path in (bench.root / 'out').glob('*/trained.json')]
+    assert [(flags['epochs'], 'lr' in flags) for flags in trained] == [(2, False)] * 6
+
+
+def test_folder_of_a_run_with_other_flags_is_not_published_under_new_ones(bench):
+    bench.runner().work()
+    folder = bench.root / 'out/tiny-pets-test_resnet-plain-s0'
+    bench.write(recipe=RECIPE | {'epochs': 3}, methods=['plain'], seeds=[0])
+    (bench.results / f'{folder.name}.json').unlink()
+    lines = []
+    assert bench.runner(lines).work() == 1
+    assert f'{folder} was made with epochs 2, the plan says 3: remove it' in lines[-1]
+    folder.with_name(f'{folder.name}.json').unlink()
+    assert bench.runner(lines).work() == 1
+    assert lines[-1].endswith(f'does not say of what flags {folder} is: remove that folder.')
+    shutil.rmtree(folder)
+    assert bench.runner().work() == 0
+    assert bench.started() == [*ALL, 'plain 0']
+    assert json.loads((bench.results / f'{folder.name}.json').read_text())['flags']['epochs'] == 3
+
+
+def test_disk_that_refuses_ends_no_run(bench, monkeypatch):
+    bench.results.write_text('no folder')
+    lines = []
+    assert bench.runner(lines).work() == 1
+    assert sum('FAILED' in line and 'could not be written' in line for line in lines) == 6
+    bench.results.unlink()
+    assert bench.runner().work() == 0
+    assert bench.started() == ALL, 'what was trained is taken'
 
 
 @pytest.mark.parametrize(
@@ -302,6 +372,8 @@ def test_a_run_begun_with_other_extra_flags_fails(bench):
         ({'data': {'pets': {'scale': 'wide'}}}, 'has a flag that train.py does not take'),
         ({'recipe': {'epochs': 'many'}}, r"epochs is 'many', allowed is an integer"),
         ({'data': ['../pets']}, 'is no name of a file'),
+        ({'recipe': RECIPE | {'amp': True}, 'data': {'pets': {'amp': False}}}, 'amp is True in tiny.yaml, and no'),
+        ({'data': {'pets': {'epochs': None}}}, 'epochs is 2 in tiny.yaml, and no command line sets it to None'),
     ],
 )
 def test_plan_of_no_use_is_one_line(bench, changes, message):

@@ -555,18 +555,18 @@ def test_commit_is_that_of_the_file_or_unknown(tmp_path, monkeypatch):
     for name in ('ours', 'installed'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'module.py').write_text('')
-        assert _find_commit(tmp_path / name / 'module.py') == 'unknown'
+        assert _find_commit.__wrapped__(tmp_path / name / 'module.py') == 'unknown'
         who = ('-c', 'user.name=a', '-c', 'user.email=a@b')
         for words in (('init', '-q'), (*who, 'commit', '-q', '--allow-empty', '-m', 'first')):
             subprocess.run(('git', '-C', str(tmp_path / name), *words), check=True)
     # Of the second, the file is in somebody's folder and not in his repository.
-    assert _find_commit(tmp_path / 'installed/module.py') == 'unknown'
+    assert _find_commit.__wrapped__(tmp_path / 'installed/module.py') == 'unknown'
     for words in (('add', '.'), (*who, 'commit', '-q', '-m', 'second')):
         subprocess.run(('git', '-C', str(tmp_path / 'ours'), *words), check=True)
     head = next((tmp_path / 'ours/.git/refs/heads').iterdir()).read_text()
-    assert _find_commit(tmp_path / 'ours/module.py') == head[:12]
+    assert _find_commit.__wrapped__(tmp_path / 'ours/module.py') == head[:12]
     (tmp_path / 'ours/module.py').write_text('changed')
-    assert _find_commit(tmp_path / 'ours/module.py') == f'{head[:12]}-dirty'
+    assert _find_commit.__wrapped__(tmp_path / 'ours/module.py') == f'{head[:12]}-dirty'
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):

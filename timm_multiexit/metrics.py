@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -210,8 +211,12 @@ def describe_environment() -> dict[str, str]:
     }
 
 
+@cache
 def _find_commit(path: Path) -> str:
-    """Return the commit that a file is of, with '-dirty' where the repository has changes; 'unknown' outside one."""
+    """Return the commit that a file is of, with '-dirty' where the repository has changes; 'unknown' outside one.
+
+    It is asked for once, early: what is checked out while a run works is not what runs.
+    """
     git = ('git', '-C', str(path.parent))
     try:
         # An installed package may lie inside the repository of somebody else, whose commit says nothing of it.

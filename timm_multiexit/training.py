@@ -31,7 +31,7 @@ from timm_multiexit.engine import Evaluation, Trainer, TrainerConfig, evaluate_l
 from timm_multiexit.journal import Journal
 from timm_multiexit.licenses import Origin, read_origin
 from timm_multiexit.loaders import create_datasets, create_eval_loader, create_train_loader, encode_targets
-from timm_multiexit.metrics import evaluation_columns, flatten_metrics
+from timm_multiexit.metrics import describe_environment, evaluation_columns, flatten_metrics
 from timm_multiexit.model import MultiExitModel
 from timm_multiexit.objective import create_task
 from timm_multiexit.publishing import check_publishing, publish_at_end
@@ -212,6 +212,7 @@ class TrainingRun:
         self._place_schedule()
         self._describe()
         self.checkpoints.save_args()
+        describe_environment()  # finds the commit, before another one is checked out
         self.journal.open(self.output_dir, self._updates_done())
         if self.accelerator.is_main_process:
             self.journal.write()

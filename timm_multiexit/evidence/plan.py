@@ -30,7 +30,7 @@ class PlannedRun:
         seed: Of all randomness.
         recipe: The recipe's file.
         overrides: Flag -> value beyond the recipe's, without dashes in front.
-        flags: All flag values, the recipe's too: what says whether two runs are the same.
+        flags: All flag values, the recipe's too: what is trained, and what says whether two runs are the same.
     """
 
     protocol: str
@@ -55,6 +55,10 @@ class PlannedRun:
     def arguments(self, data_dir: str) -> list[str]:
         """Return the command line for `train.py` but for where it writes."""
         return ['--config', str(self.recipe), '--data-dir', data_dir, *to_command_line(self.overrides)]
+
+    def format_flags(self) -> str:
+        """Return all flags as a file for `train.py --config`: what is planned now, whatever becomes of the recipe."""
+        return yaml.safe_dump(self.flags, sort_keys=False)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,14 @@ def _plan_run(
     if 'exits' not in overrides:
         overrides = {flag: value for flag, value in overrides.items() if not flag.startswith(_EXIT_FLAGS)}
     # Neither file names what the run does not depend on.
-    flags = {key.replace('_', '-'): value for key, value in basis.items()} | overrides
+    flags = {key.replace('_', '-'): value for key, value in basis.items()}
+    for flag, value in overrides.items():
+        if value in (None, False) and flags.get(flag, value) != value:
+            raise MultiExitError(
+                f'{flag} is {flags[flag]} in {recipe.name}, and no command line sets it to {value}: write a recipe'
+                ' without it.'
+            )
+    flags |= overrides
     run = PlannedRun(recipe.stem, recipe=recipe, overrides=overrides, flags=flags, **names)
     if not _NAME.fullmatch(run.name):
         raise MultiExitError(f"'{run.name}' is no name of a file, allowed are letters, digits, '.', '_', '+' and '-'.")

@@ -5,13 +5,13 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.evidence.plan import PlannedRun, to_command_line
-from timm_multiexit.files import write_text
+from timm_multiexit.files import explained, write_text
 
 FORMAT = 1
 _KEYS = ('name', 'protocol', 'data', 'network', 'method', 'seed', 'flags', 'classifiers')
@@ -86,7 +86,23 @@ def describe_command(run: PlannedRun, extra: Sequence[str] = ()) -> str:
 
 def _without_folder(word: str) -> str:
     """Return a word of a command line; of an absolute path the last part alone."""
-    return os.path.basename(word.rstrip('/')) if os.path.isabs(word) else word
+    flag, equals, value = word.rpartition('=')
+    return f'{flag}{equals}{os.path.basename(value.rstrip("/"))}' if os.path.isabs(value) else word
+
+
+def telling(extra: Iterable[str]) -> list[str]:
+    """Return what of the extra flags can change what is measured: how images are loaded cannot.
+
+    >>> telling(['--workers', '4', '--amp', '--pin-mem', '--lr', '0.2', '-j', '2', '--workers=3'])
+    ['--amp', '--lr', '0.2']
+    """
+    kept, words = [], iter(extra)
+    for word in words:
+        if word in ('--workers', '-j'):
+            next(words, None)
+        elif word != '--pin-mem' and not word.startswith('--workers='):
+            kept.append(_without_folder(word))
+    return kept
 
 
 def result_path(folder: Path, run: PlannedRun) -> Path:
@@ -100,8 +116,10 @@ def write_result(folder: Path, run: PlannedRun, result: dict[str, Any]) -> None:
     Raises:
         MultiExitError: The disk is full or cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(result_path(folder, run), json.dumps(result, indent=1) + '\n')
+    path = result_path(folder, run)
+    with explained(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(result, indent=1) + '\n')
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -144,8 +162,26 @@ def check_flags(run: PlannedRun, flags: dict[str, Any], where: Path) -> None:
             )
 
 
-def is_done(run: PlannedRun, folder: Path) -> bool:
+def check_extra(extra: Iterable[str], was: Iterable[str], where: Path) -> None:
+    """Check that flags beyond the plan's are those of what is there.
+
+    Raises:
+        MultiExitError: They are not.
+    """
+    if telling(extra) != telling(was):
+        raise MultiExitError(
+            f'{where} was made with the extra flags {telling(was)}, now they are {telling(extra)}: remove it, or give'
+            ' the same.'
+        )
+
+
+def is_done(run: PlannedRun, folder: Path, extra: Sequence[str] | None = None) -> bool:
     """Return whether there are results of the run.
+
+    Args:
+        run: The run.
+        folder: Of results.
+        extra: Flags beyond the plan's; None for any.
 
     Raises:
         MultiExitError: They are of other flags.
@@ -153,5 +189,8 @@ def is_done(run: PlannedRun, folder: Path) -> bool:
     path = result_path(folder, run)
     if not path.exists():
         return False
-    check_flags(run, read_result(path)['flags'], path)
+    result = read_result(path)
+    check_flags(run, result['flags'], path)
+    if extra is not None:
+        check_extra(extra, result.get('extra', ()), path)
     return True

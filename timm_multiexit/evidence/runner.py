@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.evidence.plan import PlannedRun, find_data
-from timm_multiexit.evidence.results import check_flags, collect_result, is_done, write_result
+from timm_multiexit.evidence.results import check_extra, check_flags, collect_result, is_done, write_result
 from timm_multiexit.files import write_text
 
 _POLL_SECONDS = 0.1
@@ -81,7 +82,7 @@ class Runner:
 
     def __init__(self, runs: Iterable[PlannedRun], config: RunnerConfig, say: Callable[[str], None]):
         self.config, self.say = config, say
-        self.pending = [run for run in runs if not is_done(run, config.results)]
+        self.pending = [run for run in runs if not is_done(run, config.results, config.extra)]
         self.data = {run.data: find_data(config.data_dir, run.data) for run in self.pending}
         self.jobs: list[_Job] = []
         self.failed: list[str] = []
@@ -110,13 +111,12 @@ class Runner:
 
     def _start_more(self) -> None:
         # Runs that a killed runner left behind use the machine as ours do.
-        held = []
+        orphans = sum(map(self._is_orphan, self.pending))
         for run in list(self.pending):
-            if len(self.jobs) + sum(map(self._is_orphan, held)) >= self.config.jobs:
+            if self.signal or len(self.jobs) + orphans >= self.config.jobs:
                 return
             claim = _claim(self._path(run, 'lock'))
             if claim is None:
-                held.append(run)
                 continue
             self.pending.remove(run)
             try:
@@ -127,21 +127,26 @@ class Runner:
             except (MultiExitError, OSError) as error:
                 os.close(claim)
                 self._fail(run, str(error))
+            if self.signal:
+                self._hand_on()  # it came while the run was being started
 
     def _start(self, run: PlannedRun, claim: int) -> _Job:
-        config = self.config
-        notes = _read_notes(self._path(run, 'json'))
-        planned = {'flags': run.flags, 'extra': list(config.extra)}
-        if notes:
-            check_flags(run, notes['flags'], self._path(run, 'json'))
-        if notes.get('extra', planned['extra']) != planned['extra']:
-            raise MultiExitError(f'{self._path(run, "json")} was begun with extra flags {notes["extra"]}: remove it.')
-        notes = {'seconds': 0.0, **notes, **planned, 'runner': os.getpid()}
-        process = None
-        # What is there was left by a process that outlived its runner.
-        if not (config.output / run.name / 'results.json').exists():
-            command = [sys.executable, str(config.script), *run.arguments(str(self.data[run.data]))]
-            command += ['--output', str(config.output), '--experiment', run.name, '--resume', 'auto', *config.extra]
+        config, folder = self.config, self.config.output / run.name
+        notes = self._check_begun(run, folder)
+        notes |= {'flags': run.flags, 'extra': list(config.extra), 'runner': os.getpid()}
+        process, finished = None, folder / 'results.json'
+        if finished.exists():
+            # Left by a process that outlived its runner.
+            outlived = finished.stat().st_mtime - notes.get('begun', math.inf)
+            notes['seconds'] = max(notes['seconds'], notes.get('before', 0.0) + outlived)
+        else:
+            notes |= {'begun': time.time(), 'before': notes['seconds']}
+            flags = self._path(run, 'yaml')
+            write_text(flags, run.format_flags())
+            write_text(self._path(run, 'json'), json.dumps(notes))
+            command = [sys.executable, str(config.script), '--config', str(flags)]
+            command += ['--data-dir', str(self.data[run.data]), '--output', str(config.output)]
+            command += ['--experiment', run.name, '--resume', 'auto', *config.extra]
             with self._path(run, 'log').open('ab') as log:
                 process = subprocess.Popen(
                     command,
@@ -154,9 +159,19 @@ class Runner:
                 )
             self.say(f'{run.name}: started, {len(self.pending)} wait, log in {self._path(run, "log")}')
         now = time.monotonic()
-        job = _Job(run, claim, process, notes, notes['seconds'], started=now, noted=-_SECONDS_BETWEEN_NOTES)
-        self._note(job)
-        return job
+        return _Job(run, claim, process, notes, notes['seconds'], started=now, noted=now)
+
+    def _check_begun(self, run: PlannedRun, folder: Path) -> dict[str, Any]:
+        """Return the notes of a run, and check that what is in its folder is of the flags that are planned."""
+        if not folder.exists():
+            return {'seconds': 0.0}
+        path = self._path(run, 'json')
+        notes = _read_notes(path)
+        if not {'flags', 'extra', 'seconds'} <= notes.keys():
+            raise MultiExitError(f'{path} does not say of what flags {folder} is: remove that folder.')
+        check_flags(run, notes['flags'], folder)
+        check_extra(self.config.extra, notes['extra'], folder)
+        return notes
 
     def _attend(self, job: _Job) -> None:
         """Note the time of a job that runs; bring one that has ended to its end."""
@@ -179,7 +194,7 @@ class Runner:
                 self.say(f'{run.name}: stopped')
             else:
                 self._fail(run, f'exit code {code}: {_last_line(self._path(run, "log"))}')
-        except MultiExitError as error:
+        except (MultiExitError, OSError) as error:
             self._fail(run, str(error))
         finally:
             os.close(job.claim)
@@ -192,14 +207,22 @@ class Runner:
         job.noted = time.monotonic()
         if job.process is not None:
             job.notes['seconds'] = round(job.seconds_before + job.noted - job.started, 1)
-        write_text(self._path(job.run, 'json'), json.dumps(job.notes))
+        try:
+            write_text(self._path(job.run, 'json'), json.dumps(job.notes))
+        except MultiExitError as error:
+            self.say(f'{job.run.name}: its time is not noted, {error}')  # the run itself goes on
 
     def _path(self, run: PlannedRun, kind: str) -> Path:
         return self.config.output / f'{run.name}.{kind}'
 
     def _is_orphan(self, run: PlannedRun) -> bool:
         pid = _read_notes(self._path(run, 'json')).get('runner')
-        return pid is not None and not _is_alive(pid)
+        return pid is not None and not _is_alive(pid) and _is_claimed(self._path(run, 'lock'))
+
+    def _hand_on(self) -> None:
+        for job in self.jobs:
+            if job.process is not None and job.process.poll() is None:
+                job.process.send_signal(signal.SIGTERM)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -207,9 +230,7 @@ class Runner:
 
         def stop(number: int, frame: Any) -> None:
             self.signal = number
-            for job in self.jobs:
-                if job.process is not None and job.process.poll() is None:
-                    job.process.send_signal(signal.SIGTERM)
+            self._hand_on()
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -239,11 +260,7 @@ def describe_state(run: PlannedRun, config: RunnerConfig) -> str:
     lock = config.output / f'{run.name}.lock'
     if not lock.exists():
         return 'planned'
-    claim = _claim(lock)
-    if claim is None:
-        return 'running'
-    os.close(claim)
-    return 'begun'
+    return 'running' if _is_claimed(lock) else 'begun'
 
 
 def _claim(path: Path) -> int | None:
@@ -255,6 +272,13 @@ def _claim(path: Path) -> int | None:
         os.close(file)
         return None
     return file
+
+
+def _is_claimed(path: Path) -> bool:
+    claim = _claim(path)
+    if claim is not None:
+        os.close(claim)
+    return claim is None
 
 
 def _is_alive(pid: int) -> bool:
@@ -269,7 +293,8 @@ def _is_alive(pid: int) -> bool:
 
 def _read_notes(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding='utf-8'))
+        notes = json.loads(path.read_text(encoding='utf-8'))
+        return notes if isinstance(notes, dict) else {}
     return {}
 
 

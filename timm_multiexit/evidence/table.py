@@ -7,6 +7,7 @@ from typing import Any
 
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.evidence.plan import Plan
+from timm_multiexit.evidence.results import telling
 from timm_multiexit.markdown import code, escape, table
 from timm_multiexit.metrics import ENSEMBLE
 
@@ -151,7 +152,10 @@ def _mean_and_sd(numbers: Sequence[float]) -> str:
 
 def _check_comparable(results: Sequence[dict[str, Any]]) -> None:
     for key in ('split', 'num_samples', 'extra'):
-        seen = {str(result.get(key)): result['name'] for result in results}
+        seen = {
+            str(telling(result.get(key, ())) if key == 'extra' else result.get(key)): result['name']
+            for result in results
+        }
         if len(seen) > 1:
             raise MultiExitError(
                 f'Results of one table differ in {key}: '
