@@ -286,8 +286,8 @@ def test_softmax_variance_is_over_members_summed_over_classes(monkeypatch):
 
 def test_members_are_named_and_measured_alone():
     logits, targets = random_logits(), torch.randint(0, 5, (40,))
-    described = describe_members(logits, targets, (0, 2))
-    mean = (logits[0] + logits[2]) / 2
+    described = describe_members(logits, targets, {0: 0.25, 2: 0.75})
+    mean = logits[0] + 3 * logits[2]
     assert described['members'] == ['exit0', 'main']
     assert described['top1'] == pytest.approx(100 * (mean.argmax(-1) == targets).float().mean().item())
     assert described['disagreement'] == pairwise_disagreement(predict(logits)[[0, 2]])
@@ -297,17 +297,18 @@ def test_members_are_named_and_measured_alone():
 @pytest.mark.parametrize(
     ('values', 'members'),
     [
-        ({'exit_loss': 'ce'}, ()),
-        ({'exit_loss': 'phuong'}, (2,)),
-        ({'exit_loss': 'eed'}, (0, 1, 2)),
-        ({'exit_loss': 'eed', 'exit_teacher': [-1, 0]}, (0, 2)),
-        ({'exit_loss': 'ce', 'exit_teacher': 'main'}, (2,)),
-        ({'exits': None, 'exit_loss': None}, ()),
+        ({'exit_loss': 'ce'}, {}),
+        ({'exit_loss': 'phuong'}, {2: 1.0}),
+        ({'exit_loss': 'eed'}, {0: 1 / 3, 1: 1 / 3, 2: 1 / 3}),
+        ({'exit_loss': 'eed', 'exit_teacher': [-1, 0]}, {0: 0.5, 2: 0.5}),
+        ({'exit_loss': 'ce', 'exit_teacher': 'main'}, {2: 1.0}),
+        ({'exit_loss': 'beed'}, {0: 1 / 5.16, 1: 1.6 / 5.16, 2: 2.56 / 5.16}),
+        ({'exits': None, 'exit_loss': None}, {}),
     ],
-    ids=['ce', 'phuong', 'eed', 'subset', 'ce-main', 'plain'],
+    ids=['ce', 'phuong', 'eed', 'subset', 'ce-main', 'beed', 'plain'],
 )
 def test_teacher_is_that_of_the_flags_else_of_the_loss(values, members):
-    assert teacher_members(Namespace(**{'exits': 'auto', 'exit_teacher': None, **values}), 2) == members
+    assert teacher_members(Namespace(**{'exits': 'auto', 'exit_teacher': None, **values}), 2) == pytest.approx(members)
 
 
 @pytest.mark.parametrize(
@@ -616,7 +617,7 @@ def test_numbers_are_those_of_the_network_on_the_images(folder, numbers):
     expected = describe_agreement(outputs.logits, targets)
     assert np.allclose(found['agreement']['outcomes'], expected['outcomes'], atol=1e-5)
     assert found['agreement']['classifiers'] == ['exit0', 'exit1', 'exit2', 'main', 'ens']
-    teacher = describe_members(outputs.logits, targets, (0, 1, 2, 3))
+    teacher = describe_members(outputs.logits, targets, dict.fromkeys(range(4), 0.25))
     assert found['diversity']['teacher'] == found['diversity']['all']
     assert found['diversity']['teacher']['softmax_variance'] == pytest.approx(teacher['softmax_variance'], abs=1e-4)
     # Eight of the eleven images, four of each class, which do not depend on the run.

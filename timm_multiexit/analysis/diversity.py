@@ -51,18 +51,18 @@ def softmax_variance(logits: Sequence[Tensor]) -> float | None:
     return total / len(logits[0])
 
 
-def describe_members(logits: Sequence[Tensor], targets: Tensor, members: Sequence[int]) -> dict[str, Any]:
-    """Return the diversity of some classifiers and the top-1 of the mean of their logits, in percent.
+def describe_members(logits: Sequence[Tensor], targets: Tensor, members: Mapping[int, float]) -> dict[str, Any]:
+    """Return the diversity of some classifiers and the top-1 of the weighted mean of their logits, in percent.
 
     Args:
         logits: One [N, C] tensor per classifier of the network, main last.
         targets: Class indices, [N].
-        members: Which, 0-based; at least one.
+        members: Which, 0-based -> weight in the mean; at least one.
     """
     chosen = [logits[idx] for idx in members]
-    mean = sum(chosen[1:], chosen[0]) / len(chosen)
+    mean = sum(weight * logits[idx] for idx, weight in members.items())
     return {
-        'members': member_names(members, len(logits) - 1),
+        'members': member_names(tuple(members), len(logits) - 1),
         'disagreement': pairwise_disagreement(torch.stack([single.argmax(-1) for single in chosen])),
         'softmax_variance': softmax_variance(chosen),
         'top1': 100 * mean.argmax(-1).eq(targets).double().mean().item(),

@@ -95,7 +95,7 @@ class Measurer:
     def _describe_diversity(self, run: Run, model: MultiExitModel, collected: LogitSet) -> dict[str, Any]:
         """Return the diversity of all classifiers, and of those that taught if there are any."""
         count = len(model.exits) + 1
-        members = {'all': tuple(range(count)), 'teacher': teacher_members(run.args, count - 1)}
+        members = {'all': dict.fromkeys(range(count), 1 / count), 'teacher': teacher_members(run.args, count - 1)}
         return {
             name: describe_members(collected.logits, collected.targets, chosen) if chosen else None
             for name, chosen in members.items()

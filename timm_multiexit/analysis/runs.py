@@ -122,6 +122,8 @@ def name_method(args: Namespace) -> str:
 
     >>> name_method(Namespace(exits='auto', exit_loss='eed', exit_output_loss='mse', exit_teacher=[0, -1]))
     'eed-mse-teacher[0,-1]'
+    >>> name_method(Namespace(exits='auto', exit_loss='eed', exit_output_weight=1.0, exit_head='paper'))
+    'eed-kl-weight1-paper'
     """
     if args.exits is None:
         return PLAIN
@@ -131,13 +133,17 @@ def name_method(args: Namespace) -> str:
     teacher = getattr(args, 'exit_teacher', None)
     if teacher is not None:
         parts.append('teacher' + (teacher if isinstance(teacher, str) else f'[{",".join(map(str, teacher))}]'))
+    if getattr(args, 'exit_output_weight', None) is not None:
+        parts.append(f'weight{args.exit_output_weight:g}')
     if getattr(args, 'exit_feature_weight', None):
         parts.append('features')
+    if getattr(args, 'exit_head', 'conv') != 'conv':
+        parts.append(args.exit_head)
     return '-'.join(parts)
 
 
-def teacher_members(args: Namespace, num_exits: int) -> tuple[int, ...]:
-    """Return the classifiers that teach, 0-based, shallow to deep; none where nothing is distilled.
+def teacher_members(args: Namespace, num_exits: int) -> dict[int, float]:
+    """Return the classifiers that teach, 0-based, shallow to deep, with their weights; none if nothing is distilled.
 
     Args:
         args: Of the run.
@@ -147,13 +153,14 @@ def teacher_members(args: Namespace, num_exits: int) -> tuple[int, ...]:
         MultiExitError: A classifier is named that is not there.
 
     >>> teacher_members(Namespace(exits='auto', exit_loss='eed', exit_teacher=[0, -1]), 3)
-    (0, 3)
+    {0: 0.5, 3: 0.5}
     """
     if args.exits is None:
-        return ()
+        return {}
     teacher = getattr(args, 'exit_teacher', None)
-    teacher = checked_teacher(LOSSES[args.exit_loss]['teacher'] if teacher is None else teacher)
-    return () if teacher is None else tuple(resolve_teacher(teacher, DepthWeights(), num_exits + 1))
+    row = LOSSES[args.exit_loss]
+    teacher = checked_teacher(row['teacher'] if teacher is None else teacher)
+    return {} if teacher is None else resolve_teacher(teacher, row.get('depth_weights', DepthWeights()), num_exits + 1)
 
 
 def member_names(members: Sequence[int], num_exits: int) -> list[str]:
@@ -167,7 +174,7 @@ def member_names(members: Sequence[int], num_exits: int) -> list[str]:
 
 
 def find_reference(runs: Sequence[Run], name: str | None) -> Run | None:
-    """Return the run that others are measured against: that of this name or method, else the first one of 'ce'.
+    """Return the run that others are measured against: the first one of this name, method or loss, else of 'ce'.
 
     Args:
         runs: All.
@@ -179,6 +186,7 @@ def find_reference(runs: Sequence[Run], name: str | None) -> Run | None:
     wanted = name or 'ce'
     found = [run for run in runs if wanted in (run.name, run.folder.name)]
     found = found or [run for run in runs if run.method == wanted]
+    found = found or [run for run in runs if run.method.split('-')[0] == wanted]
     if not found and name is not None:
         known = ', '.join(f'{run.name} ({run.method})' for run in runs)
         raise MultiExitError(f"--reference is '{name}', allowed are the runs {known}: name one by name or by method.")

@@ -53,6 +53,11 @@ class Study:
     def __init__(self, runs: Sequence[Run], args: Namespace, out: Path, accelerator: Accelerator):
         self.runs, self.args, self.out, self.accelerator = runs, args, out, accelerator
         self.reference = find_reference(runs, args.reference)
+        seeds = {getattr(run.args, 'seed', None) for run in runs}
+        if self.reference and len(seeds) > 1:
+            _logger.warning(
+                f'Gains are over {self.reference.name} alone, and runs are of several seeds: their noise is in them.'
+            )
         if len({run.is_multi_label for run in runs}) > 1:
             raise MultiExitError('Runs with one and with several classes per image cannot be compared: name one kind.')
         self.metric = default_metric(runs[0].is_multi_label)

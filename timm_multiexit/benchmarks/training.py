@@ -206,7 +206,7 @@ def measure_loop(
                 'quartiles': spread,
                 'waiting for data, ms': 1e3 * statistics.median(loader.waiting) / turn,
                 'waiting, %': 100 * sum(loader.waiting) / sum(loader.loop),
-                'img/s prepared': args.batch_size * turn / statistics.median(loader.waiting),
+                'img/s prepared': args.batch_size * turn / statistics.median(loader.waiting) if rows else None,
             }
         )
     return rows

@@ -26,6 +26,7 @@ START, END = '<!-- evidence -->', '<!-- /evidence -->'
 _BASELINES = ('ce', 'phuong', 'byot')
 _DISTANCES = ('kl', 'mse')
 _HEADS = ('narrow', 'bottleneck')
+_ENSEMBLES = ('eed', 'beed')
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -70,17 +71,23 @@ def top1(result: dict[str, Any]) -> dict[str, float]:
 
 
 def baselines(method: str, present: Iterable[str]) -> list[str]:
-    """Return the methods that an `eed-*` method is compared with, out of those present.
+    """Return the methods that a method is compared with, out of those present.
 
-    They have the same heads; with a distance of outputs they have the same one.
+    A variant is compared with what it varies; one that ensembles teach, with the plain network and with its rivals,
+    which have the same heads and, with a distance of outputs, the same one.
 
     >>> baselines('eed-mse-features', ['plain', 'ce', 'ce-narrow', 'phuong-kl', 'phuong-mse', 'byot-mse', 'eed-mse'])
-    ['plain', 'ce', 'phuong-mse', 'byot-mse']
+    ['plain', 'ce', 'phuong-mse', 'byot-mse', 'eed-mse']
+    >>> baselines('ce-bottleneck', ['plain', 'ce', 'ce-bottleneck']), baselines('ce', ['plain', 'ce'])
+    (['ce'], [])
     """
     parts = method.split('-')
     distance = next((part for part in parts if part in _DISTANCES), '')
     heads = next((f'-{part}' for part in parts if part in _HEADS), '')
-    wanted = {'plain', *(f'{name}{heads}' for name in _BASELINES), *(f'{n}-{distance}{heads}' for n in _BASELINES)}
+    wanted = {f'{parts[0]}-{distance}' if distance else parts[0]} - {method}
+    if parts[0] in _ENSEMBLES:
+        rivals = (*_BASELINES, 'eed') if parts[0] == 'beed' else _BASELINES
+        wanted |= {'plain', *(f'{name}{heads}' for name in rivals), *(f'{name}-{distance}{heads}' for name in rivals)}
     return [name for name in present if name in wanted]
 
 
@@ -120,7 +127,6 @@ def format_group(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> s
             },
         }
         for method in present
-        if method.split('-')[0] == 'eed'
         for baseline in baselines(method, present)
         if paired(results, method, baseline, 'main')
     ]
