@@ -20,13 +20,15 @@ BLOCKS = re.findall(r'```(\w+)\n(.*?)```', (ROOT / 'README.md').read_text(), re.
 
 def test_every_block_is_known():
     assert [language for language, _ in BLOCKS] == [
-        *('shell', 'shell', 'python', 'shell', 'python', 'python', 'shell', 'python', 'python')
+        *('shell', 'shell', 'python', 'python', 'shell', 'python', 'python', 'shell', 'python', 'python')
     ]
 
 
 def test_shell_and_python_blocks_run_in_order(run_script, tmp_path, hub):
     """The two commands of a fresh clone are left to the slow test."""
     write_images(tmp_path / 'my/images', num_train=90)
+    (tmp_path / 'hub').mkdir()
+    (tmp_path / 'hub/checkpoints').symlink_to(ROOT / 'hub/checkpoints')
     scripts = {'train.py': train.main, 'validate.py': validate.main, 'hub/publish.py': publish.main}
     names = {}
     for language, block in BLOCKS[2:]:
