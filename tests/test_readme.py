@@ -24,6 +24,12 @@ def test_every_block_is_known():
     ]
 
 
+def test_files_that_are_linked_exist():
+    links = re.findall(r'\]\((?!http)([^)#]+)\)', (ROOT / 'README.md').read_text())
+    assert len(links) == 6
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
 def test_shell_and_python_blocks_run_in_order(run_script, tmp_path, hub):
     """The two commands of a fresh clone are left to the slow test."""
     write_images(tmp_path / 'my/images', num_train=90)

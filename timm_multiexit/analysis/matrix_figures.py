@@ -80,7 +80,9 @@ def draw_dissimilarity(numbers: Mapping[str, Any], matrices: Mapping[str, Sequen
     image = None
     for row, side in zip(panels, ('before', 'after')):
         for axes, name, matrix in zip(row, names, matrices[side]):
-            image = axes.imshow(matrix.numpy(), cmap='viridis', vmin=0, vmax=_MAX_DISSIMILARITY)
+            image = axes.imshow(
+                matrix.numpy(), cmap='viridis', vmin=0, vmax=_MAX_DISSIMILARITY, interpolation='nearest'
+            )
             axes.set(xticks=(), yticks=())
             axes.set_title(f'{name}, {side} the FC layer\n{_describe_blocks(numbers[side][name])}', fontsize=8)
     panels[1, 0].set_xlabel(f'{numbers["num_samples"]} images of {len(numbers["classes"])} classes', fontsize=8)
