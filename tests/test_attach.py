@@ -412,7 +412,7 @@ def test_model_of_a_checkpoint_is_rebuilt_from_its_specs(make_backbone, make_mod
         ({'exits': ['layer1', 'layer1.0']}, ['twice', 'layer1.0']),
         ({'exits': [1, 'layer1']}, ['twice']),
         ({'exits': ['fc']}, ["'fc'", 'neither a map nor a grid of tokens']),
-        ({'head': 'convs'}, ["'convs'", 'conv, paper, linear']),
+        ({'head': 'convs'}, ["'convs'", 'conv, paper, bottleneck, linear']),
         ({'head_widths': [[8, 8, 8, 8]]}, ['1 lists', '3 exits']),
         ({'head_widths': []}, ['0 lists', '3 exits']),
         ({'head_widths': [[8, 8, 8, 8], [8, 8], [8, 8]]}, ['layer2.0', '3 widths', '2 were given', '[8, 8]']),
