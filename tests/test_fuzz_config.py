@@ -261,7 +261,7 @@ def has_section(folder):
 
 @pytest.mark.parametrize(
     ('count', 'least'),
-    [(300, 20), pytest.param(5000, 400, marks=pytest.mark.slow)],
+    [(300, 10), pytest.param(5000, 200, marks=pytest.mark.slow)],
     ids=['300', '5000'],
 )
 def test_any_config_is_refused_or_gives_the_model_of_the_weights(folder, attack, count, least):
