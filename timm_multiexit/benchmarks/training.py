@@ -33,8 +33,10 @@ def create_train_args(args: Namespace, loss: str | None = None) -> Namespace:
     flags += ' --torchcompile' if args.torchcompile else ''
     if loss:
         flags += f' --exit-loss {loss} --exit-head {args.exit_head} --exit-projectors'
-    data_flags = ['--data-dir', args.data_dir, '--crop-padding', '4', '--cache-images'] if args.data_dir else []
-    train_args = parse_train_args([*flags.split(), *data_flags, '--workers', '0'])
+    if args.data_dir:
+        flags += ' --crop-padding 4 --color-jitter 0 --cache-images'
+    data_flags = ['--data-dir', args.data_dir] if args.data_dir else []
+    train_args = parse_train_args([*flags.split(), '--workers', '0', *data_flags])
     if loss:
         train_args.exits = args.exits
     return train_args
