@@ -270,6 +270,7 @@ class ToArray:
         return np.array(image)
 
 
+@pytest.mark.slow
 def test_timm_loader_gives_what_it_gives_of_its_own_data_set(image_folder):
     options = dict(input_size=(3, 32, 32), batch_size=4, num_workers=0, device=torch.device('cpu'))
     checked = create_checked_dataset('', root=str(image_folder), split='val')

@@ -362,7 +362,7 @@ def test_calibration_needs_one_of_budget_and_drop(model, loader, arguments):
 
 
 SEQUENCES = [
-    ('blocks', 'infer plain step plain'),
+    pytest.param('blocks', 'infer plain step plain', marks=pytest.mark.slow),
     pytest.param('blocks', 'plain infer exits stop', marks=pytest.mark.slow),
     pytest.param('backbone', 'step plain predict infer', marks=pytest.mark.slow),
 ]

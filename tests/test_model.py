@@ -258,6 +258,7 @@ def test_loss_of_an_exit_reaches_its_head_and_the_backbone_up_to_its_tap_alone(m
 # torch.compile, torch.export, autocast
 
 
+@pytest.mark.slow
 def test_three_forms_compile_without_graph_break_at_three_batch_sizes(make_model):
     model = make_model().eval()
     torch._dynamo.reset()

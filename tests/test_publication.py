@@ -654,6 +654,7 @@ def test_model_knows_the_weights_of_timm_that_it_started_from(name, kwargs, weig
     assert license_of(tme.create_model(name, exits=1, num_classes=2, **kwargs)) == ('apache-2.0', None)
 
 
+@pytest.mark.slow
 def test_what_a_model_started_from_goes_through_repositories_and_folders(weights, license_of, tmp_path):
     trained = tme.create_model(SWSL, True, exits=1, num_classes=2)
     tme.save_pretrained(trained, tmp_path / 'trained')

@@ -112,7 +112,7 @@ def test_killed_and_resumed_run_equals_the_whole_one(workers, train_here):
 @pytest.mark.parametrize(
     'flags',
     [
-        ('--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5'),
+        pytest.param(('--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5'), marks=pytest.mark.slow),
         pytest.param(('--no-prefetcher', '--use-multi-epochs-loader'), marks=pytest.mark.slow),
         pytest.param(
             ('--train-img-sizes', '24', '32', '--sched', 'wsd', '--decay-epochs', '1'), marks=pytest.mark.slow

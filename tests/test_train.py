@@ -40,6 +40,7 @@ def train_on_images(run_script, image_folder):
     return run
 
 
+@pytest.mark.slow
 def test_run_without_data_trains_on_the_digits(run_script, tmp_path):
     code, out, err = run_script(
         train.main, '--eed', '--model', 'test_resnet', '--epochs', '2', '--experiment', 'digits'
@@ -212,6 +213,7 @@ def test_moving_average_is_what_is_evaluated_and_kept(train_on_images):
     assert not torch.equal(raw['backbone.fc.weight'], average['backbone.fc.weight'])
 
 
+@pytest.mark.slow
 def test_resumed_run_goes_on_where_it_was(train_on_images, run_script, image_folder):
     whole, _ = train_on_images('whole', '--eed', '--epochs', '4', '--sched', 'constant', '--no-aug')
     half, _ = train_on_images('half', '--eed', '--epochs', '2', '--sched', 'constant', '--no-aug')
@@ -262,6 +264,7 @@ def test_run_whose_last_checkpoint_is_lost_goes_on_from_the_one_before(damage, t
     assert torch.load(last, weights_only=False)['epoch'] == 2
 
 
+@pytest.mark.slow
 def test_schedule_begins_anew_where_the_epoch_does(train_on_images):
     run, _ = train_on_images('run', '--eed')
     again, _ = train_on_images('again', '--eed', '--resume', run / 'last.pth.tar', '--start-epoch', '0')
@@ -289,6 +292,7 @@ def test_table_of_timms_own_script_is_gone_on_with(train_on_images):
     assert [row['eval_top1'] for row in rows[:2]] == [row['eval_top1'] for row in before]
 
 
+@pytest.mark.slow
 def test_epochs_without_evaluation_are_kept_too(train_on_images):
     flags = ('--eed', '--epochs', '4', '--val-interval', '2', '--save-epochs', '1', '3', '4')
     run, _ = train_on_images('run', *flags, '--stop-epoch', '3')
