@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f'{describe_state(run, config):8} {run.name}')
             return 0
         runner = Runner(runs, config, lambda line: print(line, flush=True))
+        if not runner.pending:
+            print(f'Nothing to do: {len(runs)} of {len(runs)} runs have results in {args.results}.')
         code = runner.work()
     except tme.MultiExitError as error:
         print(f'run.py: error: {error}', file=sys.stderr)

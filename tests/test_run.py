@@ -357,7 +357,7 @@ def test_disk_that_refuses_ends_no_run(bench, monkeypatch):
     bench.results.write_text('no folder')
     lines = []
     assert bench.runner(lines).work() == 1
-    assert sum('FAILED' in line and 'could not be written' in line for line in lines) == 6
+    assert sum('FAILED' in line and line.endswith('then go on or run it again.') for line in lines) == 6
     bench.results.unlink()
     assert bench.runner().work() == 0
     assert bench.started() == ALL, 'what was trained is taken'
@@ -399,6 +399,8 @@ def test_list_says_the_state_of_every_run(bench, run_py, run_script):
     assert run_script(run_py.main, *flags, '--list') == (0, ''.join(f'planned  {name}\n' for name in names), '')
     assert bench.started() == []
     bench.runner([]).work()
+    expected = f'Nothing to do: 1 of 1 runs have results in {bench.results}.\n'
+    assert run_script(run_py.main, *flags, '--only', 'eed') == (0, expected, '')
     states = [line.split() for line in run_script(run_py.main, *flags, '--list')[1].splitlines()]
     assert states == [['done', names[0]], ['begun', names[1]], ['done', names[2]]]
     assert run_script(run_py.main, *flags, '--list', '--only', 'eed')[1] == f'done     {names[2]}\n'

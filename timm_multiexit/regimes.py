@@ -11,8 +11,6 @@ from timm.utils import unwrap_model
 
 from timm_multiexit.model import MultiExitModel
 
-REGIMES = ('joint', 'frozen', 'mixed')
-
 
 @dataclass(frozen=True)
 class Regime:

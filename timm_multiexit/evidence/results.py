@@ -11,7 +11,7 @@ from typing import Any
 
 from timm_multiexit.config import MultiExitError
 from timm_multiexit.evidence.plan import PlannedRun, to_command_line
-from timm_multiexit.files import explained, write_text
+from timm_multiexit.files import RUN_AGAIN, explained, write_text
 
 FORMAT = 1
 _KEYS = ('name', 'protocol', 'data', 'network', 'method', 'seed', 'flags', 'classifiers')
@@ -117,7 +117,7 @@ def write_result(folder: Path, run: PlannedRun, result: dict[str, Any]) -> None:
         MultiExitError: The disk is full or cannot be written.
     """
     path = result_path(folder, run)
-    with explained(path):
+    with explained(path, advice=RUN_AGAIN):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result, indent=1) + '\n')
 
