@@ -13,15 +13,16 @@ import timm
 import torch
 
 import timm_multiexit as tme
-from timm_multiexit.arguments import parse_exits
-from timm_multiexit.benchmarks.inference import InferenceBenchmark
-from timm_multiexit.benchmarks.training import create_train_args, measure_loop, measure_steps
-from timm_multiexit.benchmarks.zoo import POPULAR, count_heads, count_layouts
-from timm_multiexit.heads import HEADS
-from timm_multiexit.launch import create_accelerator
-from timm_multiexit.losses import LOSSES
-from timm_multiexit.metrics import describe_environment, format_table
-from timm_multiexit.refusals import one_line
+from benchmarks.inference import InferenceBenchmark
+from benchmarks.training import create_train_args, measure_loop, measure_steps
+from benchmarks.zoo import POPULAR, count_heads, count_layouts
+from timm_multiexit.cli.flags.exit_flags import parse_exits
+from timm_multiexit.cli.launch import create_accelerator
+from timm_multiexit.exits.heads import HEADS
+from timm_multiexit.losses.multi_exit_loss import LOSSES
+from timm_multiexit.utils.environment import describe_environment
+from timm_multiexit.utils.errors import one_line
+from timm_multiexit.utils.text import format_table
 
 
 def infer(args):

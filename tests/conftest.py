@@ -2,14 +2,12 @@
 # ruff: noqa: E402
 
 import logging
-import sys
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
-from loopback.guard import NetworkGuard, environment, replace_environment
-from loopback.server import Server
-from loopback.state import Hub
+from hub_server.guard import NetworkGuard, environment, replace_environment
+from hub_server.server import Server
+from hub_server.state import Hub
 
 # huggingface_hub reads its environment when it is imported, and timm imports it: so this comes first. Each process has
 # a server of its own, and child processes inherit its address.
@@ -19,18 +17,13 @@ replace_environment(environment(SERVER.hub, HOME.name))
 GUARD = NetworkGuard()
 GUARD.install()
 
-import numpy as np
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
-from torch import nn
+from helpers import enliven, write_images
 
-from timm_multiexit.attach import attach_exits
-
-# train.py and validate.py are imported as modules.
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from timm_multiexit.models.attach import attach_exits
 
 # Two busy cores make a second OpenMP thread wait more than it works: 30 times slower, measured.
 torch.set_num_threads(1)
@@ -51,7 +44,7 @@ def network_guard():
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path_factory):
-    """The Hub of this process (`loopback.state.Hub`), empty, with empty caches of the client and of child processes.
+    """The Hub of this process (`hub_server.state.Hub`), empty, with empty caches of the client and of child processes.
 
     The client does not wait between its tries, which would be 23 seconds where the Hub is down.
     """
@@ -67,36 +60,12 @@ def hub(monkeypatch, tmp_path_factory):
     assert not leaks, 'the access token was sent to the host of large files'
 
 
-def cases(table, slow=()):
-    """Return a table of cases, id -> value or values, as pytest takes them; those named in `slow` are slow tests."""
-    assert set(slow) <= set(table)
-    return [
-        pytest.param(
-            *(value if isinstance(value, tuple) else (value,)), id=name, marks=[pytest.mark.slow] * (name in slow)
-        )
-        for name, value in table.items()
-    ]
-
-
-def _enliven(model):
-    """Move what timm starts at zero or one (last norms, layer scale, BN statistics), so that every layer counts."""
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.ndim < 2:
-                param.add_(torch.rand_like(param) * 0.4 - 0.1)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(std=0.1)
-                module.running_var.uniform_(0.5, 1.5)
-    return model
-
-
 @pytest.fixture
 def make_backbone():
     """Return a function that makes a plain timm model of ten classes."""
 
     def make(name='test_resnet', *, num_classes=10, **kwargs):
-        return _enliven(timm.create_model(name, num_classes=num_classes, **kwargs))
+        return enliven(timm.create_model(name, num_classes=num_classes, **kwargs))
 
     return make
 
@@ -118,7 +87,7 @@ def make_model(make_backbone):
 
     def make(name='test_resnet', exits='auto', *, num_classes=10, input_size=(3, 64, 64), **kwargs):
         backbone = make_backbone(name, num_classes=num_classes)
-        return _enliven(attach_exits(backbone, exits, input_size=input_size, **kwargs))
+        return enliven(attach_exits(backbone, exits, input_size=input_size, **kwargs))
 
     return make
 
@@ -127,18 +96,6 @@ def make_model(make_backbone):
 def image_folder(tmp_path):
     """A folder of two classes that a network can tell apart: 12 images each to train on, 5 and 6 to validate on."""
     return write_images(tmp_path / 'images')
-
-
-def write_images(root, num_train=12):
-    generator = np.random.RandomState(0)
-    for split, counts in (('train', (num_train, num_train)), ('val', (5, 6))):
-        for label, (name, count) in enumerate(zip(('cat', 'dog'), counts)):
-            (root / split / name).mkdir(parents=True)
-            for idx in range(count):
-                pixels = generator.randint(0, 80, (40, 40, 3)).astype('uint8')
-                pixels[:, :, label] += 150
-                Image.fromarray(pixels).save(root / split / name / f'{idx}.jpg')
-    return root
 
 
 @pytest.fixture

@@ -1,33 +1,42 @@
 """`create_model` and `evaluate`: what most users need."""
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import timm
-import torch
+from torch import nn
 
-from timm_multiexit.attach import ExitsArg, attach_exits
-from timm_multiexit.config import MultiExitError
-from timm_multiexit.engine import evaluate_loader
-from timm_multiexit.licenses import Origin, find_origin
-from timm_multiexit.metrics import ENSEMBLE, format_table
-from timm_multiexit.model import MultiExitModel
-from timm_multiexit.sources import Source, find_source
+from timm_multiexit.checkpoints.source import Source, create_empty, find_source
+from timm_multiexit.exits.placement import ExitsArg, _input_size, _stage_points
+from timm_multiexit.exits.survey import ExitPoint, survey_backbone
+from timm_multiexit.models.attach import attach_exits
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.origin import Origin, find_origin
+from timm_multiexit.utils.errors import MultiExitError
 
 _logger = logging.getLogger(__name__)
 
-# Metrics of `ExitEvaluator` as the table has them: one group for one label per image, one for several.
-_METRIC_HEADERS = {
-    'top1': 'top-1',
-    'top5': 'top-5',
-    'ece': 'ECE',
-    'map': 'mAP',
-    'micro_f1': 'micro-F1',
-    'macro_f1': 'macro-F1',
-    'sample_f1': 'sample-F1',
-}
+
+def exit_points(
+    backbone: nn.Module | str,
+    input_size: tuple[int, int, int] | None = None,
+) -> tuple[ExitPoint, ...]:
+    """Return the places that `feature_info` names where an exit can be attached, shallow to deep.
+
+    Args:
+        backbone: A timm classification model, or the name of one: timm's, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
+        input_size: (channels, height, width) that costs are reckoned for; the backbone's own if not given.
+
+    Raises:
+        MultiExitError: The backbone has no such stages, or no classifier; there is no model of this name.
+
+    >>> [(point.index, point.module, point.reduction) for point in exit_points('resnet18')]
+    [(0, 'act1', 2), (1, 'layer1.1', 4), (2, 'layer2.1', 8), (3, 'layer3.1', 16), (4, 'layer4.1', 32)]
+    """
+    if isinstance(backbone, str):
+        backbone = create_empty(backbone)
+    return _stage_points(backbone, survey_backbone(backbone, (), _input_size(backbone, input_size)))
 
 
 def create_model(
@@ -96,72 +105,3 @@ def _find_origin(model: MultiExitModel, source: Source | None, pretrained: bool,
     if source.repo_id:
         return Origin(source.repo_id, source.config.pretrained_cfg.get('license'))
     return source.config.origin or Origin('a folder')
-
-
-@dataclass(frozen=True)
-class ExitTable:
-    """What every classifier costs and how well it does; `str()` gives it as a table.
-
-    Attributes:
-        rows: One dict per classifier, shallow to deep, then the ensemble: exit, tap, params (of the path to the exit
-            and its head), GMACs fixed, GMACs sequential, then in percent top-1, top-5 and ECE, or of several labels
-            per image mAP, micro-F1, macro-F1 and sample-F1.
-        num_samples: Images that were counted.
-    """
-
-    rows: tuple[dict[str, Any], ...]
-    num_samples: int
-
-    def __str__(self) -> str:
-        return format_table(self.rows)
-
-
-def evaluate(
-    model: MultiExitModel,
-    loader: Iterable,
-    *,
-    device: torch.device | str | None = None,
-    input_size: tuple[int, int, int] | None = None,
-    multi_label: bool = False,
-    threshold: float = 0.5,
-) -> ExitTable:
-    """Return accuracy and cost of every classifier and of their ensemble.
-
-    Args:
-        model: The model; it stays in the mode it is in after the call, and is in eval mode during it.
-        loader: Batches of images [B, in_chans, H, W] and class indices [B], or labels [B, C] with `multi_label`.
-        device: Where to run; where the model is if not given.
-        input_size: (channels, height, width) that MACs are given for; that of the loader's first batch if not given.
-        multi_label: An image has any number of classes.
-        threshold: Probability from which a label counts as predicted, for the F1 of `multi_label`.
-    """
-    result = evaluate_loader(model, loader, device=device, multi_label=multi_label, threshold=threshold)
-    return make_table(model, result.metrics, input_size=input_size or result.input_size, num_samples=result.num_samples)
-
-
-def make_table(
-    model: MultiExitModel,
-    metrics: dict[str, dict[str, float]],
-    *,
-    input_size: tuple[int, int, int],
-    num_samples: int,
-) -> ExitTable:
-    """Return the table of metrics that were measured (`ExitEvaluator.compute`) beside the costs."""
-    costs = model.cost(input_size)
-    taps = {f'exit{idx}': spec.module for idx, spec in enumerate(model.exits.specs)}
-    rows = []
-    for idx, (name, values) in enumerate(metrics.items()):
-        # The ensemble runs everything, so it costs what main costs in sequence, and has no fixed path.
-        cost = costs[min(idx, len(costs) - 1)]
-        is_ensemble = name == ENSEMBLE
-        rows.append(
-            {
-                'exit': name.removeprefix('exit'),
-                'tap': taps.get(name, '-' if is_ensemble else 'classifier'),
-                'params': cost.sequential.params if is_ensemble else cost.fixed.params,
-                'GMACs fixed': None if is_ensemble else cost.fixed.macs / 1e9,
-                'GMACs sequential': cost.sequential.macs / 1e9,
-                **{header: values[key] for key, header in _METRIC_HEADERS.items() if key in values},
-            }
-        )
-    return ExitTable(tuple(rows), num_samples)

@@ -1,1 +1,1 @@
-"""The figures of the EED paper for runs of `train.py`, with their numbers: `python -m timm_multiexit.analysis RUN`."""
+"""The figures of the EED paper for runs of `train.py`, with their numbers: `timm-multiexit analyze RUN`."""

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_multiexit.config import MultiExitError
-from timm_multiexit.metrics import ENSEMBLE, exit_names
+from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
 _MAX_CLASSES = 100  # of a confusion matrix that is written and drawn
+
 _NUM_PAIRS = 10
 
 

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from timm_multiexit.config import MultiExitError
-from timm_multiexit.metrics import ENSEMBLE, exit_names
-from timm_multiexit.model import MultiExitModel
-from timm_multiexit.survey import stage_entries
+from timm_multiexit.exits.stages import stage_entries
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.figures import COLORS, new_figure
+from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
 
 def describe_architecture(model: MultiExitModel, input_size: tuple[int, int, int]) -> dict[str, Any]:
@@ -81,3 +82,73 @@ def accuracy_over_macs(
         }
         for idx, (name, value) in enumerate(top1.items())
     ]
+
+
+_STEP, _WIDTH, _HEIGHT = 3.0, 2.2, 1.5
+
+
+def draw_architecture(numbers: Mapping[str, Any], title: str) -> Any:
+    """Return the stages as a row of boxes, with the exit after each below it, and MACs of an image in all of them.
+
+    Args:
+        numbers: What `describe_architecture` returned.
+        title: Heading.
+    """
+    stages, exits = numbers['stages'], numbers['exits']
+    columns = len(stages) + 2
+    figure = new_figure(1.6 * columns, 4.2, title)
+    axes = figure.subplots()
+    axes.set(xlim=(-1.4, (columns - 1) * _STEP + 1.4), ylim=(-3.6, 1.2))
+    axes.set_axis_off()
+    channels, height, width = numbers['input_size']
+    _draw_box(axes, 0, 0, f'image\n{channels} x {height} x {width}', '0.9')
+    for idx, stage in enumerate(stages, start=1):
+        _draw_arrow(axes, ((idx - 1) * _STEP + _WIDTH / 2, 0), (idx * _STEP - _WIDTH / 2, 0))
+        _draw_box(axes, idx * _STEP, 0, describe_stage(stage), COLORS[5])
+        if stage['exit'] is not None:
+            _draw_arrow(axes, (idx * _STEP, -_HEIGHT / 2), (idx * _STEP, -2.6 + _HEIGHT / 2))
+            _draw_box(axes, idx * _STEP, -2.6, describe_exit(exits[stage['exit']]), COLORS[4])
+    end = (len(stages) + 1) * _STEP
+    _draw_arrow(axes, (end - _STEP + _WIDTH / 2, 0), (end - _WIDTH / 2, 0))
+    _draw_box(axes, end, 0, f'main\n{numbers["num_classes"]} classes', COLORS[4])
+    return figure
+
+
+def describe_stage(stage: Mapping[str, Any]) -> str:
+    r"""Return what is written into the box of a stage.
+
+    >>> describe_stage({'to': 'layer1', 'channels': 64, 'size': [8, 8], 'macs': 2_000_000, 'exit': 0})
+    'to layer1\n64 x 8 x 8\n2.0 MMACs'
+    """
+    where = 'to the end' if stage['exit'] is None else f'to {stage["to"]}'
+    return f'{where}\n{" x ".join(map(str, [stage["channels"], *(stage["size"] or ())]))}\n{format_macs(stage["macs"])}'
+
+
+def describe_exit(head: Mapping[str, Any]) -> str:
+    """Return what is written into the box of an exit."""
+    widths = '-'.join('pool' if width == 0 else str(width) for width in head['widths'])
+    kind = f'{head["head"]} {widths}'.rstrip()
+    return f'{head["name"]}\n{kind}\n{format_macs(head["macs"])}'
+
+
+def format_macs(macs: float) -> str:
+    """Return MACs in a unit that fits.
+
+    >>> format_macs(2_500_000_000), format_macs(31_250_000), format_macs(640)
+    ('2.5 GMACs', '31.2 MMACs', '0.6 kMACs')
+    """
+    scale, unit = (1e9, 'G') if macs >= 1e9 else (1e6, 'M') if macs >= 1e6 else (1e3, 'k')
+    return f'{macs / scale:.1f} {unit}MACs'
+
+
+def _draw_box(axes: Any, x: float, y: float, text: str, color: str) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    corner, shape = (x - _WIDTH / 2, y - _HEIGHT / 2), 'round,pad=0,rounding_size=0.15'
+    box = FancyBboxPatch(corner, _WIDTH, _HEIGHT, boxstyle=shape, facecolor=color, edgecolor='black', alpha=0.6)
+    axes.add_patch(box)
+    axes.text(x, y, text, ha='center', va='center', fontsize=8)
+
+
+def _draw_arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
+    axes.annotate('', xy=end, xytext=start, arrowprops={'arrowstyle': '->', 'color': 'black'})

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm_multiexit.metrics import ENSEMBLE
+from timm_multiexit.utils.text import ENSEMBLE
 
 
 def read_curve(rows: Sequence[Mapping[str, float]], metric: str = 'top1') -> dict[str, list]:

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_multiexit.config import MultiExitError
-from timm_multiexit.metrics import exit_names
-from timm_multiexit.model import MultiExitModel
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.text import exit_names
 
 _PER_CLASS = 10  # images at least, or there would be too few pairs within classes
+
 _MAX_CLASSES = 100  # of the matrix of classes that is written
 
 

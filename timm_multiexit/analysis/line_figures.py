@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from timm_multiexit.analysis.figures import COLORS, MARKERS, new_figure, show_epochs, style
-from timm_multiexit.metrics import ENSEMBLE
+from timm_multiexit.utils.figures import COLORS, MARKERS, new_figure, show_epochs, style
+from timm_multiexit.utils.text import ENSEMBLE
 
 _PANELS_PER_ROW = 3
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from timm_multiexit.analysis.figures import annotate_cells, new_figure
-from timm_multiexit.metrics import ENSEMBLE
+from timm_multiexit.utils.figures import annotate_cells, new_figure
+from timm_multiexit.utils.text import ENSEMBLE
 
 _MAX_NAMED = 12  # classes that fit beside a matrix
+
 _MAX_DISSIMILARITY = 1.2  # of the scale of colours, the same for all runs
 
 

@@ -15,16 +15,17 @@ from timm_multiexit.analysis.architecture import accuracy_over_macs, describe_ar
 from timm_multiexit.analysis.dissimilarity import choose_samples, collect_representations, describe_dissimilarity
 from timm_multiexit.analysis.diversity import describe_members
 from timm_multiexit.analysis.runs import Run, teacher_members
-from timm_multiexit.collecting import LogitSet, collect_logits
-from timm_multiexit.config import MultiExitError
-from timm_multiexit.holdout import TransformSubset
-from timm_multiexit.loaders import create_eval_loader
-from timm_multiexit.metrics import ENSEMBLE, exit_names
-from timm_multiexit.model import MultiExitModel
-from timm_multiexit.report import load_best
-from timm_multiexit.validation_data import create_split
+from timm_multiexit.calibration.logits import LogitSet, collect_logits
+from timm_multiexit.checkpoints.run_folder import load_best
+from timm_multiexit.cli.validate_data import create_split
+from timm_multiexit.data.holdout import TransformSubset
+from timm_multiexit.data.loaders import create_eval_loader
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
 _logger = logging.getLogger(__name__)
+
 
 _TOLERANCE = 1.0  # points between what the run reported and what is measured: precision does not explain more
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from timm_multiexit.config import MultiExitError
-from timm_multiexit.distillation import DepthWeights, checked_teacher, resolve_teacher
-from timm_multiexit.losses import LOSSES
-from timm_multiexit.metrics import exit_names
-from timm_multiexit.records import Summary
-from timm_multiexit.saver import BEST_NAME
-from timm_multiexit.untrusted import read_json
+from timm_multiexit.checkpoints.run_folder import BEST_NAME
+from timm_multiexit.losses.multi_exit_loss import LOSSES
+from timm_multiexit.losses.teachers import DepthWeights, checked_teacher, resolve_teacher
+from timm_multiexit.training.summary import Summary
+from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.text import exit_names
+from timm_multiexit.utils.untrusted import read_json
 
 PLAIN = 'plain'
 

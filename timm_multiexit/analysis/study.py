@@ -11,10 +11,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_multiexit.analysis.architecture_figure import draw_architecture
+from timm_multiexit.analysis.architecture import draw_architecture
 from timm_multiexit.analysis.curves import describe_curve, read_curve
 from timm_multiexit.analysis.diversity import describe_gain
-from timm_multiexit.analysis.figures import encode_png
 from timm_multiexit.analysis.line_figures import (
     draw_accuracy_over_macs,
     draw_diversity,
@@ -24,16 +23,21 @@ from timm_multiexit.analysis.line_figures import (
 from timm_multiexit.analysis.matrix_figures import draw_agreement, draw_dissimilarity
 from timm_multiexit.analysis.measuring import Measurer
 from timm_multiexit.analysis.runs import Run, find_reference
-from timm_multiexit.config import MultiExitError
-from timm_multiexit.files import RUN_AGAIN, explained, replacing, write_text
-from timm_multiexit.metrics import default_metric, describe_environment
-from timm_multiexit.report import name_dataset
-from timm_multiexit.untrusted import read_json
+from timm_multiexit.evaluation.metrics import default_metric
+from timm_multiexit.evaluation.stamp import name_dataset
+from timm_multiexit.utils.environment import describe_environment
+from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.figures import encode_png
+from timm_multiexit.utils.files import RUN_AGAIN, explained, replacing, write_text
+from timm_multiexit.utils.untrusted import read_json
 
 _logger = logging.getLogger(__name__)
 
+
 _LABELS = {'top1': 'top-1 accuracy, %', 'map': 'mean average precision, %'}
+
 _JSON_DIGITS = 6
+
 _ROW = re.compile(r'\[\s+(?:[-\d]|null)[^][{}"]*\]')  # a list of numbers
 
 

@@ -1,0 +1,1 @@
+"""Plans of runs, their results and tables."""

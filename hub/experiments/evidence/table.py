@@ -1,0 +1,241 @@
+"""Tables of results in Markdown: accuracy of every classifier, and paired differences with their uncertainty."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from evidence.plan import Plan
+from evidence.results import telling
+from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.markdown import code, escape, table
+from timm_multiexit.utils.text import ENSEMBLE
+
+# Of the t distribution at 97.5 % with 1 to 30 degrees of freedom; beyond, the last is a little too wide.
+T_QUANTILES = dict(
+    enumerate(
+        (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+        + (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+        + (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+        start=1,
+    )
+)
+
+# Half-width of a 95 % interval, in points of accuracy, above which a difference is not resolved.
+RESOLUTION = 0.4
+
+START, END = '<!-- evidence -->', '<!-- /evidence -->'
+
+_BASELINES = ('ce', 'phuong', 'byot')
+
+_DISTANCES = ('kl', 'mse')
+
+_HEADS = ('narrow', 'bottleneck')
+
+_ENSEMBLES = ('eed', 'beed')
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of paired differences and the half-width of its 95 % interval; infinite for a single pair.
+
+    >>> mean, half = interval([1.0, 2.0, 3.0])
+    >>> round(mean, 3), round(half, 3)  # 4.303 * 1 / sqrt(3)
+    (2.0, 2.484)
+    """
+    mean, count = statistics.fmean(differences), len(differences)
+    if count == 1:
+        return mean, math.inf
+    quantile = T_QUANTILES[min(count - 1, max(T_QUANTILES))]
+    return mean, quantile * statistics.stdev(differences) / math.sqrt(count)
+
+
+def describe_difference(differences: Sequence[float]) -> str:
+    """Return what paired differences say, in points.
+
+    >>> describe_difference([0.5, 0.6, 0.55]), describe_difference([0.0, 2.0]), describe_difference([1.0])
+    ('+0.55 ± 0.12, above 0', '+1.00 ± 12.71, not resolved', '+1.00, one pair')
+    >>> describe_difference([])
+    '-'
+    """
+    if not differences:
+        return '-'
+    mean, half = interval(differences)
+    if math.isinf(half):
+        return f'{mean:+.2f}, one pair'
+    if half > RESOLUTION:
+        reading = 'not resolved'
+    elif abs(mean) <= half:
+        reading = 'no difference seen'
+    else:
+        reading = 'above 0' if mean > 0 else 'below 0'
+    return f'{mean:+.2f} ± {half:.2f}, {reading}'
+
+
+def top1(result: dict[str, Any]) -> dict[str, float]:
+    """Return classifier -> top-1 in percent; a network without exits has main alone."""
+    return {row['exit']: row['top-1'] for row in result['classifiers'] if row.get('top-1') is not None}
+
+
+def baselines(method: str, present: Iterable[str]) -> list[str]:
+    """Return the methods that a method is compared with, out of those present.
+
+    A variant is compared with what it varies; one that ensembles teach, with the plain network and with its rivals,
+    which have the same heads and, with a distance of outputs, the same one.
+
+    >>> baselines('eed-mse-features', ['plain', 'ce', 'ce-narrow', 'phuong-kl', 'phuong-mse', 'byot-mse', 'eed-mse'])
+    ['plain', 'ce', 'phuong-mse', 'byot-mse', 'eed-mse']
+    >>> baselines('ce-bottleneck', ['plain', 'ce', 'ce-bottleneck']), baselines('ce', ['plain', 'ce'])
+    (['ce'], [])
+    """
+    parts = method.split('-')
+    distance = next((part for part in parts if part in _DISTANCES), '')
+    heads = next((f'-{part}' for part in parts if part in _HEADS), '')
+    wanted = {f'{parts[0]}-{distance}' if distance else parts[0]} - {method}
+    if parts[0] in _ENSEMBLES:
+        rivals = (*_BASELINES, 'eed') if parts[0] == 'beed' else _BASELINES
+        wanted |= {'plain', *(f'{name}{heads}' for name in rivals), *(f'{name}-{distance}{heads}' for name in rivals)}
+    return [name for name in present if name in wanted]
+
+
+def paired(results: Iterable[dict[str, Any]], method: str, baseline: str, classifier: str) -> list[float]:
+    """Return the differences in top-1 of two methods' runs of the same seed, in order of seeds."""
+    found: dict[str, dict[int, float]] = {method: {}, baseline: {}}
+    for result in results:
+        if result['method'] in found and classifier in top1(result):
+            found[result['method']][result['seed']] = top1(result)[classifier]
+    ours, theirs = found[method], found[baseline]
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def format_group(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
+    """Return the two tables of one protocol, data set and network.
+
+    Args:
+        results: Of that group alone.
+        methods: All methods, in the order of the rows.
+
+    Raises:
+        MultiExitError: Results of one group are not of the same images or flags beyond the plan's.
+    """
+    _check_comparable(results)
+    present = [method for method in methods if any(result['method'] == method for result in results)]
+    rows = [_accuracy_row(method, [result for result in results if result['method'] == method]) for method in present]
+    names = sorted({name for row in rows for name in row if name.isdecimal()}, key=int)
+    order = ['method', 'n', *names, 'main', ENSEMBLE, 'main ECE']
+    rows = [{_header(name): row.get(name, '-') for name in order} for row in rows]
+    differences = [
+        {
+            'difference': f'{code(method)} - {code(baseline)}',
+            'n': str(len(paired(results, method, baseline, 'main'))),
+            **{
+                _header(name): describe_difference(paired(results, method, baseline, name))
+                for name in ('main', ENSEMBLE)
+            },
+        }
+        for method in present
+        for baseline in baselines(method, present)
+        if paired(results, method, baseline, 'main')
+    ]
+    text = table(rows, left=('method',))
+    return f'{text}\n\n{table(differences, left=("difference",))}' if differences else text
+
+
+def _header(name: str) -> str:
+    return f'exit {name}' if name.isdecimal() else {ENSEMBLE: 'ensemble'}.get(name, name)
+
+
+def _accuracy_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    values: dict[str, list[float]] = {}
+    for result in results:
+        for name, accuracy in top1(result).items():
+            values.setdefault(name, []).append(accuracy)
+    row = {'method': code(method), 'n': str(len(results))}
+    row |= {name: _mean_and_sd(numbers) for name, numbers in values.items()}
+    errors = [r['ECE'] for result in results for r in result['classifiers'] if r['exit'] == 'main' and 'ECE' in r]
+    if len(errors) == len(results):
+        row['main ECE'] = f'{statistics.fmean(errors):.3f}'
+    return row
+
+
+def _mean_and_sd(numbers: Sequence[float]) -> str:
+    mean = f'{statistics.fmean(numbers):.2f}'
+    return mean if len(numbers) == 1 else f'{mean} ± {statistics.stdev(numbers):.2f}'
+
+
+def _check_comparable(results: Sequence[dict[str, Any]]) -> None:
+    for key in ('split', 'num_samples', 'extra'):
+        seen = {
+            str(telling(result.get(key, ())) if key == 'extra' else result.get(key)): result['name']
+            for result in results
+        }
+        if len(seen) > 1:
+            raise MultiExitError(
+                f'Results of one table differ in {key}: '
+                + ', '.join(f'{name} has {value}' for value, name in sorted(seen.items())[:3])
+                + '. Remove those that do not belong, and run them again.'
+            )
+
+
+def format_tables(plans: Sequence[Plan], results: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
+    """Return Markdown: for every group of the plans a heading, its tables, how it was measured, what is missing.
+
+    A plan of which nothing has been measured takes one line.
+
+    Args:
+        plans: In order.
+        results: Of `hub/experiments/results`.
+        methods: All methods, in order.
+
+    Raises:
+        MultiExitError: Results of one table do not fit together.
+    """
+    by_name = {result['name']: result for result in results}
+    parts = []
+    for plan in plans:
+        num_done = sum(run.name in by_name for run in plan.runs)
+        parts.append(f'**{escape(plan.title)}** {num_done} of the {len(plan.runs)} runs of plan {code(plan.name)}.')
+        for group in dict.fromkeys(run.group for run in plan.runs):
+            runs = [run for run in plan.runs if run.group == group]
+            done = [by_name[run.name] for run in runs if run.name in by_name]
+            if not done:
+                continue
+            protocol, data, network = group
+            parts.append(f'{code(network)} on {code(data)}, protocol {code(protocol)}: {_describe(done)}')
+            parts.append(format_group(done, methods))
+            missing = [f'{run.method} seed {run.seed}' for run in runs if run.name not in by_name]
+            if missing:
+                parts.append(f'Planned and missing: {escape(", ".join(missing))}.')
+    return '\n\n'.join(parts) + '\n'
+
+
+def _describe(results: Sequence[dict[str, Any]]) -> str:
+    """Return how results were measured, in words."""
+    first = results[0]
+    selections = {
+        (str(r['selection']['by']), r['selection']['on'], r['selection']['is_reported_split']) for r in results
+    }
+    text = f'top-1 in percent on {first["num_samples"]:,} images of {escape(first["split"])}, mean ± standard deviation'
+    text += ' over n seeds; differences of runs of the same seed, mean ± half of the 95 % interval. '
+    for by, on, is_reported in sorted(selections):
+        text += f'Epoch chosen by {escape(by)} on {escape(on)}{", the reported images" if is_reported else ""}. '
+    for key in ('commit', 'hardware', 'threads', 'versions'):
+        values = sorted({str(result[key]) for result in results})
+        text += f'{key.capitalize()}: {"; ".join(map(escape, values))}. '
+    if first.get('extra'):
+        text += f'All with {code(" ".join(first["extra"]))}. '
+    minutes = statistics.fmean(result['seconds'] for result in results) / 60
+    return text + f'{minutes:.1f} minutes a run.'
+
+
+def place_in(text: str, tables: str) -> str:
+    r"""Return a Markdown file's text with the tables between its two comments.
+
+    Raises:
+        MultiExitError: The comments are not there, once each and in order.
+
+    >>> place_in(f'a\n{START}\nold\n{END}\nb', 'new\n').split('\n')
+    ['a', '<!-- evidence -->', 'new', '<!-- /evidence -->', 'b']
+    """
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise MultiExitError(f'The file must have {START} and {END} once each, in this order: put them in.')
+    return f'{text[: text.index(START)]}{START}\n{tables}{text[text.index(END) :]}'

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Print the tables of results/ as Markdown: `hub/experiments/table.py [hub/experiments/plans/small.yaml ...]`.
+
+Without a plan, of all plans. --readme writes them between two comments of README.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from evidence.plan import METHODS_FILE, read_plan, read_yaml
+from evidence.results import check_flags, read_results, result_path
+from evidence.table import format_tables, place_in
+
+import timm_multiexit as tme
+from timm_multiexit.utils.files import write_text
+
+HERE = Path(__file__).resolve().parent
+
+
+def make_tables(plan_files: list[Path], results_dir: Path) -> str:
+    """Return the tables; without plans, those of all.
+
+    Raises:
+        MultiExitError: A plan or a result cannot be read, or they contradict each other.
+    """
+    results = read_results(results_dir)
+    by_name = {result['name']: result for result in results}
+    plans = [read_plan(path) for path in plan_files or sorted((HERE / 'plans').glob('*.yaml'))]
+    # What has been measured comes first.
+    plans.sort(key=lambda plan: not any(run.name in by_name for run in plan.runs))
+    for run in (run for plan in plans for run in plan.runs):
+        if run.name in by_name:
+            check_flags(run, by_name[run.name]['flags'], result_path(results_dir, run))
+    return format_tables(plans, results, list(read_yaml(HERE / METHODS_FILE)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, or 2 for an error of one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('plans', type=Path, nargs='*', metavar='PLAN', help='hub/experiments/plans/NAME.yaml')
+    parser.add_argument('--results', type=Path, default=HERE / 'results', metavar='DIR', help='folder of results')
+    parser.add_argument(
+        '--readme', type=Path, nargs='?', const=HERE.parents[1] / 'README.md', help='write them into it'
+    )
+    args = parser.parse_args(argv)
+    try:
+        tables = make_tables(args.plans, args.results)
+        if args.readme:
+            write_text(args.readme, place_in(args.readme.read_text(encoding='utf-8'), tables))
+        else:
+            print(tables, end='')
+    except (tme.MultiExitError, OSError) as error:
+        print(f'table.py: error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,443 @@
+"""Temperatures and thresholds from held-out logits, against brute force and a loop over single samples."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from timm_multiexit.calibration import candidates as candidates
+from timm_multiexit.calibration.calibrate import calibrate
+from timm_multiexit.calibration.candidates import list_used_sets
+from timm_multiexit.calibration.search import HeldOut, neighbours, search
+from timm_multiexit.calibration.stage_costs import StageCosts
+from timm_multiexit.calibration.temperature import fit_temperatures
+from timm_multiexit.calibration.thresholds import search_budgets, solve_budgeted_batch
+from timm_multiexit.exits.cost import Cost, combine_costs
+from timm_multiexit.policies.leaving import apply_policy
+from timm_multiexit.policies.policy import ExitPolicy
+from timm_multiexit.utils.errors import MultiExitError
+
+COSTS = StageCosts((25, 50, 75, 100), (3, 2, 2))
+
+
+def make_samples(num, *, classes=20, quality=(1.2, 1.8, 2.4, 3.0), scale=1.0, seed=0):
+    """Return logits whose noise classifiers share in part, of samples that are easy or hard for all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, classes, (num,), generator=generator)
+    ease, shared = torch.randn(num, generator=generator), torch.randn(num, classes, generator=generator)
+    logits = []
+    for value in quality:
+        single = 0.7 * shared + 0.7 * torch.randn(num, classes, generator=generator)
+        single[torch.arange(num), targets] += 2 * value + 1.5 * ease
+        logits.append(scale * single)
+    return logits, targets
+
+
+def make_ties(num=400):
+    logits, targets = make_samples(num, classes=5)
+    return [single.round() for single in logits], targets
+
+
+def make_saturated(num=400):
+    return make_samples(num, classes=5, scale=20.0)
+
+
+SETS = {
+    'well calibrated': lambda: make_samples(600),
+    'overconfident': lambda: make_samples(600, scale=3.0, quality=(0.8, 1.2, 1.6, 1.8)),
+    'exit 1 worse than exit 0': lambda: make_samples(600, classes=10, quality=(1.2, 0.8, 1.5, 1.7)),
+    'many classes': lambda: make_samples(600, classes=300, quality=(1.2, 1.8, 2.1, 2.4)),
+    'few samples': lambda: make_samples(25, classes=4),
+    'ties': make_ties,
+    'saturated': make_saturated,
+}
+
+
+@pytest.fixture(params=SETS, ids=str)
+def samples(request):
+    return SETS[request.param]()
+
+
+def simulate(policy, logits, targets, costs=COSTS):
+    """Return accuracy in percent, mean cost and shares, by the rule that inference follows."""
+    prediction = apply_policy(policy, logits)
+    right = int((prediction.logits.argmax(-1) == targets).sum())
+    shares = torch.bincount(prediction.exit_idx, minlength=len(logits)).double() / len(targets)
+    return 100 * right / len(targets), costs.mean(policy, prediction.exit_idx), tuple(shares.tolist())
+
+
+def check_points(points, logits, targets):
+    for point in points:
+        accuracy, macs, shares = simulate(point.policy, logits, targets)
+        assert point.accuracy == pytest.approx(accuracy, abs=1e-9)
+        assert point.macs == pytest.approx(macs, rel=1e-12)
+        assert point.shares == pytest.approx(shares, abs=1e-12)
+
+
+def test_temperature_is_the_best_of_a_fine_grid():
+    logits, targets = make_samples(400, classes=10)
+    logits = [scale * single for scale, single in zip((0.1, 0.7, 4.0, 50.0), logits)]
+    grid = torch.logspace(-2, 2, 4001, dtype=torch.float64)
+    for single, fitted in zip(logits, fit_temperatures(logits, targets)):
+        losses = torch.stack([cross_entropy(single.double() / value, targets) for value in grid])
+        assert fitted == pytest.approx(float(grid[losses.argmin()]), rel=2e-3)
+
+
+def test_temperature_stays_in_its_range():
+    logits, targets = make_samples(200, classes=5)
+    useless = torch.randn(200, 5)
+    wrong = -5 * torch.nn.functional.one_hot(targets, 5).float()
+    tiny = 1e-4 * logits[0]
+    assert fit_temperatures([useless, wrong, tiny], targets)[1:] == pytest.approx((100, 0.01), rel=1e-5)
+    assert fit_temperatures([useless, tiny], targets)[0] > 3
+
+
+def test_classifier_without_a_mistake_keeps_temperature_one():
+    targets = torch.arange(5)
+    assert fit_temperatures([3 * torch.eye(5), torch.randn(5, 5)], targets)[0] == 1
+
+
+def test_masked_classes_do_not_count_in_the_temperature():
+    logits, targets = make_samples(300, classes=6)
+    masked = [torch.cat([single, torch.full((300, 2), -math.inf)], 1) for single in logits]
+    assert fit_temperatures(masked, targets) == pytest.approx(fit_temperatures(logits, targets), rel=1e-5)
+
+
+def solve_by_loops(logits):
+    """Return the thresholds of the field's solver, written down sample by sample from its definition."""
+    confidences = [single.softmax(-1).amax(-1).tolist() for single in logits]
+    num, num_classifiers, policies = len(confidences[0]), len(logits), []
+    for p in range(1, 40):
+        powers = [(p / 20) ** k for k in range(1, num_classifiers + 1)]
+        has_left, thresholds = [False] * num, []
+        for k in range(num_classifiers - 1):
+            wanted = math.floor(num * (powers[k] / sum(powers)))
+            threshold, count = None, 0
+            for sample in sorted(range(num), key=lambda sample: -confidences[k][sample]):
+                if not has_left[sample]:
+                    count += 1
+                    if count == wanted:
+                        threshold = confidences[k][sample]
+                        break
+            thresholds.append(threshold)
+            if threshold is not None:
+                has_left = [left or confidences[k][sample] >= threshold for sample, left in enumerate(has_left)]
+        policies.append(tuple(thresholds))
+    return policies
+
+
+def test_field_solver_is_that_of_the_definition(samples):
+    logits, targets = samples
+    points = solve_budgeted_batch(logits, targets, COSTS)
+    assert [point.policy.thresholds for point in points] == solve_by_loops(logits)
+    check_points(points, logits, targets)
+
+
+def best_within(table, macs):
+    return max((p.accuracy for p in table.points if p.macs <= macs * (1 + 1e-12)), default=-1)
+
+
+def test_search_is_never_below_the_field_at_its_cost(samples):
+    logits, targets = samples
+    fitted = fit_temperatures(logits, targets)
+    for temperatures in ((), fitted):
+        table = search_budgets(logits, targets, COSTS, temperatures=temperatures)
+        for others in ((), temperatures):
+            field = solve_budgeted_batch(logits, targets, COSTS, temperatures=others)
+            assert len(field) == 39
+            assert all(best_within(table, point.macs) >= point.accuracy for point in field)
+
+
+def make_uneven(seed):
+    """Return logits of exits whose temperatures are far apart: those who are surest are others without them."""
+    num, scales = (200, 300, 500)[seed % 3], ((1, 2, 3, 4), (4, 1, 5, 0.5))[seed % 2]
+    logits, targets = make_samples(num, classes=10, quality=(0.5, 0.8, 1.1, 1.4), seed=seed)
+    return [scale * single for scale, single in zip(scales, logits)], targets
+
+
+def test_search_with_temperatures_is_never_below_the_field_without():
+    bare = 0
+    for seed in range(24):
+        logits, targets = make_uneven(seed)
+        fitted = fit_temperatures(logits, targets)
+        table = search_budgets(logits, targets, COSTS, temperatures=fitted)
+        field = solve_budgeted_batch(logits, targets, COSTS)
+        assert all(best_within(table, point.macs) >= point.accuracy for point in field)
+        assert {point.policy.temperatures for point in table.points} <= {fitted, ()}
+        check_points(table.points, logits, targets)
+        bare += sum(not point.policy.temperatures for point in table.points)
+    assert 0 < bare < 24 * 10  # where they are needed, and seldom
+
+
+def test_times_too_are_searched_from_the_field_without_temperatures():
+    times = StageCosts((4, 5, 6, 8), (0.5, 0.1, 0.1), unit='ms')
+    for seed in range(4):
+        logits, targets = make_uneven(seed)
+        table = search_budgets(logits, targets, COSTS, temperatures=fit_temperatures(logits, targets), times=times)
+        for point in solve_budgeted_batch(logits, targets, times):
+            assert table.select(f'{point.ms + 1e-9:.12f}ms').accuracy >= point.accuracy
+
+
+def test_calibrated_policy_is_never_below_the_field_at_its_cost():
+    for seed in range(2):
+        logits, targets = make_uneven(seed)
+        for point in solve_budgeted_batch(logits, targets, COSTS):
+            policy = calibrate(logits, targets, COSTS, budget=f'{point.macs + 1e-9:.12f}MACs')
+            accuracy, macs, _ = simulate(policy, logits, targets)
+            assert accuracy >= point.accuracy - 1e-9
+            assert macs <= point.macs + 1e-6
+
+
+@pytest.mark.parametrize('criterion', ['entropy', 'margin'])
+def test_another_criterion_is_not_mixed_with_confidence(criterion):
+    for seed in range(4):
+        logits, targets = make_uneven(seed)
+        fitted = fit_temperatures(logits, targets)
+        tables = [search_budgets(logits, targets, COSTS, criterion=criterion, temperatures=t) for t in (fitted, ())]
+        assert {point.policy.criterion for point in tables[0].points} == {criterion}
+        check_points(tables[0].points, logits, targets)
+
+
+def test_policies_with_temperatures_are_taken_where_those_without_are_the_same():
+    logits, targets = make_samples(400)
+    ones = (1.0,) * 4
+    table = search_budgets(logits, targets, COSTS, temperatures=ones)
+    assert {point.policy.temperatures for point in table.points} == {ones}
+
+
+def test_search_gains_much_where_an_exit_is_worse_than_the_one_before():
+    logits, targets = SETS['exit 1 worse than exit 0']()
+    table = search_budgets(logits, targets, COSTS)
+    gains = [
+        table.select(f'{p.macs + 1e-6:.9f}MACs').accuracy - p.accuracy
+        for p in solve_budgeted_batch(logits, targets, COSTS)
+    ]
+    assert sum(gains) / 39 > 2
+
+
+RULES = [
+    {},
+    {'criterion': 'entropy'},
+    {'criterion': 'margin'},
+    {'criterion': 'patience'},
+    {'combine': 'mean'},
+    {'combine': 'geometric', 'criterion': 'entropy'},
+    {'combine': 'mean', 'criterion': 'patience'},
+]
+
+
+@pytest.mark.parametrize('rule', RULES, ids=lambda rule: '-'.join(rule.values()) or 'confidence')
+@pytest.mark.parametrize('kind', ['overconfident', 'ties', 'saturated'])
+def test_table_says_what_inference_does(rule, kind):
+    logits, targets = SETS[kind]()
+    table = search_budgets(logits, targets, COSTS, temperatures=(0.7, 1.0, 2.0, 3.0), **rule)
+    check_points(table.points, logits, targets)
+    for name in ('macs', 'accuracy'):
+        values = [getattr(point, name) for point in table.points]
+        assert values == sorted(set(values))
+    assert {point.policy.criterion for point in table.points} == {rule.get('criterion', 'confidence')}
+    assert {point.policy.combine for point in table.points} == {rule.get('combine')}
+
+
+@pytest.mark.parametrize('rule', RULES[:3] + RULES[4:6], ids=lambda rule: '-'.join(rule.values()) or 'confidence')
+def test_table_goes_from_the_cheapest_policy_to_the_most_accurate_classifier(rule):
+    logits, targets = make_samples(600)
+    table = search_budgets(logits, targets, COSTS, **rule)
+    assert table.points[0].macs == 28  # the first exit for all
+    assert table.points[-1].accuracy >= 100 * float((logits[-1].argmax(-1) == targets).double().mean()) - 0.5
+    assert len(table.points) > 20
+
+
+def test_combined_exits_of_a_deep_model_are_searched_in_few_sets():
+    sets = list_used_sets(ExitPolicy('confidence', (None,) * 6, combine='mean'))
+    assert {(), (0,), (0, 1, 2), (4, 5), (0, 2, 4), (1, 3, 5), (0, 1, 3, 4, 5), (0, 1, 2, 3, 4, 5)} <= set(sets)
+    assert len(sets) == len(set(sets)) == 18
+    assert list_used_sets(ExitPolicy('margin', (None,) * 6)) == [(0, 1, 2, 3, 4, 5)]
+
+
+def test_patience_finds_every_policy_that_is_worth_it():
+    logits, targets = make_samples(300, classes=5)
+    table = search_budgets(logits, targets, COSTS, criterion='patience')
+    best = [table.select(f'{budget}%').accuracy for budget in (80, 90, 107)]
+    every = [
+        simulate(ExitPolicy('patience', thresholds), logits, targets)
+        for thresholds in product((None, 1, 2), (None, 1, 2), (None, 1, 2))
+    ]
+    # Picked by expected right answers: within a sample or two of the luckiest.
+    for found, budget in zip(best, (80, 90, 107)):
+        assert found >= max(accuracy for accuracy, macs, _ in every if macs <= budget) - 0.7
+
+
+def random_held_out(num=12):
+    ranks = torch.stack([torch.randperm(num), torch.randperm(num), torch.randint(0, 4, (num,)).sort().values])
+    ranks[2] = ranks[2].unique(return_inverse=True)[1]
+    correct = torch.rand(4, num) < torch.tensor([0.4, 0.7, 0.6, 0.9])[:, None]
+    cuts = tuple(torch.arange(1, int(rank.max()) + 2) for rank in ranks)
+    paths = torch.tensor([0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
+    heads = torch.tensor([0.05, 0.03, 0.02], dtype=torch.float64)
+    return HeldOut(ranks, correct, correct.float(), paths, heads, cuts)
+
+
+def test_search_finds_the_best_of_all_policies():
+    missed = 0
+    for _ in range(6):
+        held_out = random_held_out()
+        every = torch.tensor(list(product(*([-1, *cuts.tolist()] for cuts in held_out.cuts))))
+        found = search(held_out, torch.full((1, 3), -1))
+        best = {}
+        for name, policies in (('every', every), ('found', found)):
+            counts, right, _ = held_out.outcome(policies)
+            cost = held_out.cost(policies, counts)
+            best[name] = torch.stack([(right / 12 - price * cost).max() for price in (0.0, 0.1, 0.3, 0.5, 1.0, 3.0)])
+        missed += int((best['found'] < best['every'] - 1e-9).sum())
+        assert (best['found'] >= best['every'] - 1 / 12 - 1e-9).all()
+    assert missed <= 2  # of 36: coordinate ascent may end beside the top
+
+
+def test_cost_and_right_answers_are_those_of_a_loop_over_samples():
+    held_out = random_held_out()
+    policies = torch.tensor([[-1, 3, 2], [0, -1, 4], [12, 12, -1], [2, 5, 1]])
+    counts, right, _ = held_out.outcome(policies)
+    cost = held_out.cost(policies, counts)
+    for row, cuts in enumerate(policies.tolist()):
+        spent, correct = 0.0, 0
+        for sample in range(12):
+            idx = 0
+            while idx < 3:
+                spent += float(held_out.heads[idx]) if cuts[idx] >= 0 else 0.0
+                if int(held_out.ranks[idx, sample]) < cuts[idx]:
+                    break
+                idx += 1
+            spent += float(held_out.paths[idx])
+            correct += int(held_out.correct[idx, sample])
+        assert float(cost[row]) == pytest.approx(spent / 12)
+        assert int(right[row]) == correct
+
+
+def test_neighbours_are_valued_as_if_each_was_simulated():
+    held_out = random_held_out()
+    policies, expected, cost = neighbours(held_out, torch.tensor([[-1, 3, 2], [2, -1, 1], [4, 6, 3]]))
+    counts, right, _ = held_out.outcome(policies)
+    assert len(policies) == 3 * (12 + 12 + len(held_out.cuts[2]) + 3)
+    torch.testing.assert_close(expected, right.double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(cost, held_out.cost(policies, counts), rtol=0, atol=1e-6)
+
+
+def gain_on_fresh_samples(seed, fresh, quality):
+    """Return by how much the search surpasses the field at equal cost on fresh samples, in points, on average."""
+    held_out = make_samples(500, quality=quality, seed=seed)
+    table = search_budgets(*held_out, COSTS, temperatures=fit_temperatures(*held_out))
+    curve = sorted(simulate(point.policy, *fresh)[1::-1] for point in table.points)
+    field = [simulate(point.policy, *fresh) for point in solve_budgeted_batch(*held_out, COSTS)[::6]]
+    found = np.interp([macs for _, macs, _ in field], *zip(*curve))
+    return float(np.mean(found - [accuracy for accuracy, _, _ in field]))
+
+
+def test_search_on_few_samples_is_as_good_as_the_field_on_fresh_ones(monkeypatch):
+    quality = (1.2, 1.8, 2.4, 3.0)  # here the field's shares are close to the best there are
+    fresh = make_samples(5000, quality=quality, seed=99)
+    gain = np.mean([gain_on_fresh_samples(seed, fresh, quality) for seed in range(3)])
+    monkeypatch.setattr(candidates, '_expect', lambda odds, correct: correct.float())
+    by_counts = np.mean([gain_on_fresh_samples(seed, fresh, quality) for seed in range(3)])
+    assert gain > -0.2
+    assert by_counts < gain - 0.2
+
+
+def test_thresholds_lie_between_scores():
+    logits, targets = make_samples(500)
+    scores = [set(single.softmax(-1).amax(-1).tolist()) for single in logits[:-1]]
+    table = search_budgets(logits, targets, COSTS)
+    thresholds = [pair for point in table.points for pair in zip(point.policy.thresholds, scores)]
+    used = [(threshold, values) for threshold, values in thresholds if threshold is not None]
+    assert len(used) > 50
+    assert not any(threshold in values for threshold, values in used)
+
+
+def test_one_table_serves_budgets_in_macs_and_in_milliseconds():
+    logits, targets = make_samples(600)
+    times = StageCosts((4, 5, 6, 8), (0.5, 0.1, 0.1), unit='ms')  # the first stage is slow for its MACs
+    both = search_budgets(logits, targets, COSTS, times=times, measured_on='a test')
+    alone = search_budgets(logits, targets, times)
+    assert (both.total_macs, both.max_macs, both.total_ms, both.max_ms) == (100, 107, 8, 8.7)
+    assert (alone.total_macs, alone.total_ms, alone.points[0].macs) == (None, 8, None)
+    for budget in ('4.6ms', '5.5ms', '7ms'):
+        assert both.select(budget).accuracy >= alone.select(budget).accuracy
+        assert both.select(budget).ms == pytest.approx(
+            simulate(both.select(budget).policy, logits, targets, times)[1], rel=1e-12
+        )
+    with pytest.raises(MultiExitError, match='Costs are in ms and times in ms, allowed are MACs and ms'):
+        search_budgets(logits, targets, times, times=times)
+
+
+def test_calibrated_policy_keeps_the_budget_and_uses_all_of_it():
+    logits, targets = make_samples(600)
+    spent = {}
+    for budget in ('40%', '60%', '80MACs'):
+        policy = calibrate(logits, targets, COSTS, budget=budget)
+        accuracy, spent[budget], _ = simulate(policy, logits, targets)
+        assert policy.temperatures == fit_temperatures(logits, targets)
+    assert 35 < spent['40%'] <= 40
+    assert 50 < spent['60%'] <= 60
+    assert spent['60%'] < spent['80MACs'] <= 80
+
+
+def test_exit_costs_of_a_model_are_taken():
+    costs = combine_costs([Cost(25), Cost(50), Cost(75), Cost(100)], [Cost(3), Cost(2), Cost(2)])
+    logits, targets = make_samples(100)
+    assert search_budgets(logits, targets, costs) == search_budgets(logits, targets, COSTS)
+
+
+def test_half_precision_logits_are_taken():
+    logits, targets = make_samples(200)
+    logits = [single.bfloat16() for single in logits]
+    table = search_budgets(logits, targets, COSTS)
+    check_points(table.points, logits, targets)
+
+
+def test_one_sample_and_one_exit_are_enough():
+    logits = [torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]])]
+    policy = calibrate(logits, torch.tensor([0]), StageCosts((40, 100), (2,)), budget='50%')
+    assert simulate(policy, logits, torch.tensor([0]), StageCosts((40, 100), (2,))) == (100, 42, (1, 0))
+
+
+WRONG = {
+    'both': ({'max_drop': 0.1}, "budget is '60%' and max_drop is 0.1, allowed is one"),
+    'neither': ({'budget': None}, 'allowed is one of them'),
+    'unit': ({'budget': '60'}, "The budget is '60'"),
+    'times': ({'budget': '5ms'}, 'no costs in ms'),
+    'below': ({'budget': '1%'}, 'below the cheapest policy, allowed are 28% to 107%'),
+    'drop': ({'budget': None, 'max_drop': 1.0}, 'max_drop is 1.0, allowed are shares above 0 and below 1'),
+    'percent': ({'budget': None, 'max_drop': '1%'}, "max_drop is '1%', allowed are shares"),
+    'delta': ({'budget': None, 'max_drop': 0.1, 'delta': 0}, 'delta is 0, allowed are shares'),
+    'criterion': ({'criterion': 'luck'}, "Unknown criterion 'luck'"),
+    'combine': ({'combine': 'vote'}, "Unknown combination 'vote'"),
+    'float targets': ({'targets': torch.zeros(30)}, r'Targets are \[30\] of torch.float32'),
+    'list': ({'targets': [0] * 30}, 'Targets are list'),
+    'one-hot': ({'targets': torch.zeros(30, 20).long()}, r'Targets are \[30, 20\]'),
+    'length': ({'targets': torch.zeros(29).long()}, r'logits of 30 samples allow a tensor \[30\]'),
+    'range': ({'targets': torch.full((30,), 20)}, 'Targets go from 20 to 20, logits of 20 classes allow 0 to 19'),
+    'negative': ({'targets': torch.full((30,), -1)}, 'Targets go from -1'),
+    'NaN': ({'logits': [torch.full((30, 20), math.nan)] * 4}, 'logits of exit 0 are NaN'),
+    'masked': ({'logits': [torch.full((30, 20), -math.inf)] * 4}, 'logits of exit 0 are'),
+    'empty': ({'logits': [torch.zeros(0, 20)] * 4, 'targets': torch.zeros(0).long()}, '1 or more samples'),
+    'costs': ({'costs': StageCosts((1, 2), (1,))}, 'Costs are of 1 exits, logits of 3'),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_request_that_cannot_be_met_is_one_line(name):
+    changes, message = WRONG[name]
+    logits, targets = make_samples(30)
+    values = {'logits': logits, 'targets': targets, 'costs': COSTS, 'budget': '60%'} | changes
+    with pytest.raises(MultiExitError, match=message) as caught:
+        calibrate(values.pop('logits'), values.pop('targets'), values.pop('costs'), **values)
+    assert '\n' not in str(caught.value)
+
+
+def test_wrong_number_of_temperatures_is_refused():
+    logits, targets = make_samples(30)
+    with pytest.raises(MultiExitError, match='2 temperatures with 3 thresholds'):
+        search_budgets(logits, targets, COSTS, temperatures=(1.0, 1.0))

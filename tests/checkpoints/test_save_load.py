@@ -1,0 +1,365 @@
+import hashlib
+import json
+from argparse import Namespace
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import timm_multiexit as tme
+from timm_multiexit.checkpoints.config import read_model_config
+from timm_multiexit.checkpoints.load import load_pretrained
+from timm_multiexit.checkpoints.save import hash_weights, save_policy
+from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint, restore_exits
+from timm_multiexit.policies.budgets import BudgetPoint, BudgetTable
+from timm_multiexit.policies.policy import ExitPolicy
+
+
+def make_model(**kwargs):
+    model = tme.create_model('test_resnet', num_classes=5, input_size=(3, 64, 64), **kwargs)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()  # so that lost statistics show
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = make_model()
+    tme.save_pretrained(model, tmp_path / 'net')
+    return model, tmp_path / 'net'
+
+
+def equal_outputs(first, second, images):
+    with torch.no_grad():
+        return all(
+            torch.equal(a, b) for a, b in zip(first(images, exits=True).logits, second(images, exits=True).logits)
+        )
+
+
+def test_folder_gives_the_same_outputs_back(folder):
+    model, path = folder
+    loaded = tme.create_model(f'local-dir:{path}', pretrained=True).eval()
+    assert loaded.exits.specs == model.exits.specs
+    assert len(loaded.exits) == 3
+    assert equal_outputs(model, loaded, torch.randn(2, 3, 64, 64))
+
+
+def test_plain_timm_loads_the_main_network(folder):
+    model, path = folder
+    plain = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert plain.state_dict().keys() == model.backbone.state_dict().keys()
+    assert torch.equal(plain(images), model(images))
+
+
+def test_files_hold_backbone_and_exits_apart(folder):
+    model, path = folder
+    assert safetensors.torch.load_file(path / 'model.safetensors').keys() == model.backbone.state_dict().keys()
+    assert all(key.startswith('exits.') for key in safetensors.torch.load_file(path / 'exits.safetensors'))
+    assert {file.name for file in path.iterdir()} == {'config.json', 'model.safetensors', 'exits.safetensors'}
+
+
+def test_saving_again_keeps_other_files_and_leaves_no_temporary_ones(folder):
+    _, path = folder
+    (path / 'notes.txt').write_text('mine')
+    other = make_model()
+    tme.save_pretrained(other, path)
+    assert (path / 'notes.txt').read_text() == 'mine'
+    assert equal_outputs(
+        other, tme.create_model(f'local-dir:{path}', pretrained=True).eval(), torch.randn(1, 3, 64, 64)
+    )
+    assert [file.name for file in path.parent.iterdir()] == ['net']
+
+
+def test_failed_save_leaves_the_folder_as_it_was(folder, monkeypatch):
+    model, path = folder
+
+    def fail(*args, **kwargs):
+        raise OSError('No space left on device')
+
+    monkeypatch.setattr(safetensors.torch, 'save_file', fail)
+    with pytest.raises(OSError, match='No space'):
+        tme.save_pretrained(make_model(), path)
+    monkeypatch.undo()
+    assert equal_outputs(
+        model, tme.create_model(f'local-dir:{path}', pretrained=True).eval(), torch.randn(1, 3, 64, 64)
+    )
+    assert [file.name for file in path.parent.iterdir()] == ['net']
+
+
+def test_without_pretrained_the_folder_gives_its_architecture(folder):
+    model, path = folder
+    fresh = tme.create_model(f'local-dir:{path}')
+    assert fresh.state_dict().keys() == model.state_dict().keys()
+    assert not torch.equal(fresh.backbone.conv1[0].weight, model.backbone.conv1[0].weight)
+
+
+def test_other_class_count_keeps_all_but_the_classifiers(folder):
+    model, path = folder
+    other = tme.create_model(f'local-dir:{path}', pretrained=True, num_classes=7).eval()
+    state, own = model.state_dict(), other.state_dict()
+    assert other(torch.randn(1, 3, 64, 64), exits=True).logits[0].shape == (1, 7)
+    differing = {key for key in state if state[key].shape != own[key].shape or not torch.equal(state[key], own[key])}
+    linear = {
+        f'{prefix}.{kind}'
+        for prefix in ('backbone.fc', *(f'exits.{k}.fc' for k in range(3)))
+        for kind in ('weight', 'bias')
+    }
+    assert differing == linear
+
+
+def test_named_exits_replace_the_folders_own(folder):
+    model, path = folder
+    other = tme.create_model(f'local-dir:{path}', pretrained=True, exits=[1], head='linear')
+    assert [spec.head for spec in other.exits.specs] == ['linear']
+    assert torch.equal(other.backbone.conv1[0].weight, model.backbone.conv1[0].weight)
+
+
+def test_data_config_is_written_for_plain_timm(tmp_path):
+    config = {'input_size': (3, 64, 64), 'mean': (0.1, 0.2, 0.3), 'std': (0.5, 0.5, 0.5), 'crop_pct': 1.0}
+    tme.save_pretrained(make_model(), tmp_path, data_config=config)
+    resolved = timm.data.resolve_data_config(model=timm.create_model(f'local-dir:{tmp_path}'))
+    assert {key: tuple(v) if isinstance(v := resolved[key], list) else v for key in config} == config
+
+
+def test_plain_model_is_saved_without_exits(tmp_path):
+    tme.save_pretrained(timm.create_model('test_resnet', num_classes=5), tmp_path)
+    assert read_model_config(tmp_path).exits is None
+    with pytest.raises(tme.MultiExitError, match='plain timm model'):
+        load_pretrained(tmp_path)
+
+
+def edit_config(path, change):
+    config = json.loads((path / 'config.json').read_text())
+    change(config)
+    (path / 'config.json').write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda config: config['multiexit'].update(format_version=2), 'format 2, this version reads 1'),
+        (lambda config: config['multiexit'].pop('exits'), 'lists no exits'),
+        (lambda config: config['multiexit']['exits'][0].pop('channels'), 'must be an object with the keys'),
+        (lambda config: config['multiexit']['exits'][0].update(widths=3), 'Exit widths are 3'),
+        (lambda config: config['multiexit']['exits'][0].update(channels=-1), 'of -1, allowed are integers from 1'),
+        (lambda config: config['multiexit']['exits'][0].update(head='os.system'), "Unknown head 'os.system'"),
+        (lambda config: config['multiexit']['exits'][0].update(module='nowhere'), 'no module to tap'),
+        (lambda config: config['multiexit']['exits'].pop(), 'does not fit this model'),
+        (lambda config: config['multiexit']['exits'][0].update(channels=16), 'do not fit test_resnet'),
+    ],
+    ids=['version', 'no-exits', 'no-channels', 'widths', 'channels', 'head', 'module', 'fewer', 'shape'],
+)
+def test_wrong_config_is_one_clear_line(folder, change, message):
+    _, path = folder
+    edit_config(path, change)
+    with pytest.raises(tme.MultiExitError, match=message) as error:
+        tme.create_model(f'local-dir:{path}', pretrained=True)
+    assert '\n' not in str(error.value)
+
+
+def test_missing_and_broken_files_are_named(folder, tmp_path):
+    _, path = folder
+    (path / 'exits.safetensors').write_bytes(b'no tensors')
+    with pytest.raises(tme.MultiExitError, match='exits.safetensors cannot be read'):
+        tme.create_model(f'local-dir:{path}', pretrained=True)
+    (path / 'config.json').write_text('{')
+    with pytest.raises(tme.MultiExitError, match='config.json cannot be read'):
+        tme.create_model(f'local-dir:{path}', pretrained=True)
+    with pytest.raises(tme.MultiExitError, match='no model folder'):
+        tme.create_model(f'local-dir:{tmp_path}', pretrained=True)
+
+
+def test_training_checkpoint_goes_into_model_or_backbone(tmp_path):
+    model, other = make_model(), make_model()
+    torch.save({'state_dict': model.state_dict(), 'args': Namespace(model='test_resnet')}, tmp_path / 'full.pth.tar')
+    tme.load_checkpoint(other, tmp_path / 'full.pth.tar')
+    assert equal_outputs(model, other, torch.randn(1, 3, 64, 64))
+
+    plain = timm.create_model('test_resnet', num_classes=5)
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    head = other.exits[0].fc.weight.clone()
+    tme.load_checkpoint(other, tmp_path / 'plain.pth')
+    assert torch.equal(other.backbone.fc.weight, plain.fc.weight)
+    assert torch.equal(other.exits[0].fc.weight, head)
+
+
+def test_averaged_weights_are_taken_if_asked_for(tmp_path):
+    model, average = make_model(), make_model()
+    torch.save({'state_dict': model.state_dict(), 'state_dict_ema': average.state_dict()}, tmp_path / 'a.pth.tar')
+    loaded = make_model()
+    tme.load_checkpoint(loaded, tmp_path / 'a.pth.tar', use_ema=True)
+    assert torch.equal(loaded.backbone.fc.weight, average.backbone.fc.weight)
+    tme.load_checkpoint(loaded, tmp_path / 'a.pth.tar', use_ema=False)
+    assert torch.equal(loaded.backbone.fc.weight, model.backbone.fc.weight)
+
+
+def test_misfit_checkpoint_is_named_and_changes_nothing(tmp_path):
+    model = make_model()
+    torch.save({'state_dict': make_model(exits=[1]).state_dict()}, tmp_path / 'fewer.pth.tar')
+    other = tme.create_model('test_resnet', num_classes=9)
+    torch.save({'state_dict': other.state_dict()}, tmp_path / 'classes.pth.tar')
+    (tmp_path / 'broken.pth.tar').write_bytes(b'not a checkpoint')
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for name, message in [
+        ('fewer', 'weights are missing'),
+        ('classes', r'is \[9, 96\] there and \[5, 96\] here|is \[9\] there and \[5\] here'),
+        ('broken', 'no checkpoint that can be read'),
+        ('absent', 'There is no checkpoint'),
+    ]:
+        with pytest.raises(tme.MultiExitError, match=message) as error:
+            tme.load_checkpoint(model, tmp_path / f'{name}.pth.tar')
+        assert '\n' not in str(error.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_exits_are_restored_from_a_training_checkpoint(tmp_path):
+    model = make_model(exits=[2], head='paper')
+    state = {'exits': [spec.to_dict() for spec in model.exits.specs]}
+    torch.save({'state_dict': model.state_dict(), 'task_state': state, 'epoch': 3}, tmp_path / 'last.pth.tar')
+    checkpoint = read_training_checkpoint(tmp_path / 'last.pth.tar')
+    restored = restore_exits(timm.create_model('test_resnet', num_classes=5), checkpoint)
+    assert checkpoint['epoch'] == 3
+    assert restored.exits.specs == model.exits.specs
+
+
+def test_policy_and_budgets_travel_with_the_folder(folder):
+    model, path = folder
+    images = torch.randn(40, 3, 64, 64)
+    target = model(images).argmax(-1)
+    model.calibrate([(images, target)], budget='95%')
+    assert model.policy.used
+    tme.save_pretrained(model, path)
+    loaded = tme.create_model(f'local-dir:{path}', pretrained=True).eval()
+    assert (loaded.policy, loaded.budgets) == (model.policy, model.budgets)
+    for arguments in ({}, {'budget': '90%'}):
+        first, second = model.infer(images, **arguments), loaded.infer(images, **arguments)
+        assert torch.equal(first.exit_idx, second.exit_idx)
+        assert torch.equal(first.logits, second.logits)
+    assert timm.create_model(f'local-dir:{path}', pretrained=True) is not None
+    # Fresh classifiers make a policy worthless.
+    for fresh in (
+        tme.create_model(f'local-dir:{path}', pretrained=True, num_classes=7),
+        tme.create_model(f'local-dir:{path}', pretrained=False),
+    ):
+        assert (fresh.policy, fresh.budgets) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('policy', {'criterion': 'confidence', 'thresholds': [0.5]}, 'The policy has 1 thresholds, the model 3 exits'),
+        ('policy', {'criterion': 'luck', 'thresholds': [0.5] * 3}, "Unknown criterion 'luck'"),
+        ('policy', {'criterion': ['confidence'], 'thresholds': [0.5] * 3}, 'Unknown criterion'),
+        ('policy', {'criterion': 'confidence', 'thresholds': [10**400] * 3}, 'A threshold is 1000'),
+        ('policy', 'confidence', 'A policy must be an object'),
+        ('budgets', [], 'A table of budgets'),
+    ],
+)
+def test_policy_in_a_config_that_fits_nothing_is_an_error(folder, key, value, message):
+    _, path = folder
+    config = json.loads((path / 'config.json').read_text())
+    config['multiexit'][key] = value
+    (path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(tme.MultiExitError, match=message):
+        tme.create_model(f'local-dir:{path}', pretrained=True)
+
+
+def make_budgets(policy, macs=100.0):
+    num_exits = len(policy.thresholds)
+    point = BudgetPoint(policy, 50.0, (0.0,) * num_exits + (1.0,), macs=macs)
+    return BudgetTable((point,), total_macs=macs, max_macs=2 * macs)
+
+
+def read_files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_saved_policy_changes_nothing_but_itself(folder):
+    _, path = folder
+    edit_config(path, lambda config: config.update(mine={'text': 'é', 'number': 0.1 + 0.2, 'none': None, 'big': 2**70}))
+    edit_config(path, lambda config: config['multiexit'].update(later=[1.5, True]))
+    before, files = json.loads((path / 'config.json').read_text()), read_files(path)
+    policy = ExitPolicy('confidence', (0.9, None, 1 / 3), temperatures=(1.5, 2.0, 0.7, 1.1), combine='mean')
+    for one, table in ((ExitPolicy('margin', (0.1, 0.2, 0.3)), None), (policy, make_budgets(policy))):
+        save_policy(path, one, table)
+        after = json.loads((path / 'config.json').read_text())
+        added = {name: after['multiexit'].pop(name) for name in ('policy', 'budgets') if name in after['multiexit']}
+        assert json.dumps(after) == json.dumps(before)  # the order of the keys too
+        assert set(added) == ({'policy', 'budgets'} if table else {'policy'})
+    now = read_files(path)
+    assert {name for name in now if now[name] != files.get(name)} == {'config.json'}
+    assert set(now) == set(files)
+    loaded = tme.create_model(f'local-dir:{path}', pretrained=True)
+    assert (loaded.policy, loaded.budgets) == (policy, make_budgets(policy))
+
+
+def test_no_policy_takes_the_old_one_away(folder):
+    _, path = folder
+    before = json.loads((path / 'config.json').read_text())
+    policy = ExitPolicy('confidence', (0.9, 0.8, 0.7))
+    save_policy(path, policy, make_budgets(policy))
+    save_policy(path, None, None)
+    assert json.loads((path / 'config.json').read_text()) == before
+
+
+def test_policy_is_saved_beside_what_only_the_caller_may_set(folder):
+    _, path = folder
+    edit_config(path, lambda config: config.update(model_args={'norm_layer': 'mine', 'num_classes': 5}))
+    save_policy(path, ExitPolicy('confidence', (0.9, 0.8, 0.7)), None)
+    assert json.loads((path / 'config.json').read_text())['multiexit']['policy']['thresholds'] == [0.9, 0.8, 0.7]
+
+
+@pytest.mark.parametrize(
+    ('change', 'thresholds', 'in_table', 'message'),
+    [
+        (lambda config: None, (0.9,), False, 'The policy has 1 thresholds, the model 3 exits'),
+        (lambda config: None, (0.9,) * 4, True, 'The policy has 4 thresholds, the model 3 exits'),
+        (lambda config: config.pop('multiexit'), (0.9,) * 3, False, 'a model without exits: no policy'),
+        (lambda config: config['multiexit'].update(format_version=2), (0.9,) * 3, False, 'this version reads 1'),
+        (lambda config: config.update(model_args=[1]), (0.9,) * 3, False, 'model_args is'),
+        (lambda config: config.update(number=float('nan')), (0.9,) * 3, False, 'NaN is no number'),
+    ],
+    ids=['policy', 'budgets', 'plain', 'newer', 'model_args', 'nan'],
+)
+def test_policy_that_cannot_be_saved_changes_nothing(folder, change, thresholds, in_table, message):
+    _, path = folder
+    edit_config(path, change)
+    before = read_files(path)
+    policy = ExitPolicy('confidence', thresholds)
+    with pytest.raises(tme.MultiExitError, match=message) as error:
+        save_policy(path, None if in_table else policy, make_budgets(policy) if in_table else None)
+    assert '\n' not in str(error.value)
+    assert read_files(path) == before
+
+
+def test_full_disk_leaves_the_old_policy(folder, monkeypatch):
+    _, path = folder
+    save_policy(path, ExitPolicy('confidence', (0.9, 0.8, 0.7)), None)
+    before = read_files(path)
+
+    def write_half(self, text, **kwargs):
+        self.write_bytes(text.encode()[:99])
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('pathlib.Path.write_text', write_half)
+    with pytest.raises(
+        tme.MultiExitError, match=r'config.json could not be written: No space left on device\. It is as'
+    ):
+        save_policy(path, ExitPolicy('confidence', (0.1, 0.1, 0.1)), None)
+    assert read_files(path) == before
+
+
+def test_hashes_are_of_the_weights_that_are_there(folder):
+    _, path = folder
+    (path / 'notes.txt').write_text('mine')
+    (path / 'model.safetensors').write_bytes(b'x' * (2**20 + 1))  # more than is read at a time
+    expected = {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest()
+        for name in ('model.safetensors', 'exits.safetensors')
+    }
+    assert hash_weights(path) == expected
+    (path / 'exits.safetensors').unlink()
+    assert hash_weights(path) == {'model.safetensors': expected['model.safetensors']}

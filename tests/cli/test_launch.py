@@ -1,0 +1,152 @@
+"""Every way of starting a run: those that are supported come to the same, the others are one line."""
+
+import argparse
+import logging
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from timm_multiexit.cli import train, validate
+from timm_multiexit.cli.launch import create_accelerator
+from timm_multiexit.utils.errors import MultiExitError
+
+VARIABLES = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'ACCELERATE_USE_CPU')
+VARIABLES += ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_MIXED_PRECISION')
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_args(**values):
+    return argparse.Namespace(
+        **{'amp': False, 'amp_dtype': 'float16', 'device': 'cpu', 'device_modules': None, **values}
+    )
+
+
+REFUSED = {
+    'fsdp': ({'ACCELERATE_USE_FSDP': 'true'}, 'FSDP is not supported, .*leave --use_fsdp out'),
+    'deepspeed': ({'ACCELERATE_USE_DEEPSPEED': '1'}, 'DEEPSPEED is not supported, .*leave --use_deepspeed out'),
+    'one-of-two': (
+        {'ACCELERATE_USE_CPU': 'True', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500'},
+        'asked for several processes and started one, .*torchrun --nproc-per-node 2 train.py',
+    ),
+}
+
+
+@pytest.mark.parametrize(('env', 'message'), REFUSED.values(), ids=REFUSED.keys())
+def test_launcher_that_is_not_supported_is_one_line(env, message, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MultiExitError, match=message) as error:
+        create_accelerator(make_args())
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('precision', 'message'), [('fp16', 'fp16 needs a GPU .*: use bf16'), ('fp8', 'is fp8, allowed are no, fp16 and')]
+)
+def test_precision_that_accelerate_cannot_give_is_one_line(precision, message, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', precision)
+    with pytest.raises(MultiExitError, match=message) as error:
+        create_accelerator(make_args())
+    assert '\n' not in str(error.value)
+    # The script's own flag goes before.
+    accelerator = create_accelerator(make_args(amp=True, amp_dtype='bfloat16'))
+    assert accelerator.mixed_precision == 'bf16'
+
+
+def test_script_says_so_with_code_2_and_writes_nothing(run_script, tmp_path, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    code, out, err = run_script(train.main, '--eed')
+    assert code == 2
+    assert err.splitlines()[-1].startswith('train.py: error: FSDP is not supported')
+    assert 'Traceback' not in err
+    assert not out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('value', ['false', '0', 'no'])
+def test_variables_that_say_no_are_not_a_launcher(value, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', value)
+    monkeypatch.setenv('ACCELERATE_USE_CPU', value)
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')  # some shells of clusters set it always
+    assert create_accelerator(make_args()).num_processes == 1
+
+
+def test_kind_of_processes_that_is_not_supported_is_one_line(monkeypatch):
+    monkeypatch.setattr(Accelerator, 'distributed_type', DistributedType.MEGATRON_LM)
+    with pytest.raises(MultiExitError, match='launched for MEGATRON_LM, allowed are') as error:
+        create_accelerator(make_args())
+    assert '\n' not in str(error.value)
+
+
+def test_fewer_processes_than_launched_are_named(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    # Where Accelerate sees no cluster, each process would train for itself and overwrite the other's files.
+    monkeypatch.setattr(Accelerator, 'num_processes', 1)
+    monkeypatch.setattr('timm_multiexit.cli.launch.Accelerator', lambda **kwargs: _single())
+    with pytest.raises(MultiExitError, match='2 processes were launched and Accelerate runs 1') as error:
+        create_accelerator(make_args())
+    assert '\n' not in str(error.value)
+
+
+def _single():
+    return argparse.Namespace(distributed_type=DistributedType.NO, num_processes=1)
+
+
+@pytest.mark.parametrize('has_gpu', [False, True])
+def test_float16_on_a_cpu_is_one_line(has_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+    with pytest.raises(MultiExitError, match='--amp in float16 needs a GPU .*--amp-dtype bfloat16') as error:
+        create_accelerator(make_args(amp=True))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('values', 'dtype'),
+    [({}, torch.float32), ({'amp': True, 'amp_dtype': 'bfloat16'}, torch.bfloat16)],
+    ids=['float32', 'bfloat16'],
+)
+def test_precision_is_that_of_the_flags(values, dtype):
+    accelerator = create_accelerator(make_args(**values))
+    assert (accelerator.device.type, accelerator.num_processes) == ('cpu', 1)
+    with accelerator.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_precision_of_accelerates_own_configuration_holds_without_amp(monkeypatch):
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    assert create_accelerator(make_args()).mixed_precision == 'bf16'
+
+
+def test_backend_module_is_imported_and_a_missing_one_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / 'my_backend.py').write_text('imported = True\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    create_accelerator(make_args(device_modules=['my_backend']))
+    assert __import__('my_backend').imported
+    with pytest.raises(MultiExitError, match="--device-modules names 'no_such_backend'") as error:
+        create_accelerator(make_args(device_modules=['no_such_backend']))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('script', [train, validate], ids=['train', 'validate'])
+@pytest.mark.parametrize('name', ['httpx', 'httpx2'])
+def test_log_of_a_script_has_no_addresses_of_the_hubs_client(script, name, run_script, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger(name), 'level', logging.NOTSET)
+    monkeypatch.setattr(logging.root, 'level', logging.WARNING)
+    caplog.clear()
+    run_script(script.main, '--model', 'no_such_model')
+    logging.getLogger(name).info('HTTP Request: GET https://cdn/x?signature=abc')
+    logging.getLogger(name).warning('a warning')
+    logging.getLogger('timm_multiexit.any').info('an event')
+    messages = [record.message for record in caplog.records if record.name in (name, 'timm_multiexit.any')]
+    assert messages == ['a warning', 'an event']

@@ -1,0 +1,353 @@
+"""A run's files through full disks and kills between any two file operations."""
+
+import argparse
+import os
+import resource
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
+from timm_multiexit.cli import train
+from timm_multiexit.training.resume import find_resume, load_optimizer, read_position
+from timm_multiexit.training.saver import RunSaver
+from timm_multiexit.utils.errors import MultiExitError
+
+BATCHES = (3, 6, 9)  # where an epoch saves itself
+METRICS = {'metric': (50.0, 70.0, 60.0, 80.0), 'no-metric': (None,) * 3}
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing in it catches this."""
+
+
+class Net(nn.Module):
+    """The least that timm writes a configuration of; its weight is the number of the epoch it was trained in."""
+
+    def __init__(self, size=4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), -1.0))
+        self.pretrained_cfg = {'architecture': 'test_resnet', 'input_size': (3, 8, 8)}
+        self.num_classes, self.num_features = 2, 4
+
+
+class Run:
+    """A run that trains nothing and saves everything."""
+
+    def __init__(self, folder, metrics=METRICS['metric'], size=4):
+        self.folder, self.metrics = folder, metrics
+        self.model = Net(size)
+        self.epoch = self.batch = 0
+        folder.mkdir(exist_ok=True)
+        self.saver = RunSaver(
+            run_state=lambda: {'epoch': self.epoch, 'batch': self.batch},
+            model=self.model,
+            optimizer=torch.optim.SGD(self.model.parameters(), lr=0.1),
+            args=argparse.Namespace(model='test_resnet'),
+            checkpoint_dir=str(folder),
+            recovery_dir=str(folder),
+            max_history=2,
+        )
+
+    def resume(self):
+        """Go on where the folder says."""
+        self.saver.clean()
+        path = find_resume(self.folder)
+        if path:
+            checkpoint = read_training_checkpoint(path)
+            self.model.load_state_dict(checkpoint['state_dict'])
+            self.epoch, self.batch = read_position(checkpoint)
+            self.saver.load_state_dict(checkpoint['saver'])
+        return self
+
+    def close_epoch(self, epoch):
+        self.epoch, self.batch = epoch + 1, 0
+        nn.init.constant_(self.model.weight, float(epoch))
+        if self.saver.is_best(self.metrics[epoch]):
+            self.saver.save_best(self.model)
+        self.saver.save_checkpoint(epoch, self.metrics[epoch])
+
+    def fit(self):
+        for epoch in range(self.epoch, len(self.metrics)):
+            for batch in BATCHES:
+                if batch > self.batch:
+                    self.batch = batch
+                    self.saver.save_recovery(epoch, batch)
+            self.close_epoch(epoch)
+        return self
+
+    def contents(self):
+        """Return every file with the epoch that its weights are of."""
+        found = {}
+        for path in self.folder.rglob('*'):
+            name = str(path.relative_to(self.folder))
+            if path.name.endswith('.pth.tar'):
+                state = torch.load(path, weights_only=False)
+                found[name] = (
+                    state['epoch'],
+                    state['metric'] if 'metric' in state else None,
+                    float(state['state_dict']['weight'][0]),
+                )
+            elif path.suffix == '.safetensors':
+                found[name] = float(safetensors.torch.load_file(path)['weight'][0])
+            else:
+                found[name] = None
+        return found
+
+
+OPERATIONS = [(os, name) for name in ('replace', 'rename', 'link', 'unlink', 'remove', 'rmdir', 'mkdir', 'fsync')]
+OPERATIONS += [(torch, 'save'), (safetensors.torch, 'save_file')]
+
+
+@contextmanager
+def kill_before(number):
+    """Let the file operation of this number not happen, nor any after it, nor what a dead process would clean up."""
+    calls = SimpleNamespace(count=0)
+
+    def call(original, *args, **kwargs):
+        calls.count += 1
+        if calls.count >= number:
+            if original is torch_save and calls.count == number:
+                args[1].write(b'half of a file')
+            raise Killed
+        return original(*args, **kwargs)
+
+    torch_save = torch.save
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in OPERATIONS:
+            patch.setattr(module, name, partial(call, getattr(module, name)))
+        yield calls
+
+
+def assert_whole(folder):
+    """Check what other processes may read at any moment: `last`, and the best network or the one before it."""
+    if (folder / 'last.pth.tar').exists():
+        torch.load(folder / 'last.pth.tar', weights_only=False)
+        names = [name for name in ('best', '.best-old') if (folder / name).exists()]
+        assert names
+        for name in names[:1]:
+            assert {path.name for path in (folder / name).iterdir()} == {'config.json', 'model.safetensors'}
+            safetensors.torch.load_file(folder / name / 'model.safetensors')
+
+
+@pytest.mark.parametrize('metrics', METRICS.values(), ids=METRICS.keys())
+def test_kill_before_any_file_operation_changes_nothing_in_the_end(metrics, tmp_path):
+    whole = Run(tmp_path / 'whole', metrics).fit()
+    expected = whole.contents()
+    number = 0
+    while True:
+        number += 1
+        folder = tmp_path / str(number)
+        try:
+            with kill_before(number):
+                Run(folder, metrics).fit()
+        except Killed:
+            pass
+        else:
+            break  # a run without so many operations
+        assert_whole(folder)
+        resumed = Run(folder, metrics).resume()
+        leftovers = [path.name for path in folder.iterdir() if path.name[0] == '.' or 'tmp' in path.name]
+        assert leftovers == [], number
+        resumed.fit()
+        assert resumed.contents() == expected, number
+        assert resumed.saver.best_epoch == whole.saver.best_epoch
+    assert number > 80
+
+
+def test_kept_files_by_hand(tmp_path):
+    assert Run(tmp_path / 'run').fit().contents() == {
+        'last.pth.tar': (3, 80.0, 3.0),
+        'model_best.pth.tar': (3, 80.0, 3.0),
+        'checkpoint-3.pth.tar': (3, 80.0, 3.0),
+        'checkpoint-1.pth.tar': (1, 70.0, 1.0),
+        'best': None,
+        'best/config.json': None,
+        'best/model.safetensors': 3.0,
+    }
+
+
+@contextmanager
+def no_room(size):
+    """Let no file grow beyond a size, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WRITES = {
+    'checkpoint': lambda run: run.saver.save_checkpoint(1, 60.0),
+    'recovery': lambda run: run.saver.save_recovery(1, 3),
+    'best': lambda run: run.saver.save_best(run.model),
+    'milestone': lambda run: run.saver.save_milestone(1),
+}
+
+
+@pytest.mark.parametrize('size', [0, 5_000, 60_000])
+@pytest.mark.parametrize('write', WRITES)
+def test_full_disk_is_one_line_and_what_was_there_stays_whole(write, size, tmp_path, monkeypatch):
+    run = Run(tmp_path / 'run', size=20_000)
+    run.close_epoch(0)
+    before, occupied = run.contents(), sum(path.stat().st_size for path in run.folder.rglob('*') if path.is_file())
+    monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
+    nn.init.constant_(run.model.weight, 1.0)
+    with (
+        no_room(size),
+        pytest.raises(MultiExitError, match='could not be written: .*go on .train.py: --resume auto') as error,
+    ):
+        WRITES[write](run)
+    assert '\n' not in str(error.value)
+    assert 'File too large' in str(error.value)
+    # Nothing half written takes the room that is missing.
+    assert sum(path.stat().st_size for path in run.folder.rglob('*') if path.is_file()) == occupied
+    after = Run(tmp_path / 'run', size=20_000).resume()
+    assert after.contents() == before
+    assert after.epoch == 1
+
+
+@pytest.mark.parametrize('name', ['rename', 'replace'])
+def test_move_that_the_disk_refuses_is_one_line(name, tmp_path, monkeypatch):
+    run = Run(tmp_path / 'run')
+    run.close_epoch(0)
+    before = run.contents()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, 'Permission denied')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, refuse)
+        with pytest.raises(MultiExitError, match='could not be written: .*Permission denied') as error:
+            run.close_epoch(1)
+    assert '\n' not in str(error.value)
+    resumed = Run(tmp_path / 'run').resume()
+    # The best network is written before the checkpoint that says so.
+    after = resumed.contents()
+    assert {key: after[key] for key in before if 'safetensors' not in key} == {
+        key: before[key] for key in before if 'safetensors' not in key
+    }
+    assert resumed.fit().contents() == Run(tmp_path / 'other').fit().contents()
+
+
+def test_links_that_the_disk_has_not_become_copies(tmp_path, monkeypatch):
+    expected = Run(tmp_path / 'linked').fit().contents()
+    monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
+    assert Run(tmp_path / 'copied').fit().contents() == expected
+
+
+def write_checkpoint(folder, name, **values):
+    folder.mkdir(exist_ok=True)
+    torch.save(values, folder / name)
+
+
+def test_resume_takes_the_checkpoint_that_is_furthest(tmp_path):
+    assert find_resume(tmp_path) is None
+    assert find_resume(tmp_path / 'absent') is None
+
+    def saved(epoch, batch):
+        return {'saver': {'run': {'epoch': epoch, 'batch': batch}}}
+
+    for name, position in (('recovery-1-9', (1, 9)), ('recovery-1-10', (1, 10)), ('recovery-0-99', (0, 99))):
+        write_checkpoint(tmp_path, f'{name}.pth.tar', **saved(*position))
+    (tmp_path / 'recovery_tmp.pth.tar').write_bytes(b'half')
+    assert find_resume(tmp_path).name == 'recovery-1-10.pth.tar'
+    write_checkpoint(tmp_path, 'last.pth.tar', **saved(1, 0))
+    assert find_resume(tmp_path).name == 'recovery-1-10.pth.tar'
+    write_checkpoint(tmp_path, 'last.pth.tar', **saved(2, 0))
+    assert find_resume(tmp_path).name == 'last.pth.tar'
+    for epoch in (9, 10):
+        write_checkpoint(tmp_path, f'recovery-{epoch}-4.pth.tar', **saved(epoch, 4))
+    assert find_resume(tmp_path).name == 'recovery-10-4.pth.tar'
+
+
+@pytest.mark.parametrize(
+    ('checkpoint', 'position'),
+    [
+        ({'epoch': 4, 'version': 2}, (5, 0)),
+        ({'epoch': 4, 'version': 1}, (4, 0)),
+        ({'epoch': 4}, (4, 0)),
+        ({'state_dict': {}}, (0, 0)),
+        ({'epoch': 4, 'version': 2, 'saver': {'best_epoch': 3}}, (5, 0)),
+        ({'epoch': 4, 'version': 2, 'saver': {'run': {'epoch': 4, 'batch': 7}}}, (4, 7)),
+    ],
+    ids=['timm', 'timm-1', 'timm-0', 'weights', 'timm-saver', 'ours'],
+)
+def test_position_of_a_checkpoint(checkpoint, position):
+    assert read_position(checkpoint) == position
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / 'last.pth.tar').write_bytes(b'no checkpoint')
+    with pytest.raises(MultiExitError, match='last.pth.tar is no checkpoint that can be read') as error:
+        find_resume(tmp_path)
+    assert '\n' not in str(error.value)
+
+
+def make_optimizer(kind, count=2, **kwargs):
+    params = [nn.Parameter(torch.ones(3)) for _ in range(count)]
+    optimizer = getattr(torch.optim, kind)(params, lr=0.1, **kwargs)
+    sum(param.sum() for param in params).backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ('own', 'saved'),
+    [
+        (('SGD', 2), ('AdamW', 2)),
+        (('AdamW', 2), ('SGD', 2)),
+        (('RMSprop', 2), ('Adam', 2)),
+        (('AdamW', 2), ('AdamW', 3)),
+        (('AdamW', 3), ('AdamW', 2)),
+    ],
+    ids=['adamw-sgd', 'sgd-adamw', 'adam-rmsprop', 'more', 'fewer'],
+)
+def test_state_of_another_optimizer_is_refused_in_one_line(own, saved):
+    optimizer = make_optimizer(*own)
+    state = {'optimizer': make_optimizer(*saved).state_dict()}
+    with pytest.raises(MultiExitError, match=r"The optimizer in x.pth.tar does not fit this run's: .*--no-resume-opt"):
+        load_optimizer(optimizer, state, 'x.pth.tar')
+    with pytest.raises(MultiExitError, match='has no optimizer state') as error:
+        load_optimizer(optimizer, {}, 'x.pth.tar')
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('kind', ['SGD', 'AdamW'])
+def test_state_of_the_same_optimizer_is_taken(kind):
+    optimizer, other = make_optimizer(kind), make_optimizer(kind)
+    other.param_groups[0]['lr'] = 0.3
+    other.step()
+    load_optimizer(optimizer, {'optimizer': other.state_dict()}, 'x.pth.tar')
+    assert optimizer.param_groups[0]['lr'] == 0.3
+    assert str(optimizer.state_dict()) == str(other.state_dict())
+
+
+MISFITS = {
+    'architecture': (('--model', 'test_resnet'), ('--model', 'test_vit')),
+    'fewer-exits': (('--exits', '2'), ('--exits', '1')),
+    'exits-of-a-plain-run': ((), ('--exits', '1')),
+    'plain-of-a-run-with-exits': (('--exits', '1'), ()),
+    'optimizer': (('--opt', 'adamw'), ('--opt', 'sgd')),
+}
+
+
+@pytest.mark.parametrize(('flags', 'others'), MISFITS.values(), ids=MISFITS.keys())
+def test_run_of_something_else_is_one_line_and_its_folder_stays_as_it_is(flags, others, run_script, image_folder):
+    base = ['--model', 'test_resnet', '--img-size', 32, '-b', 8, '-j', 0, '--data-dir', image_folder]
+    base += ['--output', 'out', '--experiment', 'run', '--lr', 0.01, '--warmup-epochs', 0]
+    assert run_script(train.main, *base, *flags, '--epochs', 1)[0] == 0
+    folder = image_folder.parent / 'out/run'
+    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    code, _, err = run_script(train.main, *base, *others, '--epochs', 2, '--resume', 'auto')
+    assert code == 2, err
+    line = err.strip().splitlines()[-1]
+    assert line.startswith('train.py: error: ')
+    assert 'last.pth.tar' in line
+    assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before

@@ -1,0 +1,60 @@
+"""Files that are whole or not there, and what is said where the disk refuses them."""
+
+import os
+import stat
+
+import pytest
+
+from timm_multiexit.checkpoints.save import save_pretrained
+from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.files import RESUME, RUN_AGAIN, explained, new_folder, replacing, write_text
+
+
+def refuse(*args, **kwargs):
+    raise OSError(28, 'No space left\non device')
+
+
+def write_replacing(path):
+    with replacing(path) as draft:
+        draft.write_text('new')
+
+
+def write_folder(path):
+    with new_folder(path, 'mark') as draft:
+        (draft / 'mark').write_text('new')
+
+
+WRITERS = {'text': lambda path: write_text(path, 'new'), 'replacing': write_replacing, 'folder': write_folder}
+
+
+@pytest.mark.parametrize('write', WRITERS.values(), ids=WRITERS)
+def test_full_disk_says_nothing_of_training_where_nothing_is_trained(write, tmp_path, monkeypatch):
+    monkeypatch.setattr('pathlib.Path.write_text', refuse)
+    with pytest.raises(MultiExitError) as caught:
+        write(tmp_path / 'a')
+    assert str(caught.value) == (
+        f'{tmp_path / "a"} could not be written: No space left on device. What was there before is whole:'
+        ' make room, then go on or run it again.'
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_caller_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr('pathlib.Path.write_text', refuse)
+    with pytest.raises(MultiExitError, match='is whole: call the caretaker[.]$'):
+        write_text(tmp_path / 'a', 'new', advice='call the caretaker')
+    with pytest.raises(MultiExitError, match=r'go on \(train.py: --resume auto\)[.]$'), explained(tmp_path):
+        refuse()
+    assert '--resume' in RESUME
+    assert 'train' not in RUN_AGAIN
+
+
+@pytest.mark.parametrize('mask', [0o022, 0o027, 0o077])
+def test_saved_files_have_the_mode_of_other_new_files(make_model, tmp_path, mask):
+    previous = os.umask(mask)
+    try:
+        save_pretrained(make_model(), tmp_path / 'net')
+    finally:
+        os.umask(previous)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / 'net').iterdir()}
+    assert modes == dict.fromkeys(('config.json', 'model.safetensors', 'exits.safetensors'), 0o666 & ~mask)

@@ -1,1 +1,0 @@
-"""What `benchmark.py` measures; it prints the rows that these modules return."""

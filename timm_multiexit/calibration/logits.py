@@ -1,0 +1,96 @@
+"""The logits of a whole data set, kept: what policies are chosen and measured on."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from timm_multiexit.utils.errors import MultiExitError
+
+
+class LogitSet(NamedTuple):
+    """What every classifier says of every image of a data set, in the order of the data.
+
+    It takes 4 bytes x images x classes x classifiers: 1 GB for ImageNet's validation split and five classifiers.
+
+    Attributes:
+        logits: One [N, C] float32 tensor per classifier on the CPU, main last.
+        targets: Class indices [N], int64.
+        first_batch: The first batch of images, as the model was given it.
+        fingerprints: [N] int64, equal for equal images.
+    """
+
+    logits: tuple[Tensor, ...]
+    targets: Tensor
+    first_batch: Tensor
+    fingerprints: Tensor
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        return tuple(self.first_batch.shape[1:])
+
+    def count_shared(self, other: 'LogitSet') -> int:
+        """Return how many of these images are among the others, as the model was given them."""
+        return int(torch.isin(self.fingerprints, other.fingerprints).sum())
+
+
+def fingerprint(images: Tensor) -> Tensor:
+    """Return a number per image, [B] int64 on the CPU: equal for equal images, else equal by a chance of about 2^-64.
+
+    It does not depend on the rest of the batch nor on the device, as sums of floats would.
+
+    Args:
+        images: [B, C, H, W], of floats.
+    """
+    bits = images.contiguous().flatten(1)
+    bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])  # [B, C * H * W]
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(bits.device)
+    return torch.stack([(row * weights).sum() for row in bits]).cpu()
+
+
+@torch.no_grad()
+def collect_logits(
+    model: nn.Module,
+    loader: Iterable,
+    *,
+    accelerator: Accelerator | None = None,
+    channels_last: bool = False,
+) -> LogitSet:
+    """Return the logits of all classifiers on all images of a loader.
+
+    Args:
+        model: A `MultiExitModel` in eval mode, on the device where it is to run.
+        loader: Batches of images and class indices, of this process alone.
+        accelerator: Gives precision; none for that of the model.
+        channels_last: Give images to the model in that memory format.
+
+    Raises:
+        MultiExitError: The loader gives no batch, or the model is in training mode.
+    """
+    if model.training:
+        raise MultiExitError('The model is in training mode, its logits would depend on the batch: model.eval().')
+    param = next(model.parameters())
+    parts, targets, fingerprints, first_batch = [], [], [], None
+    for images, target in loader:
+        images = images.to(param.device, param.dtype)
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast() if accelerator else nullcontext():
+            logits = model(images, exits=True).logits
+        parts.append([single.float().cpu() for single in logits])
+        targets.append(target.cpu())
+        fingerprints.append(fingerprint(images))
+        first_batch = images if first_batch is None else first_batch
+    if not parts:
+        raise MultiExitError('The data loader gives no batch, so there is nothing to evaluate.')
+    logits = []
+    for idx in range(len(parts[0])):
+        logits.append(torch.cat([part[idx] for part in parts]))
+        for part in parts:
+            part[idx] = None  # or everything would be there twice at the end
+    return LogitSet(tuple(logits), torch.cat(targets), first_batch, torch.cat(fingerprints))

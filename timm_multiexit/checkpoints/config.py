@@ -1,0 +1,184 @@
+"""The `config.json` of a model folder, checked: closed tables, types and ranges for all that can come from the Hub.
+
+Nothing of the file reaches timm but what is listed here.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models._hub import _parse_model_cfg
+
+from timm_multiexit.checkpoints.config_rules import (
+    _MAX_EXITS,
+    _MAX_WIDTH,
+    _PRETRAINED_CFG,
+    _ROOT,
+    _TEXT,
+    CONFIG_KEY,
+    CONFIG_NAME,
+    EXITS_NAME,
+    MODEL_ARGS,
+    _is_int,
+    _pick,
+)
+from timm_multiexit.exits.spec import ExitSpec
+from timm_multiexit.models.origin import Origin
+from timm_multiexit.policies.budgets import BudgetTable
+from timm_multiexit.policies.policy import ExitPolicy
+from timm_multiexit.utils.errors import MultiExitError, brief
+from timm_multiexit.utils.untrusted import read_json
+
+FORMAT_VERSION = 1  # of what `config.json` says of exits; a file of a later one is refused
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model folder is, checked.
+
+    Attributes:
+        architecture: Name in timm's registry.
+        model_args: Keywords of `timm.create_model` that the weights were made with.
+        pretrained_cfg: Fields of timm's `PretrainedCfg`, without a place of weights.
+        exits: None for a plain timm model.
+        policy: Of a calibrated model.
+        budgets: Of a calibrated model.
+        origin: What the weights started from, where it is known.
+    """
+
+    architecture: str
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    exits: tuple[ExitSpec, ...] | None = None
+    policy: ExitPolicy | None = None
+    budgets: BudgetTable | None = None
+    origin: Origin | None = None
+
+
+def read_model_config(directory: Path, *, overridden: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Return the checked configuration of a model folder.
+
+    Args:
+        directory: The folder.
+        overridden: Keywords that the caller gives to `timm.create_model`: those of them that a file must not set are
+            not read from it.
+
+    Raises:
+        MultiExitError: There is none, it is unreadable, of a newer format, or says what a file must not say.
+    """
+    path = directory / CONFIG_NAME
+    config = read_json(path)
+    try:
+        return _check(config, {name for name, value in (overridden or {}).items() if value is not None})
+    except MultiExitError as error:
+        raise MultiExitError(f'{path}: {error}') from error
+
+
+def _check(config: dict[str, Any], overridden: set[str]) -> ModelConfig:
+    architecture = config.get('architecture')
+    known = isinstance(architecture, str) and re.fullmatch(r'\w{1,100}', architecture) and timm.is_model(architecture)
+    if not known:
+        raise MultiExitError(
+            f'timm has no model {brief(architecture)}: update timm, or import the package that registers it.'
+        )
+    saved = config.get('pretrained_cfg', config)  # timm's older files have its fields at the root
+    if not isinstance(saved, dict):
+        raise MultiExitError(f'pretrained_cfg is {brief(saved)}, allowed is an object.')
+    if 'labels' in saved and saved is config:
+        saved = {**saved, 'label_names': saved['labels']}
+    model_args = _check_model_args(config.get('model_args'), overridden)
+    cleaned = {'input_size': [3, 224, 224], **_pick(saved, _PRETRAINED_CFG)}
+    clean = {
+        'architecture': architecture,
+        'model_args': model_args,
+        'pretrained_cfg': cleaned,
+        **_pick(config, _ROOT),
+    }
+    pretrained_cfg, architecture, model_args = _parse_model_cfg(clean, {})
+    return ModelConfig(
+        architecture, model_args, _complete(pretrained_cfg, architecture, model_args), **_read_section(config)
+    )
+
+
+def _complete(pretrained_cfg: dict[str, Any], architecture: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return timm's configuration with what decides which weights timm makes anew, which is not for a file to say."""
+    default = timm.get_pretrained_cfg(architecture)
+    if default is not None:
+        pretrained_cfg |= {'first_conv': default.first_conv, 'classifier': default.classifier}
+        pretrained_cfg.setdefault('num_classes', default.num_classes)
+    num_classes = model_args.get('num_classes', pretrained_cfg.get('num_classes'))
+    if pretrained_cfg.setdefault('num_classes', num_classes) != num_classes:
+        raise MultiExitError(f'num_classes is {pretrained_cfg["num_classes"]}, in model_args it is {num_classes}.')
+    names = pretrained_cfg.get('label_names')
+    if isinstance(names, list) and len(names) != num_classes:
+        raise MultiExitError(f'label_names are {len(names)}, allowed are {num_classes}, one per class.')
+    return pretrained_cfg
+
+
+def _check_model_args(values: Any, overridden: set[str]) -> dict[str, Any]:
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise MultiExitError(f'model_args is {brief(values)}, allowed is an object.')
+    for name, value in values.items():
+        if name not in MODEL_ARGS and name not in overridden:
+            raise MultiExitError(
+                f'model_args has {brief(name)}, which a file must not set: give it yourself, as'
+                f' create_model(..., {brief(name).strip(chr(39))}={brief(value)}), if you trust it.'
+            )
+    # Null means the architecture's own.
+    return _pick({name: value for name, value in values.items() if value is not None}, MODEL_ARGS)
+
+
+def _read_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return exits, policy and budgets."""
+    section = config.get(CONFIG_KEY)
+    if section is None:
+        return {}
+    version = section.get('format_version') if isinstance(section, dict) else None
+    if not _is_int(version, 1, FORMAT_VERSION):
+        writer = section.get('library_version') if isinstance(section, dict) else None
+        named = isinstance(writer, str) and re.fullmatch(r'[0-9A-Za-z.+-]{1,30}', writer)
+        raise MultiExitError(
+            f'it has multi-exit format {brief(version)}, this version reads {FORMAT_VERSION}: update timm_multiexit'
+            + (f' to {writer} or later.' if named else '.')
+        )
+    if section.get('weights', EXITS_NAME) != EXITS_NAME:
+        raise MultiExitError(f'the weights of the exits are in {brief(section["weights"])}, allowed is {EXITS_NAME}.')
+    exits = section.get('exits')
+    if not isinstance(exits, list) or len(exits) > _MAX_EXITS:
+        raise MultiExitError(f"it lists no exits under '{CONFIG_KEY}', or more than {_MAX_EXITS}.")
+    specs = tuple(ExitSpec.from_dict(values) for values in exits)
+    if len({(spec.module, spec.output) for spec in specs}) < len(specs):
+        raise MultiExitError('two exits are at the same place, allowed is one.')
+    for spec in specs:
+        if len(spec.widths) > _MAX_EXITS or max((spec.channels, *spec.widths)) > _MAX_WIDTH:
+            raise MultiExitError(
+                f'the exit at {brief(spec.module)} has {brief(spec.channels)} channels and widths {brief(spec.widths)},'
+                f' allowed are up to {_MAX_WIDTH}, and {_MAX_EXITS} widths.'
+            )
+    return {'exits': specs, 'origin': _read_origin(section), **_read_policies(section, len(specs))}
+
+
+def _read_origin(section: Mapping[str, Any]) -> Origin | None:
+    values = section.get('origin')
+    if values is None:
+        return None
+    texts = [values.get(name) for name in Origin._fields] if isinstance(values, dict) else [values]
+    if not isinstance(values, dict) or not all(text is None or _TEXT.allows(text) for text in texts):
+        raise MultiExitError(f'origin is {brief(values)}, allowed is an object with {" and ".join(Origin._fields)}.')
+    return Origin(*texts)
+
+
+def _read_policies(section: Mapping[str, Any], num_exits: int) -> dict[str, Any]:
+    policy, budgets = section.get('policy'), section.get('budgets')
+    if policy is not None:
+        policy = ExitPolicy.from_dict(policy)
+        policy.check_exits(num_exits)
+    if budgets is not None:
+        budgets = BudgetTable.from_dict(budgets)
+        budgets.points[0].policy.check_exits(num_exits)
+    return {'policy': policy, 'budgets': budgets}

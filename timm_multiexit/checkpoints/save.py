@@ -1,0 +1,176 @@
+"""The folder that is saved and published, and the way back from it.
+
+A folder holds `model.safetensors`, the backbone under timm's own keys, `exits.safetensors`, the heads, and
+`config.json`, timm's configuration with one more key, `multiexit`. Plain timm loads it as the main network.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from timm_multiexit.checkpoints.config import FORMAT_VERSION, read_model_config
+from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, CONFIG_NAME, EXITS_NAME
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.policies.budgets import BudgetTable
+from timm_multiexit.policies.policy import ExitPolicy
+from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.untrusted import read_json
+from timm_multiexit.version import __version__
+
+# Parts of names of weights that are for training alone: heads' projectors, the norms of further augmentation splits.
+TRAINING_ONLY = ('.projector.', '.aux_bn.')
+
+PREFIX = 'exits.'
+
+_LABELS = ('label_names', 'label_descriptions')
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    data_config: dict[str, Any] | None = None,
+    label_names: list[str] | None = None,
+) -> None:
+    """Write a model to a folder that `create_model('local-dir:...', pretrained=True)` and plain timm load.
+
+    All files are written beside the folder first and moved into it when they are whole; other files in the folder
+    stay.
+
+    Args:
+        model: A `MultiExitModel`, with its policy and budgets, or a timm model, which is written without exits.
+        directory: The folder; made if it is not there.
+        data_config: How images are made ready: input_size, mean, std, interpolation, crop_pct, crop_mode; as far as
+            it differs from the backbone's own configuration.
+        label_names: Names of the classes, in order.
+
+    Raises:
+        OSError: The disk is full or not writable; the folder is as it was.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    backbone = model.backbone if isinstance(model, MultiExitModel) else model
+    config = _describe_labels(backbone, label_names)
+    if isinstance(model, MultiExitModel):
+        exits = [spec.to_dict() for spec in model.exits.specs]
+        config[CONFIG_KEY] = {
+            'format_version': FORMAT_VERSION,
+            'library_version': __version__,
+            'weights': EXITS_NAME,
+            'exits': exits,
+        }
+        for name in ('policy', 'budgets'):
+            if getattr(model, name) is not None:
+                config[CONFIG_KEY][name] = getattr(model, name).to_dict()
+        if model.origin is not None:
+            config[CONFIG_KEY]['origin'] = model.origin._asdict()
+    with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=directory.parent) as temporary:
+        path = Path(temporary, CONFIG_NAME)
+        save_config_for_hf(backbone, path, model_config=config, data_config=data_config)
+        values = read_json(path)
+        for name in _LABELS:
+            values['pretrained_cfg'].pop(name, None)  # where timm keeps those of a loaded model; they go to the root
+        path.write_text(json.dumps(values, indent=2), encoding='utf-8')
+        _save_tensors(backbone.state_dict(), Path(temporary, BACKBONE_NAME))
+        if isinstance(model, MultiExitModel):
+            _save_tensors(exit_tensors(model), Path(temporary, EXITS_NAME))
+        # config.json last: until then a reader sees the old network or an incomplete one, not a mixture it accepts.
+        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG_NAME):
+            shutil.move(path, directory / path.name)
+
+
+def _describe_labels(backbone: nn.Module, label_names: list[str] | None) -> dict[str, Any]:
+    """Return the names of the classes: those given, else those that the model was loaded with."""
+    old = backbone.pretrained_cfg if backbone.pretrained_cfg.get('num_classes') == backbone.num_classes else {}
+    labels = {'label_names': label_names} if label_names else {name: old.get(name) for name in _LABELS}
+    return {name: value for name, value in labels.items() if value}
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    # Contiguous, which weights in channels_last are not, and each by itself, which shared ones (CoaT's) are not.
+    written, places = {}, set()
+    for key, tensor in tensors.items():
+        written[key] = tensor.clone() if tensor.data_ptr() in places else tensor.contiguous()
+        places.add(tensor.data_ptr())
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(written, path, metadata={'format': 'pt'})
+    path.chmod(mode)  # that of every new file here, where safetensors lets nobody else read
+
+
+def exit_tensors(model: MultiExitModel) -> dict[str, torch.Tensor]:
+    """Return the tensors of the heads under the names they are saved with."""
+    return without({f'{PREFIX}{key}': tensor for key, tensor in model.exits.state_dict().items()}, *TRAINING_ONLY)
+
+
+def save_policy(directory: str | os.PathLike, policy: ExitPolicy | None, budgets: BudgetTable | None) -> None:
+    """Write policy and budgets into the `config.json` of a model folder, in place of those that are there.
+
+    That file alone is replaced, whole or not at all, and all else that it says stays.
+
+    Args:
+        directory: A folder that `save_pretrained` wrote.
+        policy: The model's policy; None for none.
+        budgets: The policies to choose from by budget; None for none.
+
+    Raises:
+        MultiExitError: The folder holds no exits or another number of them, what it must not hold, or cannot be
+            written; it is as it was.
+    """
+    path = Path(directory, CONFIG_NAME)
+    values = read_json(path)
+    given = values.get('model_args')
+    # What a file must not set, whoever loads the folder says himself: here it makes no difference.
+    config = read_model_config(path.parent, overridden=given if isinstance(given, dict) else None)
+    if not config.exits:
+        raise MultiExitError(f'{directory} holds a model without exits: no policy can be saved for it.')
+    for one in (policy, budgets and budgets.points[0].policy):
+        if one is not None:
+            one.check_exits(len(config.exits))
+    section = values[CONFIG_KEY]
+    for name, value in (('policy', policy), ('budgets', budgets)):
+        section.pop(name, None)
+        if value is not None:
+            section[name] = value.to_dict()
+    draft = path.with_name(f'.{path.name}.tmp')
+    try:
+        draft.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise MultiExitError(
+            f'{path} could not be written: {error.strerror or error}. It is as it was: make room, or copy the folder.'
+        ) from error
+
+
+def hash_weights(directory: str | os.PathLike) -> dict[str, str]:
+    """Return the SHA-256 of the weights in a model folder, name of the file -> 64 hexadecimal digits.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    hashes = {}
+    for path in (Path(directory, name) for name in (BACKBONE_NAME, EXITS_NAME)):
+        if path.is_file():
+            digest = hashlib.sha256()
+            with path.open('rb') as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+            hashes[path.name] = digest.hexdigest()
+    return hashes
+
+
+def without(tensors: dict[str, torch.Tensor], *parts: str) -> dict[str, torch.Tensor]:
+    """Leave out the tensors with one of these parts in their name."""
+    return {key: tensor for key, tensor in tensors.items() if not any(part in key for part in parts)}

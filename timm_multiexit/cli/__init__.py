@@ -1,0 +1,1 @@
+"""The commands: flags become objects here, and nothing below knows of flags."""

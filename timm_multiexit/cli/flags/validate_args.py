@@ -1,0 +1,307 @@
+"""Whether the flags of `validate.py` fit the model, the processes and each other, and its results can be written."""
+
+from argparse import Namespace
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from timm.data import resolve_data_config
+from timm.models import parse_model_name
+
+from timm_multiexit.calibration.stage_costs import StageCosts
+from timm_multiexit.checkpoints.config import read_model_config
+from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
+from timm_multiexit.cli.flags.exit_flags import EXIT_FLAGS, parse_thresholds
+from timm_multiexit.cli.flags.parser import Flag, ScriptParser, add_flags, option_name, switch, value
+from timm_multiexit.cli.flags.timm_flags import TIMM_FLAGS
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.policies.budgets import BudgetPoint, BudgetTable, parse_budget
+from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
+from timm_multiexit.utils.errors import MultiExitError, one_line
+
+_VALIDATE_FLAGS = (
+    value('--checkpoint', str, '', 'PATH', 'training checkpoint (*.pth.tar) to evaluate'),
+    switch('--use-ema', "take the checkpoint's averaged weights"),
+    value('-b --batch-size', int, 256, 'N', 'batch size'),
+    value('-j --workers', int, 4, 'N', 'data loading processes'),
+    switch('--pin-mem', 'pin host memory for transfers'),
+    switch('--no-prefetcher', 'leave out the prefetcher'),
+    value('--results-file', str, '', 'FILE', 'write the results to this file'),
+    value('--results-format', str, 'csv', None, 'csv: the table; json: all of it', choices=('csv', 'json')),
+)
+
+# What `validate.py` reports of dynamic inference.
+_DYNAMIC_FLAGS = (
+    value('--calib-split', str, None, 'NAME', 'choose thresholds on this split, not the reported one'),
+    value('--calib-from-train', int, None, 'N', 'choose them on what train.py --val-from-train N held out'),
+    value('--threshold', parse_thresholds, None, 'T', '0.9: of every exit; 0.9,none,0.8: of each, none: not used'),
+    value('--criterion', str, 'confidence', None, 'what a threshold is compared with', choices=tuple(CRITERIA)),
+    value('--combine', str, None, None, 'answer with the exits seen so far, together', choices=COMBINATIONS),
+    value('--budget', str, [], 'B', 'mean cost of an image: 60%, 1.2GMACs or 5ms', nargs='+', action='extend'),
+    value(
+        '--max-drop',
+        float,
+        None,
+        'F',
+        "0.01: keep main's accuracy to a point; not on images that chose the epoch",
+    ),
+    value('--delta', float, None, 'P', 'chance that --max-drop is broken, 0.1 if not given'),
+    value('--time-rounds', int, 5, 'N', 'rounds in which policies and plain timm are timed in turns, 0: none'),
+    switch(
+        '--save-policy',
+        "write the first --budget's policy, else --max-drop's, and all budgets into the model folder's config.json",
+    ),
+    value(
+        '--compare',
+        str,
+        [],
+        'NAME',
+        'static models to set beside it: NAME, NAME:CHECKPOINT',
+        nargs='+',
+        action='extend',
+    ),
+    value('--plot', str, '', 'PNG', 'draw accuracy over MACs; with --results-file always, beside it'),
+)
+
+
+def create_validate_parser() -> ScriptParser:
+    """Return the parser of `validate.py`."""
+    parser = ScriptParser(
+        prog='validate.py',
+        description='Accuracy and cost of every exit of a model name, a model folder or a training checkpoint.',
+    )
+    split = value('--split', str, 'validation', 'NAME', 'split to evaluate')
+    data = _pick('Data', 'data data_dir dataset dataset_download class_map input_img_mode')
+    model = 'pretrained num_classes gp img_size in_chans input_size crop_pct mean std interpolation channels_last'
+    name = replace(_pick('Model', 'model')[0], default=None)
+    seed = replace(_pick('Run', 'seed')[0], default=None, help="of --calib-from-train, if not the run's")
+    add_flags(parser, 'Data', (*data, split))
+    add_flags(parser, 'Model', (name, *_pick('Model', f'{model} model_kwargs')))
+    add_flags(parser, 'Exits', EXIT_FLAGS)
+    add_flags(parser, 'Device', _pick('Device', 'amp amp_dtype'))
+    add_flags(parser, 'Evaluation', _VALIDATE_FLAGS)
+    train_split = replace(
+        _pick('Data', 'train_split')[0], default=None, help="split that --calib-from-train is of, if not the run's"
+    )
+    add_flags(parser, 'Dynamic inference', (*_DYNAMIC_FLAGS, train_split, seed))
+    return parser
+
+
+def _pick(title: str, dests: str) -> list[Flag]:
+    """Return some of timm's flags of one title."""
+    flags = {flag.dest: flag for flag in TIMM_FLAGS[title]}
+    return [flags[dest] for dest in dests.split()]
+
+
+PICTURE_NAME = 'accuracy_vs_macs.png'
+
+_ASKING = ('threshold', 'budget', 'max_drop', 'calib_split', 'calib_from_train', 'save_policy', 'compare', 'plot')
+
+_DATA = 'give --calib-split NAME or --calib-from-train N'
+
+
+def asked_flags(args: Namespace) -> list[str]:
+    """Return the flags of dynamic inference that were given."""
+    given = {dest: getattr(args, dest) for dest in _ASKING}
+    return [option_name(dest) for dest, value in given.items() if value not in (None, [], '') and value is not False]
+
+
+def asks_for_policies(args: Namespace, model: MultiExitModel) -> bool:
+    """Return whether there are policies to measure."""
+    asked = args.threshold is not None or args.budget or args.max_drop is not None
+    return bool(asked or model.policy is not None)
+
+
+def chooses_thresholds(args: Namespace) -> bool:
+    """Return whether there are data to choose thresholds on."""
+    return args.calib_split is not None or args.calib_from_train is not None
+
+
+def find_own_folder(args: Namespace, model: MultiExitModel) -> Path | None:
+    """Return the folder of which the model has all weights and exits; None if others are in their place."""
+    source, name = parse_model_name(args.model)
+    if source != 'local-dir' or args.checkpoint or args.exits is not None or args.gp:
+        return None
+    num_classes = read_model_config(Path(name), overridden=args.model_kwargs).pretrained_cfg.get('num_classes')
+    return Path(name) if num_classes in (None, model.num_classes) else None
+
+
+def given_policy(args: Namespace, num_exits: int) -> ExitPolicy:
+    """Return the policy of `--threshold`.
+
+    Raises:
+        MultiExitError: A threshold is out of range, or there is another number of them than exits.
+    """
+    thresholds = args.threshold * num_exits if len(args.threshold) == 1 else args.threshold
+    policy = ExitPolicy(args.criterion, tuple(thresholds), combine=args.combine)
+    policy.check_exits(num_exits)
+    return policy
+
+
+def check_flags(args: Namespace, model: MultiExitModel, num_processes: int) -> None:
+    """Raise where flags of dynamic inference do not fit the model, the processes or each other.
+
+    Raises:
+        MultiExitError: One line with the flag.
+    """
+    if args.save_policy:
+        _check_saving(args, model)
+    asked = asked_flags(args)
+    if asked and num_processes > 1:
+        raise MultiExitError(
+            f'{asked[0]} needs all logits in one process: start validate.py without accelerate launch.'
+        )
+    if asked and not len(model.exits):
+        raise MultiExitError(f'{asked[0]} needs a model with exits, {args.model} has none: see --exits.')
+    if args.threshold is not None:
+        given_policy(args, len(model.exits))
+    _check_numbers(args)
+    has_data = chooses_thresholds(args)
+    if args.calib_split is not None and args.calib_from_train is not None:
+        raise MultiExitError('--calib-split and --calib-from-train exclude each other: give one of them.')
+    for budget in args.budget:
+        parse_budget(budget)
+    where = f'{_DATA} to choose thresholds on'
+    if args.budget and not has_data and model.budgets is None:
+        raise MultiExitError(f'--budget {args.budget[0]} needs data to keep it on: {where}.')
+    if args.max_drop is not None and not has_data:
+        raise MultiExitError(f'--max-drop {args.max_drop} needs data to prove it on: {where}.')
+    _check_effect(args, has_data, where)
+    if args.plot and find_spec('matplotlib') is None:
+        raise MultiExitError('--plot needs matplotlib, which is not installed: pip install matplotlib.')
+
+
+def _check_saving(args: Namespace, model: MultiExitModel) -> None:
+    """Raise where `--save-policy` has no policy, or no folder whose model it is of."""
+    if parse_model_name(args.model)[0] != 'local-dir':
+        raise MultiExitError(
+            f'--save-policy writes to a model folder, {args.model} is none: give --model local-dir:FOLDER.'
+        )
+    for dest in ('checkpoint', 'exits', 'gp'):
+        if getattr(args, dest):
+            raise MultiExitError(
+                f'--save-policy and {option_name(dest)} exclude each other, the policy would be of another model than'
+                " the folder's: give one of them."
+            )
+    if not len(model.exits):
+        raise MultiExitError(f'--save-policy needs a folder with exits, {args.model} holds a plain timm model.')
+    if find_own_folder(args, model) is None:
+        raise MultiExitError(
+            f"--save-policy needs the folder's own classes, not {model.num_classes} others: leave --num-classes out."
+        )
+    if not chooses_thresholds(args):
+        raise MultiExitError(f'--save-policy needs data to choose thresholds on: {_DATA}.')
+    if not args.budget and args.max_drop is None:
+        raise MultiExitError('--save-policy needs a policy to save: give --budget B or --max-drop F.')
+
+
+def check_preparation(args: Namespace, model: MultiExitModel, data_config: dict[str, Any]) -> None:
+    """Raise for a policy that is to be saved for images made ready in another way than its folder says.
+
+    Raises:
+        MultiExitError: One line with what is there and here.
+    """
+    if not args.save_policy:
+        return
+    for name, own in resolve_data_config(model=model).items():
+        texts = [str(list(value) if isinstance(value, (list, tuple)) else value) for value in (own, data_config[name])]
+        if texts[0] != texts[1]:
+            raise MultiExitError(
+                f'--save-policy saves for images as the folder has them, with {name} {texts[0]}, not {texts[1]}: leave'
+                ' the flag of it out.'
+            )
+
+
+def _check_effect(args: Namespace, has_data: bool, where: str) -> None:
+    """Raise for a flag that would change nothing."""
+    if (args.criterion != 'confidence' or args.combine) and not has_data and args.threshold is None:
+        name = '--combine' if args.combine else '--criterion'
+        raise MultiExitError(f'{name} is of no effect without thresholds: give --threshold, or {where}.')
+    if args.delta is not None and args.max_drop is None:
+        raise MultiExitError('--delta is of no effect without --max-drop: give --max-drop F, or leave it out.')
+    for dest in ('seed', 'train_split'):
+        if getattr(args, dest) is not None and args.calib_from_train is None:
+            name = option_name(dest)
+            raise MultiExitError(
+                f'{name} is of no effect without --calib-from-train: give --calib-from-train N, or leave it out.'
+            )
+
+
+def _check_numbers(args: Namespace) -> None:
+    for dest, is_right, allowed in (
+        ('max_drop', lambda number: 0 < number < 1, 'numbers above 0 and below 1: 0.01 is a point of accuracy'),
+        ('delta', lambda number: 0 < number < 1, 'numbers above 0 and below 1'),
+        ('time_rounds', lambda number: number >= 0, 'integers from 0'),
+        ('calib_from_train', lambda number: number >= 1, 'integers from 1'),
+        ('seed', lambda number: 0 <= number < 2**32, 'integers from 0 to 4294967295'),
+    ):
+        number = getattr(args, dest)
+        if number is not None and not is_right(number):
+            raise MultiExitError(f'{option_name(dest)} is {number}, allowed are {allowed}.')
+
+
+def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> None:
+    """Raise for a budget that no policy can meet; where thresholds are chosen anew, more may turn out to be too low.
+
+    Args:
+        args: Of the command line.
+        model: Its own table of budgets says it all where no data is given to choose thresholds on.
+        costs: Of its exits, in MACs.
+
+    Raises:
+        MultiExitError: One line with what is allowed.
+    """
+    table = model.budgets
+    if chooses_thresholds(args):
+        num_exits = len(costs.heads)
+        lowest = min([*(costs.paths[idx] + costs.heads[idx] for idx in range(num_exits)), costs.total])
+        unused = ExitPolicy(args.criterion, (None,) * num_exits)
+        point = BudgetPoint(unused, 0.0, (0.0,) * num_exits + (1.0,), macs=lowest)
+        table = BudgetTable((point,), total_macs=costs.total, max_macs=costs.largest)
+    for budget in args.budget:
+        if table is not model.budgets and parse_budget(budget).unit == 'ms':
+            continue
+        table.select(budget)
+
+
+def picture_path(args: Namespace) -> Path | None:
+    """Return where the picture goes; None if nobody asked for files."""
+    if args.plot:
+        return Path(args.plot)
+    return Path(args.results_file).with_name(PICTURE_NAME) if args.results_file else None
+
+
+def policy_path(args: Namespace) -> Path | None:
+    """Return the file that the policy is written into; None if nobody asked for that."""
+    return Path(parse_model_name(args.model)[1], CONFIG_NAME) if args.save_policy else None
+
+
+def check_outputs(args: Namespace) -> None:
+    """Raise where a result could not be written, so that this is known before the evaluation; makes the folders.
+
+    Raises:
+        MultiExitError: One line with the path.
+    """
+    named = {
+        'the results': Path(args.results_file) if args.results_file else None,
+        'the picture': picture_path(args),
+        'the configuration of the model': policy_path(args),
+    }
+    owners: dict[Path, str] = {}
+    for what, path in named.items():
+        other = owners.setdefault(path.absolute(), what) if path else what
+        if other != what:
+            raise MultiExitError(f'{path} is the name of {what} too: give {other} another one.')
+    for path in filter(None, named.values()):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_folder = path.is_dir()
+            if not is_folder:
+                draft = path.with_name(f'.{path.name}.tmp')
+                draft.touch()
+                draft.unlink()
+        except OSError as error:
+            raise MultiExitError(f'{path} cannot be written: {one_line(error)}. Give another path.') from error
+        if is_folder:
+            raise MultiExitError(f'{path} is a folder, allowed is the path of a file: give one in it.')

@@ -1,0 +1,101 @@
+"""What a script sets up first: its log, and Accelerate from command-line arguments."""
+
+import importlib
+import logging
+import os
+from argparse import Namespace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from timm.utils import setup_default_logging
+
+from timm_multiexit.utils.errors import MultiExitError, one_line
+
+_SUPPORTED = {
+    kind
+    for kind in DistributedType
+    if kind.name == 'NO' or (kind.name.startswith('MULTI_') and not kind.name.endswith('TPU'))
+}
+
+
+def setup_logging() -> None:
+    """Set up timm's log of a script, without the addresses that the Hub's client asks, which may be signed."""
+    setup_default_logging()
+    for name in ('httpx', 'httpx2'):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def create_accelerator(args: Namespace) -> Accelerator:
+    """Return the accelerator of a run; `torchrun`, `accelerate launch` and plain Python come to the same.
+
+    Raises:
+        MultiExitError: A way of launching that is not supported, or fewer processes than were asked for.
+    """
+    for module in args.device_modules or ():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise MultiExitError(
+                f"--device-modules names '{module}', which cannot be imported: {one_line(error)}."
+            ) from error
+    _check_launcher()
+    has_gpu = torch.cuda.is_available()
+    _check_precision(args, has_gpu and args.device != 'cpu')
+    if has_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    launched = int(os.environ.get('WORLD_SIZE', 1))
+    accelerator = Accelerator(
+        mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None,
+        # Told to be on the CPU, Accelerate joins the processes that torchrun started; else it runs each for itself.
+        cpu=args.device == 'cpu' or (launched > 1 and not torch.accelerator.is_available()),
+    )
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise MultiExitError(
+            f'Accelerate was launched for {accelerator.distributed_type.value}, allowed are one process and'
+            ' DistributedDataParallel: launch with --multi_gpu or torchrun.'
+        )
+    if launched != accelerator.num_processes:
+        raise MultiExitError(
+            f'{launched} processes were launched and Accelerate runs {accelerator.num_processes}; start them with'
+            f' torchrun --nproc-per-node {launched} train.py ...'
+        )
+    return accelerator
+
+
+def _check_precision(args: Namespace, has_gpu: bool) -> None:
+    if args.amp:
+        if args.amp_dtype == 'float16' and not has_gpu:
+            raise MultiExitError(
+                '--amp in float16 needs a GPU (on a CPU it would be float32): use --amp-dtype bfloat16.'
+            )
+        return
+    # Without --amp, what `accelerate launch` or its configuration says holds.
+    precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no').lower()
+    if precision not in ('no', 'fp16', 'bf16'):
+        raise MultiExitError(
+            f"Accelerate's --mixed_precision is {precision}, allowed are no, fp16 and bf16: change it in accelerate"
+            ' launch or accelerate config.'
+        )
+    if precision == 'fp16' and not has_gpu:
+        raise MultiExitError(
+            "Accelerate's --mixed_precision fp16 needs a GPU (on a CPU it would be float32): use bf16 or no."
+        )
+
+
+def _check_launcher() -> None:
+    for name, flag in (('FSDP', '--use_fsdp'), ('DEEPSPEED', '--use_deepspeed')):
+        if os.environ.get(f'ACCELERATE_USE_{name}', '').lower() in ('1', 'true', 'yes'):
+            raise MultiExitError(
+                f'{name} is not supported, allowed is DistributedDataParallel: leave {flag} out of accelerate launch,'
+                ' or choose multi-GPU in accelerate config.'
+            )
+    # On CPUs `accelerate launch --num_processes 2` starts one process, and tells it only where the others would meet.
+    on_cpu = os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
+    if on_cpu and 'MASTER_ADDR' in os.environ and 'WORLD_SIZE' not in os.environ:
+        raise MultiExitError(
+            'accelerate launch was asked for several processes and started one, as it does on CPUs; start them with'
+            ' torchrun --nproc-per-node 2 train.py ... or'
+            ' ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train.py ...'
+        )

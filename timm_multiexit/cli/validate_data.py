@@ -1,0 +1,195 @@
+"""The images of `validate.py`: those that are reported, those that thresholds are chosen on, those that are timed."""
+
+import copy
+import logging
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate import Accelerator
+from timm.models import parse_model_name
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
+from timm_multiexit.data.datasets import class_to_idx, create_checked_dataset
+from timm_multiexit.data.holdout import SubsetReader, TransformSubset, hold_out
+from timm_multiexit.data.loaders import create_eval_loader
+from timm_multiexit.utils.errors import MultiExitError
+
+_logger = logging.getLogger(__name__)
+
+
+_TRAIN_NAMES = ('train', 'training')
+
+_DEFAULT_SEED = 42  # train.py's
+
+
+def create_split(args: Namespace, split: str, in_chans: int) -> Any:
+    """Return the data set of a split.
+
+    Raises:
+        MultiExitError: It cannot be had.
+    """
+    return create_checked_dataset(
+        args.dataset,
+        root=args.data_dir,
+        split=split,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        input_img_mode=args.input_img_mode or ('RGB' if in_chans == 3 else 'L'),
+    )
+
+
+def create_calibration_split(args: Namespace, reported: Any, in_chans: int) -> tuple[Any, str] | None:
+    """Return the data set that thresholds are chosen on and what it is in words; None if the flags name none.
+
+    Args:
+        args: Of the command line.
+        reported: The data set of `args.split`.
+        in_chans: Channels of an image.
+
+    Raises:
+        MultiExitError: It shares images with the reported split, numbers its classes otherwise, or cannot be had.
+    """
+    if args.calib_from_train is None and args.calib_split is None:
+        return None
+    run = find_training_args(args)
+    split = args.calib_split or args.train_split or run.get('train_split') or _TRAIN_NAMES[0]
+    if split == args.split:
+        check_other_images(args, args.calib_from_train or 1, args.calib_from_train or 1)
+    if args.calib_from_train is not None:
+        dataset, source = _hold_out_again(args, split, run, in_chans)
+    else:
+        dataset, source = create_split(args, split, in_chans), f'the {split} split'
+        source += f', {len(dataset)} images' if hasattr(dataset, '__len__') else ''
+    names = image_names(dataset)
+    check_other_images(args, len(names & image_names(reported)), len(names))
+    if args.calib_from_train is None and split in (*_TRAIN_NAMES, run.get('train_split')):
+        _logger.warning(
+            f'Thresholds are chosen on the whole {args.calib_split} split: on images that the model was trained on'
+            ' it is surer than on others, and budgets and drops will not be kept.'
+        )
+    if args.max_drop is not None and _chose_epoch(args, run):
+        _logger.warning(
+            f'The run that trained the model chose its best epoch on {source}: --max-drop {args.max_drop:g} takes them'
+            ' for images that nothing was chosen on, and may be broken more often than it says.'
+        )
+    classes = [class_to_idx(data) for data in (dataset, reported)]
+    if None not in classes and classes[0] != classes[1]:
+        raise MultiExitError(
+            f'Thresholds cannot be chosen on {source}: its classes are not those of the {args.split} split. Give both'
+            ' the same class folders, or a --class-map.'
+        )
+    return dataset, source
+
+
+def _chose_epoch(args: Namespace, run: dict[str, Any]) -> bool:
+    """Return whether the training run measured its epochs on what thresholds are chosen on."""
+    if run.get('val_from_train'):
+        return args.calib_from_train is not None
+    return args.calib_split is not None and args.calib_split == run.get('val_split')
+
+
+def _hold_out_again(args: Namespace, split: str, run: dict[str, Any], in_chans: int) -> tuple[Any, str]:
+    """Return the images that `train.py --val-from-train` held out, by the same choice with the same seed."""
+    dataset = create_split(args, split, in_chans)
+    if isinstance(dataset, IterableDataset):
+        raise MultiExitError('Images cannot be held out of a stream: give --calib-split NAME, not --calib-from-train.')
+    seed = next(seed for seed in (args.seed, run.get('seed'), _DEFAULT_SEED) if seed is not None)
+    how, caveat = 'held out of', ''
+    held_out = {'val_from_train': args.calib_from_train, 'seed': seed, 'train_split': split}
+    if not run:
+        how = 'drawn from'
+        _logger.warning(
+            'The arguments of the run that trained the model are not to be found: whether it was trained on the'
+            f' {args.calib_from_train} images of {split} that thresholds are chosen on is not known.'
+        )
+    elif any(run.get(name) != value for name, value in held_out.items()):
+        how, caveat = 'drawn from', ', on which the network was trained'
+        number, other_seed = run.get('val_from_train') or 0, run.get('seed')
+        _logger.warning(
+            f'The run that trained the model held {number} images of {run.get("train_split")} out with seed'
+            f' {other_seed}, not {args.calib_from_train} of {split} with seed {seed}: thresholds are chosen'
+            ' on images that it was trained on.'
+        )
+    source = f'{args.calib_from_train} images {how} the {split} split with seed {seed}{caveat}'
+    return hold_out(dataset, args.calib_from_train, seed=seed)[1], source
+
+
+def find_training_args(args: Namespace) -> dict[str, Any]:
+    """Return the arguments of the run that trained the model; empty where they are not to be found."""
+    if args.checkpoint:
+        found = read_training_checkpoint(args.checkpoint).get('args')
+        return dict(vars(found)) if isinstance(found, Namespace) else {}
+    source, name = parse_model_name(args.model)
+    path = Path(name).parent / 'args.yaml'
+    if source != 'local-dir' or not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def image_names(dataset: Any) -> set[str]:
+    """Return the paths of the images of a data set, links to folders resolved; nothing where images have no path."""
+    reader = getattr(dataset, 'reader', dataset)
+    indices = None
+    while isinstance(reader, (SubsetReader, TransformSubset)):
+        places = reader.indices
+        indices = places if indices is None else [places[idx] for idx in indices]
+        reader = reader.reader if isinstance(reader, SubsetReader) else reader.dataset
+    samples = getattr(reader, 'samples', None) or ()
+    samples = samples if indices is None else [samples[idx] for idx in indices if samples]
+    paths = [sample[0] for sample in samples]
+    if not all(isinstance(path, str) for path in paths):
+        return set()
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
+    return {os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths}
+
+
+def check_other_images(args: Namespace, num_shared: int, num: int, *, num_by_chance: float = 0) -> None:
+    """Raise if images that thresholds are chosen on are among those reported.
+
+    Args:
+        args: Of the command line.
+        num_shared: How many are.
+        num: How many thresholds are chosen on.
+        num_by_chance: So many may be: data sets hold some images twice.
+
+    Raises:
+        MultiExitError: More are.
+    """
+    if num_shared <= num_by_chance:
+        return
+    if args.calib_from_train is not None:
+        what, hint = f'--calib-from-train {args.calib_from_train}', 'report another --split, from a folder of its own'
+    else:
+        what, hint = f'--calib-split {args.calib_split}', 'see --calib-from-train'
+    shared = f'{num_shared} of the {num} images of {what} are in --split {args.split} too'
+    if num_shared == num and args.calib_from_train is None:
+        shared = f'{what} and --split {args.split} are the same images'
+    raise MultiExitError(f'{shared}: thresholds must be chosen on others than those reported, {hint}.')
+
+
+def load_mixed_batch(args: Namespace, dataset: Any, data_config: dict[str, Any], accelerator: Accelerator) -> Tensor:
+    """Return a batch of images from all over a data set, since folders are sorted by class; of a stream the first.
+
+    Args:
+        args: Of the command line; `batch_size` is the most.
+        dataset: Its transform stays.
+        data_config: How images are made ready.
+        accelerator: Where the batch is.
+    """
+    dataset = copy.copy(dataset)
+    if not isinstance(dataset, IterableDataset):
+        places = np.linspace(0, len(dataset) - 1, min(args.batch_size, len(dataset))).round().astype(int)
+        dataset = TransformSubset(dataset, places.tolist())
+    images, _ = next(iter(create_eval_loader(args, dataset, data_config, accelerator)))
+    return images.to(accelerator.device)

@@ -1,0 +1,1 @@
+"""Data sets and loaders, seeded so that a run can resume anywhere."""

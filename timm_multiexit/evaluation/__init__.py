@@ -1,0 +1,1 @@
+"""Accuracy, calibration and speed of a model at every exit."""

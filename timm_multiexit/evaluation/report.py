@@ -1,0 +1,172 @@
+"""The sections of `validate.py`'s report on dynamic inference, as JSON-ready values and as text."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from timm_multiexit.calibration.logits import LogitSet
+from timm_multiexit.calibration.meter import PolicyMeter, PolicyResult
+from timm_multiexit.calibration.stage_costs import StageCosts
+from timm_multiexit.calibration.thresholds import solve_budgeted_batch
+from timm_multiexit.evaluation.diagnostics import failure_auroc, measure_falls, measure_overthinking
+from timm_multiexit.policies.budgets import BudgetTable
+from timm_multiexit.utils.text import exit_names, format_table
+
+
+class Calibration(NamedTuple):
+    """What thresholds are chosen on.
+
+    Attributes:
+        collected: Its logits.
+        source: What it is, in words.
+    """
+
+    collected: LogitSet
+    source: str
+
+
+def report_order(collected: LogitSet) -> dict[str, Any]:
+    """Return the sections that need no policy: failure_auroc, overthinking and monotonicity, in percent."""
+    logits, targets = collected.logits, collected.targets
+    names = exit_names(len(logits) - 1)
+    return {
+        'failure_auroc': {name: failure_auroc(single, targets) for name, single in zip(names, logits)},
+        'overthinking': measure_overthinking(logits, targets)._asdict(),
+        'monotonicity': {str(drop): share for drop, share in measure_falls(logits, targets).items()},
+    }
+
+
+def format_order(sections: Mapping[str, Any]) -> str:
+    """Return the sections of `report_order` as three lines."""
+    auroc = ', '.join(
+        f'{name} {"-" if value is None else f"{value:.1f}"}' for name, value in sections['failure_auroc'].items()
+    )
+    over = sections['overthinking']
+    falls = ', '.join(f'{100 * float(drop):.0f}: {share:.1f}' for drop, share in sections['monotonicity'].items())
+    return (
+        f'Failure AUROC (confidence of right over wrong), %: {auroc}\n'
+        f'Right at an exit and wrong at main: {over["lost"]:.2f} %, the reverse: {over["gained"]:.2f} %, right at any:'
+        f' {over["right_somewhere"]:.2f} %\n'
+        f'Images whose true class loses probability on the way, % by at least so many points: {falls}'
+    )
+
+
+def report_curve(meter: PolicyMeter, calibration: Calibration, costs: StageCosts, table: BudgetTable) -> dict[str, Any]:
+    """Return the budgeted curve: the field's 39 solutions, and what the search has for the same budgets.
+
+    Budgets are costs on the data that thresholds are chosen on; cost and accuracy are those of the reported split.
+
+    Args:
+        meter: Of the reported split.
+        calibration: What all thresholds are chosen on.
+        costs: In MACs.
+        table: What the search found on the same data.
+    """
+    collected = calibration.collected
+    points = []
+    for solved in solve_budgeted_batch(collected.logits, collected.targets, costs):
+        # Rounded costs must not lose what costs the same.
+        affordable = [point for point in table.points if point.macs <= solved.macs * (1 + 1e-6)]
+        best = max(affordable, key=lambda point: point.accuracy) if affordable else None
+        points.append(
+            {
+                'budget_macs': solved.macs,
+                'solver': describe_result(meter.measure(solved.policy), costs.total),
+                'search': best and describe_result(meter.measure(best.policy), costs.total),
+            }
+        )
+    return {'chosen_on': calibration.source, 'points': sorted(points, key=lambda point: point['budget_macs'])}
+
+
+def format_curve(curve: Mapping[str, Any], split: str, total_macs: float, num_rows: int = 10) -> str:
+    """Return the curve as a table of about so many of its points, the first and the last among them."""
+    points = curve['points']
+    places = sorted({round(idx * (len(points) - 1) / (num_rows - 1)) for idx in range(num_rows)})
+    rows = []
+    for point in (points[place] for place in places):
+        row = {'budget, % of MACs': 100 * point['budget_macs'] / total_macs}
+        for name in ('solver', 'search'):
+            result = point[name] or {}
+            row |= {f'{name}: % of MACs': result.get('macs_percent'), f'{name}: top-1': result.get('top-1')}
+        rows.append(row)
+    return (
+        f'Budgets: thresholds are chosen on {curve["chosen_on"]}, MACs and accuracy are those of the {split} split;'
+        f' {len(rows)} of {len(points)} points:\n\n{format_table(rows)}'
+    )
+
+
+def describe_result(result: PolicyResult, total_macs: float) -> dict[str, Any]:
+    """Return a policy and what it does as JSON-ready values; `total_macs` is the plain backbone's."""
+    return {
+        **result.policy.to_dict(),
+        'top-1': result.accuracy,
+        'shares': list(result.shares),
+        'macs': result.cost,
+        'macs_percent': 100 * result.cost / total_macs,
+    }
+
+
+def format_latency(latency: Mapping[str, Any]) -> str:
+    """Return what `time_exits` measured as one line.
+
+    >>> format_latency({'batch_size': 1, 'rounds': 5, 'device': 'cpu', 'ms': {'plain timm': 3.5, '0': 0.25, 'main': 4}})
+    'Latency of one image on cpu, medians of 5 rounds, ms: plain timm 3.500, exit_idx=0 0.250, main 4.000'
+    """
+    times = ', '.join(
+        f'{f"exit_idx={name}" if name.isdecimal() else name} {value:.3f}' for name, value in latency['ms'].items()
+    )
+    return f'Latency of one image on {latency["device"]}, medians of {latency["rounds"]} rounds, ms: {times}'
+
+
+def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mapping[str, Any] | None) -> str:
+    """Return the table of policies.
+
+    Args:
+        rows: As `describe_result` gives them, with 'policy' in words, 'chosen_on', and where measured 'img/s' and
+            'time_ratio'.
+        split: What accuracy is of.
+        timing: What is said of the times: 'images', 'rounds', 'device'; None where nothing was timed.
+    """
+    lines = [
+        {
+            'policy': row['policy'],
+            'thresholds': ' '.join('-' if value is None else f'{value:.4g}' for value in row.get('thresholds', ())),
+            'leave, %': ' / '.join(f'{100 * share:.0f}' for share in row.get('shares', ())),
+            'top-1': row['top-1'],
+            'GMACs': row['macs'] / 1e9,
+            '% of MACs': row['macs_percent'],
+            **({'img/s': row['img/s'], 'time ratio': row['time_ratio']} if timing else {}),
+        }
+        for row in rows
+    ]
+    text = f'Policies on the {split} split, leaving at each exit and at main:\n\n{format_table(lines)}\n'
+    chosen = {row['policy']: row['chosen_on'] for row in rows if row.get('chosen_on')}
+    for source in dict.fromkeys(chosen.values()):
+        names = ', '.join(name for name, other in chosen.items() if other == source)
+        text += f'\nThresholds of {names} are chosen on {source}.'
+    if timing:
+        text += (
+            f'\nTimes: a batch of {timing["images"]} images, in turns, medians of {timing["rounds"]} rounds on'
+            f' {timing["device"]}; the ratio is to plain timm.'
+        )
+    return text.rstrip('\n')
+
+
+def curve_points(curve: dict[str, Any] | None) -> dict[str, list[tuple[float, float]]]:
+    """Return label -> (MACs, top-1) of the curves that were measured."""
+    labels = {'solver': 'budgets, solver of the field', 'search': 'budgets, search'}
+    points = curve['points'] if curve else []
+    found = {
+        label: [(point[name]['macs'], point[name]['top-1']) for point in points if point[name]]
+        for name, label in labels.items()
+    }
+    return {label: line for label, line in found.items() if line}
+
+
+def short_name(model: str) -> str:
+    """Return a model's name for a heading, of a long path its last two parts.
+
+    >>> short_name('local-dir:/data/output/train/run/best'), short_name('resnet18.a1_in1k')
+    ('run/best', 'resnet18.a1_in1k')
+    """
+    return '/'.join(Path(model.removeprefix('local-dir:')).parts[-2:])

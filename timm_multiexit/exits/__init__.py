@@ -1,0 +1,1 @@
+"""Where a backbone is read, and the classifiers that read it."""

@@ -1,0 +1,102 @@
+"""Layouts."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_map(
+    x: Tensor,
+    layout: str,
+    *,
+    image_size: tuple[int, int],
+    reduction: int = 1,
+    num_prefix_tokens: int = 0,
+) -> Tensor:
+    """Return what a backbone's module gives as a map [B, C, H, W].
+
+    Args:
+        x: [B, C, H, W], [B, H, W, C] or tokens [B, L, C], as `layout` ('NCHW', 'NHWC', 'NLC') says.
+        layout: See `x`.
+        image_size: Height and width of the images, for the shape of the grid of tokens.
+        reduction: Pixels of the image per token along one side.
+        num_prefix_tokens: Tokens in front of the grid, which are left out.
+    """
+    if layout == 'NCHW':
+        return x
+    if layout == 'NHWC':
+        return x.permute(0, 3, 1, 2)
+    x = x[:, num_prefix_tokens:]
+    height = _grid_height(x.shape[1], image_size, reduction)
+    return x.transpose(1, 2).unflatten(2, (height, -1))  # [B, C, H, W]
+
+
+def _grid_height(length: int, image_size: tuple[int, int], reduction: int) -> int:
+    """Return the height of a grid of so many tokens over an image: by its reduction, rounded up or down, or its aspect.
+
+    Backbones that pad or crop by their own rule fit no reduction exactly; then the divisor of the aspect nearest to the
+    image's counts.
+    """
+    height, width = image_size
+    for rows in (-(-height // reduction), height // reduction):
+        for columns in (-(-width // reduction), width // reduction):
+            if rows * columns == length:
+                return rows
+    divisors = [rows for rows in range(1, length + 1) if length % rows == 0]
+    return min(divisors, key=lambda rows: abs(math.log(rows * rows * width / (length * height))))
+
+
+def combine_features(entering: Sequence[Tensor]) -> Tensor:
+    """Return main's features [B, D] of what entered its classifiers.
+
+    Several of one width are averaged, as distilled models average their logits; of several widths (the branches of
+    multi-scale models) they are concatenated. Of a sequence of tokens the first counts, which attention pools read.
+
+    Args:
+        entering: [B, D], [B, D, 1, 1] or [B, L, D] tensors.
+    """
+    flat = [tensor[:, 0] if tensor.ndim == 3 else tensor.flatten(1) for tensor in entering]
+    if len({tensor.shape[1] for tensor in flat}) > 1:
+        return torch.cat(flat, 1)
+    return flat[0] if len(flat) == 1 else torch.stack(flat).mean(0)
+
+
+def _read_layout(
+    tensor: Tensor,
+    entry: dict,
+    input_size: tuple[int, int, int],
+) -> tuple[str, int, int, tuple[int, int]] | None:
+    """Return layout, prefix tokens, channels and (height, width) of a tensor, None if it is no map."""
+    if tensor.shape[0] != 1:  # not one row per image: the inner tokens of TNT
+        return None
+    if tensor.ndim == 4:
+        # `feature_info` tells the channels; without it, the two equal (or nearest) sides are height and width.
+        channels = entry.get('num_chs')
+        last = tensor.shape[3] == channels and (tensor.shape[1] != channels or entry['last'])
+        if channels is None or channels not in (tensor.shape[1], tensor.shape[3]):
+            aspect = input_size[1] / input_size[2]
+            last = abs(tensor.shape[1] / tensor.shape[2] - aspect) < abs(tensor.shape[2] / tensor.shape[3] - aspect)
+        if last:
+            return 'NHWC', 0, tensor.shape[3], (tensor.shape[1], tensor.shape[2])
+        return 'NCHW', 0, tensor.shape[1], (tensor.shape[2], tensor.shape[3])
+    if tensor.ndim == 3:
+        grid = _find_grid(tensor.shape[1], entry.get('reduction'), input_size)
+        if grid:
+            return 'NLC', tensor.shape[1] - grid[0] * grid[1], tensor.shape[2], grid
+    return None
+
+
+def _find_grid(length: int, reduction: int | None, input_size: tuple[int, int, int]) -> tuple[int, int] | None:
+    """Return height and width of the grid at the end of so many tokens, at most 16 of them in front of it."""
+    _, height, width = input_size
+    reductions = [reduction] if reduction else []
+    # Else from the count: the largest grid of the image's aspect that fits.
+    reductions += [height / rows for rows in range(int((length * height / width) ** 0.5) + 1, 0, -1)]
+    for pixels in reductions:
+        for grid in ((-(-height // pixels), -(-width // pixels)), (height // pixels, width // pixels)):
+            grid = (int(grid[0]), int(grid[1]))
+            if 0 <= length - grid[0] * grid[1] <= 16 and min(grid) > 0:
+                return grid
+    return None

@@ -1,0 +1,160 @@
+"""Attaching exits: which places of a backbone can be tapped, which are chosen, and how wide their heads are."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from timm.models import get_model_input_config
+from torch import nn
+
+from timm_multiexit.exits.cost import Cost, CostMeter
+from timm_multiexit.exits.heads import HEADS, ExitHead
+from timm_multiexit.exits.spec import ExitSpec
+from timm_multiexit.exits.survey import ExitPoint, Survey
+from timm_multiexit.exits.taps import resolve_tap
+from timm_multiexit.utils.errors import MultiExitError
+
+_logger = logging.getLogger(__name__)
+
+
+# A head of a type that offers several widths takes the widest one that costs at most this share of the backbone's
+# MACs: less than half of what is allowed, since dynamic inference runs every head on the way.
+HEAD_MACS_FRAC = 0.04
+
+# ... and leaves the exit cheaper than the plain network by this share of what the backbone has still ahead of it.
+SPARED_FRAC = 0.5
+
+ExitsArg = str | int | Sequence[int] | Sequence[str]
+
+
+def _input_size(backbone: nn.Module, input_size: Sequence[int] | None) -> tuple[int, int, int]:
+    return tuple(input_size or get_model_input_config(backbone)['input_size'])
+
+
+def _named(exits: ExitsArg) -> tuple[str, ...]:
+    return tuple(item for item in exits if isinstance(item, str)) if isinstance(exits, (list, tuple)) else ()
+
+
+def _stage_points(backbone: nn.Module, survey: Survey) -> tuple[ExitPoint, ...]:
+    if not survey.stages:
+        reasons = [f'{name}: {reason}' for name, reason in survey.rejected.items()] or ['none is named']
+        more = f'; {len(reasons) - 1} more like it' if len(reasons) > 1 else ''
+        raise MultiExitError(
+            f'{type(backbone).__name__} has no stage that exits can be attached to ({reasons[0]}{more}).'
+        )
+    return survey.stages
+
+
+def _choose(backbone: nn.Module, exits: ExitsArg, survey: Survey) -> Sequence[ExitPoint]:
+    """Return the points that `exits` means, shallow to deep."""
+    stages = _stage_points(backbone, survey)
+    if isinstance(exits, (list, tuple)) and exits:
+        return _pick(backbone, exits, survey)
+    early = stages[:-1]
+    if not early:
+        raise MultiExitError(f'{type(backbone).__name__} has one stage only ({stages[0].module}): name modules to tap.')
+    past_stem = early[1:] if len(early) >= 4 and not survey.is_isotropic else early
+    if exits == 'auto':
+        if survey.is_isotropic and len(stages) > 4:
+            return [stages[round(len(stages) * quarter / 4) - 1] for quarter in (1, 2, 3)]
+        return past_stem
+    if isinstance(exits, int) and not isinstance(exits, bool):
+        return _spread(exits, past_stem if 1 <= exits <= len(past_stem) else early, survey.total)
+    raise MultiExitError(f"exits is {exits!r}, allowed are 'auto', a number of exits, or a list. {_legal(survey)}")
+
+
+def _spread(count: int, early: Sequence[ExitPoint], total: Cost) -> list[ExitPoint]:
+    """Return `count` points whose costs are nearest to an even division of the backbone's, from the deepest up."""
+    if not 1 <= count <= len(early):
+        raise MultiExitError(
+            f'{count} exits asked for, this backbone has room for 1 to {len(early)} before its last stage.'
+        )
+    chosen: list[ExitPoint] = []
+    for step in reversed(range(count)):
+        # Leave enough shallower points for the exits still to be placed.
+        candidates = early[step : early.index(chosen[0])] if chosen else early[step:]
+        target = total.macs * (step + 1) / (count + 1)
+        chosen.insert(0, min(candidates, key=lambda point: abs(point.cost.macs - target)))
+    return chosen
+
+
+def _pick(backbone: nn.Module, exits: Sequence[int] | Sequence[str], survey: Survey) -> list[ExitPoint]:
+    """Return the points named by index or module, checked and in order of depth."""
+    by_index = {point.index: point for point in survey.stages}
+    by_name = {point.module: point for point in survey.points}
+    chosen = []
+    for item in exits:
+        if isinstance(item, str):
+            name = resolve_tap(backbone, item)
+            point, reason = by_name.get(name), survey.rejected.get(name, '')
+        elif isinstance(item, int) and not isinstance(item, bool):
+            point, reason = by_index.get(item + survey.num_stages if item < 0 else item), ''
+        else:
+            raise MultiExitError(f'exits holds {item!r}, allowed are indices or module names. {_legal(survey)}')
+        if point is None:
+            reason = f' ({reason})' if reason else ''
+            raise MultiExitError(f'{type(backbone).__name__} has no exit {item!r}{reason}. {_legal(survey)}')
+        chosen.append(point)
+    if len(set(chosen)) != len(chosen):
+        raise MultiExitError(f'exits names a place twice: {list(exits)}.')
+    return sorted(chosen, key=lambda point: point.cost.macs)
+
+
+def _legal(survey: Survey) -> str:
+    return 'Allowed are ' + ', '.join(f'{p.index} ({p.module}, 1/{p.reduction})' for p in survey.stages) + '.'
+
+
+def _build_spec(
+    point: ExitPoint,
+    head: str,
+    survey: Survey,
+    widths: tuple[int, ...] | None,
+    num_classes: int,
+) -> ExitSpec:
+    """Return the exit at a point, its widths given or found by the head's rule and the cost it may have."""
+    # The nearest count where sizes are not powers of two apart (299 pixels, say).
+    halvings = max(1, round(math.log2(point.size[0] / survey.stages[-1].size[0])))
+    kind = HEADS[head]
+    spec = ExitSpec(
+        module=point.module,
+        channels=point.channels,
+        reduction=point.reduction,
+        head=head,
+        layout=point.layout,
+        num_prefix_tokens=point.num_prefix_tokens,
+        output=point.output,
+    )
+    if widths is not None:
+        most = kind.num_widths(halvings)
+        # The paper's heads may end on a larger map than the last stage's.
+        least = min(1, most) if kind.is_paper else most
+        if not least <= len(widths) <= most:
+            allowed = most if least == most else f'{least} to {most}'
+            raise MultiExitError(
+                f"A '{head}' head at {point.module} takes {allowed} widths, {len(widths)} were given: {list(widths)}."
+            )
+        return replace(spec, widths=widths)
+    candidates = kind.candidates(point.channels, survey.num_features, halvings)
+    allowed = min(
+        HEAD_MACS_FRAC * survey.total.macs,
+        SPARED_FRAC * (survey.total.macs - point.cost.macs),
+    )
+    for widths in candidates[:-1]:
+        if _head_macs(replace(spec, widths=widths), point, num_classes) <= allowed:
+            return replace(spec, widths=widths)
+    spec = replace(spec, widths=candidates[-1])
+    if len(candidates) > 1 and _head_macs(spec, point, num_classes) > allowed:
+        _logger.warning(
+            f'No head at {point.module} is as cheap as it should be; the narrowest is taken: {spec.widths}.'
+        )
+    return spec
+
+
+def _head_macs(spec: ExitSpec, point: ExitPoint, num_classes: int) -> int:
+    with torch.device('meta'):
+        head = ExitHead(spec.head, in_chans=spec.channels, widths=spec.widths, num_classes=num_classes).eval()
+    with CostMeter(head) as meter:
+        head(torch.empty(1, spec.channels, *point.size, device='meta'))
+    return meter.read().macs

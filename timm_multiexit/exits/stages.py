@@ -1,0 +1,55 @@
+"""Stages."""
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from timm_multiexit.utils.errors import MultiExitError
+
+
+def _renamed(pattern: str, replacement: str | Callable[[re.Match], str]) -> Callable[[list[dict]], list[dict]]:
+    return lambda entries: [{**entry, 'module': re.sub(pattern, replacement, entry['module'])} for entry in entries]
+
+
+def _coat_stages(entries: list[dict]) -> list[dict]:
+    return [{'module': f'serial_blocks{idx}', 'reduction': 2 ** (idx + 1)} for idx in range(1, 5)]
+
+
+def _aligned_xception_stages(entries: list[dict]) -> list[dict]:
+    # The block of the layer that is named ends at the next stage's reduction.
+    return [
+        {**entry, 'module': re.sub(r'\.stack\..*', '', entry['module']), 'reduction': following['reduction']}
+        for entry, following in zip(entries, [*entries[1:], entries[-1]])
+    ]
+
+
+# Families whose `feature_info` (timm 1.0.31) names modules that are not there, are not called, or lie beside a
+# shortcut that has the whole batch, and where to look.
+_STAGE_FIXES: dict[str, Callable[[list[dict]], list[dict]]] = {
+    'CoaT': _coat_stages,  # names a ModuleList, and for some the parallel blocks at the end three times
+    'Gemma4VitClassifier': _renamed(r'^blocks\.', 'encoder.blocks.'),  # names as inside the encoder it wraps
+    'HighResolutionNet': lambda entries: _renamed('^stem$', 'act1')(_renamed('^stage1$', 'layer1')(entries)),  # no such
+    'MobileNetV5': _renamed('^bn1$', 'conv_stem'),  # the norm is inside the stem
+    'MultiScaleVit': _renamed(r'^block\.', 'stages.'),  # no such module
+    'Twins': _renamed(r'^block\.', 'blocks.'),  # no such module
+    # names the activation that the next block starts with
+    'Xception': _renamed(r'^block(\d+)\.rep\.0$', lambda match: f'block{int(match[1]) - 1}'),
+    'XceptionAligned': _aligned_xception_stages,  # names layers inside the blocks
+}
+
+
+def stage_entries(backbone: nn.Module) -> list[dict]:
+    """Return the backbone's stages as `feature_info` has them, mended where its family needs that.
+
+    Raises:
+        MultiExitError: It names none.
+    """
+    info = getattr(backbone, 'feature_info', None)
+    entries = info.info if hasattr(info, 'info') else info
+    if not entries or not all(isinstance(entry, dict) and 'module' in entry for entry in entries):
+        raise MultiExitError(
+            f'{type(backbone).__name__} names no stages (feature_info), so no exits can be attached:'
+            ' allowed are timm classification models with stages.'
+        )
+    return _STAGE_FIXES.get(type(backbone).__name__, list)(list(entries))

@@ -1,0 +1,193 @@
+"""What a backbone offers: one forward of a data-free copy tells where it can be tapped, and what that costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from timm_multiexit.exits.cost import Cost, CostMeter, meta_copy
+from timm_multiexit.exits.layouts import _read_layout, combine_features
+from timm_multiexit.exits.stages import stage_entries
+from timm_multiexit.exits.taps import Taps, classifier_names, resolve_tap
+from timm_multiexit.utils.errors import MultiExitError
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """A place where an exit can be attached.
+
+    Attributes:
+        index: Index in the backbone's `feature_info`; None for a module that is named otherwise.
+        module: Name of the module to tap.
+        channels: Channels of its map or tokens.
+        reduction: Input pixels per pixel (or token) along one side.
+        size: Height and width of the map.
+        cost: MACs and parameters up to here.
+        layout: 'NCHW', 'NHWC' or 'NLC' (tokens).
+        num_prefix_tokens: Tokens in front of the grid, of 'NLC'.
+        output: Which of the module's outputs this is.
+    """
+
+    index: int | None
+    module: str
+    channels: int
+    reduction: int
+    size: tuple[int, int]
+    cost: Cost
+    layout: str = 'NCHW'
+    num_prefix_tokens: int = 0
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one forward tells.
+
+    Attributes:
+        points: Where an exit can be attached, shallow to deep.
+        rejected: Module name -> why none can be attached there.
+        num_stages: Entries of `feature_info`.
+        num_features: Width of main's features.
+        total: Cost of the whole backbone.
+    """
+
+    points: tuple[ExitPoint, ...]
+    rejected: dict[str, str]
+    num_stages: int
+    num_features: int
+    total: Cost
+
+    @property
+    def stages(self) -> tuple[ExitPoint, ...]:
+        """The points that `feature_info` names."""
+        return tuple(point for point in self.points if point.index is not None)
+
+    @property
+    def is_isotropic(self) -> bool:
+        """Whether all stages are of one resolution."""
+        return len({point.size for point in self.stages}) == 1
+
+
+class _Arrival(NamedTuple):
+    output: Any
+    versions: list[int]
+    cost: Cost
+
+
+@torch.inference_mode(False)  # inference tensors have no version to tell a change in place by
+@torch.no_grad()
+def survey_backbone(backbone: nn.Module, names: Sequence[str], input_size: tuple[int, int, int]) -> Survey:
+    """Run a data-free copy once with a tap at every stage and every named module.
+
+    Args:
+        backbone: A timm classification model; it stays as it is.
+        names: Further modules.
+        input_size: (channels, height, width) of an image.
+
+    Raises:
+        MultiExitError: It has no stages, no classifier, or no module of such a name.
+    """
+    entries = stage_entries(backbone)
+    modules = dict(backbone.named_modules())
+    _check_names(backbone, names, modules, entries)
+    stages: dict[str, int] = {}
+    for idx, entry in enumerate(entries):
+        if entry['module'] in modules and entry['module']:
+            stages.setdefault(resolve_tap(backbone, entry['module']), idx)
+    taps_at = list(dict.fromkeys([*stages, *(resolve_tap(backbone, name) for name in names)]))
+    taps = Taps(taps_at, classifier_names(backbone), outputs=[None] * len(taps_at))
+    arrivals, output, total = _run(backbone, taps, input_size)
+    points, rejected = [], {}
+    is_channels_last = _is_channels_last(
+        arrivals, [entries[stages[name]] if name in stages else {} for name in taps_at]
+    )
+    for idx, name in enumerate(taps_at):
+        index = stages.get(name)
+        entry = {} if index is None else entries[index]
+        point = _read_point(name, index, {**entry, 'last': is_channels_last}, arrivals.get(idx, []), input_size)
+        if isinstance(point, str):
+            rejected[name] = point
+        else:
+            points.append(point)
+    points.sort(key=lambda point: point.cost.macs)
+    entering = [arrival[0].output for idx, arrival in arrivals.items() if idx >= len(taps_at)]
+    if not entering and backbone.num_classes == 0:
+        entering = [output]
+    if not entering:
+        raise MultiExitError(f'{type(backbone).__name__} does not call its classifier {", ".join(taps.classifiers)}.')
+    return Survey(tuple(points), rejected, len(entries), combine_features(entering).shape[1], total)
+
+
+def _check_names(backbone: nn.Module, names: Sequence[str], modules: dict, entries: list[dict]) -> None:
+    unknown = [name for name in names if name not in modules or not name]
+    if unknown:
+        near = get_close_matches(unknown[0], modules, n=3)
+        hint = f', nearest are {", ".join(near)}' if near else ''
+        stages = ', '.join(entry['module'] for entry in entries)
+        raise MultiExitError(f"{type(backbone).__name__} has no module '{unknown[0]}'{hint}; its stages are {stages}.")
+
+
+def _run(
+    backbone: nn.Module,
+    taps: Taps,
+    input_size: tuple[int, int, int],
+) -> tuple[dict[int, list[_Arrival]], Tensor, Cost]:
+    copy = meta_copy(backbone)
+    meter = CostMeter(copy)
+    arrivals: dict[int, list[_Arrival]] = {}
+
+    def note(idx: int, output: Any) -> None:
+        versions = [tensor._version for tensor in _tensors(output)]
+        arrivals.setdefault(idx, []).append(_Arrival(output, versions, meter.read()))
+
+    with meter:
+        output = taps.visit(copy, torch.empty(1, *input_size, device='meta'), note)
+    return arrivals, output, meter.read()
+
+
+def _is_channels_last(arrivals: dict[int, list[_Arrival]], entries: list[dict]) -> bool:
+    """Return whether maps are NHWC, by those of which `feature_info` leaves no doubt."""
+    for idx, entry in enumerate(entries):
+        for arrival in arrivals.get(idx, []):
+            for tensor in _tensors(arrival.output):
+                is_channels = [size == entry.get('num_chs') for size in tensor.shape]
+                if tensor.ndim == 4 and is_channels[1] != is_channels[3]:
+                    return is_channels[3]
+    return False
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    items = output if isinstance(output, (tuple, list)) else [output]
+    return [item for item in items if isinstance(item, Tensor)]
+
+
+def _read_point(
+    name: str,
+    index: int | None,
+    entry: dict,
+    arrivals: list[_Arrival],
+    input_size: tuple[int, int, int],
+) -> ExitPoint | str:
+    """Return the exit point that a module's output is, or why it is none."""
+    if len(arrivals) != 1:
+        return 'its module is not called in the forward' if not arrivals else 'its module is called more than once'
+    output, versions, cost = arrivals[0]
+    if [tensor._version for tensor in _tensors(output)] != versions:
+        return 'the layer after it changes its output in place, tap that one'
+    items = output if isinstance(output, (tuple, list)) else [output]
+    found = []
+    for idx, item in enumerate(items):
+        layout = _read_layout(item, entry, input_size) if isinstance(item, Tensor) else None
+        if layout:
+            kind, num_prefix_tokens, channels, size = layout
+            reduction = entry.get('reduction') or max(1, round(input_size[-1] / size[-1]))
+            found.append(ExitPoint(index, name, channels, reduction, size, cost, kind, num_prefix_tokens, idx))
+    if not found:
+        kinds = ', '.join(str(list(item.shape)) for item in _tensors(output)) or type(output).__name__
+        return f'its output {kinds} is neither a map nor a grid of tokens'
+    # Of several, the one of the stage's own resolution (branches of HRNet, CrossViT), else the first.
+    expected = -(-input_size[-1] // entry['reduction']) if 'reduction' in entry else None
+    return next((point for point in found if point.size[-1] == expected), found[0])

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: the only code of the package that uses the network."""

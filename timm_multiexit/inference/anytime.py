@@ -1,0 +1,34 @@
+"""Anytime."""
+
+import threading
+from collections.abc import Generator
+from typing import Any
+
+from timm_multiexit.utils.errors import MultiExitError
+
+
+class OwnThread:
+    """An iterator that goes on in the thread of its first step alone.
+
+    Args:
+        steps: What it iterates over; it is closed with this.
+    """
+
+    def __init__(self, steps: Generator):
+        self._steps, self._thread = steps, None
+
+    def __iter__(self) -> 'OwnThread':
+        return self
+
+    def __next__(self) -> Any:
+        self._thread = self._thread or threading.get_ident()
+        # Checked here, since an error inside a generator would end it for its own thread too.
+        if self._thread != threading.get_ident():
+            raise MultiExitError(
+                'This iteration over the exits was begun in another thread: finish it there, or begin one in each.'
+            )
+        return next(self._steps)
+
+    def close(self) -> None:
+        """End it; the rest is not computed."""
+        self._steps.close()

@@ -1,0 +1,1 @@
+"""Multi-exit losses, who teaches, and distances between outputs."""

@@ -1,0 +1,343 @@
+"""Losses of multi-exit training: a task term for each classifier, and the pull of a teacher made of classifiers."""
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from timm_multiexit.losses.distances import (
+    OUTPUT_WEIGHTS,
+    checked_logits,
+    full_precision,
+    output_distance,
+    scale_rows,
+    upcast,
+)
+from timm_multiexit.losses.teachers import DepthWeights, KDConfig, checked_teacher, resolve_teacher
+from timm_multiexit.utils.errors import MultiExitError, checked_number, checked_weights
+
+# One row for each method. The names mean the forms that the EED paper (arXiv 2104.00299) compares; where an original
+# differs, the row says so. Every row can be changed by the keyword arguments of `create_loss`.
+LOSSES: dict[str, dict[str, Any]] = {
+    # BranchyNet, Teerapittayanon et al. 2016: equation 2 of the EED paper, cross-entropies alone.
+    'ce': {'teacher': None},
+    # Phuong and Lampert 2019: equation 3, main's outputs teach the exits. Their code weighs the two terms 1 - C and
+    # C * T^2 with C = 0.5, scales the whole by the number of exits, and raises T from 1 by 5 % whenever the teacher's
+    # mean confidence is above 0.5.
+    'phuong': {'teacher': 'main'},
+    # Be Your Own Teacher, Zhang et al. 2019: equations 3 and 4, main's outputs and features teach the exits. The codes
+    # for it differ: one weighs cross-entropy 0.7, outputs 0.3 without T^2 and features 0.03 through linear adapters,
+    # leaving out the features of the shallowest exit; another sums the feature error, hence its weight of 1e-6.
+    'byot': {'teacher': 'main', 'feature_weight': 1.0},
+    # Exit-Ensemble Distillation, Lee and Lee 2021: equations 5 to 8, all teach all. The feature ensemble (weight 1 in
+    # the paper) is off because it needs exits as wide as main: `head='paper'` with `feature_weight=1.0` turns it on.
+    'eed': {'teacher': 'all', 'feature_weight': 0.0},
+    # BEED, Lee and Lee 2022 (ACCV): a teacher that leans to the deep classifiers, and shallow classifiers that lean to
+    # the teacher, for at most five classifiers. The numbers are those of hjdw2/BEED, which has four classifiers and
+    # distils features too, maps that are not pooled with a weight of 0.1; off here for the reason above.
+    'beed': {
+        'teacher': 'all',
+        'output_weight': 1.0,
+        'feature_weight': 0.0,
+        'depth_weights': DepthWeights(teacher=1.6, balance=1.15),
+    },
+}
+
+
+class MultiExitLoss(nn.Module):
+    """The sum over classifiers of a task term and of the distances to a teacher's outputs and features.
+
+    For classifier k of K exits and main, with j = K - k deeper ones:
+
+        loss = sum_k exit_weights[k] * (task_k + output_k + feature_k + kd_k)
+        task_k = (2 - a^j) * criterion(z_k, target)            a: depth_weights.balance, 1 if not given
+        output_k = distill_scale * output_weight * a^j * D(mean_i b_i z_i, z_k)    b: depth_weights.teacher
+        feature_k = distill_scale * feature_weight * mean((mean_i b_i f_i - f_k)^2)
+        kd_k = T_kd^2 * KL(outside teacher || z_k), weighed as `KDConfig` says; see `terms`
+
+    The teacher is the detached weighted mean of the logits z (and features f) of the classifiers that `teacher` names.
+    Every classifier is a student, members of the teacher too; only main is not its own student when it teaches alone.
+    All is computed in float32 at least, whatever the inputs' precision and the surrounding autocast; float64 stays.
+
+    Args:
+        teacher: None (no distillation), 'main', 'all', or the indices of the classifiers whose mean teaches: 0-based,
+            shallow to deep, main is -1 or the number of exits.
+        output_loss: The distance D of teacher logits t and student logits s, averaged over the batch: 'kl',
+            T^2 * KL(softmax(t / T) || softmax(s / T)) summed over classes; 'mse', the squared difference averaged over
+            classes; 'bernoulli', T^2 * KL(sigmoid(t / T) || sigmoid(s / T)) averaged over classes.
+        output_weight: Factor of the output distance, at least 0; None stands for 1.0 with 'mse', else for 0.1.
+        feature_weight: Factor of the feature distance, at least 0; 0 leaves features unread.
+        temperature: T of 'kl' and 'bernoulli', above 0; 'mse' has none.
+        exit_weights: One factor for each classifier, exits shallow to deep, then main, at least 0: it multiplies all
+            terms of that classifier. None stands for ones.
+        depth_weights: Weights of the classifiers in the teacher, and of the terms of each classifier; None for equal.
+        criterion: The task term: (logits [B, C], target) -> scalar. None stands for cross-entropy with targets
+            [B] of class indices or [B, C] of probabilities; with `multi_label`, for binary cross-entropy averaged over
+            batch and classes with targets [B, C] in 0 to 1.
+        multi_label: True when classes do not exclude each other.
+
+    Attributes:
+        distill_scale: Factor of the output and feature distances (not of an outside teacher's), a float that a
+            training loop may set at every step, e.g. 0 to 1 during a warm-up. At 0 the distances are still computed,
+            so that projectors get a gradient, of zero, as distributed training wants.
+
+    Raises:
+        MultiExitError: An argument is out of range, or arguments contradict each other.
+
+    Source:
+        arXiv 2104.00299, equations 2 to 8 and Table IV (teachers). The authors' script takes the soft cross-entropy
+        for the KL divergence, a difference of the teacher's entropy, which has no gradient; and it masks feature
+        errors where both features are not positive, which changes nothing after ReLU.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> exit_logits, main_logits = torch.tensor([[0.0, 2.0]]), torch.tensor([[2.0, 0.0]])
+        >>> outputs = SimpleNamespace(logits=(exit_logits, main_logits), features=None)
+        >>> loss_fn = MultiExitLoss('all', 'mse')  # the teacher's logits are [[1.0, 1.0]]
+        >>> terms = loss_fn.terms(outputs, torch.tensor([1]))
+        >>> terms['output']
+        tensor([1., 1.])
+        >>> [round(value, 4) for value in terms['task'].tolist()]
+        [0.1269, 2.1269]
+        >>> round(loss_fn(outputs, torch.tensor([1])).item(), 4)
+        4.2539
+    """
+
+    def __init__(
+        self,
+        teacher: str | Sequence[int] | None = None,
+        output_loss: str = 'kl',
+        *,
+        output_weight: float | None = None,
+        feature_weight: float = 0.0,
+        temperature: float = 3.0,
+        exit_weights: Sequence[float] | None = None,
+        depth_weights: DepthWeights | None = None,
+        criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        multi_label: bool = False,
+    ):
+        """Keep the settings, which the class describes."""
+        super().__init__()
+        if output_loss not in OUTPUT_WEIGHTS:
+            raise MultiExitError(
+                f"output_loss is {output_loss!r}, allowed are 'kl', 'mse' and 'bernoulli'; choose one of them."
+            )
+        if not isinstance(depth_weights, DepthWeights | None):
+            raise MultiExitError(f'depth_weights is {depth_weights!r}, allowed are a DepthWeights or None.')
+        if criterion is not None and not callable(criterion):
+            raise MultiExitError(
+                f'criterion is {criterion!r}, allowed is a callable (logits, target) -> scalar or None.'
+            )
+        self.teacher = checked_teacher(teacher)
+        self.output_loss = output_loss
+        if output_weight is None:
+            output_weight = 0.0 if teacher is None else OUTPUT_WEIGHTS[output_loss]
+        self.output_weight = checked_number('output_weight', output_weight)
+        self.feature_weight = checked_number('feature_weight', feature_weight)
+        self.temperature = checked_number('temperature', temperature, is_positive=True)
+        self.exit_weights = None if exit_weights is None else checked_weights('exit_weights', exit_weights)
+        self.depth_weights = depth_weights or DepthWeights()
+        self.criterion = criterion or (_binary_cross_entropy if multi_label else F.cross_entropy)
+        self.multi_label = bool(multi_label)
+        self.distill_scale = 1.0
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        settings = [(name, getattr(self, name)) for name in ('output_weight', 'feature_weight')]
+        if self.depth_weights != DepthWeights():
+            settings.append(('depth_weights', self.depth_weights))
+        for name, value in settings:
+            if self.teacher is None and value:
+                raise MultiExitError(
+                    f"{name} is {value} but there is no teacher; name one (teacher='main', 'all' or a list of"
+                    f" classifiers; the losses 'phuong', 'byot', 'eed' and 'beed' have one) or leave {name} out."
+                )
+        if self.multi_label and self.teacher is not None and self.output_loss == 'kl':
+            raise MultiExitError(
+                "output_loss is 'kl' with multi_label, but its softmax needs classes that exclude each other;"
+                " use output_loss='mse' or 'bernoulli'."
+            )
+
+    def forward(self, outputs: Any, target: torch.Tensor) -> torch.Tensor:
+        """Return the total loss, a scalar with gradient.
+
+        Args:
+            outputs: See `terms`.
+            target: See `terms`.
+
+        Raises:
+            MultiExitError: See `terms`.
+        """
+        return self.terms(outputs, target)['loss']
+
+    def terms(
+        self,
+        outputs: Any,
+        target: torch.Tensor,
+        outside: torch.Tensor | None = None,
+        kd: KDConfig | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return the total and its parts, for logs.
+
+        Args:
+            outputs: What a model returns with `exits=True`: `logits`, one [B, C] float tensor per classifier, shallow
+                to deep, main last; and, read only with a feature weight above 0, `features`, one [B, D] float tensor
+                per classifier.
+            target: What the criterion takes; as a rule [B] int64 class indices or [B, C] float probabilities.
+            outside: Logits [B, C] of a teacher that is not a part of the model, or None. Every classifier is its
+                student, by the 'kl' of the outputs, or by 'bernoulli' with `multi_label`.
+            kd: How the outside teacher is weighed; None for timm's defaults.
+
+        Returns:
+            'loss', a scalar with gradient, and the detached 'task', 'output', 'feature' and, with an outside teacher,
+            'kd', each [K+1], one value per classifier with its factors in it, all but `exit_weights`; zero where a
+            classifier has no such term. 'loss' is exactly `(exit_weights * (task + output + feature + kd)).sum()`.
+
+        Raises:
+            MultiExitError: Outputs without logits or with unequal shapes, features missing or of unequal widths,
+                settings that do not fit the number of classifiers, a criterion without a scalar, or an outside
+                teacher of another shape.
+        """
+        logits = checked_logits(outputs)
+        count = len(logits)
+        self.check_count(count)
+        task_factor, kd_factor = (kd or KDConfig()).factors if outside is not None else (1.0, 0.0)
+        with full_precision(logits[0].device.type):
+            logits = [upcast(tensor) for tensor in logits]
+            task = self._task_rows(logits, target)  # [K+1]
+            parts = {
+                'task': scale_rows(task, [task_factor * factor for factor in self.depth_weights.task_factors(count)]),
+                'output': self._output_rows(torch.stack(logits)) if self.output_weight > 0 else torch.zeros_like(task),
+                'feature': self._feature_rows(outputs, count) if self.feature_weight > 0 else torch.zeros_like(task),
+            }
+            if outside is not None:
+                parts['kd'] = kd_factor * self._outside_rows(torch.stack(logits), outside, kd or KDConfig())
+            rows = scale_rows(sum(parts.values()), self.exit_weights or [1.0] * count)
+        return {'loss': rows.sum(), **{name: part.detach() for name, part in parts.items()}}
+
+    def check_count(self, count: int) -> None:
+        """Raise if the settings do not fit a model's number of classifiers.
+
+        Args:
+            count: Exits and main.
+
+        Raises:
+            MultiExitError: A wrong number of exit weights or of the teacher's weights, a teacher that the model does
+                not have, or a balance that turns a task term negative.
+
+        Example:
+            >>> create_loss('beed').check_count(5)
+        """
+        if self.exit_weights is not None and len(self.exit_weights) != count:
+            raise MultiExitError(
+                f'exit_weights has {len(self.exit_weights)} values, but the model has {count} classifiers'
+                f' ({count - 1} exits and main); give one for each, exits shallow to deep, then main.'
+            )
+        self.depth_weights.task_factors(count)
+        if self.teacher is not None:
+            resolve_teacher(self.teacher, self.depth_weights, count)
+
+    def check_features(self, widths: Sequence[int]) -> None:
+        """Raise if features are distilled and not all of one width.
+
+        Args:
+            widths: Number of features of each classifier, exits shallow to deep, then main.
+
+        Raises:
+            MultiExitError: `feature_weight` is above 0 and an exit's width is not main's.
+
+        Example:
+            >>> MultiExitLoss('all').check_features([64, 512])  # no feature distillation: any width will do
+            >>> MultiExitLoss('all', feature_weight=1.0).check_features([512, 512])
+        """
+        if self.feature_weight == 0 or len(set(widths)) <= 1:
+            return
+        *exits, main = widths
+        others = ', '.join(f'exit {exit_idx} has {width}' for exit_idx, width in enumerate(exits) if width != main)
+        raise MultiExitError(
+            f'Feature distillation needs features of one width, but {others} and main has {main};'
+            " use head='paper' (--exit-head paper), projectors (--exit-projectors), or feature_weight 0."
+        )
+
+    def extra_repr(self) -> str:
+        """Return the settings that `print` shows."""
+        names = ('teacher', 'output_loss', 'output_weight', 'feature_weight', 'temperature', 'exit_weights')
+        names += ('depth_weights',) if self.depth_weights != DepthWeights() else ()
+        return ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
+
+    def _split(self, stacked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the students [S, B, N], S at most K+1, and the detached teacher [B, N] of stacked [K+1, B, N]."""
+        members = resolve_teacher(self.teacher, self.depth_weights, len(stacked))
+        fixed = stacked.detach()
+        if list(members) == [len(stacked) - 1]:
+            return stacked[:-1], fixed[-1]
+        # No tensor of indices or weights, which would be copied to the device at every call.
+        return stacked, sum(weight * fixed[idx] for idx, weight in members.items())
+
+    def _task_rows(self, logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        if target.is_floating_point():
+            target = target.to(logits[0].dtype)
+        rows = [self.criterion(tensor, target) for tensor in logits]
+        if any(row.dim() != 0 for row in rows):
+            raise MultiExitError(
+                f'criterion returned a tensor of shape {list(rows[0].shape)}, allowed is a scalar;'
+                " use a criterion that averages over the batch (reduction='mean')."
+            )
+        return torch.stack(rows)
+
+    def _output_rows(self, logits: torch.Tensor) -> torch.Tensor:
+        rows = output_distance(self.output_loss, *self._split(logits), self.temperature)
+        rows = F.pad(self.output_weight * rows, (0, len(logits) - len(rows)))  # [K+1]
+        return scale_rows(rows, self.depth_weights.output_factors(len(logits))) * self.distill_scale
+
+    def _outside_rows(self, logits: torch.Tensor, outside: torch.Tensor, kd: KDConfig) -> torch.Tensor:
+        if outside.shape != logits[0].shape:
+            raise MultiExitError(
+                f'The outside teacher gives logits of shape {list(outside.shape)}, allowed is that of the model,'
+                f' {list(logits[0].shape)}; take a teacher of the same classes.'
+            )
+        kind = 'bernoulli' if self.multi_label else 'kl'
+        return output_distance(kind, logits, outside.detach().to(logits.dtype), kd.temperature)
+
+    def _feature_rows(self, outputs: Any, count: int) -> torch.Tensor:
+        features = getattr(outputs, 'features', None)
+        if features is None or len(features) != count or any(tensor is None for tensor in features):
+            raise MultiExitError(
+                f'Feature distillation needs the features of all {count} classifiers, but outputs.features lacks them;'
+                ' call the model with exits=True, or use feature_weight 0.'
+            )
+        self.check_features([tensor.shape[-1] for tensor in features])
+        students, teacher = self._split(torch.stack([upcast(tensor) for tensor in features]))
+        rows = (students - teacher).square().mean((1, 2))
+        return F.pad(self.feature_weight * rows, (0, count - len(rows))) * self.distill_scale  # [K+1]
+
+
+def create_loss(name: str, **overrides: Any) -> MultiExitLoss:
+    """Return the loss of a named method.
+
+    Args:
+        name: Key of `LOSSES`: 'ce', 'phuong', 'byot', 'eed' or 'beed'.
+        **overrides: Keyword arguments of `MultiExitLoss` in place of the row's; one that is None is left out, so that
+            a command-line flag left unset keeps the method's value.
+
+    Raises:
+        MultiExitError: The name is unknown, or the arguments contradict the method.
+
+    Example:
+        >>> create_loss('eed', output_loss='mse', temperature=None)
+        MultiExitLoss(teacher='all', output_loss='mse', output_weight=1.0, feature_weight=0.0, temperature=3.0, \
+exit_weights=None)
+    """
+    if not isinstance(name, str) or name not in LOSSES:
+        nearest = get_close_matches(str(name).lower(), LOSSES, n=1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else 'timm_multiexit.losses.LOSSES describes them.'
+        raise MultiExitError(f'Unknown loss {name!r}, allowed are {", ".join(sorted(LOSSES))}; {hint}')
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return MultiExitLoss(**{**LOSSES[name], **given})
+
+
+def _binary_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))

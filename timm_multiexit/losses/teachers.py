@@ -1,0 +1,167 @@
+"""Teachers: which classifiers teach and how they are weighed, and the distances of students to a teacher."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from timm_multiexit.utils.errors import MultiExitError, checked_number, checked_weights
+
+
+@dataclass(frozen=True)
+class DepthWeights:
+    """Weights that come from the depth of a classifier; the defaults weigh all alike.
+
+    Attributes:
+        teacher: Weights of the classifiers that teach, divided by their sum before use. A number b above 0 gives
+            classifier i the weight b^i, 0 is the shallowest exit; a sequence has one number of 0 or more for each
+            classifier that teaches, in the order in which the teacher names them ('all': shallow to deep).
+        balance: The number a above 0. A classifier with j deeper ones has 2 - a^j as factor of its task term and a^j
+            as factor of its output distance, so that with a > 1 the shallow ones learn more from the teacher and less
+            from the labels; main has 1 and 1.
+
+    Raises:
+        MultiExitError: A number is out of range.
+
+    Example:
+        >>> [round(factor, 4) for factor in DepthWeights(balance=1.15).output_factors(4)]
+        [1.5209, 1.3225, 1.15, 1.0]
+        >>> [round(factor, 4) for factor in DepthWeights(balance=1.15).task_factors(4)]
+        [0.4791, 0.6775, 0.85, 1.0]
+    """
+
+    teacher: float | Sequence[float] = 1.0
+    balance: float = 1.0
+
+    def __post_init__(self):
+        if isinstance(self.teacher, Iterable):
+            weights = checked_weights('DepthWeights.teacher', self.teacher)
+            if sum(weights) == 0:
+                raise MultiExitError(
+                    f'DepthWeights.teacher is {list(weights)}, allowed are weights with a sum above 0;'
+                    ' give at least one classifier a weight.'
+                )
+        else:
+            weights = checked_number('DepthWeights.teacher', self.teacher, is_positive=True)
+        object.__setattr__(self, 'teacher', weights)
+        object.__setattr__(self, 'balance', checked_number('DepthWeights.balance', self.balance, is_positive=True))
+
+    def output_factors(self, count: int) -> list[float]:
+        """Return a^j for each of `count` classifiers, shallow to deep, main last."""
+        return [self.balance**j for j in reversed(range(count))]
+
+    def task_factors(self, count: int) -> list[float]:
+        """Return 2 - a^j for each of `count` classifiers, shallow to deep, main last.
+
+        Raises:
+            MultiExitError: One is not above 0: that classifier would be rewarded for wrong answers.
+        """
+        factors = [2 - factor for factor in self.output_factors(count)]
+        if min(factors) <= 0:
+            most = math.ceil(math.log(2) / math.log(self.balance))
+            raise MultiExitError(
+                f'DepthWeights.balance is {self.balance} and gives the task term of the shallowest of {count}'
+                f' classifiers the factor {min(factors):.4f} (2 - {self.balance}^{count - 1}), allowed are factors'
+                f' above 0; use at most {most - 1} exits or a balance below {2 ** (1 / (count - 1)):.4f}.'
+            )
+        return factors
+
+
+@dataclass(frozen=True)
+class KDConfig:
+    """How an outside teacher is weighed; names, defaults and the three modes are those of timm's scripts.
+
+    Attributes:
+        task_loss_weight: Factor of the task terms, None for 1.
+        distill_loss_weight: Factor of the distances to the outside teacher; None is 1 when `task_loss_weight` is None
+            too, else 1 - `task_loss_weight`.
+        temperature: T of these distances, above 0.
+
+    Raises:
+        MultiExitError: A number is out of range.
+
+    Example:
+        >>> KDConfig().factors, KDConfig(task_loss_weight=0.25).factors, KDConfig(distill_loss_weight=3.0).factors
+        ((1.0, 1.0), (0.25, 0.75), (1.0, 3.0))
+    """
+
+    task_loss_weight: float | None = None
+    distill_loss_weight: float | None = None
+    temperature: float = 4.0
+
+    def __post_init__(self):
+        for name in ('task_loss_weight', 'distill_loss_weight'):
+            if getattr(self, name) is not None:
+                checked_number(name, getattr(self, name))
+        checked_number('temperature of the outside teacher', self.temperature, is_positive=True)
+        if self.factors[1] < 0:
+            raise MultiExitError(
+                f'task_loss_weight is {self.task_loss_weight} and leaves {self.factors[1]:g} for the outside teacher;'
+                ' give 0 to 1, or distill_loss_weight besides.'
+            )
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """The factors of the task terms and of the distances to the outside teacher."""
+        task, distill = self.task_loss_weight, self.distill_loss_weight
+        if distill is None:
+            distill = 1.0 if task is None else 1.0 - task
+        return (1.0 if task is None else float(task)), float(distill)
+
+
+def checked_teacher(teacher: str | Sequence[int] | None) -> str | tuple[int, ...] | None:
+    """Return the teacher that a user names, with a list as tuple.
+
+    Args:
+        teacher: None, 'main', 'all', or 0-based indices of classifiers; main is -1.
+
+    Raises:
+        MultiExitError: It is something else.
+    """
+    if teacher is None or (isinstance(teacher, str) and teacher in ('main', 'all')):
+        return teacher
+    is_list = isinstance(teacher, Sequence) and not isinstance(teacher, str)
+    if not is_list or not teacher or not all(isinstance(idx, int) and not isinstance(idx, bool) for idx in teacher):
+        raise MultiExitError(
+            f"teacher is {teacher!r}, allowed are None, 'main', 'all' or a list of classifiers such as [0, -1];"
+            ' name classifiers by 0-based index, shallow to deep, main is -1.'
+        )
+    return tuple(teacher)
+
+
+def resolve_teacher(teacher: str | tuple[int, ...], weights: DepthWeights, count: int) -> dict[int, float]:
+    """Return the classifiers that teach, as index from 0 -> weight, shallow to deep; the weights sum to 1.
+
+    Args:
+        teacher: As `checked_teacher` returns it, not None.
+        weights: Gives their weights.
+        count: Number of classifiers, main included.
+
+    Raises:
+        MultiExitError: A classifier is not there or is named twice, or there are not as many weights.
+
+    Example:
+        >>> resolve_teacher((-1, 0), DepthWeights(3.0), 2), resolve_teacher((-1, 0), DepthWeights([3.0, 1.0]), 2)
+        ({0: 0.25, 1: 0.75}, {0: 0.25, 1: 0.75})
+    """
+    indices = {'all': tuple(range(count)), 'main': (-1,)}.get(teacher, teacher)
+    if not all(-count <= idx < count for idx in indices):
+        raise MultiExitError(
+            f'teacher is {list(indices)}, but the model has {count} classifiers;'
+            f' name them by 0 to {count - 1} (main), or from the end by -1 (main) to {-count}.'
+        )
+    members = [idx % count for idx in indices]
+    if len(set(members)) < len(members):
+        raise MultiExitError(
+            f'teacher is {list(indices)} and names a classifier of this model twice;'
+            f' name each once (main is -1 and {count - 1}).'
+        )
+    numbers = weights.teacher
+    if isinstance(numbers, float):
+        numbers = tuple(numbers**idx for idx in members)
+    if len(numbers) != len(members):
+        raise MultiExitError(
+            f'DepthWeights.teacher has {len(numbers)} weights, but {len(members)} classifiers teach'
+            f' (teacher is {teacher!r}); give one for each, or one number b for b^i.'
+        )
+    total = sum(numbers)
+    return {idx: number / total for idx, number in sorted(zip(members, numbers))}

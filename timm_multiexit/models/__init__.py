@@ -1,0 +1,1 @@
+"""The multi-exit model, and what it can be asked."""

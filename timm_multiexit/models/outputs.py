@@ -1,0 +1,54 @@
+"""Outputs."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
+
+from timm_multiexit.exits.spec import ExitSpec
+from timm_multiexit.utils.text import format_table
+
+
+class ExitOutputs(NamedTuple):
+    """What all classifiers say, in one forward.
+
+    Attributes:
+        logits: One [B, C] tensor per classifier, shallow to deep, main last.
+        features: One [B, D_k] tensor per classifier: what enters its linear layer.
+    """
+
+    logits: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+
+
+# torch.export.save writes a NamedTuple only under a registered name; there is no public call for it (torch 2.15).
+_register_namedtuple(ExitOutputs, serialized_type_name='timm_multiexit.ExitOutputs')
+
+
+class Exits(nn.ModuleList):
+    """The heads of a model, shallow to deep; `str()` gives them as a table.
+
+    Attributes:
+        specs: Where each head is attached and how it was built.
+    """
+
+    def __init__(self, heads: Iterable[nn.Module] = (), specs: Sequence[ExitSpec] = ()):
+        super().__init__(heads)
+        self.specs = tuple(specs)
+
+    def __str__(self) -> str:
+        return format_table(
+            [
+                {
+                    'exit': idx,
+                    'tap': spec.module,
+                    'channels': spec.channels,
+                    'reduction': spec.reduction,
+                    'head': spec.head,
+                    'widths': '-'.join(map(str, spec.widths)),
+                    'params': sum(param.numel() for param in head.parameters()),
+                }
+                for idx, (spec, head) in enumerate(zip(self.specs, self))
+            ]
+        )

@@ -1,0 +1,242 @@
+"""Truncation: one exit as a network of its own, without what only later classifiers need."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from timm.layers import use_reentrant_ckpt
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from timm_multiexit.exits.cost import meta_copy
+from timm_multiexit.exits.heads import ExitHead
+from timm_multiexit.exits.layouts import to_map
+from timm_multiexit.exits.spec import ExitSpec
+from timm_multiexit.exits.taps import Taps
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.timm_surface import TimmSurface
+from timm_multiexit.utils.errors import MultiExitError
+
+
+class TruncatedModel(TimmSurface):
+    """A backbone up to one exit and that exit's head, or for main the plain backbone; `truncate` makes it.
+
+    Its features are the map at the tap. The keys of its state dict are those of the model it was cut from, as far as
+    it has them.
+
+    Args:
+        backbone: The backbone, without what the exit does not need.
+        exit_idx: Which classifier of the model this is, main is the number of exits.
+        spec: Where the exit is attached; None for main.
+        head: Its head; None for main.
+        input_size: (channels, height, width) of an image.
+
+    Attributes:
+        is_backbone_frozen: Whether the head trains alone; the backbone then stays in eval mode.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        exit_idx: int,
+        spec: ExitSpec | None = None,
+        head: ExitHead | None = None,
+        *,
+        input_size: tuple[int, int, int],
+    ):
+        super().__init__()
+        self.backbone = backbone
+        # By its number, so that the keys are the model's.
+        self.exits = nn.ModuleDict({} if head is None else {str(exit_idx): head})
+        self.exit_idx = exit_idx
+        self.spec = spec
+        self.input_size = tuple(input_size)
+        self.is_backbone_frozen = False
+        self._taps = Taps([] if spec is None else [spec.module], (), outputs=[] if spec is None else [spec.output])
+        self._taps.install(backbone)
+
+    @property
+    def head(self) -> ExitHead | None:
+        """The exit's head, None for main."""
+        return self.exits[str(self.exit_idx)] if self.exits else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the exit's logits [B, C] of images [B, in_chans, H, W], what the model gives with its `exit_idx`.
+
+        Raises:
+            MultiExitError: It is trained under reentrant gradient checkpointing.
+        """
+        return self.backbone(x) if self.spec is None else self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the map at the tap, [B, channels, H', W'], of main the backbone's last map.
+
+        Raises:
+            MultiExitError: It is trained under reentrant gradient checkpointing.
+        """
+        if self.spec is None:
+            return super().forward_features(x)
+        if self.training and torch.is_grad_enabled() and use_reentrant_ckpt() and self._checkpoints_gradients():
+            raise MultiExitError(
+                'A truncated model cannot be trained under reentrant gradient checkpointing, the backbone would get no'
+                ' gradient: use timm.layers.set_reentrant_ckpt(False), or no checkpointing.'
+            )
+        return to_map(
+            self._taps.stop(self.backbone, x, 0),
+            self.spec.layout,
+            image_size=(x.shape[-2], x.shape[-1]),
+            reduction=self.spec.reduction,
+            num_prefix_tokens=self.spec.num_prefix_tokens,
+        )
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits [B, C], or what enters the classifier, of the map that `forward_features` gives."""
+        if self.spec is None:
+            return super().forward_head(x, pre_logits)
+        logits, features = self.head(x)
+        return features if pre_logits else logits
+
+    def _checkpoints_gradients(self) -> bool:
+        return any(getattr(module, 'grad_checkpointing', False) for module in self.backbone.modules())
+
+    def train(self, mode: bool = True) -> 'TruncatedModel':
+        """Set the mode; a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self.is_backbone_frozen:
+            self.backbone.eval()
+        return self
+
+    @property
+    def num_features(self) -> int:
+        """Channels of `forward_features`."""
+        return super().num_features if self.spec is None else self.spec.channels
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of what enters the classifier."""
+        return super().head_hidden_size if self.spec is None else self.head.num_features
+
+    def get_classifier(self) -> nn.Module:
+        """Return the exit's classifier."""
+        return super().get_classifier() if self.spec is None else self.head.fc
+
+
+@torch.inference_mode(False)  # its parameters could not be trained
+def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
+    """Return one exit as a network of its own, without what only deeper classifiers need.
+
+    Modules none of whose parameters and buffers the exit reads are never copied, `nn.Identity` stands for them; a
+    parameter that it does not read, of a module that it needs, is None. So it has the parameters that
+    `model.cost()[exit_idx].fixed` counts. The model stays as it is and shares no tensor with the copy.
+
+    Args:
+        model: The model.
+        exit_idx: The exit, 0 is the shallowest; -1 is main: the plain backbone, all of it, without hooks.
+
+    Raises:
+        MultiExitError: There is no such exit, or the backbone looks, on the way to it, at modules it does not use.
+
+    >>> import timm, timm_multiexit as tme
+    >>> model = tme.attach_exits(timm.create_model('resnet18', num_classes=10))
+    >>> network = truncate(model, 0)
+    >>> sum(param.numel() for param in network.parameters()) == model.cost()[0].fixed.params
+    True
+    """
+    twin = meta_copy(model)
+    trace = _trace(twin, model.input_size, exit_idx=exit_idx)
+    idx = exit_idx % (len(model.exits) + 1)
+    if idx == len(model.exits):
+        network = TruncatedModel(_copy_backbone(model, {}), idx, input_size=model.input_size)
+    else:
+        network = _cut(model, idx, twin, trace.read)
+        if _try_operations(network, model.input_size) != trace.operations:
+            raise MultiExitError(
+                f"Exit {idx} cannot be cut out: {type(model.backbone).__name__}'s forward looks at modules it does not"
+                f' use, use model(x, exit_idx={idx}).'
+            )
+    network.is_backbone_frozen = model.is_backbone_frozen
+    network.training, network.exits.training = model.training, model.exits.training
+    return network
+
+
+def _cut(model: MultiExitModel, idx: int, twin: nn.Module, read: set[int]) -> TruncatedModel:
+    """Return exit `idx` with what it reads.
+
+    Args:
+        model: The model.
+        idx: The exit, from 0.
+        twin: A copy of it without data, on which the exit was run.
+        read: Ids of the twin's tensors that the exit read.
+    """
+    spec = model.exits.specs[idx]
+    pairs = list(zip(model.modules(), twin.modules(), strict=True))
+    on_path = _path(model.backbone, spec.module)
+    memo: dict[int, Any] = {}
+    for module, other in pairs:
+        tensors = [*other.parameters(), *other.buffers()]
+        is_needed = any(id(tensor) in read for tensor in tensors) or module in on_path
+        # A list is gone through (by gradient checkpointing a sequence too), so its items are replaced.
+        if tensors and not is_needed and not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            memo[id(module)] = nn.Identity().train(module.training)
+    backbone = _copy_backbone(model, memo)
+    head = deepcopy(model.exits[idx], memo)
+    for module, other in pairs:
+        if id(module) in memo:
+            _drop_unread(memo[id(module)], other, read)
+    return TruncatedModel(backbone, idx, spec, head, input_size=model.input_size)
+
+
+def _copy_backbone(model: MultiExitModel, memo: dict[int, Any]) -> nn.Module:
+    """Return a copy without the model's taps; `memo` has what stands for modules that are not copied."""
+    backbone = deepcopy(model.backbone, memo)
+    deepcopy(model._taps, memo).remove(backbone)
+    return backbone
+
+
+def _path(backbone: nn.Module, name: str) -> list[nn.Module]:
+    """Return the modules that hold the named one, and itself: a tap may be an activation at the start of a block."""
+    parts = name.split('.')
+    return [backbone.get_submodule('.'.join(parts[:depth])) for depth in range(len(parts) + 1)]
+
+
+def _drop_unread(module: nn.Module, twin: nn.Module, read: set[int]) -> None:
+    """Set to None the parameters that the path does not read, of a module that it needs."""
+    for name, param in twin._parameters.items():
+        if param is not None and id(param) not in read and name in module._parameters:
+            module._parameters[name] = None
+
+
+class _Trace(TorchDispatchMode):
+    """Notes what runs inside its `with` block.
+
+    Attributes:
+        read: Ids of the tensors that were read; of use for those that outlive the block.
+        operations: The operations, in order, with the shapes they were given.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.read: set[int] = set()
+        self.operations: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.read.update(id(tensor) for tensor in tensors)
+        self.operations.append((func, [tensor.shape for tensor in tensors]))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, input_size: tuple[int, int, int], **kwargs) -> _Trace:
+    with _Trace() as trace:
+        model(torch.empty(1, *input_size, device='meta'), **kwargs)
+    return trace
+
+
+def _try_operations(network: TruncatedModel, input_size: tuple[int, int, int]) -> list[tuple] | None:
+    """Return the operations of its forward, None if it cannot run."""
+    try:
+        return _trace(meta_copy(network), input_size).operations
+    except (AttributeError, TypeError, IndexError, ValueError, RuntimeError):
+        return None

@@ -1,0 +1,1 @@
+"""When to stop: criteria and thresholds on logits, and budgets."""

@@ -1,0 +1,159 @@
+"""Leaving."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from timm_multiexit.policies.policy import CRITERIA, ExitPolicy, Prediction
+from timm_multiexit.utils.errors import MultiExitError
+
+
+def _check_data(logits: Sequence[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return logits in float32 or better and targets in int64, on the CPU."""
+    check_logits(logits)
+    num, num_classes = logits[0].shape
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != (num,):
+        kind = f'{list(targets.shape)} of {targets.dtype}' if isinstance(targets, Tensor) else type(targets).__name__
+        raise MultiExitError(f'Targets are {kind}, logits of {num} samples allow a tensor [{num}] of class indices.')
+    targets = targets.detach().cpu().long()
+    if int(targets.min()) < 0 or int(targets.max()) >= num_classes:
+        raise MultiExitError(
+            f'Targets go from {int(targets.min())} to {int(targets.max())}, logits of {num_classes} classes allow 0 to'
+            f' {num_classes - 1}.'
+        )
+    logits = [single.detach().cpu() for single in logits]
+    return [single if single.dtype == torch.float64 else single.float() for single in logits], targets
+
+
+def _check(logits: Sequence[Tensor], targets: Tensor) -> None:
+    check_logits(logits)
+    if targets.shape != logits[-1].shape[:1]:
+        raise MultiExitError(
+            f'Targets have the shape {list(targets.shape)} for logits {list(logits[-1].shape)}, allowed is one class'
+            ' index per sample.'
+        )
+
+
+class PolicyRun:
+    """A policy at work on a batch, exit by exit. Samples may leave the batch between two exits.
+
+    Args:
+        policy: The policy.
+    """
+
+    def __init__(self, policy: ExitPolicy):
+        self.policy = policy
+        self._num_seen = 0
+        self._total: Tensor | None = None
+        self._predicted: Tensor | None = None
+        self._streak: Tensor | None = None
+
+    def answer(self, idx: int, logits: Tensor) -> Tensor:
+        """Return what is answered at a classifier, [N, C] in float32 or better.
+
+        Args:
+            idx: The classifier, main is the number of exits; in order, the used ones alone.
+            logits: Its logits [N, C] of the samples that are left.
+        """
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.policy.temperatures:
+            logits = logits / self.policy.temperatures[idx]
+        if self.policy.combine is None:
+            return logits
+        if self.policy.combine == 'geometric':
+            logits = logits.log_softmax(-1)
+        self._total = logits if self._total is None else self._total + logits
+        self._num_seen += 1
+        return self._total / self._num_seen
+
+    def score(self, answer: Tensor) -> Tensor:
+        """Return the score [N] of what `answer` gave; NaN where the answer is NaN."""
+        score = CRITERIA[self.policy.criterion].score
+        if score is not None:
+            return score(answer)
+        largest, predicted = answer.max(-1)
+        if self._predicted is None:
+            self._streak = torch.zeros_like(largest)
+        else:
+            self._streak = torch.where(predicted == self._predicted, self._streak + 1, 0)
+        self._predicted = predicted
+        return torch.where(largest.isfinite(), self._streak, torch.nan)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the samples.
+
+        Args:
+            rows: Their places among those that were left, [N'] int64; a place may come several times.
+        """
+        for name in ('_total', '_predicted', '_streak'):
+            state = getattr(self, name)
+            if state is not None:
+                setattr(self, name, state.index_select(0, rows))
+
+
+def walk(policy: ExitPolicy, logits: Sequence[Tensor]) -> Iterable[tuple[int, Tensor, Tensor | None]]:
+    """Yield (classifier, answer [N, C], score [N]) of the used exits and of main, whose score is None.
+
+    Args:
+        policy: The policy.
+        logits: One [N, C] tensor per classifier, main last.
+    """
+    check_logits(logits)
+    policy.check_exits(len(logits) - 1)
+    run = PolicyRun(policy)
+    for idx in policy.used:
+        answer = run.answer(idx, logits[idx])
+        yield idx, answer, run.score(answer)
+    yield len(logits) - 1, run.answer(len(logits) - 1, logits[-1]), None
+
+
+def apply_policy(policy: ExitPolicy, logits: Sequence[Tensor]) -> Prediction:
+    """Return what a policy answers where all classifiers have been run on all samples: the simulation.
+
+    Args:
+        policy: The policy.
+        logits: One [N, C] tensor per classifier, main last.
+
+    Raises:
+        MultiExitError: The policy is for another number of exits, the logits are NaN, empty or of different shapes.
+
+    >>> early, main = torch.tensor([[3.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0]])
+    >>> apply_policy(ExitPolicy('confidence', (0.9,)), [early, main])
+    Prediction(logits=tensor([[3., 0.],
+            [0., 2.]]), exit_idx=tensor([0, 1]))
+    """
+    answers, exit_idx = None, None
+    for idx, answer, score in walk(policy, logits):
+        if answers is None:
+            answers, exit_idx = torch.zeros_like(answer), answer.new_full(answer.shape[:1], -1, dtype=torch.int64)
+        leaves = exit_idx < 0
+        if score is not None:
+            leaves = leaves & policy.leaves(idx, score)
+        answers[leaves], exit_idx[leaves] = answer[leaves], idx
+    return Prediction(answers, exit_idx)
+
+
+def check_logits(logits: Sequence[Tensor]) -> None:
+    """Raise `MultiExitError` unless these are finite logits of several classifiers for the same samples.
+
+    Minus infinity is allowed for some classes: those that are masked out.
+    """
+    shapes = sorted({tuple(single.shape) for single in logits})
+    if len(logits) < 2 or len(shapes) != 1 or len(shapes[0]) != 2:
+        raise MultiExitError(
+            f'Logits of {len(logits)} classifiers have the shapes {[list(shape) for shape in shapes]}, allowed are two'
+            ' or more of one shape [samples, classes], main last.'
+        )
+    if shapes[0][0] == 0 or shapes[0][1] < 2:
+        raise MultiExitError(
+            f'Logits have the shape {list(shapes[0])}, allowed are 1 or more samples of 2 or more classes.'
+        )
+    for idx, single in enumerate(logits):
+        wrong = ~single.amax(-1).isfinite()  # NaN is the largest
+        if wrong.any():
+            name = 'main' if idx == len(logits) - 1 else f'exit {idx}'
+            raise MultiExitError(
+                f'The logits of {name} are NaN or infinite for {int(wrong.sum())} of {len(single)} samples: no policy'
+                ' can decide on them, see the weights and the input.'
+            )

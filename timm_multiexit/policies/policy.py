@@ -1,0 +1,174 @@
+"""Policies: which exit answers for which sample. Pure functions on logits."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
+
+from timm_multiexit.utils.errors import MultiExitError, brief, is_number
+
+
+class Prediction(NamedTuple):
+    """What a policy answers for a batch.
+
+    Attributes:
+        logits: [B, C] float tensor, the answer of each sample in input order: logits of the exit it left at, divided
+            by that exit's temperature, or the combination of the exits it saw.
+        exit_idx: [B] int64 tensor, the exit that each sample left at; main is the number of exits.
+    """
+
+    logits: Tensor
+    exit_idx: Tensor
+
+
+# torch.export.save writes a NamedTuple only under a registered name; there is no public call for it (torch 2.15).
+_register_namedtuple(Prediction, serialized_type_name='timm_multiexit.Prediction')
+
+
+def _confidence(logits: Tensor) -> Tensor:
+    return logits.softmax(-1).amax(-1)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    # Rounding takes equal logits above 1, where a threshold of 1 must let everything leave.
+    return (torch.special.entr(logits.softmax(-1)).sum(-1) / math.log(logits.shape[-1])).clamp(max=1)
+
+
+def _margin(logits: Tensor) -> Tensor:
+    first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
+    return first - second
+
+
+class Criterion(NamedTuple):
+    """One row of `CRITERIA`.
+
+    Attributes:
+        score: Logits [N, C] -> scores [N]; None for patience, whose score counts exits.
+        leaves_at_least: A sample leaves where its score is at least the threshold; otherwise at most.
+    """
+
+    score: Callable[[Tensor], Tensor] | None
+    leaves_at_least: bool
+
+
+# Shares of one, but for patience, whose threshold is a number of exits.
+CRITERIA: dict[str, Criterion] = {
+    'confidence': Criterion(_confidence, True),  # largest probability: Huang et al., 2018 (MSDNet)
+    'entropy': Criterion(_entropy, False),  # of its largest value, log C: Teerapittayanon et al., 2016 (BranchyNet)
+    'margin': Criterion(_margin, True),  # largest probability less the second
+    'patience': Criterion(None, True),  # exits that agreed with the one before, without a break: Zhou et al., 2020
+}
+
+COMBINATIONS = ('mean', 'geometric')
+
+TEMPERATURES = (0.01, 100.0)
+
+
+@dataclass(frozen=True)
+class ExitPolicy:
+    """The rule that says where a sample leaves: at the first exit whose score passes its threshold, else at main.
+
+    Attributes:
+        criterion: Key of `CRITERIA`. A sample leaves where its 'confidence' (largest probability) or its 'margin'
+            (largest less second) is at least the threshold, where its 'entropy' (as a share of the largest, log C) is
+            at most the threshold, or where 'patience' counts so many exits in a row that agreed with the one before.
+        thresholds: One per exit, shallow to deep, without main: in [0, 1], of patience 1, 2, ...; None for an exit
+            that is not used, neither run nor charged.
+        temperatures: One per classifier, main last, above 0; logits are divided by them. Empty for none.
+        combine: What answers: None, the exit alone; 'mean', the mean of the logits of the used exits so far;
+            'geometric', the normalized geometric mean of their probabilities. Scores are of what answers.
+
+    Raises:
+        MultiExitError: Unknown criterion or combination, or a number out of range.
+
+    >>> ExitPolicy('confidence', (0.9, None, 0.8)).used
+    (0, 2)
+    """
+
+    criterion: str = 'confidence'
+    thresholds: tuple[float | None, ...] = ()
+    temperatures: tuple[float, ...] = ()
+    combine: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.criterion, str) or self.criterion not in CRITERIA:
+            raise MultiExitError(f'Unknown criterion {brief(self.criterion)}, allowed are {", ".join(CRITERIA)}.')
+        if self.combine not in (None, *COMBINATIONS):
+            raise MultiExitError(
+                f'Unknown combination {brief(self.combine)}, allowed are None, {" and ".join(COMBINATIONS)}.'
+            )
+        for name in ('thresholds', 'temperatures'):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise MultiExitError(f'{name} are {brief(getattr(self, name))}, allowed is a sequence, one per exit.')
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for threshold in self.thresholds:
+            self._check_threshold(threshold)
+        # numpy's numbers are none of JSON's.
+        kind = int if self.criterion == 'patience' else float
+        thresholds = (None if threshold is None else kind(threshold) for threshold in self.thresholds)
+        object.__setattr__(self, 'thresholds', tuple(thresholds))
+        for value in self.temperatures:
+            if not is_number(value) or not TEMPERATURES[0] <= value <= TEMPERATURES[1]:
+                raise MultiExitError(f'A temperature is {brief(value)}, allowed are numbers from 0.01 to 100.')
+        if self.temperatures and len(self.temperatures) != len(self.thresholds) + 1:
+            raise MultiExitError(
+                f'{len(self.temperatures)} temperatures with {len(self.thresholds)} thresholds, allowed is one per exit'
+                ' and one for main, or none.'
+            )
+
+    def _check_threshold(self, threshold: Any) -> None:
+        if threshold is None:
+            return
+        if self.criterion == 'patience':
+            if not is_number(threshold) or threshold != int(threshold) or not 1 <= threshold <= 1000:
+                raise MultiExitError(
+                    f'A threshold is {brief(threshold)}, patience allows 1, 2, ... or None (exit not used).'
+                )
+        elif not is_number(threshold) or not 0 <= threshold <= 1:
+            raise MultiExitError(
+                f'A threshold is {brief(threshold)}, {self.criterion} allows numbers from 0 to 1, or None (exit not'
+                ' used).'
+            )
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """The exits that are run on the way, without main."""
+        return tuple(idx for idx, threshold in enumerate(self.thresholds) if threshold is not None)
+
+    def leaves(self, idx: int, score: Tensor) -> Tensor:
+        """Return which samples leave at exit `idx`, [N] bool, by their scores [N]."""
+        threshold = self.thresholds[idx]
+        return score >= threshold if CRITERIA[self.criterion].leaves_at_least else score <= threshold
+
+    def check_exits(self, num_exits: int) -> None:
+        """Raise `MultiExitError` unless there is one threshold for each of so many exits."""
+        if len(self.thresholds) != num_exits:
+            raise MultiExitError(
+                f'The policy has {len(self.thresholds)} thresholds, the model {num_exits} exits: give one per exit,'
+                ' without main, None for an exit that is not used.'
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the policy as JSON-ready values."""
+        return {
+            'criterion': self.criterion,
+            'thresholds': list(self.thresholds),
+            'temperatures': list(self.temperatures),
+            'combine': self.combine,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> 'ExitPolicy':
+        """Return the policy that `to_dict` wrote.
+
+        Raises:
+            MultiExitError: A field is missing or out of range, or `values` is no mapping.
+        """
+        if not isinstance(values, dict) or not {'criterion', 'thresholds'} <= set(values):
+            raise MultiExitError('A policy must be an object with the keys criterion and thresholds.')
+        known = ('criterion', 'thresholds', 'temperatures', 'combine')
+        return cls(**{name: values[name] for name in known if name in values})

@@ -1,0 +1,1 @@
+"""A training run: step, loop, regimes, checkpoints and records."""

@@ -1,0 +1,293 @@
+"""What a run keeps of itself in its folder, and how it goes on from there."""
+
+import logging
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from timm.scheduler import PlateauLRScheduler
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import unwrap_model
+
+from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
+from timm_multiexit.training.epoch_log import Journal
+from timm_multiexit.training.running_metrics import Progress
+from timm_multiexit.training.saver import RunSaver
+from timm_multiexit.training.trainer import Trainer
+from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.files import RESUME, explained, write_text
+
+_logger = logging.getLogger(__name__)
+
+
+class _ScalerState:
+    """Accelerate's gradient scaler under the name that timm's checkpoints give it."""
+
+    state_dict_key = 'amp_scaler'
+
+    def __init__(self, scaler: Any):
+        self.state_dict = scaler.state_dict
+        self.load_state_dict = scaler.load_state_dict
+
+
+class Checkpointing:
+    """Saves and restores a run: weights, averages, optimizer, schedule, place in the epoch, sums, table.
+
+    Args:
+        args: Of the run.
+        accelerator: Of the run; its main process alone writes.
+        task: What is trained.
+        optimizer: The optimizer itself, not what Accelerate made of it.
+        trainer: Knows where the run stands, and its schedule.
+        journal: Holds the table.
+        num_batches: In an epoch.
+        is_decreasing: Whether a lower `--eval-metric` is better.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        accelerator: Accelerator,
+        *,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        trainer: Trainer,
+        journal: Journal,
+        num_batches: int,
+        is_decreasing: bool,
+    ):
+        self.args, self.accelerator = args, accelerator
+        self.task, self.optimizer, self.trainer, self.journal = task, optimizer, trainer, journal
+        self.num_batches, self.is_decreasing = num_batches, is_decreasing
+        self.scaler = _ScalerState(accelerator.scaler) if accelerator.scaler else None
+        self.saver: RunSaver | None = None
+        self._progress_state: dict[str, Any] | None = None
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The best epoch so far, from 0; None before one was measured, and outside of the main process."""
+        return self.saver.best_epoch if self.saver else None
+
+    def open(self, folder: Path) -> None:
+        """Make the folder, or remove from it what a kill left half written."""
+        if not self.accelerator.is_main_process:
+            return
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.saver = RunSaver(
+            run_state=self._state,
+            model=unwrap_model(self.task.get_trainable_module()),
+            optimizer=self.optimizer,
+            args=self.args,
+            task=self.task,
+            amp_scaler=self.scaler,
+            checkpoint_dir=str(folder),
+            recovery_dir=str(folder),
+            decreasing=self.is_decreasing,
+            max_history=self.args.checkpoint_hist,
+        )
+        self.saver.clean()
+
+    def restore(self, path: Path) -> tuple[int, int]:
+        """Load a checkpoint and return the epoch and the batch to go on with.
+
+        Raises:
+            MultiExitError: It is of another optimizer, or from the middle of an epoch of other batches.
+        """
+        args = self.args
+        checkpoint = read_training_checkpoint(path)
+        epoch, batch = read_position(checkpoint)
+        run = (checkpoint.get('saver') or {}).get('run') or {}
+        if batch:
+            self._check_same_epoch(run, path)
+        resume_task_checkpoint(self.task, str(path), log_info=False)
+        if not args.no_resume_opt:
+            self._restore_optimizer(checkpoint, path)
+            if self.scaler and self.scaler.state_dict_key in checkpoint:
+                self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
+        if args.model_ema:
+            load_task_ema_checkpoint(self.task, str(path))
+        is_own = self.saver and path.parent.resolve() == Path(self.saver.checkpoint_dir).resolve()
+        if run:
+            self._restore_run(run)
+        elif is_own and (path.parent / 'summary.csv').exists():
+            self.journal.summary.read(path.parent / 'summary.csv', before=epoch)  # of timm's own script
+        if is_own:
+            self.trainer.epoch, self.trainer.batch = epoch, batch
+            self.saver.load_state_dict(checkpoint.get('saver') or {})
+            if not batch:
+                self._save_milestone(epoch)  # a kill may have come before it
+        return epoch, batch
+
+    def _restore_optimizer(self, checkpoint: dict[str, Any], path: Path) -> None:
+        # The rate that the schedule is reckoned from is this run's.
+        initial = [group.get('initial_lr') for group in self.optimizer.param_groups]
+        load_optimizer(self.optimizer, checkpoint, path)
+        for group, lr in zip(self.optimizer.param_groups, initial):
+            if lr is not None:
+                group['initial_lr'] = lr
+
+    def _check_same_epoch(self, run: dict[str, Any], path: Path) -> None:
+        """Raise if the rest of an epoch that was begun would be of other batches."""
+        for key, flag, now in (
+            ('num_batches', 'the data, --batch-size and number of processes', self.num_batches),
+            ('seed', '--seed', self.args.seed),
+            ('grad_accum_steps', '--grad-accum-steps', self.args.grad_accum_steps),
+        ):
+            if run[key] != now:
+                raise MultiExitError(
+                    f'{path} is from the middle of an epoch with {key} {run[key]}, here it is {now}: give {flag} it'
+                    ' was trained with, or go on from a whole epoch.'
+                )
+
+    def _restore_run(self, run: dict[str, Any]) -> None:
+        self.journal.summary.load_state_dict(run['summary'])
+        scheduler = self.trainer.scheduler
+        if isinstance(scheduler, PlateauLRScheduler) and run['plateau']:
+            scheduler.lr_scheduler.load_state_dict(run['plateau']['counters'])
+            scheduler.restore_lr = run['plateau']['restore_lr']
+            for group, lr in zip(self.optimizer.param_groups, run['plateau']['rates']):
+                group['lr'] = lr
+        if run['batch']:
+            self.trainer.progress = Progress(
+                len(run['progress']['correct']),
+                self.accelerator.device,
+                multi_label=self.args.task == 'multilabel',
+            )
+            if self.accelerator.is_main_process:
+                self.trainer.progress.load_state_dict(run['progress'])
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs besides weights and optimizer for the run to go on."""
+        trainer, plateau = self.trainer, None
+        if isinstance(trainer.scheduler, PlateauLRScheduler):  # whose own state_dict leaves its counters out
+            plateau = {
+                'counters': trainer.scheduler.lr_scheduler.state_dict(),
+                'restore_lr': trainer.scheduler.restore_lr,
+                'rates': [group['lr'] for group in self.optimizer.param_groups],
+            }
+        return {
+            'epoch': trainer.epoch,
+            'batch': trainer.batch,
+            'num_batches': self.num_batches,
+            'seed': self.args.seed,
+            'grad_accum_steps': self.args.grad_accum_steps,
+            'progress': self._progress_state if trainer.batch else None,
+            'summary': self.journal.summary.state_dict(),
+            'plateau': plateau,
+        }
+
+    def save_args(self) -> None:
+        """Write `args.yaml`, as the run resolved them."""
+        if self.saver:
+            text = yaml.safe_dump(vars(self.args), default_flow_style=False)
+            write_text(Path(self.saver.checkpoint_dir, 'args.yaml'), text, advice=RESUME)
+
+    def save_epoch(self, epoch: int, model: torch.nn.Module, metric: float | None, **described: Any) -> None:
+        """Keep the end of an epoch, and the network as a folder if it is the best so far.
+
+        Args:
+            epoch: The epoch that ended, from 0.
+            model: The network that was measured.
+            metric: What it reached; None where nothing was measured.
+            **described: data_config and label_names of `save_pretrained`.
+        """
+        if not self.saver:
+            return
+        if self.saver.is_best(metric):
+            self.saver.save_best(model, **described)
+        self.saver.save_checkpoint(epoch, metric=metric)
+        self._save_milestone(epoch + 1)
+        self.journal.write()
+
+    def save_unmeasured_epoch(self, epoch: int) -> None:
+        """Keep the end of an epoch that was not evaluated, so that the run goes on from there."""
+        if self.saver:
+            self.saver.save_last(epoch)
+            self._save_milestone(epoch + 1)
+
+    def _save_milestone(self, completed_epochs: int) -> None:
+        if self.args.save_epochs and completed_epochs in self.args.save_epochs:
+            self.saver.save_milestone(completed_epochs)
+
+    def save_recovery(self) -> None:
+        """Keep the middle of an epoch; all processes take part."""
+        trainer = self.trainer
+        trainer.progress.check_finite(self.accelerator)
+        self._progress_state = trainer.progress.state_dict(self.accelerator)
+        if self.saver:
+            self.saver.save_recovery(trainer.epoch, trainer.batch)
+
+
+def find_resume(folder: str | os.PathLike) -> Path | None:
+    """Return the checkpoint of a run's folder that is furthest, None if there is none.
+
+    Files that cannot be read are passed over with a warning. Only where neither the last checkpoint nor one from the
+    middle of an epoch can be had, the kept ones of single epochs count.
+
+    Raises:
+        MultiExitError: There are checkpoints, and none can be read.
+    """
+    folder = Path(folder)
+    errors: list[MultiExitError] = []
+    for patterns in (('last', 'recovery-*'), ('checkpoint-*', 'milestone-*')):
+        found: dict[Path, tuple[int, int]] = {}
+        for path in sorted(path for pattern in patterns for path in folder.glob(f'{pattern}.pth.tar')):
+            try:
+                found[path] = read_position(read_training_checkpoint(path))
+            except MultiExitError as error:
+                _logger.warning(f'Passed over: {error}')
+                errors.append(error)
+        if found:
+            return max(found, key=lambda path: (found[path], path.name))
+    if errors:
+        raise MultiExitError(
+            f'{errors[0]} None of the {len(errors)} in {folder} can be gone on with: name another --experiment.'
+        )
+    return None
+
+
+def read_position(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """Return the epoch and the batch that a run goes on from, given `read_training_checkpoint`'s dict.
+
+    A checkpoint that timm's own script wrote goes on with the next epoch.
+    """
+    run = (checkpoint.get('saver') or {}).get('run')
+    if run:
+        return int(run['epoch']), int(run['batch'])
+    epoch = checkpoint.get('epoch')
+    if epoch is None:
+        return 0, 0
+    return int(epoch) + (1 if checkpoint.get('version', 0) > 1 else 0), 0
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
+    """Load a checkpoint's optimizer state.
+
+    Raises:
+        MultiExitError: There is none, or it is of another optimizer or of other parameters.
+    """
+    if 'optimizer' not in checkpoint:
+        raise MultiExitError(f'{path} has no optimizer state: go on without it by --no-resume-opt.')
+    own = [dict(group) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        _check_settings(own, optimizer.param_groups)
+    except (KeyError, ValueError) as error:
+        raise MultiExitError(
+            f"The optimizer in {path} does not fit this run's: {str(error).splitlines()[0].rstrip('.')}. Give the flags"
+            ' it was trained with, or --no-resume-opt.'
+        ) from error
+
+
+def _check_settings(own: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    """Raise where torch has loaded the settings of another optimizer: with as many parameters it does not mind."""
+    for before, after in zip(own, loaded):
+        # A schedule, which may be another one now, notes its highest rate there.
+        missing = sorted(before.keys() - after.keys() - {'initial_lr'})
+        if missing:
+            raise ValueError(f'it has no {", ".join(missing)}')

@@ -1,0 +1,148 @@
+"""A training run's files, whole after a kill at any moment: timm's checkpoints, and the best network as a folder."""
+
+import copy
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from timm.layers import SplitBatchNorm2d
+from timm.utils import CheckpointSaver
+from torch import nn
+
+from timm_multiexit.checkpoints.run_folder import BEST_NAME
+from timm_multiexit.checkpoints.save import save_pretrained
+from timm_multiexit.evaluation.stamp import _fit_channels
+from timm_multiexit.utils.files import explained
+
+_OLD_BEST_NAME = '.best-old'
+
+_NEW_BEST_NAME = '.best-new'
+
+
+class RunSaver(CheckpointSaver):
+    """timm's saver, with files that are there whole or not at all, and with where the run stands.
+
+    Args:
+        run_state: Returns what the run needs to go on besides weights and optimizer: plain values and tensors.
+        **kwargs: For timm's `CheckpointSaver`.
+    """
+
+    def __init__(self, *, run_state: Callable[[], dict[str, Any]], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.run_state = run_state
+        self._keeps_history = True
+
+    def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
+        """Return timm's bookkeeping and, under 'run', where the run stands."""
+        pending = (epoch, metric) if self._keeps_history else (None, None)
+        return {**super().state_dict(*pending), 'run': self.run_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the bookkeeping of a checkpoint in this folder; call it when all else has been restored.
+
+        If that checkpoint closed an epoch, its files are written once more: a kill may have come between them.
+        """
+        epoch, metric = state_dict.get('pending', (None, None))
+        super().load_state_dict({**state_dict, 'pending': (None, None)})
+        self.clean()
+        if epoch is not None and not state_dict.get('run', {}).get('batch'):
+            # timm's own list may hold the file already, where the list was read from a later checkpoint.
+            path = self._checkpoint_path(epoch)
+            self.checkpoint_files = [entry for entry in self.checkpoint_files if entry[0] != path]
+            self.save_checkpoint(epoch, metric)
+
+    def is_best(self, metric: float | None) -> bool:
+        """Return whether a network with this metric is the best so far; the latest is, where nothing is measured."""
+        return metric is None or self.best_metric is None or self.cmp(metric, self.best_metric)
+
+    def save_best(
+        self, model: nn.Module, *, data_config: dict[str, Any] | None = None, label_names: list[str] | None = None
+    ) -> None:
+        """Write a network to the folder `best` in one move; before `save_checkpoint`, which says that it was the best.
+
+        Args:
+            model: The network.
+            data_config: For `save_pretrained`.
+            label_names: For `save_pretrained`.
+        """
+        best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
+        shutil.rmtree(new, ignore_errors=True)
+        with explained(best):
+            data_config = data_config and _fit_channels(data_config)
+            save_pretrained(_joined(model), new, data_config=data_config, label_names=label_names)
+            shutil.rmtree(old, ignore_errors=True)
+            if best.exists():
+                best.rename(old)
+            new.rename(best)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+        """See timm; recovery checkpoints of the epoch are removed, the run has gone past them."""
+        best = super().save_checkpoint(epoch, metric)
+        self._drop_recovery_files()
+        return best
+
+    def save_last(self, epoch: int) -> None:
+        """Save the end of an epoch that was not evaluated as `last`, without a place in the history."""
+        temporary = os.path.join(self.checkpoint_dir, f'tmp{self.extension}')
+        self._keeps_history = False
+        try:
+            self._save(temporary, epoch)
+        finally:
+            self._keeps_history = True
+        self._replace(temporary, os.path.join(self.checkpoint_dir, f'last{self.extension}'))
+        self._drop_recovery_files()
+
+    def _drop_recovery_files(self) -> None:
+        for path in self.recovery_files():
+            path.unlink(missing_ok=True)
+        self.curr_recovery_file = self.prev_recovery_file = ''
+
+    def recovery_files(self) -> list[Path]:
+        """Return the checkpoints from the middle of an epoch."""
+        return sorted(Path(self.checkpoint_dir).glob(f'{self.recovery_prefix}-*{self.extension}'))
+
+    def clean(self) -> None:
+        """Remove what a kill left half written."""
+        folder = Path(self.checkpoint_dir)
+        best, old = folder / BEST_NAME, folder / _OLD_BEST_NAME
+        if old.exists() and not best.exists():
+            old.rename(best)
+        for path in (old, folder / _NEW_BEST_NAME, *folder.glob(f'.{_NEW_BEST_NAME}-*')):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (*folder.glob(f'*tmp{self.extension}'), *folder.glob('.link-*'), *folder.glob('.*.tmp')):
+            path.unlink(missing_ok=True)
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        with explained(save_path, draft=save_path), open(save_path, 'wb') as file:
+            super()._save(file, epoch, metric)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _replace(self, src: str, dst: str) -> None:
+        # timm removes the old file first, and a kill in between leaves neither.
+        with explained(dst):
+            os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        temporary = Path(dst).with_name(f'.link-{Path(dst).name}')
+        temporary.unlink(missing_ok=True)
+        with explained(dst, draft=temporary):
+            try:
+                os.link(src, temporary)
+            except (OSError, NotImplementedError):
+                shutil.copy2(src, temporary)
+            os.replace(temporary, dst)
+
+
+def _joined(model: nn.Module) -> nn.Module:
+    """Return the model without the norms that --split-bn gives to further augmentation splits in training."""
+    if not any(isinstance(module, SplitBatchNorm2d) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, SplitBatchNorm2d):
+            module.aux_bn = nn.ModuleList()
+    return model

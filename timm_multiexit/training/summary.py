@@ -1,0 +1,147 @@
+"""What a run writes for people: summary.csv, curves.png, trackers, one line per epoch, a progress bar."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_multiexit.utils.files import RESUME, replacing
+from timm_multiexit.utils.text import ENSEMBLE
+
+_EVAL_METRICS = ('top1', 'top5', 'map', 'micro_f1', 'macro_f1', 'sample_f1')
+
+_TIMM_COLUMNS = ('epoch', 'train_loss', 'eval_loss', *(f'eval_{metric}' for metric in _EVAL_METRICS), 'lr')
+
+
+class Summary:
+    """The rows of summary.csv, one per epoch: timm's columns in timm's order, then those of the exits.
+
+    >>> summary = Summary()
+    >>> summary.add(0, {'loss': 2.5, 'exit0_loss': 3.0}, {'loss': 2.0, 'top1': 60.0, 'exit0_top1': 50.0}, lr=0.1)
+    >>> summary.columns
+    ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'lr', 'train_exit0_loss', 'eval_exit0_top1')
+    """
+
+    def __init__(self):
+        self._rows: list[dict[str, float]] = []
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """One dict per epoch, column -> number; an epoch without evaluation has no `eval_*` keys."""
+        return [dict(row) for row in self._rows]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of all rows together."""
+        found = dict.fromkeys(key for row in self._rows for key in row)
+        others = [key for key in found if key not in _TIMM_COLUMNS]
+        # In training columns before evaluation columns even where the first epoch was not evaluated.
+        others.sort(key=lambda key: not key.startswith('train_'))
+        return (*(key for key in _TIMM_COLUMNS if key in found), *others)
+
+    def add(self, epoch: int, train: Mapping[str, float], eval: Mapping[str, float], lr: float) -> None:
+        """Add the row of an epoch; rows of this epoch and of later ones, left by an earlier run, are dropped.
+
+        Args:
+            epoch: From 0.
+            train: Metric -> number over the epoch, main's or the whole's under bare names (`loss`, `exit0_top1`).
+            eval: The same of the evaluation (`loss`, `top1`, `exit0_top1`); empty if there was none.
+            lr: Learning rate of the epoch's last step.
+        """
+        row = {'epoch': int(epoch), 'lr': float(lr)}
+        row |= {f'train_{key}': float(value) for key, value in train.items()}
+        row |= {f'eval_{key}': float(value) for key, value in eval.items()}
+        self._rows = [old for old in self._rows if old['epoch'] < epoch] + [row]
+
+    def write(self, path: Path | str) -> None:
+        """Write the whole file, or nothing: a kill leaves the file as it was."""
+        with replacing(path, advice=RESUME) as draft, draft.open('w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+
+    def read(self, path: Path | str, before: int) -> None:
+        """Take the rows of a file, timm's own too, up to an epoch, in place of all there are."""
+        with Path(path).open(newline='', encoding='utf-8') as file:
+            rows = [row for row in csv.DictReader(file) if row.get('epoch') not in (None, '', 'epoch')]
+        numbers = [{key: float(value) for key, value in row.items() if value} for row in rows]
+        self._rows = [{**row, 'epoch': int(row['epoch'])} for row in numbers if row['epoch'] < before]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows as plain lists, dicts and numbers, which `torch.load(weights_only=True)` reads."""
+        return {'rows': self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the rows that `state_dict` gave, in place of all there are."""
+        self._rows = [dict(row) for row in state['rows']]
+
+
+def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Sequence[str], title: str = '') -> bool:
+    """Draw accuracy of every classifier, and both losses, over the epochs.
+
+    Args:
+        path: The PNG file, replaced as a whole.
+        rows: As `Summary.rows` gives them; numbers that are missing or not finite are left out.
+        names: Classifiers, shallow to deep, with main and, if it is to be drawn, the ensemble.
+        title: Heading of the figure.
+
+    Returns:
+        False, and nothing is written, where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    FigureCanvasAgg(figure)
+    # The first metric that was evaluated; without evaluation there is only a panel of losses.
+    metric = next((name for name in ('top1', 'map') if any(f'eval_{name}' in row for row in rows)), None)
+    if metric is None:
+        loss_axes = figure.subplots()
+    else:
+        accuracy_axes, loss_axes = figure.subplots(1, 2, width_ratios=(2, 1))
+        _draw_accuracy(accuracy_axes, rows, names, metric)
+    for key, label, style in (
+        ('train_loss', 'training, all classifiers', '-'),
+        ('eval_loss', 'evaluation, main', '--'),
+    ):
+        _draw_line(loss_axes, rows, key, label=label, color='black', linestyle=style)
+    _finish_axes(loss_axes, 'loss')
+    figure.suptitle(title)
+    with replacing(path, advice=RESUME) as draft:
+        figure.savefig(draft, dpi=150, format='png')
+    return True
+
+
+def _draw_accuracy(axes: Any, rows: Sequence[Mapping[str, float]], names: Sequence[str], metric: str) -> None:
+    from matplotlib import colormaps
+
+    singles = [name for name in names if name != ENSEMBLE]
+    for name in names:
+        # Viridis gets lighter evenly, so order shows in grey too; its last fifth is too pale on white.
+        style = dict(color='black', linestyle='--')
+        if name != ENSEMBLE:
+            shade = 0.8 * (1 - singles.index(name) / max(len(singles) - 1, 1))
+            style = dict(color=colormaps['viridis'](shade), linewidth=3 if name == 'main' else 1.5)
+        key = f'eval_{metric}' if name == 'main' else f'eval_{name}_{metric}'
+        _draw_line(axes, rows, key, label='ensemble' if name == ENSEMBLE else name, **style)
+    _finish_axes(axes, {'top1': 'top-1 accuracy, %', 'map': 'mean average precision, %'}[metric])
+
+
+def _draw_line(axes: Any, rows: Sequence[Mapping[str, float]], key: str, **style: Any) -> None:
+    points = [(row['epoch'] + 1, row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+    if points:
+        axes.plot(*zip(*points), marker='o' if len(points) < 20 else None, markersize=3, **style)
+
+
+def _finish_axes(axes: Any, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel='epochs trained', ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()

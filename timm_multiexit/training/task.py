@@ -1,0 +1,187 @@
+"""The training step: all classifiers in one forward, one loss, as a timm task."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.task import DistillationTeacher, TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from timm_multiexit.evaluation.metrics import ExitEvaluator
+from timm_multiexit.losses.multi_exit_loss import MultiExitLoss
+from timm_multiexit.losses.teachers import KDConfig
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.outputs import ExitOutputs
+from timm_multiexit.utils.errors import MultiExitError
+
+
+class MultiExitTask(TrainingTask):
+    """Train a `MultiExitModel` with a `MultiExitLoss`, and with a frozen outside teacher if there is one.
+
+    EMA, checkpoints and resume are timm's. Under `DistributedDataParallel`, and Accelerate, wrap `trainable_module`,
+    not the task: its EMA copy and the outside teacher get no gradients.
+
+    Args:
+        model: The model to train.
+        loss: What to minimise, e.g. `create_loss('eed')`.
+        teacher: A model that every classifier learns from, main and exits: a `timm.task.DistillationTeacher`, a model,
+            or the name of a pretrained timm model of the same classes. It is frozen in place, stays in eval mode, is
+            no part of `trainable_module`, and sees the images normalised as its own `pretrained_cfg` says.
+        kd: How that teacher is weighed; None for timm's defaults.
+        autocast: Gives the context that the teacher runs in, `accelerator.autocast` where Accelerate's wrapper puts
+            the model alone into mixed precision; the surrounding one if not given.
+        device: Where the loss, the teacher and the evaluator live.
+        dtype: Of the teacher, if it is made here.
+        verbose: Log what was set up.
+
+    Attributes:
+        trains_main_alone: Run the backbone and its own classifier only, by their task term.
+
+    Raises:
+        MultiExitError: The loss does not fit the model's classifiers, it distils features and the widths of the heads
+            do not allow it, or the teacher has other classes.
+
+    >>> import torch
+    >>> from timm_multiexit.attach import attach_exits
+    >>> from timm_multiexit.losses import create_loss
+    >>> model = attach_exits(__import__('timm').create_model('test_resnet', num_classes=10))
+    >>> result = MultiExitTask(model, create_loss('eed'))(torch.randn(2, 3, 32, 32), torch.tensor([1, 7]))
+    >>> result['output'].shape, len(result['logits'])
+    (torch.Size([2, 10]), 4)
+    """
+
+    def __init__(
+        self,
+        model: MultiExitModel,
+        loss: MultiExitLoss,
+        *,
+        teacher: DistillationTeacher | nn.Module | str | None = None,
+        kd: KDConfig | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ):
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        loss.check_count(len(model.exits) + 1)
+        if loss.feature_weight > 0:
+            loss.check_features(model.feature_widths())
+        self.trainable_module = model
+        self.loss = loss.to(self.device)
+        self._main_loss = MultiExitLoss(criterion=loss.criterion, multi_label=loss.multi_label)
+        self.trains_main_alone = False
+        self.kd = kd or KDConfig()
+        self.autocast = autocast
+        self.teacher: DistillationTeacher | None = None
+        if teacher is not None:
+            self._set_teacher(teacher)
+        elif kd is not None:
+            raise MultiExitError(f'kd is {kd}, but there is no outside teacher to weigh; give one or leave kd out.')
+
+    def _set_teacher(self, teacher: DistillationTeacher | nn.Module | str) -> None:
+        model = self.trainable_module
+        if isinstance(teacher, DistillationTeacher):
+            name, made = type(unwrap_model(teacher.model)).__name__, teacher
+        else:
+            name = teacher if isinstance(teacher, str) else type(unwrap_model(teacher)).__name__
+            made = DistillationTeacher(
+                teacher, num_classes=model.num_classes, in_chans=model.in_chans, device=self.device, dtype=self.dtype
+            )
+        inner = unwrap_model(made.model)
+        num_classes = getattr(inner, 'num_classes', model.num_classes)
+        if isinstance(teacher, str):
+            # timm gives it the student's classes, with a fresh classifier where the weights have others.
+            num_classes = inner.pretrained_cfg.get('num_classes', num_classes)
+        if num_classes != model.num_classes:
+            raise MultiExitError(
+                f'The outside teacher {name} knows {num_classes} classes and the model has {model.num_classes};'
+                ' take a teacher that was trained on these classes.'
+            )
+        self.teacher = made.to(self.device).eval().requires_grad_(False)
+        # timm's normalize_input compares values, which waits for a GPU; the map to the teacher's pixels is fixed here.
+        mean, std = (
+            torch.tensor(model.pretrained_cfg.get(key, default), device=self.device).view(1, -1, 1, 1)
+            for key, default in (('mean', IMAGENET_DEFAULT_MEAN), ('std', IMAGENET_DEFAULT_STD))
+        )
+        pairs = ((mean, made.mean_kd), (std, made.std_kd))
+        same = all(torch.equal(ours.to(theirs.dtype), theirs) for ours, theirs in pairs)
+        self.register_buffer('teacher_scale', None if same else std / made.std_kd, persistent=False)
+        self.register_buffer('teacher_shift', None if same else (mean - made.mean_kd) / made.std_kd, persistent=False)
+
+    @torch.no_grad()
+    def _outside_logits(self, images: Tensor) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        if self.teacher_scale is not None:
+            images = images * self.teacher_scale + self.teacher_shift
+        with self.autocast():
+            return self.teacher(images.to(next(self.teacher.parameters()).dtype))
+
+    def train(self, mode: bool = True) -> 'MultiExitTask':
+        """Set the mode; an outside teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:  # noqa: A002 - timm's name
+        """Run all classifiers and the loss.
+
+        Args:
+            input: Images [B, in_chans, H, W].
+            target: Class indices [B] or soft targets [B, C].
+
+        Returns:
+            loss: scalar to call backward on; output: main's logits [B, C]; logits: all, shallow to deep, main last;
+            and, detached and one value per classifier [K+1], the parts of the loss: task, output_distance,
+            feature_distance, and with an outside teacher kd_distance. While main trains alone K is 0.
+        """
+        if self.trains_main_alone:
+            outputs, loss = ExitOutputs((self.trainable_module(input),), ()), self._main_loss
+        else:
+            outputs, loss = self.trainable_module(input, exits=True), self.loss
+        terms = loss.terms(outputs, target, self._outside_logits(input), self.kd)
+        return {
+            'loss': terms['loss'],
+            'output': outputs.logits[-1],
+            'logits': outputs.logits,
+            'task': terms['task'],
+            'output_distance': terms['output'],
+            'feature_distance': terms['feature'],
+            **({'kd_distance': terms['kd']} if 'kd' in terms else {}),
+        }
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'MultiExitTask':
+        """Wrap the model for distributed training without Accelerate."""
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the model in place, so that its keys and its type stay, the teacher too, and return the model."""
+        self.trainable_module.compile(backend=backend, mode=mode, **compile_kwargs)
+        if self.teacher is not None:
+            self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
+        return self.trainable_module
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Return the parameters to clip; without every classifier's linear layer if `exclude_head` (for agc)."""
+        model = unwrap_model(self.trainable_module)
+        excluded = set()
+        if exclude_head:
+            heads = [param for head in model.exits for param in head.fc.parameters()]
+            excluded = {id(param) for param in (*model.classifier_parameters(), *heads)}
+        return [param for param in model.parameters() if id(param) not in excluded]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return the exits, so that a checkpoint can be opened without the flags it was trained with."""
+        return {'exits': [spec.to_dict() for spec in unwrap_model(self.trainable_module).exits.specs]}
+
+    def create_evaluator(self, **kwargs: Any) -> ExitEvaluator:
+        """Return an evaluator for every exit and the ensemble."""
+        if self.loss.multi_label:
+            kwargs.setdefault('multi_label', True)
+        return ExitEvaluator(len(unwrap_model(self.trainable_module).exits), device=self.device, **kwargs)

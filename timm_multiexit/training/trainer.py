@@ -1,0 +1,291 @@
+"""One epoch of training, and one pass over a data set: the loops that the scripts share."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.task import TrainingTask
+from timm.utils import dispatch_clip_grad
+from torch import Tensor
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from timm_multiexit.data.seeding import SeededLoader, Stream, seed_generators
+from timm_multiexit.training.regimes import RegimeControl
+from timm_multiexit.training.running_metrics import Progress
+from timm_multiexit.utils.errors import MultiExitError
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """What stays the same from epoch to epoch.
+
+    Attributes:
+        epochs: Epochs in all, for the progress line.
+        seed: Of every step's random numbers.
+        grad_accum_steps: Batches per optimizer step; the last step of an epoch takes what is left.
+        clip_grad: Bound for the gradients, None for none.
+        clip_mode: 'norm', 'value' or 'agc'.
+        log_interval: Batches between progress lines.
+        channels_last: Give images to the model in that memory format.
+        multi_label: Targets are [B, C] labels.
+        loss_scale: Factor of the loss where batches are of several sizes: 'none', 'sqrt' or 'linear' in the size over
+            `batch_size`.
+        batch_size: Mean size of a batch.
+        mixup_off_epoch: Epoch from which `mixup_fn` mixes no more; 0 for never.
+        synchronize: Wait for the device after every step.
+        shows_progress: Draw a bar.
+    """
+
+    epochs: int = 1
+    seed: int = 42
+    grad_accum_steps: int = 1
+    clip_grad: float | None = None
+    clip_mode: str = 'norm'
+    log_interval: int = 50
+    channels_last: bool = False
+    multi_label: bool = False
+    loss_scale: str = 'none'
+    batch_size: float = 1.0
+    mixup_off_epoch: int = 0
+    synchronize: bool = False
+    shows_progress: bool = False
+
+
+class Trainer:
+    """Trains a task, epoch by epoch.
+
+    Args:
+        task: Gives the loss of a batch; its `trainable_module` is prepared by `accelerator`.
+        optimizer: Prepared by `accelerator`.
+        accelerator: Owns device, precision, gradients and their synchronisation.
+        config: See `TrainerConfig`.
+        scheduler: A timm scheduler; `step_update` is called after every optimizer step.
+        mixup_fn: Mixes a batch where the loader does not.
+        regime: What trains when; everything, always, if not given.
+        on_update: Called after every optimizer step with the trainer.
+
+    Attributes:
+        epoch: The epoch at work, from 0.
+        batch: Batches of it that are done.
+        num_updates: Optimizer steps of the run so far.
+        progress: Running sums of the epoch, None before its first batch.
+        images: The last batch's images.
+        batch_metrics: Its numbers, see `Progress.update`.
+        data_seconds: Time that the epoch waited for data.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        optimizer: Any,
+        *,
+        accelerator: Accelerator,
+        config: TrainerConfig,
+        scheduler: Any | None = None,
+        mixup_fn: Callable | None = None,
+        regime: RegimeControl | None = None,
+        on_update: Callable[['Trainer'], None] | None = None,
+    ):
+        self.task = task
+        self.optimizer = optimizer
+        self.accelerator = accelerator
+        self.config = config
+        self.scheduler = scheduler
+        self.mixup_fn = mixup_fn
+        self.regime = regime
+        self.on_update = on_update
+        raw = getattr(optimizer, 'optimizer', optimizer)
+        # Accelerate's wrapper searches the disk for a package at every step; it is of use to loss scaling alone.
+        self._stepping = optimizer if accelerator.scaler else raw
+        self._is_second_order = bool(getattr(raw, 'is_second_order', False))
+        self._sync_lookahead = getattr(raw, 'sync_lookahead', None)
+        self._dtype = next(task.get_trainable_module().parameters()).dtype
+        self.epoch = self.batch = self.num_updates = 0
+        self.progress: Progress | None = None
+        self.images: Tensor | None = None
+        self.batch_metrics: Tensor | None = None
+        self.data_seconds = 0.0
+
+    def train_epoch(self, epoch: int, loader: SeededLoader, first_batch: int = 0) -> dict[str, float]:
+        """Train for one epoch, or for what is left of it.
+
+        Args:
+            epoch: Its number, from 0.
+            loader: Batches of images and targets, this rank's share.
+            first_batch: Where to begin; `progress` holds the sums of what was before.
+
+        Returns:
+            Means over the epoch and all ranks: loss and its parts, top-1 of each classifier in percent.
+
+        Raises:
+            MultiExitError: A loss became NaN or infinite, the message names the classifier it began with; or there
+                was no batch.
+        """
+        config, accelerator = self.config, self.accelerator
+        self.task.train()
+        num_batches, accum = len(loader), config.grad_accum_steps
+        self.epoch, self.batch = epoch, first_batch
+        self.num_updates = epoch * math.ceil(num_batches / accum) + first_batch // accum
+        self.progress = self.progress if first_batch else None
+        self.data_seconds, self._seen, self._started = 0.0, 0, time.perf_counter()
+        self._set_mixing(epoch)
+        self.optimizer.zero_grad()
+        batches = show_progress(
+            loader.epoch(epoch, first_batch),
+            is_shown=config.shows_progress,
+            total=num_batches - first_batch,
+            description=f'Epoch {epoch + 1}/{config.epochs}',
+        )
+        # A stream may have another number of batches than it says: more would be of no epoch.
+        for images, target in self._timed(islice(batches, num_batches - first_batch)):
+            batch_idx = self.batch
+            is_last = batch_idx + 1 == num_batches
+            # The true window: the tail of an epoch is shorter, and its gradient must not be scaled as if it were full.
+            window = min(accum, num_batches - batch_idx // accum * accum)
+            is_step = is_last or (batch_idx + 1) % accum == 0
+            if self.regime:
+                self.regime.begin_step(epoch + batch_idx / num_batches)
+            seed_generators(config.seed, Stream.STEP, epoch, batch_idx, accelerator.process_index, all_devices=True)
+            with nullcontext() if is_step else accelerator.no_sync(self.task.trainable_module):
+                result, target = self._forward_backward(images, target, window)
+            self._note(result, target)
+            self.batch += 1
+            if is_last or (batch_idx and batch_idx % config.log_interval == 0):
+                self.progress.check_finite(accelerator)
+            if is_step:
+                self._step()
+                if self.on_update:
+                    self.on_update(self)
+            if batch_idx and batch_idx % config.log_interval == 0 and not is_last:
+                self._log(num_batches)
+        if self._sync_lookahead:
+            self._sync_lookahead()
+        if self.progress is None:
+            raise MultiExitError(
+                f'The training data gave no batch in epoch {epoch + 1}: see --batch-size and --workers.'
+            )
+        if self.batch < num_batches:
+            self.progress.check_finite(accelerator)
+        return self.progress.metrics(self.progress.state_dict(accelerator))
+
+    def _set_mixing(self, epoch: int) -> None:
+        if hasattr(self.mixup_fn, 'mixup_enabled'):
+            self.mixup_fn.mixup_enabled = not 0 < self.config.mixup_off_epoch <= epoch
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of all ranks per second, in this epoch."""
+        return self._seen * self.accelerator.num_processes / (time.perf_counter() - self._started)
+
+    @property
+    def learning_rate(self) -> float:
+        """Mean over the optimizer's groups."""
+        groups = self.optimizer.param_groups
+        return sum(group['lr'] for group in groups) / len(groups)
+
+    @property
+    def data_share(self) -> float:
+        """Share of the epoch's time spent waiting for data, 0 to 1."""
+        return self.data_seconds / (time.perf_counter() - self._started)
+
+    def _timed(self, batches: Iterable) -> Iterator:
+        batches = iter(batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.data_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def _forward_backward(self, images: Tensor, target: Tensor, window: int) -> tuple[dict[str, Any], Tensor]:
+        config, device = self.config, self.accelerator.device
+        images, target = images.to(device, self._dtype), target.to(device)
+        if self.mixup_fn is not None:
+            images, target = self.mixup_fn(images, target)
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        self.images = images
+        scale = 1.0
+        if config.loss_scale != 'none':
+            scale = len(images) / config.batch_size
+            scale = math.sqrt(scale) if config.loss_scale == 'sqrt' else scale
+        with self.accelerator.autocast():
+            try:
+                result = self.task(images, target)
+            except ValueError as error:
+                if 'more than 1 value per channel' not in str(error):
+                    raise
+                raise MultiExitError(
+                    f'A batch of {len(images)} is too small for the batch norms: give a larger --batch-size.'
+                ) from error
+        kwargs = {'create_graph': True} if self._is_second_order else {}
+        self.accelerator.backward(result['loss'] * (scale / window), **kwargs)
+        self._seen += len(images)
+        return result, target
+
+    def _note(self, result: dict[str, Any], target: Tensor) -> None:
+        if self.progress is None:
+            count = len(result.get('logits', [0]))
+            self.progress = Progress(count, self.accelerator.device, multi_label=self.config.multi_label)
+        self.batch_metrics = self.progress.update(result, target, self.batch)
+
+    def _step(self) -> None:
+        config = self.config
+        if config.clip_grad is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            params = self.task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
+            params = [param for param in params if param.grad is not None]
+            dispatch_clip_grad(params, value=config.clip_grad, mode=config.clip_mode)
+        with self.regime.rates() if self.regime else nullcontext():
+            self._stepping.step()
+        self._stepping.zero_grad()
+        self.num_updates += 1
+        self.task.update_ema(step=self.num_updates)
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=self.num_updates)
+        if config.synchronize and self.accelerator.device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    def _log(self, num_batches: int) -> None:
+        means = self.progress.metrics()
+        parts = [f'loss {means["loss"]:.3f}']
+        added = {'distillation': 'output_distance', 'features': 'feature_distance', 'teacher': 'kd_distance'}
+        added = ', '.join(f'{name} {means[key]:.3f}' for name, key in added.items() if means[key])
+        if added:
+            parts[0] += f' (task {means["task"]:.3f}, {added})'
+        for name in self.progress.names:
+            top1 = '' if self.config.multi_label else f' {means[f"{name}_top1"]:.1f}%'
+            parts.append(f'{name} {means[f"{name}_loss"]:.3f}{top1}')
+        parts += [f'lr {self.learning_rate:.2e}']
+        parts += [f'{self.images_per_second:.0f} img/s, {100 * self.data_share:.0f}% of it waiting for data']
+        _logger.info(
+            f'Train {self.epoch + 1:>3}/{self.config.epochs} [{self.batch:>4}/{num_batches}]  {" | ".join(parts)}'
+        )
+
+
+def show_progress(batches: Iterable, *, is_shown: bool, total: int | None = None, description: str = '') -> Iterable:
+    """Return the batches, which draw a bar on stderr while they are used if `is_shown`; log lines go above it.
+
+    Args:
+        batches: What to go through.
+        is_shown: False returns `batches` itself; ask for it on the main process only.
+        total: How many there are, if `batches` has no length.
+        description: Text before the bar.
+    """
+    return _draw_bar(batches, total, description) if is_shown else batches
+
+
+def _draw_bar(batches: Iterable, total: int | None, description: str) -> Iterator:
+    with logging_redirect_tqdm():
+        yield from tqdm(batches, desc=description, total=total, leave=False, unit='batch', dynamic_ncols=True)

@@ -1,0 +1,1 @@
+"""Errors, files, text and the environment; nothing here knows of exits."""

@@ -1,0 +1,80 @@
+"""Ending a run when it is asked to, between two steps."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+_logger = logging.getLogger(__name__)
+
+
+# Updates between looks at whether some process was asked to stop; they must agree, which costs a message.
+_INTERVAL = 10
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved where it is.
+
+    Attributes:
+        signal: The number of the signal.
+    """
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.signal = signal_number
+
+
+class Stopper:
+    """Notes SIGTERM and the first SIGINT, so that a run can save and stop after the step; a second one interrupts.
+
+    Args:
+        accelerator: Of the run, whose processes stop together.
+
+    Attributes:
+        signal: The number of the signal that came, 0 for none.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.signal = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note signals for the time of the block."""
+        process = os.getpid()
+
+        def note(number: int, frame: Any) -> None:
+            if os.getpid() != process:
+                return  # data loading processes, which inherit this, must outlive the step
+            if self.signal:
+                raise KeyboardInterrupt
+            self.signal = number
+            _logger.info(f'{signal.Signals(number).name}: saving and stopping after this step.')
+
+        try:
+            previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread, where no handler can be set
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def is_asked(self, num_updates: int | None = None) -> bool:
+        """Return whether to stop now, the same in all processes.
+
+        Args:
+            num_updates: Of the run so far; several processes look only at every tenth. None to look in any case.
+        """
+        if self.accelerator.num_processes > 1:
+            if num_updates is not None and num_updates % _INTERVAL:
+                return False
+            asked = torch.tensor([self.signal], device=self.accelerator.device)
+            self.signal = int(self.accelerator.gather(asked).max())
+        return bool(self.signal)
