@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import write_images
 
-from timm_multiexit.cli import publish
-from timm_multiexit.cli import train, validate
+from timm_multiexit.cli import publish, train, validate
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)

@@ -7,7 +7,7 @@ import pytest
 
 from timm_multiexit.checkpoints.save import save_pretrained
 from timm_multiexit.utils.errors import MultiExitError
-from timm_multiexit.utils.files import RESUME, RUN_AGAIN, explained, new_folder, replacing, write_text
+from timm_multiexit.utils.files import RESUME, RUN_AGAIN, explain_disk_errors, new_folder, replacing, write_text
 
 
 def refuse(*args, **kwargs):
@@ -43,7 +43,7 @@ def test_caller_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr('pathlib.Path.write_text', refuse)
     with pytest.raises(MultiExitError, match='is whole: call the caretaker[.]$'):
         write_text(tmp_path / 'a', 'new', advice='call the caretaker')
-    with pytest.raises(MultiExitError, match=r'go on \(train.py: --resume auto\)[.]$'), explained(tmp_path):
+    with pytest.raises(MultiExitError, match=r'go on \(train.py: --resume auto\)[.]$'), explain_disk_errors(tmp_path):
         refuse()
     assert '--resume' in RESUME
     assert 'train' not in RUN_AGAIN

@@ -28,7 +28,7 @@ from timm_multiexit.evaluation.stamp import name_dataset
 from timm_multiexit.utils.environment import describe_environment
 from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.figures import encode_png
-from timm_multiexit.utils.files import RUN_AGAIN, explained, replacing, write_text
+from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, replacing, write_text
 from timm_multiexit.utils.untrusted import read_json
 
 _logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Write everything and return what `analysis.json` holds, numbers rounded to six digits after the point."""
-        with explained(self.out, advice=RUN_AGAIN):
+        with explain_disk_errors(self.out, advice=RUN_AGAIN):
             self.out.mkdir(parents=True, exist_ok=True)
         numbers = {run.name: self._describe(run) for run in self.runs}
         self._add_curves(numbers)

@@ -18,7 +18,7 @@ from timm_multiexit.exits.taps import classifier_names
 from timm_multiexit.factory import create_model
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.training.regimes import Regime
-from timm_multiexit.utils.errors import REFUSALS, MultiExitError, one_line
+from timm_multiexit.utils.errors import LIBRARY_ERRORS, MultiExitError, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def create_train_model(args: Namespace, num_classes: int | None, resume: Any = N
         model = _create_architecture(args)
     except MultiExitError:
         raise
-    except REFUSALS as error:
+    except LIBRARY_ERRORS as error:
         raise MultiExitError(
             f'{args.model} cannot be made so: {one_line(error)}. See the flags of the model and --model-kwargs.'
         ) from error
@@ -103,7 +103,7 @@ def _find_img_size(args: Namespace) -> Any:
         given = {'pretrained_cfg': cfg, **saved, **given}
     try:
         return resolve_model_input_args(name, vars(args), **given).get('img_size')
-    except REFUSALS as error:
+    except LIBRARY_ERRORS as error:
         raise MultiExitError(f'{args.model} cannot be made so: {one_line(error)}. See --img-size.') from error
 
 
@@ -178,12 +178,12 @@ def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None
     try:
         meta_copy(model).eval()(torch.empty(2, *input_size, device='meta'))
         return
-    except REFUSALS:
+    except LIBRARY_ERRORS:
         pass  # a few models read their data, which is not there: asked again with data
     modes = [module.training for module in model.modules()]
     try:
         model.eval()(torch.zeros(2, *input_size, dtype=next(model.parameters()).dtype))
-    except REFUSALS as error:
+    except LIBRARY_ERRORS as error:
         raise MultiExitError(
             f'The model does not take images of {list(input_size)}: {one_line(error)}. Give another --img-size.'
         ) from error

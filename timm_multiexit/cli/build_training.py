@@ -28,7 +28,7 @@ from timm_multiexit.losses.teachers import KDConfig
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.training.regimes import Regime, split_exit_groups
 from timm_multiexit.training.task import MultiExitTask
-from timm_multiexit.utils.errors import REFUSALS, MultiExitError, one_line
+from timm_multiexit.utils.errors import LIBRARY_ERRORS, MultiExitError, one_line
 
 _SQRT_SCALED = ('ada', 'lamb')  # optimizers whose rate timm scales with the root of the batch
 
@@ -55,7 +55,7 @@ def create_train_optimizer(
         args.lr = args.lr_base * (ratio**0.5 if args.lr_base_scale == 'sqrt' else ratio)
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    except REFUSALS as error:
+    except LIBRARY_ERRORS as error:
         raise MultiExitError(
             f'--opt {args.opt} cannot be made so: {one_line(error)}. See its flags and --opt-kwargs.'
         ) from error
@@ -227,7 +227,7 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device) -> Trai
         return _create_task(args, model, teacher, common)
     except MultiExitError:
         raise
-    except REFUSALS as error:
+    except LIBRARY_ERRORS as error:
         if not teacher:
             raise
         raise MultiExitError(f'--kd-model-name {args.kd_model_name} cannot teach so: {one_line(error)}.') from error

@@ -19,7 +19,7 @@ from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint
 from timm_multiexit.data.loaders import create_eval_loader
 from timm_multiexit.evaluation.metrics import ExitEvaluator
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.utils.errors import REFUSALS, MultiExitError, one_line
+from timm_multiexit.utils.errors import LIBRARY_ERRORS, MultiExitError, one_line
 from timm_multiexit.utils.text import ENSEMBLE, format_table
 
 
@@ -56,7 +56,7 @@ def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExi
             backbone = create_backbone(name, pretrained=True)
     except MultiExitError as error:
         raise MultiExitError(f'--compare {text}: {error}') from error
-    except (*REFUSALS, KeyError, SafetensorError) as error:
+    except (*LIBRARY_ERRORS, KeyError, SafetensorError) as error:
         raise MultiExitError(f'--compare {text}: the weights cannot be had: {one_line(error)}.') from error
     if backbone.num_classes != num_classes:
         raise MultiExitError(

@@ -20,7 +20,7 @@ from timm_multiexit.hub_client.errors import (
     check_revision,
     check_token,
     endpoint,
-    explained,
+    explain_hub_errors,
     is_token_refused,
 )
 from timm_multiexit.hub_client.files import Change, RemoteFile, check_file_name, check_owned, compare, local_files
@@ -112,7 +112,7 @@ def fetch_files(
     check_token(None, repo_id)
     snapshot = None
     for name in file_names:
-        with explained(repo_id, revision or 'main', name):
+        with explain_hub_errors(repo_id, revision or 'main', name):
             folder = _fetch_file(repo_id, name, snapshot.commit if snapshot else revision, cache_dir).parent
         if not _COMMIT.fullmatch(folder.name) or (snapshot and folder.name != snapshot.commit):
             raise MultiExitError(f"{endpoint()} gave no commit for {name} of '{repo_id}': check HF_ENDPOINT.")
@@ -148,7 +148,7 @@ def check_push(repo_id: str, *, token: str | None = None, private: bool = False)
     """
     check_repo_id(repo_id)
     check_token(token, repo_id, is_required=True)
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         answer = _api(token).whoami()
         user, auth = answer['name'], (answer.get('auth') or {}).get('accessToken') or {}
         writable = [org['name'] for org in answer.get('orgs') or () if org.get('roleInOrg') != 'read']
@@ -174,7 +174,7 @@ def full_name(repo_id: str, *, token: str | None = None) -> str:
         return repo_id
     try:
         check_token(token, repo_id, is_required=True)
-        with explained(repo_id):
+        with explain_hub_errors(repo_id):
             return f'{_api(token).whoami()["name"]}/{repo_id}'
     except MultiExitError as error:
         raise MultiExitError(f"'{repo_id}' names no user: give namespace/name. {error}") from error
@@ -236,7 +236,7 @@ def push_folder(
     changes = _plan(files, repo_id, info).changes
     has_changes = any(change.action != 'keep' for change in changes)
     has_tag = tag is not None and _find_tag(api, repo_id, tag, info, has_changes=has_changes)
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         if info is None:
             # None leaves it to the organization, some of which allow private ones alone.
             api.create_repo(repo_id, private=private or None)
@@ -245,7 +245,7 @@ def push_folder(
                 raise MultiExitError(f"'{repo_id}' was made public by {endpoint()}, so nothing was pushed: delete it.")
         commit = _commit(api, repo_id, files, changes, info.sha, message) if has_changes else info.sha
     if tag is not None and not has_tag:
-        with explained(repo_id, before=f'Commit {commit} is pushed, its tag is not. '):
+        with explain_hub_errors(repo_id, before=f'Commit {commit} is pushed, its tag is not. '):
             api.create_tag(repo_id, tag=tag, revision=commit)
     return PushResult(repo_id, commit, f'{endpoint()}/{repo_id}/tree/{commit}', commit != info.sha)
 
@@ -267,7 +267,7 @@ def _find_tag(api: HfApi, repo_id: str, tag: str, info: ModelInfo | None, *, has
     """Return whether the tag is at the commit that the push will end at; one that is elsewhere is an error."""
     branches, tags = ['main'], {}
     if info is not None:
-        with explained(repo_id):
+        with explain_hub_errors(repo_id):
             refs = api.list_repo_refs(repo_id)
         branches += [ref.name for ref in refs.branches]
         tags = {ref.name: ref.target_commit for ref in refs.tags}
@@ -286,7 +286,7 @@ def _plan(files: dict[str, Path], repo_id: str, info: ModelInfo | None) -> PushP
     for sibling in (info and info.siblings) or ():
         digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         remote[sibling.rfilename] = RemoteFile(sibling.size or 0, digest, bool(sibling.lfs))
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         changes = compare(files, remote)
     return PushPlan(repo_id, endpoint(), info is not None, info and info.sha, changes)
 
@@ -298,7 +298,7 @@ def _read_remote(api: HfApi, repo_id: str, *, private: bool) -> ModelInfo | None
         MultiExitError: The Hub fails, or what is there must not be pushed to.
     """
     check_token(api.token, repo_id)
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         try:
             info = api.model_info(repo_id, files_metadata=True)
         except RepositoryNotFoundError as error:

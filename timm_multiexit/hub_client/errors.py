@@ -91,7 +91,7 @@ def check_token(token: str | None, repo_id: str, *, is_required: bool = False) -
         repo_id: What it is for.
         is_required: Raise without a token as well.
     """
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         token = token or get_token()
     if token is None and is_required:
         raise MultiExitError(f"'{repo_id}' cannot be pushed to without a token: {_LOG_IN}.")
@@ -105,7 +105,9 @@ def is_token_refused(error: HfHubHTTPError) -> bool:
 
 
 @contextmanager
-def explained(repo_id: str, revision: str = 'main', file_name: str = 'file', *, before: str = '') -> Iterator[None]:
+def explain_hub_errors(
+    repo_id: str, revision: str = 'main', file_name: str = 'file', *, before: str = ''
+) -> Iterator[None]:
     """Turn what the client raises into one line.
 
     Args:

@@ -19,7 +19,7 @@ from timm_multiexit.training.running_metrics import Progress
 from timm_multiexit.training.saver import RunSaver
 from timm_multiexit.training.trainer import Trainer
 from timm_multiexit.utils.errors import MultiExitError
-from timm_multiexit.utils.files import RESUME, explained, write_text
+from timm_multiexit.utils.files import RESUME, explain_disk_errors, write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Checkpointing:
         """Make the folder, or remove from it what a kill left half written."""
         if not self.accelerator.is_main_process:
             return
-        with explained(folder):
+        with explain_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.saver = RunSaver(
             run_state=self._state,

@@ -14,7 +14,7 @@ from torch import nn
 from timm_multiexit.checkpoints.run_folder import BEST_NAME
 from timm_multiexit.checkpoints.save import save_pretrained
 from timm_multiexit.evaluation.stamp import _fit_channels
-from timm_multiexit.utils.files import explained
+from timm_multiexit.utils.files import explain_disk_errors
 
 _OLD_BEST_NAME = '.best-old'
 
@@ -69,7 +69,7 @@ class RunSaver(CheckpointSaver):
         """
         best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
         shutil.rmtree(new, ignore_errors=True)
-        with explained(best):
+        with explain_disk_errors(best):
             data_config = data_config and _fit_channels(data_config)
             save_pretrained(_joined(model), new, data_config=data_config, label_names=label_names)
             shutil.rmtree(old, ignore_errors=True)
@@ -116,20 +116,20 @@ class RunSaver(CheckpointSaver):
             path.unlink(missing_ok=True)
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
-        with explained(save_path, draft=save_path), open(save_path, 'wb') as file:
+        with explain_disk_errors(save_path, draft=save_path), open(save_path, 'wb') as file:
             super()._save(file, epoch, metric)
             file.flush()
             os.fsync(file.fileno())
 
     def _replace(self, src: str, dst: str) -> None:
         # timm removes the old file first, and a kill in between leaves neither.
-        with explained(dst):
+        with explain_disk_errors(dst):
             os.replace(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
         temporary = Path(dst).with_name(f'.link-{Path(dst).name}')
         temporary.unlink(missing_ok=True)
-        with explained(dst, draft=temporary):
+        with explain_disk_errors(dst, draft=temporary):
             try:
                 os.link(src, temporary)
             except (OSError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""What other libraries raise, and what they say in one line."""
+"""Errors of this package, checks of numbers, and helpers for errors raised by other libraries."""
 
 import math
 import reprlib
@@ -17,8 +17,44 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
-class MultiExitError(ValueError):
-    """A request that cannot be met. The message is one line: what was wrong, what is allowed, what to do."""
+class MultiExitError(Exception):
+    """Base of all errors raised on purpose.
+
+    The message is one line: `NAME must be ALLOWED, got VALUE. HINT`. Each kind is also the built-in error that Python
+    users would catch for it.
+    """
+
+
+class InvalidValueError(MultiExitError, ValueError):
+    """An argument, a flag or a combination of them has a value that is not allowed."""
+
+
+class InvalidTypeError(MultiExitError, TypeError):
+    """An argument is of the wrong type."""
+
+
+class StateError(MultiExitError, RuntimeError):
+    """What was called does not go with the state that the model or the run is in."""
+
+
+class MissingFileError(MultiExitError, FileNotFoundError):
+    """A file or folder does not exist."""
+
+
+class DataError(MultiExitError, ValueError):
+    """A data set, an image or a label cannot be used."""
+
+
+class CheckpointError(MultiExitError, ValueError):
+    """A model folder, a training checkpoint or a file of a run cannot be read, or its content is not allowed."""
+
+
+class HubError(MultiExitError, OSError):
+    """The Hugging Face Hub refused a request, or could not be reached."""
+
+
+class DiskError(MultiExitError, OSError):
+    """A file could not be written."""
 
 
 def checked_number(name: str, value: float, is_positive: bool = False) -> float:
@@ -30,12 +66,12 @@ def checked_number(name: str, value: float, is_positive: bool = False) -> float:
         is_positive: 0 is not allowed.
 
     Raises:
-        MultiExitError: It is something else.
+        InvalidValueError: It is something else.
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or value < 0 or (is_positive and value == 0):
-        allowed = 'above 0' if is_positive else 'of 0 or more'
-        raise MultiExitError(f'{name} is {value!r}, allowed is a finite number {allowed}; change it.')
+        allowed = 'a finite number > 0' if is_positive else 'a finite number >= 0'
+        raise InvalidValueError(f'{name} must be {allowed}, got {value!r}.')
     return float(value)
 
 
@@ -47,12 +83,13 @@ def checked_weights(name: str, weights: Iterable[float]) -> tuple[float, ...]:
         weights: The numbers.
 
     Raises:
-        MultiExitError: It is something else.
+        InvalidTypeError: It is not a list.
+        InvalidValueError: One of them is not such a number.
     """
     if isinstance(weights, str) or not isinstance(weights, Iterable):
-        raise MultiExitError(
-            f'{name} is {weights!r}, allowed is a list with one number for each classifier;'
-            ' give them exits shallow to deep, then main.'
+        raise InvalidTypeError(
+            f'{name} must be a list with one number for each classifier, exits shallow to deep, then main,'
+            f' got {weights!r}.'
         )
     return tuple(checked_number(f'{name}[{idx}]', weight) for idx, weight in enumerate(weights))
 
@@ -63,8 +100,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and -1e300 <= value <= 1e300
 
 
-# Of timm and torch, for keywords and numbers that they do not take, and for weights that are not to be had.
-REFUSALS = (TypeError, ValueError, AssertionError, IndexError, RuntimeError, OSError)
+# What timm and torch raise for keywords and numbers that they do not take, and for weights that cannot be found.
+LIBRARY_ERRORS = (TypeError, ValueError, AssertionError, IndexError, RuntimeError, OSError)
 
 
 def one_line(error: object, limit: int | None = 200) -> str:

@@ -17,7 +17,7 @@ RESUME = 'make room and go on (train.py: --resume auto)'
 RUN_AGAIN = 'make room, then go on or run it again'
 
 
-class explained:  # noqa: N801 - reads as a statement
+class explain_disk_errors:  # noqa: N801 - reads as a statement
     """Turns a full or unwritable disk into one line.
 
     Args:
@@ -63,7 +63,7 @@ def replacing(path: str | os.PathLike, *, advice: str = RUN_AGAIN) -> Iterator[P
     path = Path(path)
     draft = path.with_name(f'.{path.name}.tmp')
     try:
-        with explained(path, advice=advice):
+        with explain_disk_errors(path, advice=advice):
             yield draft
             os.replace(draft, path)
     finally:
@@ -95,7 +95,7 @@ def new_folder(path: str | os.PathLike, mark: str) -> Iterator[Path]:
     path = Path(path).absolute()
     draft = path.with_name(f'.{path.name}.new')
     try:
-        with explained(path, advice=RUN_AGAIN):
+        with explain_disk_errors(path, advice=RUN_AGAIN):
             holds_others = path.exists() and (not path.is_dir() or any(path.iterdir())) and not (path / mark).is_file()
             if holds_others or path == Path.cwd():
                 raise MultiExitError(f'{path} holds other files or is in use: give another folder.')

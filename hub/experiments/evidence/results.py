@@ -11,7 +11,7 @@ from typing import Any
 
 from evidence.plan import PlannedRun, to_command_line
 from timm_multiexit.utils.errors import MultiExitError
-from timm_multiexit.utils.files import RUN_AGAIN, explained, write_text
+from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, write_text
 
 FORMAT = 1
 
@@ -118,7 +118,7 @@ def write_result(folder: Path, run: PlannedRun, result: dict[str, Any]) -> None:
         MultiExitError: The disk is full or cannot be written.
     """
     path = result_path(folder, run)
-    with explained(path, advice=RUN_AGAIN):
+    with explain_disk_errors(path, advice=RUN_AGAIN):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result, indent=1) + '\n')
 

@@ -11,7 +11,7 @@ from timm_multiexit.cli.flags.config_file import read_config
 from timm_multiexit.cli.flags.exit_flags import EXIT_FLAGS, EXIT_TRAIN_FLAGS
 from timm_multiexit.cli.flags.parser import NAMES, RANGES
 from timm_multiexit.cli.flags.train_args import DIGITS_DEFAULTS, create_train_parser, parse_train_args
-from timm_multiexit.cli.flags.train_rules import REFUSALS, loss_kwargs
+from timm_multiexit.cli.flags.train_rules import TRAIN_RULES, loss_kwargs
 from timm_multiexit.cli.flags.validate_args import create_validate_parser
 from timm_multiexit.utils.errors import MultiExitError
 
@@ -349,7 +349,7 @@ def test_every_row_of_refusals_is_tried():
         with pytest.raises(MultiExitError) as caught:
             parse_train_args(argv.split())
         lines.append(str(caught.value))
-    tails = [line.replace('{', '}').split('}') for _, line in REFUSALS]
+    tails = [line.replace('{', '}').split('}') for _, line in TRAIN_RULES]
     untried = [parts for parts in tails if not any(all(part in line for part in parts[::2]) for line in lines)]
     assert untried == []
 

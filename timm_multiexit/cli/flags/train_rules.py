@@ -55,7 +55,7 @@ def _lacks_sizes(args: Namespace) -> bool:
 
 
 # A claim about the arguments that must not hold, and the line to print where it does.
-REFUSALS: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
+TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
     (lambda a: a.torchscript, '--torchscript is not in this script (torch.jit is deprecated): use --torchcompile.'),
     (lambda a: a.naflex_loader, "--naflex-loader is not in this script: use timm's own train.py."),
     (lambda a: a.fuser, "--fuser is '{fuser}', this script has none (fusers are TorchScript's): use --torchcompile."),
@@ -181,7 +181,7 @@ def check_args(args: Namespace, exit_flags: Iterable[Flag]) -> None:
         for flag in exit_flags:
             if getattr(args, flag.dest) != flag.default:
                 raise MultiExitError(f'{flag.names} needs exits: add --exits or --exit-loss.')
-    for is_refused, line in REFUSALS:
+    for is_refused, line in TRAIN_RULES:
         if is_refused(args):
             raise MultiExitError(line.format_map(vars(args)))
     _check_schedule(args)
