@@ -40,7 +40,7 @@ def exit_points(
 
 
 def create_model(
-    model_name: str,
+    model_name: str | Source,
     pretrained: bool = False,
     *,
     exits: ExitsArg | None = None,

@@ -78,7 +78,15 @@ class Measurer:
             raise MultiExitError('Images cannot be chosen from a stream: give --data-dir a folder of images.')
         if places is not None:
             dataset = TransformSubset(dataset, places)
-        return create_eval_loader(self.args, dataset, data_config, self.accelerator)
+        return create_eval_loader(
+            dataset,
+            data_config=data_config,
+            batch_size=self.args.batch_size,
+            accelerator=self.accelerator,
+            num_workers=self.args.workers,
+            pin_memory=self.args.pin_mem,
+            uses_prefetcher=not self.args.no_prefetcher,
+        )
 
     def _check_targets(self, run: Run, collected: LogitSet) -> None:
         targets, num_classes = collected.targets, collected.logits[-1].shape[1]

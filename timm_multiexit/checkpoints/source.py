@@ -110,17 +110,19 @@ class Source(ModelFolder):
         return model
 
 
-def find_source(model_name: str, **kwargs: Any) -> Source | None:
+def find_source(model_name: str | Source, **kwargs: Any) -> Source | None:
     """Return the folder that a model name means, None for a name of timm's registry.
 
     Raises:
         MultiExitError: See `find_folder`, whose arguments these are.
     """
+    if isinstance(model_name, Source):
+        return model_name
     found = find_folder(model_name, **kwargs)
     return None if found is None else Source(*found)
 
 
-def create_backbone(model_name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_backbone(model_name: str | Source, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Return a plain timm model: `timm.create_model`, but that folders and repositories are not trusted.
 
     Raises:

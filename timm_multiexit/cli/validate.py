@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 
 import timm_multiexit as tme
-from timm_multiexit.checkpoints.source import create_backbone
+from timm_multiexit.checkpoints.source import create_backbone, find_source
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint, restore_exits
-from timm_multiexit.cli.build_model import model_kwargs, pin_model
+from timm_multiexit.cli.build_model import model_kwargs
 from timm_multiexit.cli.flags.validate_args import create_validate_parser
 from timm_multiexit.cli.launch import setup_logging
 from timm_multiexit.data.digits import DIGITS
@@ -55,9 +55,10 @@ def create_model(args):
             setattr(args, name, trained[name])
     if args.model is None:
         raise tme.MultiExitError('No model: give --model NAME, --model local-dir:FOLDER, or --checkpoint PATH.')
-    source = pin_model(args)
-    kwargs, size = model_kwargs(args)
+    source = find_source(args.model, **args.model_kwargs)
+    kwargs, size = model_kwargs(args, source)
     if source is not None:
+        args.model = source.name
         kwargs['pretrained'] = True
     if args.exits is not None or (source is not None and source.config.exits):
         model = tme.create_model(

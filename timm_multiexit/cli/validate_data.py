@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
+from timm_multiexit.cli.build_training import loader_options
 from timm_multiexit.data.datasets import class_to_idx, create_checked_dataset
 from timm_multiexit.data.holdout import SubsetReader, TransformSubset, hold_out
 from timm_multiexit.data.loaders import create_eval_loader
@@ -191,5 +192,6 @@ def load_mixed_batch(args: Namespace, dataset: Any, data_config: dict[str, Any],
     if not isinstance(dataset, IterableDataset):
         places = np.linspace(0, len(dataset) - 1, min(args.batch_size, len(dataset))).round().astype(int)
         dataset = TransformSubset(dataset, places.tolist())
-    images, _ = next(iter(create_eval_loader(args, dataset, data_config, accelerator)))
+    loader = create_eval_loader(dataset, data_config=data_config, accelerator=accelerator, **loader_options(args))
+    images, _ = next(iter(loader))
     return images.to(accelerator.device)

@@ -82,7 +82,15 @@ def compare(
     rows = []
     for name, model in models.items():
         data_config = resolve_data_config({}, model=model)
-        loader = create_eval_loader(args, copy.copy(dataset), data_config, accelerator)
+        loader = create_eval_loader(
+            copy.copy(dataset),
+            data_config=data_config,
+            batch_size=args.batch_size,
+            accelerator=accelerator,
+            num_workers=args.workers,
+            pin_memory=args.pin_mem,
+            uses_prefetcher=not args.no_prefetcher,
+        )
         metrics = evaluate_loader(model.to(accelerator.device), loader, accelerator=accelerator).metrics['main']
         model.cpu()
         cost = model.cost(data_config['input_size'])[-1].fixed

@@ -3,10 +3,8 @@
 import os
 from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.models.multi_exit import MultiExitModel
 
 
@@ -26,25 +24,34 @@ _READERS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 _FOLDER_READERS = ('image_folder', 'folder')
 
 
+# Accelerate's names of mixed precision.
+_PRECISIONS = {'fp16': 'amp float16', 'bf16': 'amp bfloat16'}
+
+
 def describe_inputs(
-    args: Namespace, model: MultiExitModel, data_config: dict[str, Any], folder: Path | None
+    model: MultiExitModel,
+    data_config: Mapping[str, Any],
+    *,
+    dataset: str,
+    precision: str = 'no',
+    weights: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return what results are of: dataset, input_size, preparation, precision, and the SHA-256 of a folder's weights.
+    """Return what results are of: dataset, input_size, preparation, precision, and the SHA-256 of weights.
 
     Args:
-        args: Of the command line.
         model: What was evaluated.
-        data_config: How images are made ready.
-        folder: Whose weights were evaluated; None for none.
+        data_config: How images are prepared.
+        dataset: Name of the data set.
+        precision: `mixed_precision` of the accelerator.
+        weights: What `hash_weights` returned for the folder whose weights were evaluated; None for none.
     """
-    weights = {} if folder is None else {'weights': hash_weights(folder)}
     dtype = str(next(model.parameters()).dtype).removeprefix('torch.')
     return {
-        'dataset': name_dataset(args),
+        'dataset': dataset,
         'input_size': list(data_config['input_size']),
         'preparation': describe_preparation(data_config),
-        'precision': f'amp {args.amp_dtype}' if args.amp else dtype,
-        **weights,
+        'precision': _PRECISIONS.get(precision, dtype),
+        **({} if weights is None else {'weights': dict(weights)}),
     }
 
 

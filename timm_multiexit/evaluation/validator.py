@@ -63,7 +63,7 @@ from timm_multiexit.evaluation.report import (
     short_name,
 )
 from timm_multiexit.evaluation.speed import time_exits, time_policies
-from timm_multiexit.evaluation.stamp import describe_inputs
+from timm_multiexit.evaluation.stamp import describe_inputs, name_dataset
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.budgets import BudgetTable, parse_budget
 from timm_multiexit.policies.policy import ExitPolicy
@@ -146,7 +146,7 @@ class Validator:
 
     def run(self) -> Validation:
         """Return the report; in several processes, and for a model without exits, the table alone."""
-        loader = create_eval_loader(self.args, self.dataset, self.data_config, self.accelerator)
+        loader = self._create_loader(self.dataset)
         if not self._keeps_logits():
             evaluation = self._evaluate(loader)
             return self._begin(evaluation.metrics, evaluation.num_samples)
@@ -175,6 +175,18 @@ class Validator:
             )
         return size <= _MAX_UNASKED_BYTES
 
+    def _create_loader(self, dataset: Any) -> Any:
+        args = self.args
+        return create_eval_loader(
+            dataset,
+            data_config=self.data_config,
+            batch_size=args.batch_size,
+            accelerator=self.accelerator,
+            num_workers=args.workers,
+            pin_memory=args.pin_mem,
+            uses_prefetcher=not args.no_prefetcher,
+        )
+
     def _evaluate(self, loader: Any) -> Any:
         return evaluate_loader(self.model, loader, accelerator=self.accelerator, channels_last=self.args.channels_last)
 
@@ -192,14 +204,20 @@ class Validator:
         args = self.args
         is_written = args.save_policy or (args.results_file and args.results_format == 'json')
         folder = find_own_folder(args, self.model) if is_written and self.accelerator.is_main_process else None
-        return describe_inputs(args, self.model, self.data_config, folder)
+        return describe_inputs(
+            self.model,
+            self.data_config,
+            dataset=name_dataset(args),
+            precision=self.accelerator.mixed_precision,
+            weights=None if folder is None else hash_weights(folder),
+        )
 
     def _calibrate(self, reported: LogitSet) -> Calibration | None:
         """Return what thresholds are chosen on, prepared like the reported images, without augmentation."""
         if self.calibration_split is None:
             return None
         dataset, source = self.calibration_split
-        loader = create_eval_loader(self.args, dataset, self.data_config, self.accelerator)
+        loader = self._create_loader(dataset)
         collected = self._collect(loader)
         num_shared, num = collected.count_shared(reported), len(collected.targets)
         check_other_images(self.args, num_shared, num, num_by_chance=_MAX_TWICE * num)

@@ -14,7 +14,7 @@ from timm_multiexit.utils.text import exit_names
 _PARTS = ('task', 'output_distance', 'feature_distance', 'kd_distance')
 
 
-class Progress:
+class RunningMetrics:
     """Loss, its parts and top-1 of every classifier in training, over the part of an epoch that is done.
 
     Args:
