@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_multiexit.data.seeding import SeededLoader, Stream, seed_generators
+from timm_multiexit.losses.multi_exit_loss import LossTerms
 from timm_multiexit.training.regimes import RegimeControl
 from timm_multiexit.training.running_metrics import RunningMetrics
 from timm_multiexit.utils.errors import MultiExitError
@@ -261,10 +262,9 @@ class Trainer:
     def _log(self, num_batches: int) -> None:
         means = self.progress.metrics()
         parts = [f'loss {means["loss"]:.3f}']
-        added = {'distillation': 'output_distance', 'features': 'feature_distance', 'teacher': 'kd_distance'}
-        added = ', '.join(f'{name} {means[key]:.3f}' for name, key in added.items() if means[key])
+        added = [f'{name} {means[name]:.3f}' for name in LossTerms._fields[2:] if means[name]]
         if added:
-            parts[0] += f' (task {means["task"]:.3f}, {added})'
+            parts[0] += f' (task {means["task"]:.3f}, {", ".join(added)})'
         for name in self.progress.names:
             top1 = '' if self.config.multi_label else f' {means[f"{name}_top1"]:.1f}%'
             parts.append(f'{name} {means[f"{name}_loss"]:.3f}{top1}')
