@@ -46,7 +46,7 @@ class MultiExitTask(TrainingTask):
             do not allow it, or the teacher has other classes.
 
     >>> import torch
-    >>> from timm_multiexit.attach import attach_exits
+    >>> from timm_multiexit.models.attach import attach_exits
     >>> from timm_multiexit.losses import create_loss
     >>> model = attach_exits(__import__('timm').create_model('test_resnet', num_classes=10))
     >>> result = MultiExitTask(model, create_loss('eed'))(torch.randn(2, 3, 32, 32), torch.tensor([1, 7]))

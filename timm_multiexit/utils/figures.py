@@ -39,6 +39,16 @@ def encode_png(figure: Any) -> bytes:
     return content.getvalue()
 
 
+def depth_shades(count: int) -> list[Any]:
+    """Return one colour per classifier, light for the shallowest to dark for the deepest.
+
+    Viridis darkens evenly, so the order shows in grey too; its lightest fifth is too pale on white.
+    """
+    from matplotlib import colormaps
+
+    return [colormaps['viridis'](0.8 * (1 - idx / max(count - 1, 1))) for idx in range(count)]
+
+
 def show_epochs(axes: Any) -> None:
     """Give the axes whole epochs and a grid."""
     from matplotlib.ticker import MaxNLocator
