@@ -15,7 +15,6 @@ from evidence.results import collect_result, is_done, read_results, write_result
 from evidence.table import (
     END,
     START,
-    T_QUANTILES,
     baselines,
     describe_difference,
     format_tables,
@@ -237,18 +236,6 @@ def test_file_that_is_no_result_is_refused_by_name(tmp_path, text):
 
 
 # Statistics
-
-
-@pytest.mark.parametrize('freedom', T_QUANTILES)
-def test_quantile_leaves_two_and_a_half_percent_above_it(freedom):
-    # By Simpson's rule over the density, of the half below the quantile.
-    x = torch.linspace(0, T_QUANTILES[freedom], 20001, dtype=torch.float64)
-    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
-    density = math.exp(log_scale) * (1 + x.square() / freedom) ** (-(freedom + 1) / 2)
-    weights = torch.ones_like(x)
-    weights[1:-1:2], weights[2:-1:2] = 4, 2
-    below = (weights * density).sum() * (x[1] - x[0]) / 3
-    assert 0.475 == pytest.approx(below.item(), abs=3e-5)
 
 
 def test_interval_holds_the_mean_in_nineteen_of_twenty_samples():

@@ -155,7 +155,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [read_result(path) for path in sorted(folder.glob('*.json'))]
 
 
-def check_flags(run: PlannedRun, flags: dict[str, Any], where: Path) -> None:
+def check_same_flags(run: PlannedRun, flags: dict[str, Any], where: Path) -> None:
     """Check that what was done is what is planned: names alone do not say it once a recipe has changed.
 
     Raises:
@@ -170,7 +170,7 @@ def check_flags(run: PlannedRun, flags: dict[str, Any], where: Path) -> None:
             )
 
 
-def check_extra(extra: Iterable[str], was: Iterable[str], where: Path) -> None:
+def check_extra_flags(extra: Iterable[str], was: Iterable[str], where: Path) -> None:
     """Check that flags beyond the plan's are those of what is there.
 
     Raises:
@@ -198,7 +198,7 @@ def is_done(run: PlannedRun, folder: Path, extra: Sequence[str] | None = None) -
     if not path.exists():
         return False
     result = read_result(path)
-    check_flags(run, result['flags'], path)
+    check_same_flags(run, result['flags'], path)
     if extra is not None:
-        check_extra(extra, result.get('extra', ()), path)
+        check_extra_flags(extra, result.get('extra', ()), path)
     return True
