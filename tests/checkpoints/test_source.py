@@ -16,11 +16,10 @@ from huggingface_hub import constants
 import timm_multiexit as tme
 from timm_multiexit.checkpoints import source as sources
 from timm_multiexit.cli import validate
-from timm_multiexit.cli.build_model import create_train_model, model_kwargs
+from timm_multiexit.cli.build_model import create_static, create_train_model, model_kwargs
 from timm_multiexit.cli.build_training import create_task
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.flags.validate_args import create_validate_parser
-from timm_multiexit.evaluation.evaluate import create_static
 from timm_multiexit.publishing.push import push_to_hub
 
 REPO = 'org/net'

@@ -14,7 +14,7 @@ from timm_multiexit.checkpoints.load import load_pretrained
 from timm_multiexit.checkpoints.run_folder import RESULTS_NAME, VALIDATION_NAME, read_origin
 from timm_multiexit.checkpoints.save import hash_weights, save_pretrained
 from timm_multiexit.cli.flags.parser import option_name
-from timm_multiexit.evaluation.evaluate import ExitTable, make_table
+from timm_multiexit.evaluation.exit_table import ExitTable, make_table
 from timm_multiexit.hub_client.client import PushResult, check_push, push_folder
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin

@@ -18,6 +18,7 @@ from timm.utils import distribute_bn, random_seed, unwrap_model
 from torchvision.utils import save_image
 
 from timm_multiexit.checkpoints.run_folder import BEST_NAME, load_best, read_origin
+from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
 from timm_multiexit.cli.build_model import check_image_size, create_regime, create_train_model, place_model
 from timm_multiexit.cli.build_training import (
@@ -29,9 +30,9 @@ from timm_multiexit.cli.build_training import (
 )
 from timm_multiexit.data.datasets import class_names, is_same_split
 from timm_multiexit.data.loaders import create_eval_loader, create_train_loader
-from timm_multiexit.evaluation.evaluate import Evaluation, evaluate_loader, make_table
+from timm_multiexit.evaluation.exit_table import Evaluation, evaluate_loader, make_table
 from timm_multiexit.evaluation.metrics import evaluation_columns, flatten_metrics
-from timm_multiexit.evaluation.stamp import describe_inputs
+from timm_multiexit.evaluation.stamp import describe_inputs, name_dataset
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.publishing.push import check_publishing, publish_at_end
@@ -97,7 +98,13 @@ def report(
     results = {
         'split': split,
         'num_samples': table.num_samples,
-        **describe_inputs(args, best, data_config, folder / 'best'),
+        **describe_inputs(
+            best,
+            data_config,
+            dataset=name_dataset(args.dataset, args.data_dir),
+            precision=accelerator.mixed_precision,
+            weights=hash_weights(folder / 'best'),
+        ),
         'epochs': num_epochs,
         'epoch_chosen_on': chosen_on,
         'epoch_chosen_by': None if best_epoch is None else args.eval_metric,
