@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from timm_multiexit.checkpoints.source import Source, create_empty, find_source
+from timm_multiexit.checkpoints.source import ModelSource, create_empty_backbone, find_source
 from timm_multiexit.exits.placement import ExitsArg, _input_size, _stage_points
 from timm_multiexit.exits.survey import ExitPoint, survey_backbone
 from timm_multiexit.models.attach import attach_exits
@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 
 def exit_points(
-    backbone: nn.Module | str,
+    backbone: nn.Module | str | ModelSource,
     input_size: tuple[int, int, int] | None = None,
 ) -> tuple[ExitPoint, ...]:
     """Return the places that `feature_info` names where an exit can be attached, shallow to deep.
@@ -34,13 +34,13 @@ def exit_points(
     >>> [(point.index, point.module, point.reduction) for point in exit_points('resnet18')]
     [(0, 'act1', 2), (1, 'layer1.1', 4), (2, 'layer2.1', 8), (3, 'layer3.1', 16), (4, 'layer4.1', 32)]
     """
-    if isinstance(backbone, str):
-        backbone = create_empty(backbone)
+    if isinstance(backbone, str | ModelSource):
+        backbone = create_empty_backbone(backbone)
     return _stage_points(backbone, survey_backbone(backbone, (), _input_size(backbone, input_size)))
 
 
 def create_model(
-    model_name: str,
+    model_name: str | ModelSource,
     pretrained: bool = False,
     *,
     exits: ExitsArg | None = None,
@@ -53,7 +53,8 @@ def create_model(
 
     Args:
         model_name: A timm name, with or without a tag; `hf-hub:ORG/NAME[@REVISION]`, a repository of the Hugging Face
-            Hub; or `local-dir:` and a folder that training or `save_pretrained` wrote.
+            Hub; or `local-dir:` and a folder that training or `save_pretrained` wrote. Also what `find_source` returned
+            for one of the last two.
         pretrained: Load weights: timm's into the backbone, the exits staying fresh; a folder's or a repository's into
             all of it, and with them its policy and budgets.
         exits: See `attach_exits`. None for the exits that folder or repository have, else 'auto'.
@@ -97,7 +98,7 @@ def create_model(
     return model
 
 
-def _find_origin(model: MultiExitModel, source: Source | None, pretrained: bool, kwargs: dict[str, Any]) -> Origin:
+def _find_origin(model: MultiExitModel, source: ModelSource | None, pretrained: bool, kwargs: dict[str, Any]) -> Origin:
     """Return what the weights of a model that was just made started from."""
     has_file = bool(kwargs.get('checkpoint_path'))
     if source is None or has_file or not pretrained:

@@ -26,7 +26,13 @@ _logger = logging.getLogger(__name__)
 _FACTORY_KEYWORDS = ('pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'device', 'dtype')
 
 
-def load_pretrained(directory: str | os.PathLike, *, pretrained: bool = True, **kwargs: Any) -> MultiExitModel:
+def load_pretrained(
+    directory: str | os.PathLike[str],
+    *,
+    config: ModelConfig | None = None,
+    pretrained: bool = True,
+    **kwargs: Any,
+) -> MultiExitModel:
     """Return the multi-exit model that a folder holds.
 
     The folder is not trusted: all it says is checked, and its weights are compared with the model without data, by
@@ -34,6 +40,7 @@ def load_pretrained(directory: str | os.PathLike, *, pretrained: bool = True, **
 
     Args:
         directory: A folder that `save_pretrained` wrote.
+        config: What `read_model_config` returned for the folder; it is read if not given.
         pretrained: Load the weights, the policy and the budgets; otherwise the architecture alone.
         **kwargs: For `timm.create_model`. With another `num_classes` all classifiers are fresh.
 
@@ -41,7 +48,7 @@ def load_pretrained(directory: str | os.PathLike, *, pretrained: bool = True, **
         MultiExitError: The folder holds no exits, what it must not hold, or files that do not fit each other.
     """
     directory = Path(directory)
-    config = read_model_config(directory, overridden=kwargs)
+    config = config or read_model_config(directory, overridden=kwargs)
     if config.exits is None:
         raise MultiExitError(f'{directory} holds a plain timm model: name the exits to attach, or exits="auto".')
     path = directory / EXITS_NAME
