@@ -371,7 +371,7 @@ def test_static_model_of_a_folder_is_the_main_network(tmp_path, model):
     [
         ('resnet51', "no model 'resnet51'"),
         ('test_resnet:nowhere.pth', '--compare test_resnet:nowhere.pth: There is no checkpoint nowhere.pth'),
-        ('local-dir:nowhere', 'is no model folder'),
+        ('local-dir:nowhere', 'is not a model folder'),
         ('NET', 'has 10 classes, allowed are the 4'),
         ('GRAY', 'takes images of 1 channels, allowed is 3'),
     ],
