@@ -1,4 +1,4 @@
-"""`create_model` and `evaluate`: what most users need."""
+"""From a model name to a model, or to the places where exits can be attached."""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from timm_multiexit.exits.survey import ExitPoint, survey_backbone
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin, find_origin
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
 
 _logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def exit_points(
 
     Args:
         backbone: A timm classification model, or the name of one: timm's, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
-        input_size: (channels, height, width) that costs are reckoned for; the backbone's own if not given.
+        input_size: (channels, height, width) that costs are reported for; the backbone's own if not given.
 
     Raises:
         MultiExitError: The backbone has no such stages, or no classifier; there is no model of this name.
@@ -60,19 +60,19 @@ def create_model(
         exits: See `attach_exits`. None for the exits that folder or repository have, else 'auto'.
         head: Type of fresh heads: 'conv', 'paper', 'bottleneck' or 'linear'.
         head_widths: Widths of fresh heads, see `attach_exits`.
-        input_size: (channels, height, width) that the costs of fresh exits are reckoned for.
+        input_size: (channels, height, width) that the costs of fresh exits are reported for.
         **kwargs: Every other keyword of `timm.create_model`: num_classes, in_chans, drop_rate, ...
 
     Raises:
         MultiExitError: Unknown model, no such exits, or a folder or repository that does not hold what it should, or
-            holds what it must not: see `load_pretrained`.
+            has values that are not allowed: see `load_pretrained`.
 
     >>> model = create_model('resnet18', exits=[1, 2], num_classes=10)
     >>> model(torch.randn(2, 3, 64, 64), exit_idx=0).shape
     torch.Size([2, 10])
     """
     if kwargs.get('features_only'):
-        raise MultiExitError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
+        raise InvalidValueError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
     source = find_source(model_name, **kwargs)
     if source is not None and source.config.exits is not None and exits is None:
         model = source.create_model(pretrained=pretrained, **kwargs)
@@ -81,7 +81,7 @@ def create_model(
     if input_size is not None:
         kwargs.setdefault('in_chans', input_size[0])
     if source is None:
-        backbone = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+        backbone = timm.create_model(str(model_name), pretrained=pretrained, **kwargs)
     else:
         backbone = source.create_backbone(pretrained=pretrained, **kwargs)
     model = attach_exits(
@@ -99,10 +99,8 @@ def create_model(
 
 
 def _find_origin(model: MultiExitModel, source: ModelSource | None, pretrained: bool, kwargs: dict[str, Any]) -> Origin:
-    """Return what the weights of a model that was just made started from."""
+    """Return what the weights of a model that was just created started from."""
     has_file = bool(kwargs.get('checkpoint_path'))
     if source is None or has_file or not pretrained:
         return find_origin(model.pretrained_cfg, pretrained=pretrained, has_file=has_file)
-    if source.repo_id:
-        return Origin(source.repo_id, source.config.pretrained_cfg.get('license'))
-    return source.config.origin or Origin('a folder')
+    return source.origin

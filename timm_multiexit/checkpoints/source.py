@@ -6,7 +6,7 @@ timm itself is never given a folder or a repository, only the architecture and w
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -18,7 +18,10 @@ from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_NAME, 
 from timm_multiexit.checkpoints.load import create_architecture, load_backbone, load_pretrained
 from timm_multiexit.hub_client.client import fetch_files
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.origin import Origin
 from timm_multiexit.utils.errors import InvalidValueError
+
+_Model = TypeVar('_Model', bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,13 @@ class ModelSource:
         return self.name
 
     @property
+    def origin(self) -> Origin:
+        """What a model starts from that takes its weights."""
+        if self.repo_id:
+            return Origin(self.repo_id, self.config.pretrained_cfg.get('license'), self.commit)
+        return self.config.origin or Origin('a folder')
+
+    @property
     def has_exits(self) -> bool:
         """Whether it holds a multi-exit model, not a plain timm model."""
         return bool(self.config.exits)
@@ -54,22 +64,23 @@ class ModelSource:
         """Return the model with the source's own exits; keywords are those of `load_pretrained`."""
         self._fetch_weights(pretrained, kwargs.get('cache_dir'))
         model = load_pretrained(self.folder, config=self.config, pretrained=pretrained, **kwargs)
-        model.hub_commit = self.commit
-        return self._signed(model)
+        return self._sign(model)
 
     def create_backbone(self, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         """Return the timm model alone; keywords are those of `timm.create_model`."""
         self._fetch_weights(pretrained, kwargs.get('cache_dir'))
-        return self._signed(load_backbone(self.config, self.folder, pretrained=pretrained, **kwargs))
+        return self._sign(load_backbone(self.config, self.folder, pretrained=pretrained, **kwargs))
 
     def _fetch_weights(self, pretrained: bool, cache_dir: Any) -> None:
         if pretrained and self.repo_id:
             names = [BACKBONE_NAME] + [EXITS_NAME] * (self.config.exits is not None)
             fetch_files(self.repo_id, names, revision=self.commit, cache_dir=cache_dir)
 
-    def _signed(self, model: Any) -> Any:
+    def _sign(self, model: _Model) -> _Model:
+        """Return the model with the repository where timm keeps it, which is all that a plain model knows of it."""
         if self.repo_id:
-            model.pretrained_cfg['hf_hub_id'] = f'{self.repo_id}@{self.commit}'
+            cfg: Any = model.pretrained_cfg
+            cfg['hf_hub_id'] = f'{self.repo_id}@{self.commit}'
         return model
 
 
@@ -115,7 +126,7 @@ def create_empty_backbone(model: str | ModelSource) -> nn.Module:
     source = find_source(model)
     with torch.device('meta'):
         if source is None:
-            return timm.create_model(model)
+            return timm.create_model(str(model))
         return create_architecture(source.config, source.folder, {})
 
 
@@ -127,5 +138,5 @@ def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwa
     """
     source = find_source(model, **kwargs)
     if source is None:
-        return timm.create_model(model, pretrained=pretrained, **kwargs)
+        return timm.create_model(str(model), pretrained=pretrained, **kwargs)
     return source.create_backbone(pretrained=pretrained, **kwargs)
