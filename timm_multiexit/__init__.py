@@ -25,5 +25,41 @@ from timm_multiexit.policies.policy import ExitPolicy as ExitPolicy
 from timm_multiexit.policies.policy import Prediction as Prediction
 from timm_multiexit.publishing.push import push_to_hub as push_to_hub
 from timm_multiexit.training.task import MultiExitTask as MultiExitTask
+from timm_multiexit.utils.errors import CheckpointError as CheckpointError
+from timm_multiexit.utils.errors import HubError as HubError
 from timm_multiexit.utils.errors import MultiExitError as MultiExitError
+from timm_multiexit.utils.errors import StateError as StateError
 from timm_multiexit.version import __version__ as __version__
+
+__all__ = [
+    'LOSSES',
+    'BudgetTable',
+    'CheckpointError',
+    'ExitOutputs',
+    'ExitPoint',
+    'ExitPolicy',
+    'ExitSpec',
+    'ExitTable',
+    'HubError',
+    'MultiExitError',
+    'MultiExitLoss',
+    'MultiExitModel',
+    'MultiExitTask',
+    'Prediction',
+    'StageCosts',
+    'StateError',
+    'TruncatedModel',
+    '__version__',
+    'apply_policy',
+    'attach_exits',
+    'backbones',
+    'calibrate',
+    'create_loss',
+    'create_model',
+    'evaluate',
+    'exit_points',
+    'load_checkpoint',
+    'push_to_hub',
+    'save_pretrained',
+    'truncate',
+]

@@ -11,7 +11,7 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_
 from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
-from timm_multiexit.checkpoints.source import Source, create_backbone, find_source
+from timm_multiexit.checkpoints.source import ModelSource, create_backbone, find_source
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint
 from timm_multiexit.cli.build_training import create_train_loss
 from timm_multiexit.exits.cost import meta_copy
@@ -64,7 +64,7 @@ def create_train_model(args: Namespace, num_classes: int | None, resume: Any = N
     return model
 
 
-def pin_model(args: Namespace) -> Source | None:
+def pin_model(args: Namespace) -> ModelSource | None:
     """Return the folder or repository that `--model` names; of the Hub it names its commit from then on.
 
     Raises:

@@ -5,7 +5,6 @@ Takes a model folder, a training checkpoint or a timm name. Flags are timm's, an
 """
 
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -47,7 +46,7 @@ from timm_multiexit.factory import create_model
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.utils.environment import describe_environment
 from timm_multiexit.utils.errors import InvalidValueError, MultiExitError, StateError
-from timm_multiexit.utils.files import write_output
+from timm_multiexit.utils.files import sha256, write_output
 
 _logger = logging.getLogger(__name__)
 
@@ -227,7 +226,7 @@ def draw_picture(args: Namespace, validation: Validation) -> dict[str, Any]:
     write_output(path, picture)
     _logger.info(f'{path} shows accuracy over MACs.')
     place = os.path.relpath(path, Path(args.results_file or path).parent)
-    return {'picture': {'path': place, 'sha256': hashlib.sha256(picture).hexdigest()}}
+    return {'picture': {'path': place, 'sha256': sha256(path)}}
 
 
 def short_name(model: str) -> str:

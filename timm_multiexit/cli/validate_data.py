@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from timm.models import parse_model_name
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
 from timm_multiexit.data.datasets import check_classes, class_to_idx, create_checked_dataset
 from timm_multiexit.data.holdout import SubsetReader, TransformSubset, hold_out
@@ -24,7 +24,7 @@ from timm_multiexit.data.loaders import create_eval_loader
 from timm_multiexit.evaluation.exit_table import CreateLoader
 from timm_multiexit.evaluation.validator import ValidationData
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.utils.errors import DataError, InvalidValueError
+from timm_multiexit.utils.errors import CheckpointError, DataError, InvalidValueError
 
 _logger = logging.getLogger(__name__)
 
@@ -170,14 +170,12 @@ def find_training_args(args: Namespace) -> dict[str, Any]:
         found = read_training_checkpoint(args.checkpoint).get('args')
         return dict(vars(found)) if isinstance(found, Namespace) else {}
     source, name = parse_model_name(args.model)
-    path = Path(name).parent / 'args.yaml'
-    if source != 'local-dir' or not path.is_file():
+    if source != 'local-dir':
         return {}
     try:
-        found = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError):
+        return RunFolder(Path(name).parent).read_args(needed=())
+    except CheckpointError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def image_names(dataset: Any) -> set[str]:

@@ -17,7 +17,7 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kw
 from timm.utils import distribute_bn, random_seed, unwrap_model
 from torchvision.utils import save_image
 
-from timm_multiexit.checkpoints.run_folder import BEST_NAME, load_best, read_origin
+from timm_multiexit.checkpoints.run_folder import BEST_NAME, RunFolder, read_origin
 from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
 from timm_multiexit.cli.build_model import check_image_size, create_regime, create_train_model, place_model
@@ -70,7 +70,7 @@ def report(
         best_epoch: From 0; None where no epoch was chosen.
         num_epochs: That the run has trained.
     """
-    best = load_best(args, f'{folder}/best').to(accelerator.device)
+    best = RunFolder(folder).load_best(**args.model_kwargs).to(accelerator.device)
     result = evaluate_loader(
         best,
         create_eval_loader(args, dataset, data_config, accelerator),
@@ -115,7 +115,7 @@ def report(
         'command': sys.argv,
         **describe_environment(),
     }
-    write_text(folder / 'results.json', json.dumps(results, indent=2) + '\n', advice=RESUME)
+    write_text(RunFolder(folder).results_path, json.dumps(results, indent=2) + '\n', advice=RESUME)
 
 
 class TrainingRun:
@@ -195,7 +195,7 @@ class TrainingRun:
             model.origin = read_origin(vars(before) if isinstance(before, Namespace) else {})
         elif args.initial_checkpoint:
             model.origin = Origin('a file')
-        args.origin = model.origin._asdict()
+        args.origin = model.origin.to_dict()
 
     def _check_metric(self, model: torch.nn.Module) -> None:
         args = self.args
@@ -436,6 +436,6 @@ def choose_output_dir(args: Namespace) -> Path:
     name = args.experiment or '-'.join(str(part) for part in (stamp, safe_model_name(args.model), size) if part)
     path = Path(args.output or 'output/train', name)
     goes_on = args.resume == 'auto' or (args.resume and Path(args.resume).parent.resolve() == path.resolve())
-    if not goes_on and ((path / 'summary.csv').exists() or any(path.glob('*.pth.tar'))):
+    if not goes_on and RunFolder(path).holds_run:
         raise MultiExitError(f'{path} holds a run: name another --experiment, or go on with --resume auto.')
     return path
