@@ -672,7 +672,7 @@ def test_without_matplotlib_numbers_are_written(folder, tmp_path, monkeypatch, c
     assert analyse(folder, '--out', tmp_path, '--samples', '8', names=('eed', 'ce')) == 0
     assert [path.name for path in tmp_path.iterdir()] == ['analysis.json']
     assert [record.message for record in caplog.records if 'matplotlib' in record.message] == [
-        'matplotlib is not installed, so numbers alone are written: pip install matplotlib.'
+        'Only numbers are written: matplotlib is not installed: pip install "timm-multiexit[plots]".'
     ]
     assert json.loads((tmp_path / 'analysis.json').read_text())['runs']['eed'] == numbers['runs']['eed']
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm_multiexit.evaluation.pictures import Line, plot_accuracy_over_macs
-from timm_multiexit.utils.figures import COLORS, MARKERS, new_figure, show_epochs, style
+from timm_multiexit.utils.figures import COLORS, MARKERS, line_style, new_figure, show_epochs
 from timm_multiexit.utils.text import ENSEMBLE
 
 _PANELS_PER_ROW = 3
@@ -54,7 +54,7 @@ def draw_training(curves: Mapping[str, Mapping[str, Any]], label: str, reference
             label=_describe_run(name, curve, reference),
             marker='o' if points else None,
             markersize=3,
-            **style(idx),
+            **line_style(idx),
         )
     if reference in curves:
         target = curves[reference]['final_main']

@@ -27,7 +27,7 @@ from timm_multiexit.evaluation.metrics import default_metric
 from timm_multiexit.evaluation.stamp import name_dataset
 from timm_multiexit.utils.environment import describe_environment
 from timm_multiexit.utils.errors import MultiExitError
-from timm_multiexit.utils.figures import encode_png
+from timm_multiexit.utils.figures import MATPLOTLIB_MISSING, encode_png
 from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, replacing, write_text
 from timm_multiexit.utils.untrusted import read_json
 
@@ -163,7 +163,7 @@ class Study:
             picture = encode_png(draw())
         except ImportError:
             self.draws = False
-            _logger.warning('matplotlib is not installed, so numbers alone are written: pip install matplotlib.')
+            _logger.warning(f'Only numbers are written: {MATPLOTLIB_MISSING}.')
             return
         with replacing(self.out / f'{name}.png') as draft:
             draft.write_bytes(picture)

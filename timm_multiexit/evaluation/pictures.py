@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from timm_multiexit.utils.figures import COLORS, MARKERS, encode_png, new_figure
+from timm_multiexit.utils.figures import COLORS, MARKERS, encode_png, gray_shades, new_figure
 from timm_multiexit.utils.text import macs_unit
 
 # (MACs of an image, top-1 in percent)
@@ -88,8 +88,8 @@ def validation_lines(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, A
     lines.append(Line([_place(row) for row in classifiers], 'one classifier for all', style, names))
     singles = {'plain backbone': (1e9 * main['GMACs fixed'], main['top-1']), 'ensemble of all': _place(ensemble)}
     singles |= {row['static model']: (1e9 * row['GMACs'], row['top-1']) for row in sections.get('compare', ())}
-    for idx, (label, point) in enumerate(singles.items()):
-        style = {'color': str(0.9 * idx / (len(singles) - 1) + 0.05), 'marker': _SINGLES[idx % len(_SINGLES)]}
+    for idx, ((label, point), color) in enumerate(zip(singles.items(), gray_shades(len(singles)))):
+        style = {'color': color, 'marker': _SINGLES[idx % len(_SINGLES)]}
         lines.append(Line([point], label, {**style, 'markersize': 8, 'linestyle': 'none', 'markeredgecolor': 'black'}))
     return lines
 

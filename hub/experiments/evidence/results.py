@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ def collect_result(run: PlannedRun, folder: Path, *, seconds: float, extra: Sequ
 
     Returns:
         `classifiers` has a row per exit, main and the ensemble, on the split that is reported; `validation` a row per
-        epoch, epochs from 0, on the images that the epoch was chosen on; `selection` says how; `flags` are all.
+        epoch, epochs from 0, on the images that the epoch was chosen on, with top-1 in training beside it, running over
+        the epoch; `selection` says how; `flags` are all.
 
     Raises:
         MultiExitError: The files are missing or of another run.
@@ -69,7 +71,12 @@ def collect_result(run: PlannedRun, folder: Path, *, seconds: float, extra: Sequ
 
 
 def _read_epoch(values: dict[str, float]) -> dict[str, float]:
-    kept = {key: value for key, value in values.items() if key.startswith('eval_') or key in ('train_loss', 'lr')}
+    kept = {
+        key: value
+        for key, value in values.items()
+        # Accuracy in training, on augmented images and by weights that change, says how far the network fits.
+        if key.startswith('eval_') or key in ('train_loss', 'lr') or re.fullmatch(r'train_(\w+_)?top1', key)
+    }
     # JSON has no number for a loss that ran away.
     return {
         'epoch': values['epoch'],
