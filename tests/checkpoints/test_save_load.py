@@ -141,7 +141,7 @@ def edit_config(path, change):
     ('change', 'message'),
     [
         (lambda config: config['multiexit'].update(format_version=2), 'format 2, this version reads 1'),
-        (lambda config: config['multiexit'].pop('exits'), 'lists no exits'),
+        (lambda config: config['multiexit'].pop('exits'), 'must list up to 64 exits'),
         (lambda config: config['multiexit']['exits'][0].pop('channels'), 'must be an object with the keys'),
         (lambda config: config['multiexit']['exits'][0].update(widths=3), 'Exit widths are 3'),
         (lambda config: config['multiexit']['exits'][0].update(channels=-1), 'of -1, allowed are integers from 1'),
@@ -320,7 +320,7 @@ def test_policy_is_saved_beside_what_only_the_caller_may_set(folder):
         (lambda config: config.pop('multiexit'), (0.9,) * 3, False, 'a model without exits: no policy'),
         (lambda config: config['multiexit'].update(format_version=2), (0.9,) * 3, False, 'this version reads 1'),
         (lambda config: config.update(model_args=[1]), (0.9,) * 3, False, 'model_args is'),
-        (lambda config: config.update(number=float('nan')), (0.9,) * 3, False, 'NaN is no number'),
+        (lambda config: config.update(number=float('nan')), (0.9,) * 3, False, 'NaN is not a finite number'),
     ],
     ids=['policy', 'budgets', 'plain', 'newer', 'model_args', 'nan'],
 )
@@ -346,7 +346,7 @@ def test_full_disk_leaves_the_old_policy(folder, monkeypatch):
 
     monkeypatch.setattr('pathlib.Path.write_text', write_half)
     with pytest.raises(
-        tme.MultiExitError, match=r'config.json could not be written: No space left on device\. It is as'
+        tme.MultiExitError, match=r'config.json could not be written: No space left on device\. The previous'
     ):
         save_policy(path, ExitPolicy('confidence', (0.1, 0.1, 0.1)), None)
     assert read_files(path) == before

@@ -78,6 +78,7 @@ def test_model_name_with_fresh_exits(run_script, image_folder):
     )
     _, result = run_validate(run_script, *flags, image_folder)
     assert [row['exit'] for row in result['rows']] == ['0', '1', 'main', 'ens']
+    assert [row['exit_idx'] for row in result['rows']] == [0, 1, 'main', 'ens']
 
 
 def test_plain_model_has_one_row(run_script, image_folder):
@@ -122,7 +123,7 @@ def test_without_data_the_digits_are_measured(run_script, tmp_path):
     [
         ((), 'No model: give --model'),
         (('--model', 'resnet51'), "no model 'resnet51'"),
-        (('--model', 'local-dir:nowhere'), 'is no model folder'),
+        (('--model', 'local-dir:nowhere'), 'is not a model folder'),
         (('--checkpoint', 'nowhere.pth.tar'), 'There is no checkpoint'),
         (('--model', 'test_resnet', '--exits', '9'), 'room for 1 to 4'),
         (('--model', 'test_resnet', '--num-classes', '1'), 'The data has 2 classes, the model 1'),
@@ -221,6 +222,9 @@ def test_dynamic_report_is_that_of_a_simulation(run_script, digits_net, tmp_path
     assert saved['dynamic'] == result['dynamic']
     rows = {row['policy']: row for row in saved['dynamic']}
     assert list(rows) == ['plain timm', 'all exits', f'threshold {given}', 'budget 85%', 'budget 90%', 'max drop 0.3']
+    kinds = ['reference', 'reference', 'threshold', 'budget', 'budget', 'max_drop']
+    assert [row['kind'] for row in saved['dynamic']] == kinds
+    assert [row['budget'] for row in saved['dynamic']] == [None, None, None, '85%', '90%', None]
     for row in saved['dynamic'][2:]:
         policy = ExitPolicy.from_dict(row)
         simulated = apply_policy(policy, logits)
@@ -303,7 +307,8 @@ def test_saved_policy_is_the_one_that_was_measured(flags, saved, run_script, dig
     assert now == config
     # From then on it is what the folder is measured with.
     _, again = run_validate(run_script, '--model', f'local-dir:{digits_net}', '--time-rounds', '0')
-    assert again['dynamic'][2] == {**rows[saved], 'policy': "the model's own", 'chosen_on': None}
+    own = {'policy': "the model's own", 'kind': 'own', 'budget': None, 'chosen_on': None}
+    assert again['dynamic'][2] == {**rows[saved], **own}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from timm_multiexit.exits.stages import stage_entries
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.figures import COLORS, draw_arrow, draw_box, new_figure
-from timm_multiexit.utils.text import ENSEMBLE, exit_names
+from timm_multiexit.utils.text import ENSEMBLE, exit_names, format_macs
 
 
 def describe_architecture(model: MultiExitModel, input_size: tuple[int, int, int]) -> dict[str, Any]:
@@ -123,21 +123,12 @@ def describe_stage(stage: Mapping[str, Any]) -> str:
     'to layer1\n64 x 8 x 8\n2.0 MMACs'
     """
     where = 'to the end' if stage['exit'] is None else f'to {stage["to"]}'
-    return f'{where}\n{" x ".join(map(str, [stage["channels"], *(stage["size"] or ())]))}\n{format_macs(stage["macs"])}'
+    shape = ' x '.join(map(str, [stage['channels'], *(stage['size'] or ())]))
+    return f'{where}\n{shape}\n{format_macs(stage["macs"], ".1f")}'
 
 
 def describe_exit(head: Mapping[str, Any]) -> str:
     """Return what is written into the box of an exit."""
     widths = '-'.join('pool' if width == 0 else str(width) for width in head['widths'])
     kind = f'{head["head"]} {widths}'.rstrip()
-    return f'{head["name"]}\n{kind}\n{format_macs(head["macs"])}'
-
-
-def format_macs(macs: float) -> str:
-    """Return MACs in a unit that fits.
-
-    >>> format_macs(2_500_000_000), format_macs(31_250_000), format_macs(640)
-    ('2.5 GMACs', '31.2 MMACs', '0.6 kMACs')
-    """
-    scale, unit = (1e9, 'G') if macs >= 1e9 else (1e6, 'M') if macs >= 1e6 else (1e3, 'k')
-    return f'{macs / scale:.1f} {unit}MACs'
+    return f'{head["name"]}\n{kind}\n{format_macs(head["macs"], ".1f")}'

@@ -78,7 +78,7 @@ class Study:
         else:
             self._measure(numbers)
         content = {
-            'dataset': name_dataset(self.args),
+            'dataset': name_dataset(self.args.dataset, self.args.data_dir),
             'split': self.args.split,
             'reference': self.reference and self.reference.name,
             'metric': self.metric,
@@ -153,7 +153,7 @@ class Study:
             name: values['accuracy_over_macs'] for name, values in numbers.items() if 'accuracy_over_macs' in values
         }
         if points:
-            title = f'{name_dataset(self.args)}, {self.args.split} split'
+            title = f'{name_dataset(self.args.dataset, self.args.data_dir)}, {self.args.split} split'
             self._save('accuracy_over_macs', lambda: draw_accuracy_over_macs(points, title))
 
     def _save(self, name: str, draw: Callable[[], Any]) -> None:

@@ -45,7 +45,6 @@ class MultiExitModel(DynamicInference):
         super().__init__()
         self.backbone = backbone
         self._frozen_names: tuple[str, ...] | None = None
-        self.hub_commit: str | None = None  # of the repository that the weights are from
         self.origin: Origin | None = None  # what the weights started from, where `create_model` made them
         self.input_size = tuple(input_size or get_model_input_config(backbone)['input_size'])
         heads = [
@@ -209,6 +208,11 @@ class MultiExitModel(DynamicInference):
         widths = [features.shape[1] for features in model(images, exits=True).features]
         projectors = [head.projector for head in model.exits]
         return (*(p.out_features if p is not None else w for p, w in zip(projectors, widths)), widths[-1])
+
+    @property
+    def hub_commit(self) -> str | None:
+        """Commit of the Hub's repository that the weights are from; None for other weights."""
+        return self.origin.commit if self.origin else None
 
     @property
     def in_chans(self) -> int:

@@ -1,6 +1,5 @@
 """What a run leaves for the tables: one JSON file, without anything of the machine's folders."""
 
-import csv
 import json
 import math
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.plan import PlannedRun, to_command_line
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, write_text
 
@@ -37,9 +37,9 @@ def collect_result(run: PlannedRun, folder: Path, *, seconds: float, extra: Sequ
         MultiExitError: The files are missing or of another run.
     """
     try:
-        results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
-        with (folder / 'summary.csv').open(newline='', encoding='utf-8') as file:
-            epochs = list(csv.DictReader(file))
+        files = RunFolder(folder)
+        results = json.loads(files.results_path.read_text(encoding='utf-8'))
+        epochs = files.read_summary()
         rows = results['rows']
         measured = {key: results[key] for key in ('split', 'num_samples', 'dataset', 'input_size', 'weights')}
         stamp = {key: results[key] for key in ('commit', 'versions', 'hardware', 'threads')}
@@ -70,8 +70,7 @@ def collect_result(run: PlannedRun, folder: Path, *, seconds: float, extra: Sequ
     }
 
 
-def _read_epoch(row: dict[str, str]) -> dict[str, float]:
-    values = {key: float(value) for key, value in row.items() if value}
+def _read_epoch(values: dict[str, float]) -> dict[str, float]:
     kept = {
         key: value
         for key, value in values.items()
@@ -80,7 +79,7 @@ def _read_epoch(row: dict[str, str]) -> dict[str, float]:
     }
     # JSON has no number for a loss that ran away.
     return {
-        'epoch': int(values['epoch']),
+        'epoch': values['epoch'],
         **{key: value if math.isfinite(value) else None for key, value in kept.items()},
     }
 
