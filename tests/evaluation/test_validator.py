@@ -370,7 +370,7 @@ def test_static_model_of_a_folder_is_the_main_network(tmp_path, model):
     ('name', 'message'),
     [
         ('resnet51', "no model 'resnet51'"),
-        ('test_resnet:nowhere.pth', '--compare test_resnet:nowhere.pth: There is no checkpoint nowhere.pth'),
+        ('test_resnet:nowhere.pth', '--compare test_resnet:nowhere.pth: Checkpoint nowhere.pth does not exist'),
         ('local-dir:nowhere', 'is not a model folder'),
         ('NET', 'has 10 classes, allowed are the 4'),
         ('GRAY', 'takes images of 1 channels, allowed is 3'),
