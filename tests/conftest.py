@@ -22,11 +22,45 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from helpers import enliven, write_images
+from helpers.zoo_sample import draw_sample, find_commit
 
 from timm_multiexit.models.attach import attach_exits
 
 # Two busy cores make a second OpenMP thread wait more than it works: 30 times slower, measured.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup('zoo', 'tests of every family of timm (-m zoo)')
+    group.addoption('--zoo-sample', type=int, metavar='N', help='test N families and N chunks of the registry')
+    group.addoption('--zoo-seed', metavar='TEXT', help='what the sample is drawn by (default: the commit)')
+
+
+def pytest_configure(config):
+    count = config.getoption('zoo_sample')
+    if count is not None and count < 1:
+        raise pytest.UsageError(f'--zoo-sample must be >= 1, got {count}')
+    try:
+        config.zoo_sample = count and draw_sample(count, config.getoption('zoo_seed') or find_commit())
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_report_header(config):
+    return str(config.zoo_sample) if config.zoo_sample else None
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.zoo_sample:  # the header is not shown with -q
+        terminalreporter.write_line(str(config.zoo_sample))
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.zoo_sample:
+        is_zoo = {item: item.get_closest_marker('zoo') and hasattr(item, 'callspec') for item in items}
+        left_out = [item for item in items if is_zoo[item] and not config.zoo_sample.has(item.callspec.params)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(autouse=True)
