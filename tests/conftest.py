@@ -22,6 +22,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from helpers import enliven, write_images
+from helpers.members import MEMBERS
 from helpers.zoo_sample import draw_sample, find_commit
 
 from timm_multiexit.models.attach import attach_exits
@@ -122,6 +123,20 @@ def make_model(make_backbone):
     def make(name='test_resnet', exits='auto', *, num_classes=10, input_size=(3, 64, 64), **kwargs):
         backbone = make_backbone(name, num_classes=num_classes)
         return enliven(attach_exits(backbone, exits, input_size=input_size, **kwargs))
+
+    return make
+
+
+@pytest.fixture
+def make_small(make_backbone):
+    """Return a function that makes a member of the table with exits; further keywords go to timm."""
+
+    def make(name, *, num_classes=10, **kwargs):
+        row = MEMBERS[name]
+        backbone = make_backbone(name, num_classes=num_classes, **{**row.kwargs, **kwargs})
+        model = attach_exits(backbone, input_size=(kwargs.get('in_chans', 3), row.size, row.size))
+        enliven(model.exits)
+        return model
 
     return make
 

@@ -16,7 +16,7 @@ from timm_multiexit.checkpoints.config import ModelConfig, read_model_config
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME, MODEL_ARGS
 from timm_multiexit.checkpoints.save import PREFIX, exit_tensors
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.utils.errors import MultiExitError, brief, one_line
+from timm_multiexit.utils.errors import CheckpointError, MultiExitError, brief, one_line
 from timm_multiexit.utils.untrusted import TensorInfo, read_header
 
 _logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def _create_empty(config: ModelConfig, directory: Path, given: dict[str, Any]) -
     _check_heads(model, directory)
     images = torch.empty(1, *config.pretrained_cfg['input_size'], device='meta')
     try:
-        order = model.try_exits(images)
+        order = _order_exits(model, images)
     except MultiExitError as error:
         raise MultiExitError(
             f'The exits in {directory / CONFIG_NAME} do not fit {config.architecture}: {error}'
@@ -225,3 +225,29 @@ def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor | TensorIn
 
 def _first(names: list[str]) -> str:
     return ', '.join(brief(name).strip("'") for name in names[:2]) or 'none'
+
+
+@torch.no_grad()
+def _order_exits(model: MultiExitModel, images: torch.Tensor) -> list[int]:
+    """Return the exits in the order in which a forward of images [B, C, H, W] reaches them; each head is run.
+
+    Raises:
+        CheckpointError: A tap is not reached, or a head does not take what is there.
+    """
+    order: list[int] = []
+    run_head = model._head_runner(images.shape[-2:])
+
+    def visit(idx: int, tensor: torch.Tensor) -> None:
+        if idx < len(model.exits):
+            order.append(idx)
+            try:
+                run_head(idx, tensor)
+            except Exception as error:  # a tap can give anything
+                raise CheckpointError(
+                    f'the head of exit {idx} does not take the output of its tap: {one_line(error)}'
+                ) from error
+
+    model._taps.visit(model.backbone, images, visit)
+    if len(set(order)) < len(model.exits):
+        raise CheckpointError(f'a forward reached the exits {order} of {len(model.exits)}.')
+    return order

@@ -14,12 +14,11 @@ import torch
 from accelerate import Accelerator
 from timm.data import resolve_data_config
 
-from timm_multiexit.calibration.calibrate import calibrate
 from timm_multiexit.calibration.logits import LogitSet, collect_logits
 from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts, describe_times
 from timm_multiexit.calibration.temperature import fit_temperatures
-from timm_multiexit.calibration.thresholds import search_budgets
+from timm_multiexit.calibration.thresholds import calibrate, search_budgets
 from timm_multiexit.checkpoints.save import hash_weights, save_policy
 from timm_multiexit.cli.flags.validate_args import (
     asked_flags,
@@ -236,7 +235,7 @@ class Validator:
         times = {}
         if images is not None:
             with self.accelerator.autocast():
-                times['times'] = self.model.measure_costs(images)
+                times['times'] = self.model.measure_times(images)
             times['measured_on'] = describe_times(images)
         return search_budgets(
             logits,
