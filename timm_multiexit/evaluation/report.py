@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from timm_multiexit.calibration.logits import LogitSet
-from timm_multiexit.calibration.meter import PolicyMeter, PolicyResult
+from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.calibration.thresholds import solve_budgeted_batch
 from timm_multiexit.evaluation.diagnostics import failure_auroc, measure_falls, measure_overthinking
-from timm_multiexit.policies.budgets import BudgetTable
+from timm_multiexit.policies.budgets import BudgetTable, PolicyResult
 from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.text import exit_names, format_table
 
@@ -107,8 +107,8 @@ def describe_result(result: PolicyResult, total_macs: float) -> dict[str, Any]:
         **result.policy.to_dict(),
         'top-1': result.accuracy,
         'shares': list(result.shares),
-        'macs': result.cost,
-        'macs_percent': 100 * result.cost / total_macs,
+        'macs': result.macs,
+        'macs_percent': 100 * result.macs / total_macs,
     }
 
 
