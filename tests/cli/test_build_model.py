@@ -264,7 +264,7 @@ REFUSED = {
     'opt-kwargs': (('--opt', 'adamw', '--opt-kwargs', 'bogus=1'), "Cannot create --opt adamw: .*'bogus'"),
     'momentum': (('--momentum', '0'), 'Cannot create --opt sgd: Nesterov momentum requires'),
     'betas': (('--opt', 'adamw', '--opt-betas', '0.9'), 'Cannot create --opt adamw: '),
-    'teacher': (('--kd-model-name', 'local-dir:nowhere'), 'nowhere is no model folder'),
+    'teacher': (('--kd-model-name', 'local-dir:nowhere'), 'nowhere is not a model folder'),
     'classes': (('--num-classes', '2'), 'The data has 3 classes, the model 2'),
 }
 

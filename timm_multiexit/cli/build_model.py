@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
-from timm_multiexit.checkpoints.source import Source, create_backbone
+from timm_multiexit.checkpoints.source import ModelSource, create_backbone
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint
 from timm_multiexit.cli.build_training import create_train_loss
 from timm_multiexit.exits.cost import meta_copy
@@ -25,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 def create_train_model(
-    args: Namespace, source: Source | None, *, num_classes: int | None = None, resume: Path | None = None
+    args: Namespace, source: ModelSource | None, *, num_classes: int | None = None, resume: Path | None = None
 ) -> Any:
     """Return the model that the flags name, with exits if they ask for some, and its weights loaded.
 
@@ -67,7 +68,7 @@ def create_train_model(
     return model
 
 
-def model_kwargs(args: Namespace, source: Source | None) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
+def model_kwargs(args: Namespace, source: ModelSource | None) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
     """Return what `timm.create_model` takes in training and evaluation alike, and the image size that costs are for.
 
     Args:
@@ -90,7 +91,7 @@ def model_kwargs(args: Namespace, source: Source | None) -> tuple[dict[str, Any]
     return kwargs, args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
 
 
-def _find_img_size(args: Namespace, source: Source | None) -> Any:
+def _find_img_size(args: Namespace, source: ModelSource | None) -> Any:
     """Return the size that a model must be made for, None where it takes any: most transformers are made for one."""
     name, given = args.model, dict(args.model_kwargs)
     if source is not None:
@@ -106,7 +107,7 @@ def _find_img_size(args: Namespace, source: Source | None) -> Any:
         raise InvalidValueError(f'Cannot create {args.model}: {one_line(error)}. See --img-size.') from error
 
 
-def _create_architecture(args: Namespace, source: Source | None, num_classes: int | None) -> Any:
+def _create_architecture(args: Namespace, source: ModelSource | None, num_classes: int | None) -> Any:
     kwargs, size = model_kwargs(args, source)
     if args.num_classes is None and not args.pretrained:
         kwargs['num_classes'] = num_classes
@@ -137,7 +138,7 @@ def _create_architecture(args: Namespace, source: Source | None, num_classes: in
     return model
 
 
-def _has_own_exits(args: Namespace, source: Source | None) -> bool:
+def _has_own_exits(args: Namespace, source: ModelSource | None) -> bool:
     """Return whether the model's folder or repository holds trained exits, which 'auto' then means."""
     return bool(args.pretrained and source is not None and source.config.exits)
 
@@ -214,7 +215,7 @@ def synchronizes_norms(args: Namespace, accelerator: Accelerator) -> bool:
     return args.sync_bn and accelerator.num_processes > 1
 
 
-def create_regime(args: Namespace, model: nn.Module, source: Source | None) -> Regime:
+def create_regime(args: Namespace, model: nn.Module, source: ModelSource | None) -> Regime:
     """Return what trains when.
 
     Fresh heads on a trained backbone first learn alone, or they would pull it away from its weights.
@@ -252,3 +253,48 @@ def create_regime(args: Namespace, model: nn.Module, source: Source | None) -> R
 
 def _checkpoint_has_exits(path: str) -> bool:
     return bool(path) and any(key.startswith('exits.') for key in load_state_dict(path))
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Return model name and checkpoint of NAME[:CHECKPOINT]; '' for no checkpoint.
+
+    >>> split_name('resnet18:last.pth.tar'), split_name('local-dir:runs/small'), split_name('resnet18.a1_in1k')
+    (('resnet18', 'last.pth.tar'), ('local-dir:runs/small', ''), ('resnet18.a1_in1k', ''))
+    """
+    if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
+        return text, ''
+    name, _, checkpoint = text.partition(':')
+    return name, checkpoint
+
+
+def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExitModel:
+    """Return a trained plain timm model, without exits, on the CPU.
+
+    Args:
+        text: A timm name, for its own weights; NAME:CHECKPOINT, for those of a file; `local-dir:FOLDER`;
+            `hf-hub:ORG/NAME`.
+        num_classes: Of the model that it is compared with.
+        in_chans: Channels of the images.
+
+    Raises:
+        MultiExitError: There is no such model or no weights, or it has other classes or channels.
+    """
+    name, checkpoint = split_name(text)
+    try:
+        if checkpoint:
+            backbone = create_backbone(name, num_classes=num_classes, in_chans=in_chans)
+            load_checkpoint(backbone, checkpoint)
+        else:
+            backbone = create_backbone(name, pretrained=True)
+    except MultiExitError as error:
+        raise type(error)(f'--compare {text}: {error}') from error
+    except (*LIBRARY_ERRORS, KeyError, SafetensorError) as error:
+        raise CheckpointError(f'--compare {text}: cannot load the weights: {one_line(error)}.') from error
+    if backbone.num_classes != num_classes:
+        raise InvalidValueError(
+            f'--compare {text} must have the {num_classes} classes of the model, got {backbone.num_classes}.'
+        )
+    model = MultiExitModel(backbone, [])
+    if model.in_chans != in_chans:
+        raise InvalidValueError(f'--compare {text} must take images of {in_chans} channels, got {model.in_chans}.')
+    return model

@@ -200,7 +200,7 @@ def create_run_data(
         test_loader=test_loader,
         data_config=data_config,
         label_names=class_names(train, num_classes),
-        name=name_dataset(args),
+        name=name_dataset(args.dataset, args.data_dir),
         split=args.test_split or args.val_split,
         chosen_on=held_out if args.val_from_train else args.val_split,
         is_held_out=bool(args.val_from_train),

@@ -22,7 +22,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import random_seed, unwrap_model
 
-from timm_multiexit.checkpoints.run_folder import read_origin
+from timm_multiexit.checkpoints.run_folder import RunFolder, read_origin
 from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
 from timm_multiexit.cli.build_model import (
@@ -160,7 +160,7 @@ def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
         lr=lr,
         lr_base_scale=lr_base_scale,
         dist_bn='' if synchronizes_norms(args, accelerator) else args.dist_bn,
-        origin=None if origin is None else origin._asdict(),
+        origin=None if origin is None else origin.to_dict(),
     )
     config = _run_config(args, resolved, resume)
     trainer = _create_trainer(
@@ -197,7 +197,7 @@ def choose_output_dir(args: Namespace) -> Path:
     name = args.experiment or '-'.join(str(part) for part in (stamp, safe_model_name(args.model), size) if part)
     path = Path(args.output or 'output/train', name)
     is_resumed = args.resume == 'auto' or (args.resume and Path(args.resume).parent.resolve() == path.resolve())
-    if not is_resumed and ((path / 'summary.csv').exists() or any(path.glob('*.pth.tar'))):
+    if not is_resumed and RunFolder(path).holds_run:
         raise InvalidValueError(f'{path} holds a run: name another --experiment, or resume it with --resume auto.')
     return path
 

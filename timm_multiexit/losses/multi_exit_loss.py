@@ -300,8 +300,8 @@ class MultiExitLoss(nn.Module):
         rows = [self.criterion(tensor, target) for tensor in logits]
         if any(row.dim() != 0 for row in rows):
             raise InvalidValueError(
-                f'criterion must return a scalar, got a tensor of shape {list(rows[0].shape)}. Use one that averages over'
-                " the batch (reduction='mean')."
+                f'criterion must return a scalar, got a tensor of shape {list(rows[0].shape)}. Use one that averages'
+                " over the batch (reduction='mean')."
             )
         return torch.stack(rows)
 

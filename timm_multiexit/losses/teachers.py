@@ -61,8 +61,8 @@ class DepthWeights:
             most = math.ceil(math.log(2) / math.log(self.balance))
             raise InvalidValueError(
                 f'DepthWeights.balance is {self.balance} and gives the task term of the shallowest of {count}'
-                f' classifiers the factor {min(factors):.4f} (2 - {self.balance}^{count - 1}), which must be > 0. Use at'
-                f' most {most - 1} exits or a balance below {2 ** (1 / (count - 1)):.4f}.'
+                f' classifiers the factor {min(factors):.4f} (2 - {self.balance}^{count - 1}), which must be > 0. Use'
+                f' at most {most - 1} exits or a balance below {2 ** (1 / (count - 1)):.4f}.'
             )
         return factors
 

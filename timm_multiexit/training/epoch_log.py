@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.evaluation.metrics import default_metric
 from timm_multiexit.training.summary import Summary, draw_curves
 from timm_multiexit.training.trackers import TrackerConfig, log_epoch, log_step, start_trackers
@@ -85,7 +86,7 @@ class EpochLog:
         """Write `summary.csv`, and `curves.png` twice a minute at the most and at the end: to draw it takes a while."""
         if not self.summary.rows:
             return
-        self.summary.write(self.folder / 'summary.csv')
+        self.summary.write(RunFolder(self.folder).summary_path)
         is_last = self.summary.rows[-1]['epoch'] + 1 >= self.num_epochs
         if not is_last and time.perf_counter() - self._drawn < _SECONDS_BETWEEN_CURVES:
             return

@@ -12,7 +12,7 @@ from timm.scheduler import PlateauLRScheduler
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import unwrap_model
 
-from timm_multiexit.checkpoints.run_folder import ARGS_NAME
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
 from timm_multiexit.training.epoch_log import EpochLog
 from timm_multiexit.training.running_metrics import RunningMetrics
@@ -118,8 +118,8 @@ class RunState:
         is_own = self.saver and path.parent.resolve() == Path(self.saver.checkpoint_dir).resolve()
         if run:
             self._restore_run(run)
-        elif is_own and (path.parent / 'summary.csv').exists():
-            self.epoch_log.summary.read(path.parent / 'summary.csv', before=epoch)  # of timm's own script
+        elif is_own and RunFolder(path.parent).summary_path.exists():
+            self.epoch_log.summary.read(RunFolder(path.parent).summary_path, before=epoch)  # of timm's own script
         if is_own:
             self.trainer.epoch, self.trainer.batch = epoch, batch
             self.saver.load_state_dict(checkpoint.get('saver') or {})
@@ -190,7 +190,7 @@ class RunState:
         """Write `args.yaml`."""
         if self.saver:
             text = yaml.safe_dump(vars(self.record), default_flow_style=False)
-            write_text(Path(self.saver.checkpoint_dir, ARGS_NAME), text, advice=RESUME)
+            write_text(RunFolder(Path(self.saver.checkpoint_dir)).args_path, text, advice=RESUME)
 
     def save_epoch(self, epoch: int, model: torch.nn.Module, metric: float | None, **described: Any) -> None:
         """Keep the end of an epoch, and the network as a folder if it is the best so far.

@@ -13,11 +13,11 @@ from timm.task import TrainingTask
 from timm.utils import distribute_bn, unwrap_model
 from torchvision.utils import save_image
 
-from timm_multiexit.checkpoints.run_folder import BEST_NAME, RESULTS_NAME, load_best
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.data.datasets import is_same_split
 from timm_multiexit.data.seeding import SeededLoader
-from timm_multiexit.evaluation.evaluate import Evaluation, evaluate_loader, make_table
+from timm_multiexit.evaluation.exit_table import Evaluation, evaluate_loader, make_table
 from timm_multiexit.evaluation.metrics import flatten_metrics
 from timm_multiexit.evaluation.stamp import describe_inputs
 from timm_multiexit.models.multi_exit import MultiExitModel
@@ -270,22 +270,23 @@ class TrainingRun:
         """Print the table of the best network, write it beside the run, and list the best epochs as timm does."""
         self.accelerator.wait_for_everyone()
         best_epoch, folder = broadcast_object_list([self.state.best_epoch, str(self.folder)])
-        if self.data.test_loader is not None and Path(folder, BEST_NAME).exists():
-            self._report_best(Path(folder), best_epoch)
+        files = RunFolder(Path(folder))
+        if self.data.test_loader is not None and files.best.exists():
+            self._report_best(files, best_epoch)
         if self.accelerator.is_main_process:
             # Nothing after these lines: timm's bulk tools read the rest of the output as JSON.
             rows = self.epoch_log.best_epochs(self.config.eval_metric, is_decreasing=self.config.is_decreasing)
             print('--result\n[' + ',\n '.join(json.dumps(row) for row in rows) + ']', flush=True)
 
-    def _report_best(self, folder: Path, best_epoch: int | None) -> None:
-        """Print the table of the network in `folder/best` and write it beside it; all ranks take part.
+    def _report_best(self, files: RunFolder, best_epoch: int | None) -> None:
+        """Print the table of the best network and write it to the folder of the run; all ranks take part.
 
         Args:
-            folder: Of the run.
+            files: Of the run.
             best_epoch: From 0; None where no epoch was chosen.
         """
         config, data = self.config, self.data
-        best = load_best(self.record, f'{folder}/{BEST_NAME}').to(self.accelerator.device)
+        best = files.load_best(**self.record.model_kwargs).to(self.accelerator.device)
         result = self._measure(best, data.test_loader)
         if not self.accelerator.is_main_process:
             return
@@ -299,7 +300,7 @@ class TrainingRun:
             chosen += ' this split' if is_same else f' {images}'
         print(
             f'\n{config.model} on the {data.split} split, {table.num_samples} images{chosen}:\n\n{table}\n\n'
-            f'{folder}/best is the network: create_model("local-dir:{folder}/best", pretrained=True)\n',
+            f'{files.best} is the network: create_model("local-dir:{files.best}", pretrained=True)\n',
             flush=True,
         )
         results = {
@@ -310,7 +311,7 @@ class TrainingRun:
                 data.data_config,
                 dataset=data.name,
                 precision=self.accelerator.mixed_precision,
-                weights=hash_weights(folder / BEST_NAME),
+                weights=hash_weights(files.best),
             ),
             'epochs': self.num_epochs,
             'epoch_chosen_on': data.chosen_on,
@@ -322,4 +323,4 @@ class TrainingRun:
             'command': sys.argv,
             **describe_environment(),
         }
-        write_text(folder / RESULTS_NAME, json.dumps(results, indent=2) + '\n', advice=RESUME)
+        write_text(files.results_path, json.dumps(results, indent=2) + '\n', advice=RESUME)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_multiexit.evaluation.evaluate import evaluate, evaluate_loader
+from timm_multiexit.evaluation.exit_table import evaluate, evaluate_loader
 from timm_multiexit.utils.errors import MultiExitError
 
 

@@ -1,0 +1,228 @@
+"""Accuracy and cost of every classifier of a model, and of other models on the same images."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.data.config import resolve_data_config
+from timm.task.evaluator import evaluation_sample_limit
+from torch import Tensor, nn
+
+from timm_multiexit.evaluation.metrics import ExitEvaluator
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.errors import DataError
+from timm_multiexit.utils.text import ENSEMBLE, format_table
+
+# (data set, timm's data configuration) -> batches of images and class indices, every image once and in order
+CreateLoader = Callable[[Any, Mapping[str, Any]], Iterable[Any]]
+
+
+def evaluate_logits(
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    batch_size: int = 256,
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of `ExitEvaluator` for these logits.
+
+    Args:
+        logits: One [N, C] tensor per classifier, main last.
+        targets: Class indices [N].
+        batch_size: Samples per update.
+    """
+    evaluator = ExitEvaluator(len(logits) - 1)
+    for target, *batch in zip(*(torch.split(part, batch_size) for part in (targets, *logits))):
+        evaluator.update(batch, target)
+    return evaluator.compute()
+
+
+@dataclass
+class Evaluation:
+    """Result of one pass over a data set.
+
+    Attributes:
+        metrics: name -> {loss, top1, top5, ece}, or {loss, map, ...}, see `ExitEvaluator.compute`.
+        num_samples: Images counted, over all ranks.
+        input_size: (channels, height, width) of the first batch.
+    """
+
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    num_samples: int = 0
+    input_size: tuple[int, int, int] = (0, 0, 0)
+
+
+@torch.no_grad()
+def evaluate_loader(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    accelerator: Accelerator | None = None,
+    channels_last: bool = False,
+    multi_label: bool = False,
+    threshold: float = 0.5,
+) -> Evaluation:
+    """Evaluate every classifier of a model, and the ensemble, on every sample once.
+
+    Args:
+        model: A `MultiExitModel`, or a plain model, which has main alone; not wrapped for distributed training.
+        loader: Batches of images and class indices; in distributed runs this rank's share of them.
+        device: Where to run; the accelerator's, else where the model is.
+        accelerator: Precision, and the processes to sum over.
+        channels_last: Memory format of the images.
+        multi_label: Targets are [B, C] labels.
+        threshold: Probability from which a label counts as predicted.
+
+    Raises:
+        DataError: The loader yields no batch.
+    """
+    num_exits = len(model.exits) if isinstance(model, MultiExitModel) else 0
+    device = torch.device(device or (accelerator.device if accelerator else next(model.parameters()).device))
+    evaluator = ExitEvaluator(
+        num_exits,
+        device=device,
+        max_samples=evaluation_sample_limit(loader),
+        multi_label=multi_label,
+        threshold=threshold,
+    )
+    evaluation = Evaluation()
+    dtype = next(model.parameters()).dtype
+    training = [module.training for module in model.modules()]
+    model.eval()
+    try:
+        for images, target in loader:
+            images, target = images.to(device, dtype), target.to(device)
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            evaluation.input_size = evaluation.input_size if any(evaluation.input_size) else tuple(images.shape[1:])
+            with accelerator.autocast() if accelerator else nullcontext():
+                logits = model(images, exits=True).logits if num_exits else (model(images),)
+            evaluator.update(logits, target)
+    finally:
+        for module, mode in zip(model.modules(), training):
+            module.training = mode
+    if not any(evaluation.input_size):
+        raise DataError('The data loader must yield at least one batch, got none.')
+    evaluation.num_samples = evaluator.num_samples
+    distributed = accelerator is not None and accelerator.num_processes > 1
+    evaluation.metrics = evaluator.compute(distributed)
+    if accelerator is not None and distributed:
+        count = torch.tensor(evaluator.num_samples, device=device)
+        evaluation.num_samples = int(accelerator.reduce(count))
+    return evaluation
+
+
+# Metrics of `ExitEvaluator` as the table has them: one group for one label per image, one for several.
+_METRIC_HEADERS = {
+    'top1': 'top-1',
+    'top5': 'top-5',
+    'ece': 'ECE',
+    'map': 'mAP',
+    'micro_f1': 'micro-F1',
+    'macro_f1': 'macro-F1',
+    'sample_f1': 'sample-F1',
+}
+
+
+@dataclass(frozen=True)
+class ExitTable:
+    """Cost and accuracy of every classifier; `str()` formats it as a table.
+
+    Attributes:
+        rows: One dict per classifier, shallow to deep, then the ensemble: exit (its name), exit_idx (0, 1, ...,
+            'main' or 'ens'), tap, params (of the path to the exit
+            and its head), GMACs fixed, GMACs sequential, then in percent top-1, top-5 and ECE, or of several labels
+            per image mAP, micro-F1, macro-F1 and sample-F1.
+        num_samples: Images that were counted.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    num_samples: int
+
+    def __str__(self) -> str:
+        return format_table([{key: value for key, value in row.items() if key != 'exit_idx'} for row in self.rows])
+
+
+def evaluate(
+    model: MultiExitModel,
+    loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    multi_label: bool = False,
+    threshold: float = 0.5,
+) -> ExitTable:
+    """Return accuracy and cost of every classifier and of their ensemble.
+
+    Args:
+        model: The model; put in eval mode during the call, and back in its own mode after it.
+        loader: Batches of images [B, in_chans, H, W] and class indices [B], or labels [B, C] with `multi_label`.
+        device: Where to run; default: where the model is.
+        input_size: (channels, height, width) that MACs are computed for; default: that of the loader's first batch.
+        multi_label: Targets are [B, C] labels.
+        threshold: Probability from which a label counts as predicted, for the F1 of `multi_label`.
+    """
+    result = evaluate_loader(model, loader, device=device, multi_label=multi_label, threshold=threshold)
+    return make_table(model, result.metrics, input_size=input_size or result.input_size, num_samples=result.num_samples)
+
+
+def make_table(
+    model: MultiExitModel,
+    metrics: dict[str, dict[str, float]],
+    *,
+    input_size: tuple[int, int, int],
+    num_samples: int,
+) -> ExitTable:
+    """Return the table of costs and metrics.
+
+    Args:
+        model: Gives costs and taps.
+        metrics: As `ExitEvaluator.compute` returns them.
+        input_size: (channels, height, width) that MACs are computed for.
+        num_samples: Images that were counted.
+    """
+    costs = model.cost(input_size)
+    taps = {f'exit{idx}': spec.module for idx, spec in enumerate(model.exits.specs)}
+    rows = []
+    for idx, (name, values) in enumerate(metrics.items()):
+        # The ensemble runs everything, so it costs what main costs in sequence, and has no fixed path.
+        cost = costs[min(idx, len(costs) - 1)]
+        is_ensemble = name == ENSEMBLE
+        rows.append(
+            {
+                'exit': name.removeprefix('exit'),
+                'exit_idx': idx if name in taps else name,
+                'tap': taps.get(name, '-' if is_ensemble else 'classifier'),
+                'params': cost.sequential.params if is_ensemble else cost.fixed.params,
+                'GMACs fixed': None if is_ensemble else cost.fixed.macs / 1e9,
+                'GMACs sequential': cost.sequential.macs / 1e9,
+                **{header: values[key] for key, header in _METRIC_HEADERS.items() if key in values},
+            }
+        )
+    return ExitTable(tuple(rows), num_samples)
+
+
+def evaluate_static(
+    models: Mapping[str, MultiExitModel], dataset: Any, *, create_loader: CreateLoader, accelerator: Accelerator
+) -> list[dict[str, Any]]:
+    """Return one row per model: its name, the side of its images, params, GMACs, top-1 and top-5.
+
+    Args:
+        models: Name -> model; one at a time is on the accelerator's device.
+        dataset: What all are evaluated on; its transform stays.
+        create_loader: Called with the dataset and each model's own data configuration.
+        accelerator: Device and precision.
+    """
+    rows = []
+    for name, model in models.items():
+        data_config = resolve_data_config({}, model=model)
+        loader = create_loader(copy.copy(dataset), data_config)
+        metrics = evaluate_loader(model.to(accelerator.device), loader, accelerator=accelerator).metrics['main']
+        model.cpu()
+        cost = model.cost(data_config['input_size'])[-1].fixed
+        row = {'static model': name, 'image, px': data_config['input_size'][-1], 'params': cost.params}
+        rows.append({**row, 'GMACs': cost.macs / 1e9, 'top-1': metrics['top1'], 'top-5': metrics['top5']})
+    return rows
