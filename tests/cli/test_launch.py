@@ -37,7 +37,7 @@ REFUSED = {
     'deepspeed': ({'ACCELERATE_USE_DEEPSPEED': '1'}, 'DEEPSPEED is not supported, .*leave --use_deepspeed out'),
     'one-of-two': (
         {'ACCELERATE_USE_CPU': 'True', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500'},
-        'asked for several processes and started one, .*torchrun --nproc-per-node 2 train.py',
+        'started one process where several were wanted, .*torchrun --nproc-per-node 2 train.py',
     ),
 }
 
@@ -52,7 +52,7 @@ def test_launcher_that_is_not_supported_is_one_line(env, message, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('precision', 'message'), [('fp16', 'fp16 needs a GPU .*: use bf16'), ('fp8', 'is fp8, allowed are no, fp16 and')]
+    ('precision', 'message'), [('fp16', 'fp16 needs a GPU .*: use bf16'), ('fp8', 'must be no, fp16 or bf16, got fp8')]
 )
 def test_precision_that_accelerate_cannot_give_is_one_line(precision, message, monkeypatch):
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', precision)
@@ -84,7 +84,7 @@ def test_variables_that_say_no_are_not_a_launcher(value, monkeypatch):
 
 def test_kind_of_processes_that_is_not_supported_is_one_line(monkeypatch):
     monkeypatch.setattr(Accelerator, 'distributed_type', DistributedType.MEGATRON_LM)
-    with pytest.raises(MultiExitError, match='launched for MEGATRON_LM, allowed are') as error:
+    with pytest.raises(MultiExitError, match='must be launched for one process .*, got MEGATRON_LM') as error:
         create_accelerator(make_args())
     assert '\n' not in str(error.value)
 

@@ -332,7 +332,7 @@ BAD_INPUT = {
     'byot': (('--exit-loss', 'byot', '--exit-widths', '16-32-48-64,32-48-64,48-64'), 'exit 0 has 64'),
     'widths': (('--eed', '--exit-widths', '16-32,16-32,16-32'), 'takes 4 widths, 2 were given'),
     'contradiction': (('--eed', '--exit-loss', 'ce'), '--eed and --exit-loss ce contradict'),
-    'no-teacher': (('--exit-loss', 'ce', '--exit-output-weight', '1'), 'there is no teacher'),
+    'no-teacher': (('--exit-loss', 'ce', '--exit-output-weight', '1'), 'the loss has no teacher'),
     'temperature': (('--eed', '--exit-temperature', '0'), 'temperature is 0.0'),
     'classes': (('--num-classes', '1'), 'The data has 2 classes, the model 1'),
     'metric': (('--eval-metric', 'exit7_top1', '--eed'), '--eval-metric must be one of loss, top1'),
@@ -366,7 +366,7 @@ def test_missing_and_empty_data_folders_are_named(folder, run_script, tmp_path):
     (tmp_path / 'empty').mkdir()
     code, _, err = run_script(train.main, *QUICK, '--eed', '--data-dir', tmp_path / folder)
     assert code == 2
-    assert {'absent': 'There is no data folder', 'empty': 'Found 0 images'}[folder] in err.splitlines()[-1]
+    assert {'absent': 'Data folder', 'empty': 'Found 0 images'}[folder] in err.splitlines()[-1]
     assert not (tmp_path / 'output').exists()
 
 

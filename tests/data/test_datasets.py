@@ -65,7 +65,7 @@ def test_digits_give_rgb_images():
 
 @pytest.mark.parametrize(
     ('root', 'message'),
-    [('nowhere', "no data folder 'nowhere'"), (None, "no data folder ''"), ('empty', 'Found 0 images')],
+    [('nowhere', "Data folder 'nowhere' does not"), (None, "Data folder '' does not"), ('empty', 'Found 0 images')],
 )
 def test_missing_and_empty_folders_are_named(tmp_path, monkeypatch, root, message):
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from timm.utils import setup_default_logging
 
-from timm_multiexit.utils.errors import MultiExitError, one_line
+from timm_multiexit.utils.errors import InvalidValueError, one_line
 
 _SUPPORTED = {
     kind
@@ -30,13 +30,13 @@ def create_accelerator(args: Namespace) -> Accelerator:
     """Return the accelerator of a run; `torchrun`, `accelerate launch` and plain Python come to the same.
 
     Raises:
-        MultiExitError: A way of launching that is not supported, or fewer processes than were asked for.
+        InvalidValueError: A way of launching that is not supported, or fewer processes than were launched.
     """
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise MultiExitError(
+            raise InvalidValueError(
                 f"--device-modules names '{module}', which cannot be imported: {one_line(error)}."
             ) from error
     _check_launcher()
@@ -52,12 +52,12 @@ def create_accelerator(args: Namespace) -> Accelerator:
         cpu=args.device == 'cpu' or (launched > 1 and not torch.accelerator.is_available()),
     )
     if accelerator.distributed_type not in _SUPPORTED:
-        raise MultiExitError(
-            f'Accelerate was launched for {accelerator.distributed_type.value}, allowed are one process and'
-            ' DistributedDataParallel: launch with --multi_gpu or torchrun.'
+        raise InvalidValueError(
+            f'Accelerate must be launched for one process or DistributedDataParallel, got'
+            f' {accelerator.distributed_type.value}. Launch with --multi_gpu or torchrun.'
         )
     if launched != accelerator.num_processes:
-        raise MultiExitError(
+        raise InvalidValueError(
             f'{launched} processes were launched and Accelerate runs {accelerator.num_processes}; start them with'
             f' torchrun --nproc-per-node {launched} train.py ...'
         )
@@ -67,19 +67,19 @@ def create_accelerator(args: Namespace) -> Accelerator:
 def _check_precision(args: Namespace, has_gpu: bool) -> None:
     if args.amp:
         if args.amp_dtype == 'float16' and not has_gpu:
-            raise MultiExitError(
+            raise InvalidValueError(
                 '--amp in float16 needs a GPU (on a CPU it would be float32): use --amp-dtype bfloat16.'
             )
         return
     # Without --amp, what `accelerate launch` or its configuration says holds.
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no').lower()
     if precision not in ('no', 'fp16', 'bf16'):
-        raise MultiExitError(
-            f"Accelerate's --mixed_precision is {precision}, allowed are no, fp16 and bf16: change it in accelerate"
-            ' launch or accelerate config.'
+        raise InvalidValueError(
+            f"Accelerate's --mixed_precision must be no, fp16 or bf16, got {precision}. Change it in accelerate launch"
+            ' or accelerate config.'
         )
     if precision == 'fp16' and not has_gpu:
-        raise MultiExitError(
+        raise InvalidValueError(
             "Accelerate's --mixed_precision fp16 needs a GPU (on a CPU it would be float32): use bf16 or no."
         )
 
@@ -87,15 +87,15 @@ def _check_precision(args: Namespace, has_gpu: bool) -> None:
 def _check_launcher() -> None:
     for name, flag in (('FSDP', '--use_fsdp'), ('DEEPSPEED', '--use_deepspeed')):
         if os.environ.get(f'ACCELERATE_USE_{name}', '').lower() in ('1', 'true', 'yes'):
-            raise MultiExitError(
-                f'{name} is not supported, allowed is DistributedDataParallel: leave {flag} out of accelerate launch,'
-                ' or choose multi-GPU in accelerate config.'
+            raise InvalidValueError(
+                f'{name} is not supported, only DistributedDataParallel: leave {flag} out of accelerate launch, or'
+                ' choose multi-GPU in accelerate config.'
             )
     # On CPUs `accelerate launch --num_processes 2` starts one process, and tells it only where the others would meet.
     on_cpu = os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
     if on_cpu and 'MASTER_ADDR' in os.environ and 'WORLD_SIZE' not in os.environ:
-        raise MultiExitError(
-            'accelerate launch was asked for several processes and started one, as it does on CPUs; start them with'
+        raise InvalidValueError(
+            'accelerate launch started one process where several were wanted, as it does on CPUs; start them with'
             ' torchrun --nproc-per-node 2 train.py ... or'
             ' ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train.py ...'
         )

@@ -157,7 +157,9 @@ def create_checked_dataset(
         return CheckedImages(digits, bad_images=bad_images, cache=cache)
     if not name:
         if not root or not Path(root).is_dir():
-            raise MissingFileError(f"There is no data folder '{root or ''}': give one that holds {split}/CLASS/*.jpg.")
+            raise MissingFileError(
+                f"Data folder '{root or ''}' does not exist: give one that holds {split}/CLASS/*.jpg."
+            )
         _check_split(Path(root), split)
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
