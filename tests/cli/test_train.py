@@ -2,15 +2,19 @@ import csv
 import gc
 import json
 import multiprocessing
+from copy import deepcopy
 
 import pytest
 import timm
 import torch
 import yaml
+from accelerate import Accelerator
 from helpers import cases
 
 import timm_multiexit as tme
+from timm_multiexit.checkpoints import source
 from timm_multiexit.cli import train, validate
+from timm_multiexit.cli.flags.train_args import parse_train_args
 
 QUICK = ('--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0', '--opt', 'adamw', '--lr', '0.002')
 QUICK += ('--warmup-epochs', '0', '--epochs', '2')
@@ -368,6 +372,33 @@ def test_missing_and_empty_data_folders_are_named(folder, run_script, tmp_path):
     assert code == 2
     assert {'absent': 'Data folder', 'empty': 'Found 0 images'}[folder] in err.splitlines()[-1]
     assert not (tmp_path / 'output').exists()
+
+
+def test_model_is_resolved_once_and_what_a_run_resolves_is_stored_beside_its_flags(
+    train_on_images, tmp_path, monkeypatch
+):
+    start, _ = train_on_images('start', '--eed', '--epochs', '1')
+    calls = []
+    original = source.read_model_config
+
+    def read(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(source, 'read_model_config', read)
+    flags = ['--model', f'local-dir:{start}/best', '--pretrained', '--eed', '--lr-base', '0.1', '--val-split', '']
+    flags += ['--data-dir', str(tmp_path / 'images'), '--img-size', '32', '-b', '8', '-j', '0', '--eval-metric', 'loss']
+    args = parse_train_args([*flags, '--experiment', 'next'])
+    before = deepcopy(vars(args))
+    run = train.build_run(args, Accelerator(cpu=True))
+    assert len(calls) == 1
+    assert vars(args) == before
+    record = vars(run.record)
+    assert {name for name, value in record.items() if value != before.get(name)} == {
+        *('num_classes', 'lr', 'lr_base_scale', 'origin'),
+    }
+    assert (record['num_classes'], record['lr']) == (2, pytest.approx(0.1 * 8 / 256))
+    run.close()
 
 
 def test_unknown_config_keys_are_named(train_on_images, tmp_path):

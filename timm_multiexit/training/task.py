@@ -161,10 +161,11 @@ class MultiExitTask(TrainingTask):
         self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
         """Compile the model in place, so that its keys and its type stay, the teacher too, and return the model."""
-        self.trainable_module.compile(backend=backend, mode=mode, **compile_kwargs)
+        module: nn.Module = self.trainable_module
+        module.compile(backend=backend, mode=mode, **compile_kwargs)
         if self.teacher is not None:
             self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
-        return self.trainable_module
+        return module
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return the parameters to clip; without every classifier's linear layer if `exclude_head` (for agc)."""
