@@ -367,7 +367,7 @@ USES = {
     'teacher': learn_from,
     'model_kwargs': lambda name: model_kwargs(*with_source('--model', name)),
     'train': lambda name: create_train_model(*with_source('--model', name, '--pretrained', '--eed'), num_classes=5),
-    'validate': lambda name: validate.create_model(create_validate_parser().parse_args(['--model', name])),
+    'validate': lambda name: validate.create_evaluated_model(create_validate_parser().parse_args(['--model', name])),
 }
 
 

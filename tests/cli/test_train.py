@@ -331,10 +331,10 @@ BAD_INPUT = {
     'encoder': (('--model', 'mobilenetv5_300m_enc', '--eed'), 'has no classifier module'),
     'features': (
         ('--eed', '--exit-feature-weight', '1', '--exit-widths', '16-32-48-64,32-48-64,48-64'),
-        "use head='paper'",
+        "head='paper'",
     ),
     'byot': (('--exit-loss', 'byot', '--exit-widths', '16-32-48-64,32-48-64,48-64'), 'exit 0 has 64'),
-    'widths': (('--eed', '--exit-widths', '16-32,16-32,16-32'), 'takes 4 widths, 2 were given'),
+    'widths': (('--eed', '--exit-widths', '16-32,16-32,16-32'), 'takes 4 widths, got 2'),
     'contradiction': (('--eed', '--exit-loss', 'ce'), '--eed and --exit-loss ce contradict'),
     'no-teacher': (('--exit-loss', 'ce', '--exit-output-weight', '1'), 'the loss has no teacher'),
     'temperature': (('--eed', '--exit-temperature', '0'), 'temperature is 0.0'),
