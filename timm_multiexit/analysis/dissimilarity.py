@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import StateError
 from timm_multiexit.utils.text import exit_names
 
 _PER_CLASS = 10  # images at least, or there would be too few pairs within classes
@@ -47,10 +47,12 @@ def collect_representations(
         loader: Batches of images and class indices.
 
     Raises:
-        MultiExitError: The model is in training mode.
+        StateError: The model is in training mode.
     """
     if model.training:
-        raise MultiExitError('The model is in training mode, its features would depend on the batch: model.eval().')
+        raise StateError(
+            'The model is in training mode, so its features would depend on the batch: call model.eval() first.'
+        )
     param = next(model.parameters())
     features, logits, targets = [], [], []
     for images, target in loader:
@@ -79,7 +81,7 @@ def dissimilarity_matrix(vectors: Tensor) -> Tensor:
     rows = vectors.flatten(1).double()
     centered = rows - rows.mean(1, keepdim=True)
     norms = centered.norm(dim=1, keepdim=True)
-    # What rounding leaves of equal numbers is no direction.
+    # What rounding leaves of equal numbers has no direction.
     is_flat = norms <= 1e-12 * rows.norm(dim=1, keepdim=True)
     unit = torch.where(is_flat, 0.0, centered / norms.clamp(min=torch.finfo(torch.float64).tiny))
     matrix = (1 - unit @ unit.T).clamp(0, 2)
@@ -89,8 +91,8 @@ def dissimilarity_matrix(vectors: Tensor) -> Tensor:
 def block_means(matrix: Tensor, targets: Tensor) -> dict[str, float | None]:
     """Return the mean dissimilarity within classes and between them, and `ratio`, between over within.
 
-    A sample and itself are no pair. The larger the ratio, the clearer the classes; it is None, like a mean without
-    pairs, where it cannot be had.
+    A sample is not paired with itself. The larger the ratio, the clearer the classes. A mean without pairs is None, and
+    so is a ratio without both means.
 
     Args:
         matrix: [N, N].
@@ -113,7 +115,7 @@ def block_means(matrix: Tensor, targets: Tensor) -> dict[str, float | None]:
 def class_means(matrix: Tensor, targets: Tensor) -> Tensor:
     """Return the mean dissimilarity between each two classes that there are, [C, C], classes in order of their index.
 
-    A sample and itself are no pair; a class of one sample has NaN to itself.
+    A sample is not paired with itself; a class of one sample has NaN to itself.
 
     Args:
         matrix: [N, N].

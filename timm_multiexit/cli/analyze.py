@@ -3,14 +3,20 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
+from timm_multiexit.analysis.measuring import AnalysisData
 from timm_multiexit.analysis.runs import Run, read_runs
 from timm_multiexit.analysis.study import Study, summary_rows
 from timm_multiexit.cli.flags.parser import ScriptParser, add_flags, switch, value
 from timm_multiexit.cli.launch import setup_logging
+from timm_multiexit.cli.validate_data import create_split
+from timm_multiexit.data.loaders import create_eval_loader
+from timm_multiexit.evaluation.stamp import name_dataset
 from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.text import format_table
 
@@ -50,16 +56,26 @@ def complete_args(args: Namespace, run: Run) -> Namespace:
     """Return the arguments with what the run says of its data where they do not."""
     own = run.args
     given = {name: item for name, item in vars(args).items() if item is not None}
-    data = {name: getattr(own, name, None) for name in ('data_dir', 'dataset', 'class_map', 'input_img_mode')}
+    data = {name: own.get(name) for name in ('data_dir', 'dataset', 'class_map', 'input_img_mode')}
     # A folder that is named is not to be passed over for the digits of a demo.
-    if args.data_dir and not args.dataset and getattr(own, 'is_demo', False):
+    if args.data_dir and not args.dataset and own.get('is_demo'):
         data['dataset'] = ''
-    split = own.test_split or own.val_split
+    split = own.get('test_split') or own.get('val_split')
     defaults = {'reference': None, 'dataset_download': False, 'split': split, **data}
     completed = Namespace(**{**defaults, **given})
     if not completed.split:
         raise MultiExitError(f'{run.name} was measured on no split: name one with --split.')
     return completed
+
+
+def create_analysis_data(args: Namespace, accelerator: Accelerator) -> AnalysisData:
+    """Return the images that the completed arguments name."""
+
+    def create_loader(dataset: Any, data_config: Any) -> Any:
+        return create_eval_loader(args, dataset, data_config, accelerator)
+
+    name = name_dataset(args.dataset, args.data_dir)
+    return AnalysisData(name, args.split, partial(create_split, args, args.split), create_loader)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +87,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         accelerator = Accelerator()
         if accelerator.num_processes > 1:
             raise MultiExitError('The analysis runs in one process: start it with timm-multiexit analyze.')
-        content = Study(runs, complete_args(args, runs[0]), Path(args.out), accelerator).run()
+        args = complete_args(args, runs[0])
+        study = Study(
+            runs,
+            create_analysis_data(args, accelerator),
+            Path(args.out),
+            device=accelerator.device,
+            reference=args.reference,
+            num_samples=args.samples,
+            seed=args.seed,
+        )
+        content = study.run()
     except MultiExitError as error:
         print(f'analysis: error: {error}', file=sys.stderr)
         return 2
