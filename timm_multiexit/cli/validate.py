@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -113,10 +114,10 @@ def write_results(args, validation):
     write_output(Path(args.results_file), text.encode())
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
     setup_logging()
-    args = create_validate_parser().parse_args(argv)
+    args = create_validate_parser(prog).parse_args(argv)
     try:
         precision = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(args.amp_dtype, args.amp_dtype) if args.amp else None
         if precision == 'fp16' and not torch.cuda.is_available():
@@ -126,7 +127,7 @@ def main(argv=None):
         if args.results_file and accelerator.is_main_process:
             write_results(args, validation)
     except tme.MultiExitError as error:
-        print(f'validate.py: error: {error}', file=sys.stderr)
+        print(f'{prog}: error: {error}', file=sys.stderr)
         return 2
     if accelerator.is_main_process:
         # Nothing after this line: timm's bulk tools read the rest of the output as JSON.

@@ -25,9 +25,9 @@ from timm_multiexit.cli.flags.validate_args import (
     asked_flags,
     asks_for_policies,
     check_budgets,
-    check_flags,
     check_outputs,
     check_preparation,
+    check_validate_args,
     find_own_folder,
     given_policy,
     picture_path,
@@ -126,7 +126,7 @@ class Validator:
         self.args, self.model, self.accelerator, self.show = args, model, accelerator, show
         self.data_config = resolve_data_config(vars(args), model=model)
         self.input_size = self.data_config['input_size']
-        check_flags(args, model, accelerator.num_processes)
+        check_validate_args(args, model, accelerator.num_processes)
         check_preparation(args, model, self.data_config)
         self.described = self._describe()  # now, since a run that goes on trains new weights into its folder
         self.dataset = create_split(args, args.split, self.input_size[0])
