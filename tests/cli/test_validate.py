@@ -125,7 +125,7 @@ def test_without_data_the_digits_are_measured(run_script, tmp_path):
         (('--model', 'resnet51'), "no model 'resnet51'"),
         (('--model', 'local-dir:nowhere'), 'is not a model folder'),
         (('--checkpoint', 'nowhere.pth.tar'), 'There is no checkpoint'),
-        (('--model', 'test_resnet', '--exits', '9'), 'room for 1 to 4'),
+        (('--model', 'test_resnet', '--exits', '9'), 'The number of exits must be in [1, 4]'),
         (('--model', 'test_resnet', '--num-classes', '1'), 'The data has 2 classes, the model 1'),
         (('--model', 'test_resnet', '--split', 'test'), "has no split 'test', allowed are train, val"),
         (('--model', 'test_resnet', '--amp'), '--amp in float16 needs a GPU'),
@@ -318,7 +318,7 @@ def test_saved_policy_is_the_one_that_was_measured(flags, saved, run_script, dig
         (('--calib-split', 'train[:3]'), "no split 'train[:3]'"),
         (('--threshold', '0.5', '--criterion', 'hope'), "invalid choice: 'hope'"),
         (('--threshold', 'high'), "'high' is no threshold"),
-        (('--budget', '3%', '--calib-split', 'validation'), 'The budget 3% is below the cheapest policy'),
+        (('--budget', '3%', '--calib-split', 'validation'), 'got 3%, which is below the cheapest policy'),
         (('--budget', '50%'), '--budget 50% needs data'),
         (('--calib-from-train', '5000'), '5000 of 1257 training images cannot be held out'),
         (('--compare', 'resnet51'), "no model 'resnet51'"),
@@ -337,7 +337,7 @@ def test_what_was_found_is_printed_before_an_error(run_script, digits_net):
     flags += ('--budget', '0.00000001ms')
     code, out, err = run_script(validate.main, *flags)
     assert code == 2
-    assert 'The budget 0.00000001ms is below the cheapest policy' in err.strip().splitlines()[-1]
+    assert 'got 0.00000001ms, which is below the cheapest policy' in err.strip().splitlines()[-1]
     assert 'test split, 360 images' in out
     assert 'Failure AUROC' in out
     assert 'Budgets: thresholds are chosen on' in out
@@ -349,7 +349,7 @@ def test_what_was_found_is_printed_before_an_error(run_script, digits_net):
     [
         (('--plot', '.'), '. is a folder'),
         (('--results-file', 'net/config.json/rows.csv'), 'net/config.json/rows.csv cannot be written'),
-        (('--budget', '1%', '--calib-split', 'validation'), 'The budget 1% is below'),
+        (('--budget', '1%', '--calib-split', 'validation'), 'got 1%, which is below'),
         (('--save-policy', '--budget', '90%'), '--save-policy needs data'),
         (('--save-policy', '--budget', '90%', '--calib-split', 'validation'), 'net/config.json cannot be written'),
     ],
