@@ -704,7 +704,7 @@ def test_runs_are_named_by_what_tells_them_apart():
     [
         (['--split', 'test'], "has no split 'test', allowed are train, val."),
         (['--data-dir', 'nothing'], "There is no data folder 'nothing'"),
-        (['--samples', '1'], '--samples is 1, allowed are integers from 2.'),
+        (['--samples', '1'], '--samples must be >= 2, got 1.'),
         (['--reference', 'byot'], "--reference is 'byot'"),
     ],
     ids=['split', 'folder', 'samples', 'reference'],

@@ -7,6 +7,7 @@ again, it sends what has changed, and nothing if nothing has.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm_multiexit as tme
@@ -17,9 +18,11 @@ from timm_multiexit.publishing.publication import PUBLICATION_NAME, write_public
 from timm_multiexit.publishing.push import list_model
 
 
-def create_parser() -> argparse.ArgumentParser:
+def create_parser(prog: str = 'publish.py') -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('run', type=Path, metavar='RUN', help='folder of the run')
     parser.add_argument('repo_id', nargs='?', metavar='ORG/NAME', help='repository on the Hub; none: write the folder')
     parser.add_argument('--yes', action='store_true', help='push; without it nothing is sent')
@@ -45,9 +48,9 @@ def describe(plan: PushPlan, folder: Path) -> str:
     return '\n'.join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
-    args = create_parser().parse_args(argv)
+    args = create_parser(prog).parse_args(argv)
     try:
         if args.yes and not args.repo_id:
             raise tme.MultiExitError('--yes needs a repository to push to: name ORG/NAME.')
@@ -74,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             list_model(args.models_file, metrics, result, tag=args.tag)
         print(f'{"Pushed" if result.has_changed else "Nothing has changed"}: {result.url}')
     except tme.MultiExitError as error:
-        print(f'publish.py: error: {error}', file=sys.stderr)
+        print(f'{prog}: error: {error}', file=sys.stderr)
         return 2
     return 0
 
