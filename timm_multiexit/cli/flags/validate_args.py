@@ -120,12 +120,6 @@ def asked_flags(args: Namespace) -> list[str]:
     return [option_name(dest) for dest, value in given.items() if value not in (None, [], '') and value is not False]
 
 
-def asks_for_policies(args: Namespace, model: MultiExitModel) -> bool:
-    """Return whether there are policies to measure."""
-    asked = args.threshold is not None or args.budget or args.max_drop is not None
-    return bool(asked or model.policy is not None)
-
-
 def chooses_thresholds(args: Namespace) -> bool:
     """Return whether there are data to choose thresholds on."""
     return args.calib_split is not None or args.calib_from_train is not None
