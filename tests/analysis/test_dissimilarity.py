@@ -8,12 +8,10 @@ import pytest
 import torch
 from helpers.analysis import labels
 
-import timm_multiexit as tme
 from timm_multiexit.analysis.dissimilarity import (
     block_means,
     choose_samples,
     class_means,
-    collect_representations,
     dissimilarity_matrix,
 )
 
@@ -75,17 +73,3 @@ def test_of_many_classes_some_are_chosen_with_ten_images_each():
 def test_few_images_are_all_taken():
     targets = labels('1001')
     assert sorted(choose_samples(targets, 500)) == [0, 1, 2, 3]
-
-
-def test_representations_are_what_enters_and_leaves_the_linear_layers(make_model):
-    model = make_model(exits=[1, 3]).eval()
-    images, targets = torch.randn(5, 3, 64, 64), torch.arange(5)
-    batches = [(images[:3], targets[:3]), (images[3:], targets[3:])]
-    features, logits, found = collect_representations(model, batches)
-    layers = [*(head.fc for head in model.exits), model.get_classifier()]
-    for entering, leaving, layer in zip(features, logits, layers):
-        torch.testing.assert_close(layer(entering), leaving)
-    torch.testing.assert_close(logits[-1], model(images))
-    assert found.tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(tme.MultiExitError, match='training mode'):
-        collect_representations(model.train(), batches)

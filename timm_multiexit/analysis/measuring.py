@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from timm_multiexit.analysis.agreement import describe_agreement, predict_classes
 from timm_multiexit.analysis.architecture import accuracy_over_macs, describe_architecture
-from timm_multiexit.analysis.dissimilarity import choose_samples, collect_representations, describe_dissimilarity
+from timm_multiexit.analysis.dissimilarity import choose_samples, describe_dissimilarity
 from timm_multiexit.analysis.diversity import describe_members
 from timm_multiexit.analysis.runs import Run, teacher_members
 from timm_multiexit.calibration.logits import LogitSet, collect_logits
@@ -84,7 +84,8 @@ class Measurer:
         # A gigabyte on large data sets, which what follows does not need.
         del collected
         loader = self._create_loader(data_config, choose_samples(targets, self.num_samples, seed=self.seed))
-        numbers['dissimilarity'], matrices = describe_dissimilarity(*collect_representations(model, loader))
+        chosen = collect_logits(model, loader, features=True)
+        numbers['dissimilarity'], matrices = describe_dissimilarity(chosen.features, chosen.logits, chosen.targets)
         return numbers, matrices
 
     def _create_loader(self, data_config: dict[str, Any], places: list[int] | None = None) -> Any:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_multiexit.policies.leaving import _check
+from timm_multiexit.policies.leaving import check_targets
 
 DROPS = (0.01, 0.05, 0.1, 0.2, 0.5)
 
@@ -68,7 +68,7 @@ def measure_overthinking(logits: Sequence[Tensor], targets: Tensor) -> Overthink
     >>> measure_overthinking([early, main], torch.tensor([0, 0]))
     Overthinking(lost=50.0, gained=0.0, right_somewhere=100.0)
     """
-    _check(logits, targets)
+    check_targets(logits, targets)
     is_right = torch.stack([single.argmax(-1) == targets for single in logits])  # [K, N]
     early, main = is_right[:-1].any(0), is_right[-1]
     percent = 100 / len(targets)
@@ -91,7 +91,7 @@ def measure_falls(logits: Sequence[Tensor], targets: Tensor, drops: Sequence[flo
     Source: Jazbec et al., Towards Anytime Classification in Early-Exit Architectures by Enforcing Conditional
     Monotonicity, 2023, section 3.
     """
-    _check(logits, targets)
+    check_targets(logits, targets)
     # Logits minus their logsumexp, so that nothing of the logits' size is allocated.
     truth = [single.float().gather(1, targets[:, None])[:, 0].double() for single in logits]
     probs = torch.stack([true - single.float().logsumexp(-1) for true, single in zip(truth, logits)]).exp()  # [K, N]

@@ -10,12 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_multiexit.calibration.calibrate import calibrate
 from timm_multiexit.calibration.logits import LogitSet, collect_logits
 from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts, describe_times
 from timm_multiexit.calibration.temperature import fit_temperatures
-from timm_multiexit.calibration.thresholds import search_budgets
+from timm_multiexit.calibration.thresholds import calibrate, search_budgets
 from timm_multiexit.evaluation.exit_table import (
     CreateLoader,
     ExitTable,
@@ -247,7 +246,7 @@ class Validator:
         times = None
         if images is not None:
             with self.accelerator.autocast():
-                times = self.model.measure_costs(images)
+                times = self.model.measure_times(images)
         return search_budgets(
             logits,
             targets,
