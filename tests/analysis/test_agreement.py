@@ -11,14 +11,14 @@ from timm_multiexit.analysis.agreement import (
     describe_agreement,
     frequent_pairs,
     outcome_confusion,
-    predict,
+    predict_classes,
     prediction_confusion,
 )
 
 
 def test_predictions_end_with_those_of_the_mean_logits():
     logits = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 0.5]])]
-    assert predict(logits).tolist() == [[0], [1], [1], [0]]  # the mean is 1.0 and 0.83
+    assert predict_classes(logits).tolist() == [[0], [1], [1], [0]]  # the mean is 1.0 and 0.83
 
 
 def test_agreement_is_counted_image_by_image():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.analysis import random_logits
 
-from timm_multiexit.analysis.agreement import predict
+from timm_multiexit.analysis.agreement import predict_classes
 from timm_multiexit.analysis.diversity import describe_members, pairwise_disagreement, softmax_variance
 
 
@@ -34,5 +34,5 @@ def test_members_are_named_and_measured_alone():
     mean = logits[0] + 3 * logits[2]
     assert described['members'] == ['exit0', 'main']
     assert described['top1'] == pytest.approx(100 * (mean.argmax(-1) == targets).float().mean().item())
-    assert described['disagreement'] == pairwise_disagreement(predict(logits)[[0, 2]])
+    assert described['disagreement'] == pairwise_disagreement(predict_classes(logits)[[0, 2]])
     assert described['softmax_variance'] == softmax_variance([logits[0], logits[2]])

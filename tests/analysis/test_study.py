@@ -104,8 +104,8 @@ def fails(capsys, folder, *argv, **kwargs):
     capsys.readouterr()
     assert analyse(folder, *argv, **kwargs) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith('analysis: error: ')
-    return error.removeprefix('analysis: error: ')
+    assert error.startswith('timm-multiexit analyze: error: ')
+    return error.removeprefix('timm-multiexit analyze: error: ')
 
 
 def test_every_figure_is_written_and_none_is_blank(analysed):

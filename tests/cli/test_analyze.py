@@ -6,7 +6,7 @@ import pytest
 
 import timm_multiexit as tme
 from timm_multiexit.analysis.runs import Run
-from timm_multiexit.cli.analyze import complete_args, parse_args
+from timm_multiexit.cli.analyze import complete_args, create_analyze_parser
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ from timm_multiexit.cli.analyze import complete_args, parse_args
 def test_data_is_the_runs_where_flags_do_not_say(argv, own, expected):
     args = {'is_demo': True, 'dataset': 'digits', 'data_dir': None, 'test_split': 'test', 'val_split': 'validation'}
     run = Run('a', Path('a'), args | own, [], {})
-    completed = complete_args(parse_args(['a', *argv]), run)
+    completed = complete_args(create_analyze_parser().parse_args(['a', *argv]), run)
     assert (completed.dataset, completed.data_dir, completed.split) == expected
 
 
 def test_runs_without_any_split_need_one_named():
     run = Run('a', Path('a'), {'data_dir': 'a', 'dataset': '', 'test_split': None, 'val_split': ''}, [], {})
     with pytest.raises(tme.MultiExitError, match='Give one with --split'):
-        complete_args(parse_args(['a']), run)
+        complete_args(create_analyze_parser().parse_args(['a']), run)
