@@ -129,7 +129,7 @@ def test_without_data_the_digits_are_measured(run_script, tmp_path):
         ((), 'No model: give --model'),
         (('--model', 'resnet51'), "no model 'resnet51'"),
         (('--model', 'local-dir:nowhere'), 'is not a model folder'),
-        (('--checkpoint', 'nowhere.pth.tar'), 'There is no checkpoint'),
+        (('--checkpoint', 'nowhere.pth.tar'), 'does not exist'),
         (('--model', 'test_resnet', '--exits', '9'), 'The number of exits must be in [1, 4]'),
         (('--model', 'test_resnet', '--num-classes', '1'), 'The data has 2 classes, the model 1'),
         (('--model', 'test_resnet', '--split', 'test'), "has no split 'test', allowed are train, val"),
