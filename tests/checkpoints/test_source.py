@@ -346,10 +346,16 @@ def train_args(*flags):
     return parse_train_args(['--data-dir', 'images', '--num-classes', '5', '--img-size', '32', *flags])
 
 
+def with_source(*flags):
+    """Return the arguments and the source of their model."""
+    args = train_args(*flags)
+    return args, sources.find_source(args.model, **args.model_kwargs)
+
+
 def learn_from(name):
     """Make the task of a small network with a teacher of this name."""
     args = train_args('--model', 'test_resnet', '--kd-model-name', name)
-    return create_task(args, create_train_model(args, 5), torch.device('cpu'))
+    return create_task(args, create_train_model(args, None, num_classes=5), torch.device('cpu'))
 
 
 USES = {
@@ -359,8 +365,8 @@ USES = {
     'exit_points': tme.exit_points,
     'compare': lambda name: create_static(name, num_classes=5),
     'teacher': learn_from,
-    'model_kwargs': lambda name: model_kwargs(train_args('--model', name)),
-    'train': lambda name: create_train_model(train_args('--model', name, '--pretrained', '--eed'), 5),
+    'model_kwargs': lambda name: model_kwargs(*with_source('--model', name)),
+    'train': lambda name: create_train_model(*with_source('--model', name, '--pretrained', '--eed'), num_classes=5),
     'validate': lambda name: validate.create_model(create_validate_parser().parse_args(['--model', name])),
 }
 

@@ -197,7 +197,7 @@ def test_the_teacher_is_compiled_with_the_model(make_model, make_teacher):
     ('loss', 'message'),
     [
         (lambda: create_loss('eed', exit_weights=[1.0] * 3), 'exit_weights has 3 values, but the model has 4'),
-        (lambda: create_loss('eed', teacher=[5]), r'teacher is \[5\], but the model has 4'),
+        (lambda: create_loss('eed', teacher=[5]), r'the model has 4 classifiers, got \[5\]'),
         (lambda: create_loss('beed', depth_weights=DepthWeights(1.6, 1.3)), 'at most 2 exits'),
     ],
 )

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from timm_multiexit.analysis.measuring import AnalysisData
 from timm_multiexit.analysis.runs import Run, read_runs
 from timm_multiexit.analysis.study import Study, summary_rows
+from timm_multiexit.cli.build_training import loader_options
 from timm_multiexit.cli.flags.parser import (
     Number,
     ScriptParser,
@@ -81,7 +82,7 @@ def create_analysis_data(args: Namespace, accelerator: Accelerator) -> AnalysisD
     """Return the images that the completed arguments name."""
 
     def create_loader(dataset: Any, data_config: Any) -> Any:
-        return create_eval_loader(args, dataset, data_config, accelerator)
+        return create_eval_loader(dataset, data_config=data_config, accelerator=accelerator, **loader_options(args))
 
     name = name_dataset(args.dataset, args.data_dir)
     return AnalysisData(name, args.split, partial(create_split, args, args.split), create_loader)

@@ -7,14 +7,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from timm_multiexit.losses.multi_exit_loss import LossTerms
 from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.text import exit_names
 
-# What a task may give besides its loss, one value per classifier.
-_PARTS = ('task', 'output_distance', 'feature_distance', 'kd_distance')
+_PARTS = LossTerms._fields[1:]
 
 
-class Progress:
+class RunningMetrics:
     """Loss, its parts and top-1 of every classifier in training, over the part of an epoch that is done.
 
     Args:

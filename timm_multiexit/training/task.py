@@ -46,7 +46,7 @@ class MultiExitTask(TrainingTask):
             do not allow it, or the teacher has other classes.
 
     >>> import torch
-    >>> from timm_multiexit.attach import attach_exits
+    >>> from timm_multiexit.models.attach import attach_exits
     >>> from timm_multiexit.losses import create_loss
     >>> model = attach_exits(__import__('timm').create_model('test_resnet', num_classes=10))
     >>> result = MultiExitTask(model, create_loss('eed'))(torch.randn(2, 3, 32, 32), torch.tensor([1, 7]))
@@ -136,24 +136,17 @@ class MultiExitTask(TrainingTask):
             target: Class indices [B] or soft targets [B, C].
 
         Returns:
-            loss: scalar to call backward on; output: main's logits [B, C]; logits: all, shallow to deep, main last;
-            and, detached and one value per classifier [K+1], the parts of the loss: task, output_distance,
-            feature_distance, and with an outside teacher kd_distance. While main trains alone K is 0.
+            output: main's logits [B, C]; logits: all, shallow to deep, main last; and the fields of `LossTerms`, all
+            that there are: loss, to call backward on, task, output_distance, feature_distance, kd_distance. While main
+            trains alone there is one classifier.
         """
         if self.trains_main_alone:
             outputs, loss = ExitOutputs((self.trainable_module(input),), ()), self._main_loss
         else:
             outputs, loss = self.trainable_module(input, exits=True), self.loss
         terms = loss.terms(outputs, target, self._outside_logits(input), self.kd)
-        return {
-            'loss': terms['loss'],
-            'output': outputs.logits[-1],
-            'logits': outputs.logits,
-            'task': terms['task'],
-            'output_distance': terms['output'],
-            'feature_distance': terms['feature'],
-            **({'kd_distance': terms['kd']} if 'kd' in terms else {}),
-        }
+        given = {name: term for name, term in terms._asdict().items() if term is not None}
+        return {'output': outputs.logits[-1], 'logits': outputs.logits, **given}
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'MultiExitTask':
         """Wrap the model for distributed training without Accelerate."""

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_multiexit.data.seeding import SeededLoader, Stream, seed_generators
+from timm_multiexit.losses.multi_exit_loss import LossTerms
 from timm_multiexit.training.regimes import RegimeControl
-from timm_multiexit.training.running_metrics import Progress
+from timm_multiexit.training.running_metrics import RunningMetrics
 from timm_multiexit.utils.errors import MultiExitError
 
 _logger = logging.getLogger(__name__)
@@ -75,12 +76,13 @@ class Trainer:
         on_update: Called after every optimizer step with the trainer.
 
     Attributes:
+        raw_optimizer: The optimizer itself, not what Accelerate made of it.
         epoch: The epoch at work, from 0.
         batch: Batches of it that are done.
         num_updates: Optimizer steps of the run so far.
         progress: Running sums of the epoch, None before its first batch.
         images: The last batch's images.
-        batch_metrics: Its numbers, see `Progress.update`.
+        batch_metrics: Its numbers, see `RunningMetrics.update`.
         data_seconds: Time that the epoch waited for data.
     """
 
@@ -104,14 +106,14 @@ class Trainer:
         self.mixup_fn = mixup_fn
         self.regime = regime
         self.on_update = on_update
-        raw = getattr(optimizer, 'optimizer', optimizer)
-        # Accelerate's wrapper searches the disk for a package at every step; it is of use to loss scaling alone.
+        self.raw_optimizer = raw = getattr(optimizer, 'optimizer', optimizer)
+        # Accelerate's wrapper searches the disk for a package at every step; only loss scaling needs it.
         self._stepping = optimizer if accelerator.scaler else raw
         self._is_second_order = bool(getattr(raw, 'is_second_order', False))
         self._sync_lookahead = getattr(raw, 'sync_lookahead', None)
         self._dtype = next(task.get_trainable_module().parameters()).dtype
         self.epoch = self.batch = self.num_updates = 0
-        self.progress: Progress | None = None
+        self.progress: RunningMetrics | None = None
         self.images: Tensor | None = None
         self.batch_metrics: Tensor | None = None
         self.data_seconds = 0.0
@@ -237,7 +239,7 @@ class Trainer:
     def _note(self, result: dict[str, Any], target: Tensor) -> None:
         if self.progress is None:
             count = len(result.get('logits', [0]))
-            self.progress = Progress(count, self.accelerator.device, multi_label=self.config.multi_label)
+            self.progress = RunningMetrics(count, self.accelerator.device, multi_label=self.config.multi_label)
         self.batch_metrics = self.progress.update(result, target, self.batch)
 
     def _step(self) -> None:
@@ -260,10 +262,9 @@ class Trainer:
     def _log(self, num_batches: int) -> None:
         means = self.progress.metrics()
         parts = [f'loss {means["loss"]:.3f}']
-        added = {'distillation': 'output_distance', 'features': 'feature_distance', 'teacher': 'kd_distance'}
-        added = ', '.join(f'{name} {means[key]:.3f}' for name, key in added.items() if means[key])
+        added = [f'{name} {means[name]:.3f}' for name in LossTerms._fields[2:] if means[name]]
         if added:
-            parts[0] += f' (task {means["task"]:.3f}, {added})'
+            parts[0] += f' (task {means["task"]:.3f}, {", ".join(added)})'
         for name in self.progress.names:
             top1 = '' if self.config.multi_label else f' {means[f"{name}_top1"]:.1f}%'
             parts.append(f'{name} {means[f"{name}_loss"]:.3f}{top1}')
