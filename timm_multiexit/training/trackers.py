@@ -25,7 +25,9 @@ def check_trackers(names: Sequence[str] | None) -> None:
         if name not in TRACKERS:
             raise MultiExitError(f"--log-with is '{name}', allowed are {', '.join(TRACKERS)}.")
         if not TRACKERS[name]():
-            raise MultiExitError(f'--log-with {name} needs the package {name}: pip install {name}')
+            raise MultiExitError(
+                f'--log-with {name} needs {name}. Install it with pip install "timm-multiexit[{name}]".'
+            )
 
 
 def flatten_config(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
