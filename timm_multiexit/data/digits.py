@@ -36,8 +36,8 @@ class DigitsReader(Reader):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise MultiExitError(
-                'The digits need scikit-learn. Install it with pip install "timm-multiexit[digits]", or name your own images'
-                ' with --data-dir.'
+                'The digits need scikit-learn. Install it with pip install "timm-multiexit[digits]", or name your own'
+                ' images with --data-dir.'
             ) from error
         digits = load_digits()
         # The data set comes in runs of 0 to 9. RandomState's stream is frozen, so the split is the same everywhere.
