@@ -33,7 +33,6 @@ from timm_multiexit.analysis.dissimilarity import (
     block_means,
     choose_samples,
     class_means,
-    collect_representations,
     dissimilarity_matrix,
 )
 from timm_multiexit.analysis.diversity import describe_members, pairwise_disagreement, softmax_variance
@@ -246,20 +245,6 @@ def test_of_many_classes_some_are_chosen_with_ten_images_each():
 def test_few_images_are_all_taken():
     targets = labels('1001')
     assert sorted(choose_samples(targets, 500)) == [0, 1, 2, 3]
-
-
-def test_representations_are_what_enters_and_leaves_the_linear_layers(make_model):
-    model = make_model(exits=[1, 3]).eval()
-    images, targets = torch.randn(5, 3, 64, 64), torch.arange(5)
-    batches = [(images[:3], targets[:3]), (images[3:], targets[3:])]
-    features, logits, found = collect_representations(model, batches)
-    layers = [*(head.fc for head in model.exits), model.get_classifier()]
-    for entering, leaving, layer in zip(features, logits, layers):
-        torch.testing.assert_close(layer(entering), leaving)
-    torch.testing.assert_close(logits[-1], model(images))
-    assert found.tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(tme.MultiExitError, match='training mode'):
-        collect_representations(model.train(), batches)
 
 
 # Diversity
@@ -672,7 +657,7 @@ def test_without_matplotlib_numbers_are_written(folder, tmp_path, monkeypatch, c
     assert analyse(folder, '--out', tmp_path, '--samples', '8', names=('eed', 'ce')) == 0
     assert [path.name for path in tmp_path.iterdir()] == ['analysis.json']
     assert [record.message for record in caplog.records if 'matplotlib' in record.message] == [
-        'matplotlib is not installed, so numbers alone are written: pip install matplotlib.'
+        'Only numbers are written: matplotlib is not installed: pip install "timm-multiexit[plots]".'
     ]
     assert json.loads((tmp_path / 'analysis.json').read_text())['runs']['eed'] == numbers['runs']['eed']
 
@@ -724,7 +709,7 @@ def test_folder_that_is_no_run_is_refused(folder, tmp_path, capsys):
     assert 'is named twice' in fails(capsys, folder, names=('ce', 'ce'))
     run = shutil.copytree(folder / 'out/ce', tmp_path / 'out/run', ignore=shutil.ignore_patterns('*.pth.tar'))
     (run / 'args.yaml').write_text('- 1\n')
-    assert 'is not of a run of this train.py' in fails(capsys, tmp_path, names=('run',), cwd=folder)
+    assert 'is not an args.yaml of train.py' in fails(capsys, tmp_path, names=('run',), cwd=folder)
     shutil.rmtree(run / 'best')
     assert 'it has no best/config.json' in fails(capsys, tmp_path, names=('run',), cwd=folder)
 

@@ -1,13 +1,11 @@
 """Figure 4: how unlike the representations of images are, before and after the linear layer of each classifier."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.text import exit_names
 
 _PER_CLASS = 10  # images at least, or there would be too few pairs within classes
@@ -34,32 +32,6 @@ def choose_samples(targets: Tensor, num: int, *, seed: int = 0) -> list[int]:
     places = [order[targets[order] == label].tolist() for label in chosen]
     quotas = [num // count + (idx < num % count) for idx in range(count)]
     return [place for own, quota in zip(places, quotas) for place in sorted(own[:quota])]
-
-
-@torch.no_grad()
-def collect_representations(
-    model: MultiExitModel, loader: Iterable
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-    """Return features and logits of all images, one [N, D_k] and one [N, C] per classifier, and the targets [N].
-
-    Args:
-        model: In eval mode, on the device where it is to run.
-        loader: Batches of images and class indices.
-
-    Raises:
-        MultiExitError: The model is in training mode.
-    """
-    if model.training:
-        raise MultiExitError('The model is in training mode, its features would depend on the batch: model.eval().')
-    param = next(model.parameters())
-    features, logits, targets = [], [], []
-    for images, target in loader:
-        outputs = model(images.to(param.device, param.dtype), exits=True)
-        features.append([single.float().cpu() for single in outputs.features])
-        logits.append([single.float().cpu() for single in outputs.logits])
-        targets.append(target.cpu())
-    joined = [tuple(torch.cat(single) for single in zip(*parts)) for parts in (features, logits)]
-    return *joined, torch.cat(targets)
 
 
 def dissimilarity_matrix(vectors: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from torch.utils.data import IterableDataset
 
 from timm_multiexit.analysis.agreement import describe_agreement, predict
 from timm_multiexit.analysis.architecture import accuracy_over_macs, describe_architecture
-from timm_multiexit.analysis.dissimilarity import choose_samples, collect_representations, describe_dissimilarity
+from timm_multiexit.analysis.dissimilarity import choose_samples, describe_dissimilarity
 from timm_multiexit.analysis.diversity import describe_members
 from timm_multiexit.analysis.runs import Run, teacher_members
 from timm_multiexit.calibration.logits import LogitSet, collect_logits
-from timm_multiexit.checkpoints.run_folder import load_best
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.cli.validate_data import create_split
 from timm_multiexit.data.holdout import TransformSubset
 from timm_multiexit.data.loaders import create_eval_loader
@@ -49,7 +49,7 @@ class Measurer:
         Raises:
             MultiExitError: The data cannot be had, or is not what the network or the other runs are of.
         """
-        model = load_best(run.args, str(run.best)).to(self.accelerator.device).eval()
+        model = RunFolder(run.folder).load_best(**run.args.model_kwargs).to(self.accelerator.device).eval()
         data_config = resolve_data_config({}, model=model)
         input_size = data_config['input_size']
         collected = collect_logits(model, self._create_loader(data_config))
@@ -105,7 +105,8 @@ class Measurer:
     def _describe_representations(self, model: MultiExitModel, data_config: dict[str, Any]) -> tuple:
         places = choose_samples(self.targets, self.args.samples, seed=self.args.seed)
         loader = self._create_loader(data_config, places)
-        return describe_dissimilarity(*collect_representations(model, loader))
+        collected = collect_logits(model, loader, features=True)
+        return describe_dissimilarity(collected.features, collected.logits, collected.targets)
 
 
 def measure_top1(logits: tuple[Tensor, ...], targets: Tensor) -> dict[str, float]:

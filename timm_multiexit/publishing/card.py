@@ -19,8 +19,8 @@ from timm_multiexit.publishing.card_tables import (
     headline,
     policy_rows,
 )
-from timm_multiexit.utils.errors import MultiExitError
-from timm_multiexit.utils.markdown import bullets, code, escape, fence, is_finite, link, number, one_line, table
+from timm_multiexit.utils.errors import MultiExitError, is_number, one_line
+from timm_multiexit.utils.markdown import bullets, code, escape, fence, link, number, table
 
 TAGS = ('image-classification', 'timm', 'timm_multiexit', 'multi-exit', 'early-exit', 'anytime-inference')
 
@@ -167,7 +167,7 @@ def _check(metrics: Mapping[str, Any]) -> None:
     rows = metrics['rows']
     is_whole = all(name in row for row in rows for name in COSTS) and exit_rows(rows) and find_main(rows)
     costs = [row['GMACs fixed'] for row in (*exit_rows(rows), find_main(rows))] if is_whole else [None]
-    if not all(is_finite(cost) and cost > 0 for cost in costs):
+    if not all(is_number(cost) and cost > 0 for cost in costs):
         raise MultiExitError(
             f'The rows of metrics.json must be of one exit or more and of main, each with {", ".join(COSTS)}, and their'
             ' GMACs fixed above 0.'
@@ -234,7 +234,7 @@ def _list_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
             metric_args=args,
         )
         for title, value, args in found
-        if is_finite(value)
+        if is_number(value)
     ]
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from timm_multiexit.utils.markdown import bullets, code, escape, is_finite, number, table
+from timm_multiexit.utils.errors import is_number
+from timm_multiexit.utils.markdown import bullets, code, escape, number, table
 
 COSTS = ('exit', 'tap', 'params', 'GMACs fixed', 'GMACs sequential')
 
@@ -48,12 +49,12 @@ def headline(metrics: Mapping[str, Any]) -> str:
     """
     rows = metrics['rows']
     metric, main = find_metric(rows), find_main(rows)
-    if metric is None or not is_finite(main.get(metric)):
+    if metric is None or not is_number(main.get(metric)):
         return 'How accurate it is has not been measured.'
     exits = [
         _Trade(row, row[metric], row[metric] - main[metric], 100 * row['GMACs fixed'] / main['GMACs fixed'])
         for row in exit_rows(rows)
-        if is_finite(row.get(metric))
+        if is_number(row.get(metric))
     ]
     policies = [
         _Trade(row, row['top-1'], row['top-1'] - main[metric], row['macs_percent'])
@@ -70,7 +71,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
         f' {best.percent:.1f} % of its MACs'
     )
     ratio = best.row.get('time_ratio')
-    if is_finite(ratio) and ratio > 0:
+    if is_number(ratio) and ratio > 0:
         text += f' and in {100 * ratio:.1f} % of its time'
     if cheap_policies and cheap_exits:
         first = cheap_exits[0]
@@ -107,12 +108,12 @@ def find_default(metrics: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _measured_rows(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     needed = ('top-1', 'macs', 'macs_percent')
-    return [row for row in metrics.get('dynamic') or () if all(is_finite(row.get(name)) for name in needed)]
+    return [row for row in metrics.get('dynamic') or () if all(is_number(row.get(name)) for name in needed)]
 
 
 def find_metric(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the metric that a card compares by; None where nothing was measured."""
-    return next((name for name in MAIN_METRICS if any(is_finite(row.get(name)) for row in rows)), None)
+    return next((name for name in MAIN_METRICS if any(is_number(row.get(name)) for row in rows)), None)
 
 
 def describe_picture(metrics: Mapping[str, Any]) -> str:
@@ -135,14 +136,14 @@ def _describe_exits(metrics: Mapping[str, Any]) -> list[str]:
     """Return the parts of the section on exits: one row per classifier, and what the numbers are of."""
     rows, latency = metrics['rows'], metrics.get('latency') or {}
     ms = latency.get('ms') or {}
-    measured = dict.fromkeys(name for row in rows for name in row if name not in COSTS)
+    measured = dict.fromkeys(name for row in rows for name in row if name not in (*COSTS, 'exit_idx'))
     lines = []
     for row in rows:
         line = {'exit': code(row['exit']), 'at': code(row['tap']), 'params': number(row['params'])}
         line |= {name: number(row[name]) for name in ('GMACs fixed', 'GMACs sequential')}
         line |= {escape(name): number(row.get(name), 2) for name in measured}
         lines.append(line | {'p50, ms': number(ms.get(row['exit']))})
-    if is_finite(ms.get('plain timm')):
+    if is_number(ms.get('plain timm')):
         plain = lines[rows.index(find_main(rows))] | {'exit': 'plain timm', 'p50, ms': number(ms['plain timm'])}
         lines.append(plain | {'GMACs sequential': '-'})
     text = (
@@ -256,7 +257,7 @@ def _note_policies(metrics: Mapping[str, Any], policies: Sequence[Mapping[str, A
     if timing:
         # The medians of images/s are not those of the ratios, so plain timm's alone is shown.
         speeds = (row.get('img/s') for row in _measured_rows(metrics) if row['policy'] == 'plain timm')
-        speed = ''.join(f' ({number(speed)} images/s)' for speed in speeds if is_finite(speed))
+        speed = ''.join(f' ({number(speed)} images/s)' for speed in speeds if is_number(speed))
         lines.append(
             f'Time ratios: medians of {number(timing.get("rounds"))} rounds, in each of which all take a batch of'
             f' {number(timing.get("images"))} images on {code(timing.get("device"))} in turns; the ratio is to the time'

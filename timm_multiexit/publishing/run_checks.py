@@ -1,6 +1,5 @@
 """What must hold before a run is published: its numbers are of its network, its policies those of its configuration."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any, NamedTuple
 from timm.data import resolve_data_config
 
 from timm_multiexit.checkpoints.config import ModelConfig, read_model_config
-from timm_multiexit.checkpoints.run_folder import BEST_NAME, RESULTS_NAME, VALIDATION_NAME, read_args
+from timm_multiexit.checkpoints.run_folder import RESULTS_NAME, VALIDATION_NAME, RunFolder
 from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.evaluation.stamp import describe_preparation
 from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.files import sha256
 from timm_multiexit.utils.untrusted import read_json
 
 _BUDGET = 'budget '
@@ -46,20 +46,19 @@ def read_run(run: Path, validation: Path | None) -> RunFiles:
     Raises:
         MultiExitError: Files are missing, or of other weights, other images or other policies.
     """
-    args, config = read_args(run), read_model_config(run / BEST_NAME)
+    folder = RunFolder(run)
+    args, config = folder.read_args(), read_model_config(folder.best)
     if not config.exits:
         raise MultiExitError(f'{run} is a run without exits: publish it with timm.models.push_to_hf_hub.')
-    if not (run / RESULTS_NAME).is_file():
-        raise MultiExitError(f'{run} has no {RESULTS_NAME}, which train.py writes at the end: let it end.')
-    results = read_json(run / RESULTS_NAME)
-    if validation is None and (run / VALIDATION_NAME).is_file():
-        validation = run / VALIDATION_NAME
+    results = folder.read_results()
+    if validation is None and folder.validation_path.is_file():
+        validation = folder.validation_path
     if validation is not None and not validation.is_file():
         raise MultiExitError(f'There is no {validation}: give the JSON that validate.py --results-file wrote.')
     measured = results if validation is None else read_json(validation)
-    where = validation or run / RESULTS_NAME
-    _check_weights(measured, where, run / BEST_NAME)
-    _check_preparation(measured, where, run / BEST_NAME, config)
+    where = validation or folder.results_path
+    _check_weights(measured, where, folder.best)
+    _check_preparation(measured, where, folder.best, config)
     for row in measured.get('dynamic', ()):
         _check_policy(row, where, config)
     picture = None if validation is None else _find_picture(measured, validation)
@@ -113,7 +112,7 @@ def _find_picture(measured: Mapping[str, Any], validation: Path) -> Path | None:
     path = validation.parent / drawn['path'] if drawn else None
     if path is None or not path.is_file():
         return None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != drawn['sha256']:
+    if sha256(path) != drawn['sha256']:
         raise MultiExitError(f'{path} is not the picture of {validation}: run validate.py again, or remove it.')
     return path
 

@@ -1,4 +1,4 @@
-"""Ending a run when it is asked to, between two steps."""
+"""Stopping a run on a signal, between two steps."""
 
 import logging
 import os
@@ -13,12 +13,12 @@ from accelerate import Accelerator
 _logger = logging.getLogger(__name__)
 
 
-# Updates between looks at whether some process was asked to stop; they must agree, which costs a message.
+# Updates between checks of whether a process got a signal; processes must agree, which costs a message.
 _INTERVAL = 10
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved where it is.
+    """The run got a signal and has saved its state.
 
     Attributes:
         signal: The number of the signal.

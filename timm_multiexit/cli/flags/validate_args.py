@@ -27,7 +27,7 @@ from timm_multiexit.cli.flags.parser import (
 )
 from timm_multiexit.cli.flags.timm_flags import TIMM_FLAGS
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.policies.budgets import BudgetPoint, BudgetTable, parse_budget
+from timm_multiexit.policies.budgets import BudgetTable, PolicyResult, parse_budget
 from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
 from timm_multiexit.utils.errors import DiskError, InvalidValueError, StateError, one_line
 
@@ -118,12 +118,6 @@ def asked_flags(args: Namespace) -> list[str]:
     """Return the flags of dynamic inference that were given."""
     given = {dest: getattr(args, dest) for dest in _ASKING}
     return [option_name(dest) for dest, value in given.items() if value not in (None, [], '') and value is not False]
-
-
-def asks_for_policies(args: Namespace, model: MultiExitModel) -> bool:
-    """Return whether there are policies to measure."""
-    asked = args.threshold is not None or args.budget or args.max_drop is not None
-    return bool(asked or model.policy is not None)
 
 
 def chooses_thresholds(args: Namespace) -> bool:
@@ -248,7 +242,7 @@ def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> 
         num_exits = len(costs.heads)
         lowest = min([*(costs.paths[idx] + costs.heads[idx] for idx in range(num_exits)), costs.total])
         unused = ExitPolicy(args.criterion, (None,) * num_exits)
-        point = BudgetPoint(unused, 0.0, (0.0,) * num_exits + (1.0,), macs=lowest)
+        point = PolicyResult(unused, 0.0, (0.0,) * num_exits + (1.0,), macs=lowest)
         table = BudgetTable((point,), total_macs=costs.total, max_macs=costs.largest)
     for budget in args.budget:
         if table is None or (table is not model.budgets and parse_budget(budget).unit == 'ms'):
