@@ -233,7 +233,7 @@ def test_without_matplotlib_numbers_are_written(folder, tmp_path, monkeypatch, c
     assert analyse(folder, '--out', tmp_path, '--samples', '8', names=('eed', 'ce')) == 0
     assert [path.name for path in tmp_path.iterdir()] == ['analysis.json']
     assert [record.message for record in caplog.records if 'matplotlib' in record.message] == [
-        'Only numbers are written: matplotlib is not installed: pip install "timm-multiexit[plots]".'
+        'Only numbers are written: matplotlib is not installed. Install it with pip install "timm-multiexit[plots]".'
     ]
     assert json.loads((tmp_path / 'analysis.json').read_text())['runs']['eed'] == numbers['runs']['eed']
 
@@ -260,10 +260,9 @@ def test_reference_is_named_by_run_or_method(folder):
     [
         (['--split', 'test'], "has no split 'test', allowed are train, val."),
         (['--data-dir', 'nothing'], "There is no data folder 'nothing'"),
-        (['--samples', '1'], '--samples must be >= 2, got 1.'),
         (['--reference', 'byot'], "got 'byot'"),
     ],
-    ids=['split', 'folder', 'samples', 'reference'],
+    ids=['split', 'folder', 'reference'],
 )
 def test_what_cannot_be_done_is_said_in_one_line(argv, message, folder, tmp_path, capsys):
     assert message in fails(capsys, folder, '--out', tmp_path, *argv, names=('ce',))

@@ -176,7 +176,7 @@ class Study:
             picture = encode_png(draw())
         except ImportError:
             self.draws = False
-            _logger.warning(f'Only numbers are written: {MATPLOTLIB_MISSING}.')
+            _logger.warning(f'Only numbers are written: {MATPLOTLIB_MISSING}')
             return
         with replacing(self.out / f'{name}.png') as draft:
             draft.write_bytes(picture)

@@ -136,7 +136,7 @@ def _describe_exits(metrics: Mapping[str, Any]) -> list[str]:
     """Return the parts of the section on exits: one row per classifier, and what the numbers are of."""
     rows, latency = metrics['rows'], metrics.get('latency') or {}
     ms = latency.get('ms') or {}
-    measured = dict.fromkeys(name for row in rows for name in row if name not in COSTS)
+    measured = dict.fromkeys(name for row in rows for name in row if name not in (*COSTS, 'exit_idx'))
     lines = []
     for row in rows:
         line = {'exit': code(row['exit']), 'at': code(row['tap']), 'params': number(row['params'])}
