@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
     # Together: a process that leaves while others still talk to it takes them along.
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if code == 0 and args.push_to_hub and accelerator.is_main_process:
+    if code == 0 and run is not None and args.push_to_hub and accelerator.is_main_process:
         code = publish(args, run.folder, prog)
     return code
 
@@ -241,7 +241,7 @@ def _create_trainer(
     batch_size: float,
     mixup_fn: Any,
 ) -> Trainer:
-    module = task.get_trainable_module()
+    module: Any = task.get_trainable_module()
     if data.val_loader is None and args.sched == 'plateau' and args.eval_metric != 'loss':
         raise InvalidValueError(
             f'--sched plateau follows {args.eval_metric}, which no split measures: add --val-split.'
@@ -260,7 +260,7 @@ def _create_trainer(
         task.setup_ema(
             decay=args.model_ema_decay,
             use_warmup=args.model_ema_warmup,
-            device='cpu' if args.model_ema_force_cpu else None,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
         )
     if args.torchcompile:
         torch._dynamo.config.recompile_limit = 64  # one forward serves several modes and batch sizes
