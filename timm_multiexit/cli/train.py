@@ -5,13 +5,24 @@ Flags and files are timm's (`train.py --help`); Accelerate owns device, precisio
 """
 
 import logging
+import shlex
 import sys
+from argparse import Namespace
+from pathlib import Path
 
 import timm_multiexit as tme
+from timm_multiexit.checkpoints.run_folder import read_origin
+from timm_multiexit.cli.flags.parser import option_name
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.launch import create_accelerator, setup_logging
+from timm_multiexit.hub_client.client import check_push
+from timm_multiexit.publishing.licenses import Labels, find_license
+from timm_multiexit.publishing.push import publish_run
 from timm_multiexit.training.run import TrainingRun
+from timm_multiexit.utils.errors import HubError, InvalidValueError
 from timm_multiexit.utils.signals import Stopped
+
+_logger = logging.getLogger(__name__)
 
 
 def main(argv=None):
@@ -47,13 +58,60 @@ def main(argv=None):
 
 
 def publish(run):
-    """Publish a finished run if its flags say so, and return the exit code."""
+    """Publish a finished run if its flags say so, and return the exit code.
+
+    It comes last of all, when no other process waits for this one.
+    """
     try:
-        run.publish()
+        if run.args.push_to_hub and run.accelerator.is_main_process:
+            _logger.info(f'Published: {publish_at_end(run.args, run.output_dir)}')
     except tme.MultiExitError as error:
         print(f'train.py: error: {error}', file=sys.stderr)
         return 2
     return 0
+
+
+def check_publishing(args: Namespace, *, has_table: bool, asks_hub: bool) -> None:
+    """Raise before a run begins for what would keep it from being published at its end.
+
+    Args:
+        args: Arguments of the run.
+        has_table: Whether there are images to evaluate the network on.
+        asks_hub: Ask the Hub whether it would accept the push.
+
+    Raises:
+        InvalidValueError: Flags that do not go together, or see `licenses.resolve_license`.
+        HubError: See `hub_client.client.check_push`.
+    """
+    if not args.push_to_hub:
+        for dest in ('hub_private', 'hub_license'):
+            if getattr(args, dest):
+                raise InvalidValueError(f'{option_name(dest)} requires --push-to-hub ORG/NAME.')
+        return
+    if args.exits is None:
+        raise InvalidValueError('--push-to-hub publishes networks with exits: add --eed or --exits.')
+    if not has_table:
+        raise InvalidValueError('--push-to-hub needs results to publish: add --val-split or --test-split.')
+    find_license(read_origin(vars(args)), Labels(args.hub_license))
+    if asks_hub:
+        check_push(args.push_to_hub, private=args.hub_private)
+
+
+def publish_at_end(args: Namespace, folder: Path) -> str:
+    """Publish a finished run as its flags say, and return where.
+
+    Raises:
+        HubError: It could not be published; the run itself is complete.
+    """
+    try:
+        labels = Labels(args.hub_license)
+        return publish_run(folder, args.push_to_hub, labels=labels, private=args.hub_private).url
+    except tme.MultiExitError as error:
+        again = ['hub/publish.py', str(folder), args.push_to_hub, '--yes', *['--private'] * args.hub_private]
+        again += ['--license', args.hub_license] if args.hub_license else []
+        raise HubError(
+            f'The run in {folder} is complete, but was not published: {error} Try again with {shlex.join(again)}'
+        ) from error
 
 
 if __name__ == '__main__':

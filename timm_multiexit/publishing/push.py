@@ -1,8 +1,6 @@
 """Publishing: a run or a model to the Hugging Face Hub, and the list of what is there."""
 
-import shlex
 import tempfile
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ import yaml
 
 from timm_multiexit.checkpoints.config import read_model_config
 from timm_multiexit.checkpoints.load import load_pretrained
-from timm_multiexit.checkpoints.run_folder import RESULTS_NAME, VALIDATION_NAME, read_origin
+from timm_multiexit.checkpoints.run_folder import RESULTS_NAME, VALIDATION_NAME
 from timm_multiexit.checkpoints.save import hash_weights, save_pretrained
-from timm_multiexit.cli.flags.parser import option_name
 from timm_multiexit.evaluation.evaluate import ExitTable, make_table
 from timm_multiexit.hub_client.client import PushResult, check_push, push_folder
 from timm_multiexit.models.multi_exit import MultiExitModel
@@ -30,48 +27,6 @@ from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.files import write_text
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 from timm_multiexit.utils.untrusted import read_json
-
-
-def check_publishing(args: Namespace, *, has_table: bool, asks_hub: bool) -> None:
-    """Raise for what would keep a run of `train.py` from being published at its end, before it begins.
-
-    Args:
-        args: Of the run.
-        has_table: Whether there are images to measure it on.
-        asks_hub: Ask the Hub whether it would take it.
-
-    Raises:
-        MultiExitError: One line with the flag, or see `hub.check_push`.
-    """
-    if not args.push_to_hub:
-        for dest in ('hub_private', 'hub_license'):
-            if getattr(args, dest):
-                raise MultiExitError(f'{option_name(dest)} is of no effect without --push-to-hub: give ORG/NAME.')
-        return
-    if args.exits is None:
-        raise MultiExitError('--push-to-hub publishes networks with exits: add --eed or --exits.')
-    if not has_table:
-        raise MultiExitError('--push-to-hub needs a table to publish: add --val-split or --test-split.')
-    find_license(read_origin(vars(args)), Labels(args.hub_license))
-    if asks_hub:
-        check_push(args.push_to_hub, private=args.hub_private)
-
-
-def publish_at_end(args: Namespace, folder: Path) -> str:
-    """Publish a finished run as its flags say, and return where.
-
-    Raises:
-        MultiExitError: It could not be; the run is whole.
-    """
-    try:
-        labels = Labels(args.hub_license)
-        return publish_run(folder, args.push_to_hub, labels=labels, private=args.hub_private).url
-    except MultiExitError as error:
-        again = ['hub/publish.py', str(folder), args.push_to_hub, '--yes', *['--private'] * args.hub_private]
-        again += ['--license', args.hub_license] if args.hub_license else []
-        raise MultiExitError(
-            f'{folder} is whole, but was not published: {error} Try again with {shlex.join(again)}'
-        ) from error
 
 
 def publish_run(run: Path, repo_id: str, *, labels: Labels = NO_LABELS, private: bool = False) -> PushResult:

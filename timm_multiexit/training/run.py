@@ -34,7 +34,6 @@ from timm_multiexit.evaluation.metrics import evaluation_columns, flatten_metric
 from timm_multiexit.evaluation.stamp import describe_inputs
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
-from timm_multiexit.publishing.push import check_publishing, publish_at_end
 from timm_multiexit.training.epoch_log import Journal
 from timm_multiexit.training.regimes import RegimeControl
 from timm_multiexit.training.resume import Checkpointing, find_resume
@@ -138,6 +137,8 @@ class TrainingRun:
             args.num_classes = num_classes
         model = create_train_model(args, num_classes, self.resume)
         self._note_origin(model)
+        from timm_multiexit.cli.train import check_publishing  # called from there with `build_run`
+
         check_publishing(args, has_table=self.datasets[2] is not None, asks_hub=accelerator.is_main_process)
         self.label_names = class_names(self.datasets[0], args.num_classes)
         encode_targets(args, self.datasets)
@@ -405,15 +406,6 @@ class TrainingRun:
             # Nothing after these lines: timm's bulk tools read the rest of the output as JSON.
             rows = self.journal.best_epochs(self.args.eval_metric, is_decreasing=self.is_decreasing)
             print('--result\n[' + ',\n '.join(json.dumps(row) for row in rows) + ']', flush=True)
-
-    def publish(self) -> None:
-        """Publish the run if its flags say so: last of all, when no other process waits for this one.
-
-        Raises:
-            MultiExitError: It could not be; the run is whole.
-        """
-        if self.args.push_to_hub and self.accelerator.is_main_process:
-            _logger.info(f'Published: {publish_at_end(self.args, self.output_dir)}')
 
 
 def choose_output_dir(args: Namespace) -> Path:
