@@ -91,10 +91,10 @@ def _without_folder(word: str) -> str:
     return f'{flag}{equals}{os.path.basename(value.rstrip("/"))}' if os.path.isabs(value) else word
 
 
-def telling(extra: Iterable[str]) -> list[str]:
+def flags_that_matter(extra: Iterable[str]) -> list[str]:
     """Return what of the extra flags can change what is measured: how images are loaded cannot.
 
-    >>> telling(['--workers', '4', '--amp', '--pin-mem', '--lr', '0.2', '-j', '2', '--workers=3'])
+    >>> flags_that_matter(['--workers', '4', '--amp', '--pin-mem', '--lr', '0.2', '-j', '2', '--workers=3'])
     ['--amp', '--lr', '0.2']
     """
     kept, words = [], iter(extra)
@@ -169,10 +169,10 @@ def check_extra(extra: Iterable[str], was: Iterable[str], where: Path) -> None:
     Raises:
         MultiExitError: They are not.
     """
-    if telling(extra) != telling(was):
+    before, now = flags_that_matter(was), flags_that_matter(extra)
+    if before != now:
         raise MultiExitError(
-            f'{where} was made with the extra flags {telling(was)}, now they are {telling(extra)}: remove it, or give'
-            ' the same.'
+            f'{where} was made with the extra flags {before}, now they are {now}: remove it, or give the same.'
         )
 
 

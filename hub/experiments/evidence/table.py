@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from evidence.plan import Plan
-from evidence.results import telling
+from evidence.results import flags_that_matter
 from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.markdown import code, escape, table
 from timm_multiexit.utils.text import ENSEMBLE
@@ -165,7 +165,7 @@ def _mean_and_sd(numbers: Sequence[float]) -> str:
 def _check_comparable(results: Sequence[dict[str, Any]]) -> None:
     for key in ('split', 'num_samples', 'extra'):
         seen = {
-            str(telling(result.get(key, ())) if key == 'extra' else result.get(key)): result['name']
+            str(flags_that_matter(result.get(key, ())) if key == 'extra' else result.get(key)): result['name']
             for result in results
         }
         if len(seen) > 1:
