@@ -16,7 +16,7 @@ from timm_multiexit.cli.flags.parser import option_name
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.launch import create_accelerator, setup_logging
 from timm_multiexit.hub_client.client import check_push
-from timm_multiexit.publishing.licenses import Labels, find_license
+from timm_multiexit.publishing.licenses import PublicationInfo, find_license
 from timm_multiexit.publishing.push import publish_run
 from timm_multiexit.training.run import TrainingRun
 from timm_multiexit.utils.errors import HubError, InvalidValueError
@@ -92,7 +92,7 @@ def check_publishing(args: Namespace, *, has_table: bool, asks_hub: bool) -> Non
         raise InvalidValueError('--push-to-hub publishes networks with exits: add --eed or --exits.')
     if not has_table:
         raise InvalidValueError('--push-to-hub needs results to publish: add --val-split or --test-split.')
-    find_license(read_origin(vars(args)), Labels(args.hub_license))
+    find_license(read_origin(vars(args)), PublicationInfo(args.hub_license))
     if asks_hub:
         check_push(args.push_to_hub, private=args.hub_private)
 
@@ -104,8 +104,8 @@ def publish_at_end(args: Namespace, folder: Path) -> str:
         HubError: It could not be published; the run itself is complete.
     """
     try:
-        labels = Labels(args.hub_license)
-        return publish_run(folder, args.push_to_hub, labels=labels, private=args.hub_private).url
+        info = PublicationInfo(args.hub_license)
+        return publish_run(folder, args.push_to_hub, info=info, private=args.hub_private).url
     except tme.MultiExitError as error:
         again = ['hub/publish.py', str(folder), args.push_to_hub, '--yes', *['--private'] * args.hub_private]
         again += ['--license', args.hub_license] if args.hub_license else []
