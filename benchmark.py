@@ -35,7 +35,7 @@ def infer(args):
     form = ', channels_last' * args.channels_last
     print(f'{args.model}, heads {args.exit_head}, {args.img_size} pixels, {args.device}{form}')
     print(', '.join(describe_environment().values()))
-    stuck = [idx for idx, can_leave in enumerate(model.routing) if not can_leave]
+    stuck = [idx for idx, can_leave in enumerate(model.can_leave) if not can_leave]
     if stuck:
         print(f'Images cannot leave the batch at the exits {stuck}: it stops there when all of it has decided.')
     uncut = []

@@ -1,12 +1,12 @@
 """Multi-exit image classifiers from any timm backbone, trained with Exit-Ensemble Distillation."""
 
 from timm_multiexit import backbones as backbones  # registers the CIFAR networks with timm
-from timm_multiexit.calibration.calibrate import calibrate as calibrate
 from timm_multiexit.calibration.stage_costs import StageCosts as StageCosts
+from timm_multiexit.calibration.thresholds import calibrate as calibrate
 from timm_multiexit.checkpoints.save import save_pretrained as save_pretrained
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint as load_checkpoint
-from timm_multiexit.evaluation.evaluate import ExitTable as ExitTable
-from timm_multiexit.evaluation.evaluate import evaluate as evaluate
+from timm_multiexit.evaluation.exit_table import ExitTable as ExitTable
+from timm_multiexit.evaluation.exit_table import evaluate as evaluate
 from timm_multiexit.exits.spec import ExitSpec as ExitSpec
 from timm_multiexit.exits.survey import ExitPoint as ExitPoint
 from timm_multiexit.factory import create_model as create_model
@@ -25,5 +25,41 @@ from timm_multiexit.policies.policy import ExitPolicy as ExitPolicy
 from timm_multiexit.policies.policy import Prediction as Prediction
 from timm_multiexit.publishing.push import push_to_hub as push_to_hub
 from timm_multiexit.training.task import MultiExitTask as MultiExitTask
+from timm_multiexit.utils.errors import CheckpointError as CheckpointError
+from timm_multiexit.utils.errors import HubError as HubError
 from timm_multiexit.utils.errors import MultiExitError as MultiExitError
+from timm_multiexit.utils.errors import StateError as StateError
 from timm_multiexit.version import __version__ as __version__
+
+__all__ = [
+    'LOSSES',
+    'BudgetTable',
+    'CheckpointError',
+    'ExitOutputs',
+    'ExitPoint',
+    'ExitPolicy',
+    'ExitSpec',
+    'ExitTable',
+    'HubError',
+    'MultiExitError',
+    'MultiExitLoss',
+    'MultiExitModel',
+    'MultiExitTask',
+    'Prediction',
+    'StageCosts',
+    'StateError',
+    'TruncatedModel',
+    '__version__',
+    'apply_policy',
+    'attach_exits',
+    'backbones',
+    'calibrate',
+    'create_loss',
+    'create_model',
+    'evaluate',
+    'exit_points',
+    'load_checkpoint',
+    'push_to_hub',
+    'save_pretrained',
+    'truncate',
+]

@@ -1,4 +1,4 @@
-"""`create_model` and `evaluate`: what most users need."""
+"""From a model name to a model, or to the places where exits can be attached."""
 
 import logging
 from collections.abc import Sequence
@@ -7,40 +7,40 @@ from typing import Any
 import timm
 from torch import nn
 
-from timm_multiexit.checkpoints.source import Source, create_empty, find_source
-from timm_multiexit.exits.placement import ExitsArg, _input_size, _stage_points
+from timm_multiexit.checkpoints.source import ModelSource, create_empty_backbone, find_source
+from timm_multiexit.exits.placement import ExitsArg, resolve_input_size, stage_points
 from timm_multiexit.exits.survey import ExitPoint, survey_backbone
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin, find_origin
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
 
 _logger = logging.getLogger(__name__)
 
 
 def exit_points(
-    backbone: nn.Module | str,
+    backbone: nn.Module | str | ModelSource,
     input_size: tuple[int, int, int] | None = None,
 ) -> tuple[ExitPoint, ...]:
     """Return the places that `feature_info` names where an exit can be attached, shallow to deep.
 
     Args:
         backbone: A timm classification model, or the name of one: timm's, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
-        input_size: (channels, height, width) that costs are reckoned for; the backbone's own if not given.
+        input_size: (channels, height, width) that costs are reported for; the backbone's own if not given.
 
     Raises:
-        MultiExitError: The backbone has no such stages, or no classifier; there is no model of this name.
+        MultiExitError: The backbone has no such stages, or no classifier; the name is unknown.
 
     >>> [(point.index, point.module, point.reduction) for point in exit_points('resnet18')]
     [(0, 'act1', 2), (1, 'layer1.1', 4), (2, 'layer2.1', 8), (3, 'layer3.1', 16), (4, 'layer4.1', 32)]
     """
-    if isinstance(backbone, str):
-        backbone = create_empty(backbone)
-    return _stage_points(backbone, survey_backbone(backbone, (), _input_size(backbone, input_size)))
+    if isinstance(backbone, str | ModelSource):
+        backbone = create_empty_backbone(backbone)
+    return stage_points(backbone, survey_backbone(backbone, (), resolve_input_size(backbone, input_size)))
 
 
 def create_model(
-    model_name: str,
+    model_name: str | ModelSource,
     pretrained: bool = False,
     *,
     exits: ExitsArg | None = None,
@@ -53,25 +53,26 @@ def create_model(
 
     Args:
         model_name: A timm name, with or without a tag; `hf-hub:ORG/NAME[@REVISION]`, a repository of the Hugging Face
-            Hub; or `local-dir:` and a folder that training or `save_pretrained` wrote.
+            Hub; or `local-dir:` and a folder that training or `save_pretrained` wrote. Also what `find_source` returned
+            for one of the last two.
         pretrained: Load weights: timm's into the backbone, the exits staying fresh; a folder's or a repository's into
             all of it, and with them its policy and budgets.
         exits: See `attach_exits`. None for the exits that folder or repository have, else 'auto'.
         head: Type of fresh heads: 'conv', 'paper', 'bottleneck' or 'linear'.
         head_widths: Widths of fresh heads, see `attach_exits`.
-        input_size: (channels, height, width) that the costs of fresh exits are reckoned for.
+        input_size: (channels, height, width) that the costs of fresh exits are reported for.
         **kwargs: Every other keyword of `timm.create_model`: num_classes, in_chans, drop_rate, ...
 
     Raises:
         MultiExitError: Unknown model, no such exits, or a folder or repository that does not hold what it should, or
-            holds what it must not: see `load_pretrained`.
+            has values that are not allowed: see `load_pretrained`.
 
     >>> model = create_model('resnet18', exits=[1, 2], num_classes=10)
     >>> model(torch.randn(2, 3, 64, 64), exit_idx=0).shape
     torch.Size([2, 10])
     """
     if kwargs.get('features_only'):
-        raise MultiExitError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
+        raise InvalidValueError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
     source = find_source(model_name, **kwargs)
     if source is not None and source.config.exits is not None and exits is None:
         model = source.create_model(pretrained=pretrained, **kwargs)
@@ -80,7 +81,7 @@ def create_model(
     if input_size is not None:
         kwargs.setdefault('in_chans', input_size[0])
     if source is None:
-        backbone = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+        backbone = timm.create_model(str(model_name), pretrained=pretrained, **kwargs)
     else:
         backbone = source.create_backbone(pretrained=pretrained, **kwargs)
     model = attach_exits(
@@ -97,11 +98,9 @@ def create_model(
     return model
 
 
-def _find_origin(model: MultiExitModel, source: Source | None, pretrained: bool, kwargs: dict[str, Any]) -> Origin:
-    """Return what the weights of a model that was just made started from."""
+def _find_origin(model: MultiExitModel, source: ModelSource | None, pretrained: bool, kwargs: dict[str, Any]) -> Origin:
+    """Return what the weights of a model that was just created started from."""
     has_file = bool(kwargs.get('checkpoint_path'))
     if source is None or has_file or not pretrained:
         return find_origin(model.pretrained_cfg, pretrained=pretrained, has_file=has_file)
-    if source.repo_id:
-        return Origin(source.repo_id, source.config.pretrained_cfg.get('license'))
-    return source.config.origin or Origin('a folder')
+    return source.origin

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Work through a plan: `hub/experiments/run.py hub/experiments/plans/small.yaml --data-dir DIR --jobs 2`.
 
-Trains every run that has no file in hub/experiments/results/ yet and writes one for each that ends. It can be stopped at any
-moment, and started again. Flags after -- go to train.py: `-- --amp --workers 4`.
+Trains every run that has no file in hub/experiments/results/ yet and writes one for each that ends. It can be stopped
+at any moment, and started again. Flags after -- go to train.py: `-- --amp --workers 4`.
 """
 
 import argparse

@@ -672,7 +672,7 @@ def test_without_matplotlib_numbers_are_written(folder, tmp_path, monkeypatch, c
     assert analyse(folder, '--out', tmp_path, '--samples', '8', names=('eed', 'ce')) == 0
     assert [path.name for path in tmp_path.iterdir()] == ['analysis.json']
     assert [record.message for record in caplog.records if 'matplotlib' in record.message] == [
-        'matplotlib is not installed, so numbers alone are written: pip install matplotlib.'
+        'Only numbers are written: matplotlib is not installed: pip install "timm-multiexit[plots]".'
     ]
     assert json.loads((tmp_path / 'analysis.json').read_text())['runs']['eed'] == numbers['runs']['eed']
 
@@ -725,7 +725,7 @@ def test_folder_that_is_no_run_is_refused(folder, tmp_path, capsys):
     assert 'is named twice' in fails(capsys, folder, names=('ce', 'ce'))
     run = shutil.copytree(folder / 'out/ce', tmp_path / 'out/run', ignore=shutil.ignore_patterns('*.pth.tar'))
     (run / 'args.yaml').write_text('- 1\n')
-    assert 'is not of a run of this train.py' in fails(capsys, tmp_path, names=('run',), cwd=folder)
+    assert 'is not an args.yaml of train.py' in fails(capsys, tmp_path, names=('run',), cwd=folder)
     shutil.rmtree(run / 'best')
     assert 'it has no best/config.json' in fails(capsys, tmp_path, names=('run',), cwd=folder)
 

@@ -16,11 +16,10 @@ from huggingface_hub import constants
 import timm_multiexit as tme
 from timm_multiexit.checkpoints import source as sources
 from timm_multiexit.cli import validate
-from timm_multiexit.cli.build_model import create_train_model, model_kwargs
+from timm_multiexit.cli.build_model import create_static, create_train_model, model_kwargs
 from timm_multiexit.cli.build_training import create_task
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.flags.validate_args import create_validate_parser
-from timm_multiexit.evaluation.evaluate import create_static
 from timm_multiexit.publishing.push import push_to_hub
 
 REPO = 'org/net'
@@ -303,9 +302,28 @@ def test_name_of_a_source_means_its_commit_from_then_on(published, name):
     source = sources.find_source(name)
     if name == NAME:
         assert source.name == f'{NAME}@{published}'
-        assert sources.find_source(source.name)[2:] == (REPO, published)
+        again = sources.find_source(source.name)
+        assert (again.repo_id, again.commit) == (REPO, published)
     else:
         assert source is None
+
+
+@pytest.mark.parametrize('exits', [None, [1]], ids=['own', 'others'])
+def test_source_makes_the_model_of_its_name_and_its_config_is_read_once(published, monkeypatch, images, exits):
+    reads = []
+    read = sources.read_model_config
+    monkeypatch.setattr(
+        sources, 'read_model_config', lambda *args, **kwargs: reads.append(args) or read(*args, **kwargs)
+    )
+    source = sources.find_source(NAME)
+    assert sources.find_source(source) is source
+    torch.manual_seed(1)
+    model = tme.create_model(source, pretrained=True, exits=exits).eval()
+    assert (str(source), source.has_exits, len(reads)) == (f'{NAME}@{published}', True, 1)
+    torch.manual_seed(1)
+    expected = tme.create_model(NAME, pretrained=True, exits=exits).eval()
+    assert all(map(torch.equal, model(images, exits=True).logits, expected(images, exits=True).logits))
+    assert tme.exit_points(source) == tme.exit_points(NAME)
 
 
 def test_trained_weights_of_the_registry_come_with_fresh_exits(hub, make_backbone, images, caplog):

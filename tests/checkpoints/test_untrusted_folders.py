@@ -787,7 +787,7 @@ def test_place_of_weights_is_refused_with_the_reason(folder):
     edit(folder, ('pretrained_cfg', 'url'), 'http://localhost:9/x.pth')
     line = refuse(folder)
     assert line.endswith(
-        "url is 'http://localhost:9/x.pth', which a file must not say: weights are those in model.safetensors beside it."
+        "url must be empty in a file, got 'http://localhost:9/x.pth': weights are those in model.safetensors beside it."
     )
 
 

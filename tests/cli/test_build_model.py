@@ -257,7 +257,7 @@ REFUSED = {
     'opt-kwargs': (('--opt', 'adamw', '--opt-kwargs', 'bogus=1'), "--opt adamw cannot be made so: .*'bogus'"),
     'momentum': (('--momentum', '0'), '--opt sgd cannot be made so: Nesterov momentum requires'),
     'betas': (('--opt', 'adamw', '--opt-betas', '0.9'), '--opt adamw cannot be made so: '),
-    'teacher': (('--kd-model-name', 'local-dir:nowhere'), 'nowhere is no model folder'),
+    'teacher': (('--kd-model-name', 'local-dir:nowhere'), 'nowhere is not a model folder'),
     'classes': (('--num-classes', '2'), 'The data has 3 classes, the model 2'),
 }
 

@@ -321,8 +321,8 @@ def test_args_of_a_run_are_a_config_for_the_next(train_on_images):
 BAD_INPUT = {
     'model': (('--model', 'resnet51'), "no model 'resnet51', nearest are"),
     'exits-name': (('--exits', 'layer9'), "no module 'layer9', nearest are layer"),
-    'exits-index': (('--exits', '[9]'), 'no exit 9. Allowed are 0 (act1, 1/2), 1 (layer1.0, 1/4)'),
-    'exits-count': (('--exits', '9'), '9 exits asked for, this backbone has room for 1 to 4'),
+    'exits-index': (('--exits', '[9]'), 'no exit 9. Its stages are 0 (act1, 1/2), 1 (layer1.0, 1/4)'),
+    'exits-count': (('--exits', '9'), 'The number of exits must be in [1, 4]'),
     'exits-empty': (('--exits', ','), "',' names no exit"),
     'encoder': (('--model', 'mobilenetv5_300m_enc', '--eed'), 'has no classifier module'),
     'features': (
@@ -338,8 +338,8 @@ BAD_INPUT = {
     'metric': (('--eval-metric', 'exit7_top1', '--eed'), "--eval-metric is 'exit7_top1', allowed are loss, top1"),
     'epochs': (('--epochs', '0'), '--epochs is 0'),
     'fp16': (('--amp',), '--amp in float16 needs a GPU'),
-    'resume': (('--resume', 'nowhere.pth.tar'), 'There is no checkpoint nowhere.pth.tar'),
-    'initial': (('--initial-checkpoint', 'nowhere.pth'), 'There is no checkpoint nowhere.pth'),
+    'resume': (('--resume', 'nowhere.pth.tar'), 'Checkpoint nowhere.pth.tar does not exist'),
+    'initial': (('--initial-checkpoint', 'nowhere.pth'), 'Checkpoint nowhere.pth does not exist'),
     'config': (('--config', 'nowhere.yaml'), '--config nowhere.yaml cannot be read'),
     'split': (('--val-split', 'test2'), "has no split 'test2', allowed are train, val"),
     'dataset': (('--dataset', 'torch/nonsense'), "No data set 'torch/nonsense'"),

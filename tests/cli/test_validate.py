@@ -78,6 +78,7 @@ def test_model_name_with_fresh_exits(run_script, image_folder):
     )
     _, result = run_validate(run_script, *flags, image_folder)
     assert [row['exit'] for row in result['rows']] == ['0', '1', 'main', 'ens']
+    assert [row['exit_idx'] for row in result['rows']] == [0, 1, 'main', 'ens']
 
 
 def test_plain_model_has_one_row(run_script, image_folder):
@@ -122,9 +123,9 @@ def test_without_data_the_digits_are_measured(run_script, tmp_path):
     [
         ((), 'No model: give --model'),
         (('--model', 'resnet51'), "no model 'resnet51'"),
-        (('--model', 'local-dir:nowhere'), 'is no model folder'),
-        (('--checkpoint', 'nowhere.pth.tar'), 'There is no checkpoint'),
-        (('--model', 'test_resnet', '--exits', '9'), 'room for 1 to 4'),
+        (('--model', 'local-dir:nowhere'), 'is not a model folder'),
+        (('--checkpoint', 'nowhere.pth.tar'), 'does not exist'),
+        (('--model', 'test_resnet', '--exits', '9'), 'The number of exits must be in [1, 4]'),
         (('--model', 'test_resnet', '--num-classes', '1'), 'The data has 2 classes, the model 1'),
         (('--model', 'test_resnet', '--split', 'test'), "has no split 'test', allowed are train, val"),
         (('--model', 'test_resnet', '--amp'), '--amp in float16 needs a GPU'),
@@ -221,6 +222,9 @@ def test_dynamic_report_is_that_of_a_simulation(run_script, digits_net, tmp_path
     assert saved['dynamic'] == result['dynamic']
     rows = {row['policy']: row for row in saved['dynamic']}
     assert list(rows) == ['plain timm', 'all exits', f'threshold {given}', 'budget 85%', 'budget 90%', 'max drop 0.3']
+    kinds = ['reference', 'reference', 'threshold', 'budget', 'budget', 'max_drop']
+    assert [row['kind'] for row in saved['dynamic']] == kinds
+    assert [row['budget'] for row in saved['dynamic']] == [None, None, None, '85%', '90%', None]
     for row in saved['dynamic'][2:]:
         policy = ExitPolicy.from_dict(row)
         simulated = apply_policy(policy, logits)
@@ -303,7 +307,8 @@ def test_saved_policy_is_the_one_that_was_measured(flags, saved, run_script, dig
     assert now == config
     # From then on it is what the folder is measured with.
     _, again = run_validate(run_script, '--model', f'local-dir:{digits_net}', '--time-rounds', '0')
-    assert again['dynamic'][2] == {**rows[saved], 'policy': "the model's own", 'chosen_on': None}
+    own = {'policy': "the model's own", 'kind': 'own', 'budget': None, 'chosen_on': None}
+    assert again['dynamic'][2] == {**rows[saved], **own}
 
 
 @pytest.mark.parametrize(
@@ -313,7 +318,7 @@ def test_saved_policy_is_the_one_that_was_measured(flags, saved, run_script, dig
         (('--calib-split', 'train[:3]'), "no split 'train[:3]'"),
         (('--threshold', '0.5', '--criterion', 'hope'), "invalid choice: 'hope'"),
         (('--threshold', 'high'), "'high' is no threshold"),
-        (('--budget', '3%', '--calib-split', 'validation'), 'The budget 3% is below the cheapest policy'),
+        (('--budget', '3%', '--calib-split', 'validation'), 'got 3%, which is below the cheapest policy'),
         (('--budget', '50%'), '--budget 50% needs data'),
         (('--calib-from-train', '5000'), '5000 of 1257 training images cannot be held out'),
         (('--compare', 'resnet51'), "no model 'resnet51'"),
@@ -332,7 +337,7 @@ def test_what_was_found_is_printed_before_an_error(run_script, digits_net):
     flags += ('--budget', '0.00000001ms')
     code, out, err = run_script(validate.main, *flags)
     assert code == 2
-    assert 'The budget 0.00000001ms is below the cheapest policy' in err.strip().splitlines()[-1]
+    assert 'got 0.00000001ms, which is below the cheapest policy' in err.strip().splitlines()[-1]
     assert 'test split, 360 images' in out
     assert 'Failure AUROC' in out
     assert 'Budgets: thresholds are chosen on' in out
@@ -344,7 +349,7 @@ def test_what_was_found_is_printed_before_an_error(run_script, digits_net):
     [
         (('--plot', '.'), '. is a folder'),
         (('--results-file', 'net/config.json/rows.csv'), 'net/config.json/rows.csv cannot be written'),
-        (('--budget', '1%', '--calib-split', 'validation'), 'The budget 1% is below'),
+        (('--budget', '1%', '--calib-split', 'validation'), 'got 1%, which is below'),
         (('--save-policy', '--budget', '90%'), '--save-policy needs data'),
         (('--save-policy', '--budget', '90%', '--calib-split', 'validation'), 'net/config.json cannot be written'),
     ],

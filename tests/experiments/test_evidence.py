@@ -15,7 +15,6 @@ from evidence.results import collect_result, is_done, read_results, write_result
 from evidence.table import (
     END,
     START,
-    T_QUANTILES,
     baselines,
     describe_difference,
     format_tables,
@@ -23,6 +22,7 @@ from evidence.table import (
     paired,
     place_in,
 )
+from PIL import Image
 
 import timm_multiexit.backbones  # noqa: F401 - registers the networks
 from timm_multiexit.cli.flags.train_args import parse_train_args
@@ -127,7 +127,12 @@ def test_methods_are_the_papers_losses():
         'eed-mse-teacher-0-2-main': ((0, 2, -1), 1.0, 0.0),
         'eed-mse-teacher-exits': ((0, 1, 2), 1.0, 0.0),
         'ce-narrow': (None, 0.0, 0.0),
+        'phuong-kl-narrow': ('main', 0.1, 0.0),
+        'byot-kl-narrow': ('main', 0.1, 1.0),
         'eed-kl-narrow': ('all', 0.1, 0.0),
+        'eed-mse-narrow': ('all', 1.0, 0.0),
+        'eed-kl-features-narrow': ('all', 0.1, 1.0),
+        'beed-kl-narrow': ('all', 1.0, 0.0),
         'ce-bottleneck': (None, 0.0, 0.0),
         'eed-kl-bottleneck': ('all', 0.1, 0.0),
         'eed-mse-bottleneck': ('all', 1.0, 0.0),
@@ -171,7 +176,8 @@ def make_folder(folder, run, **changes):
     }
     (folder / 'results.json').write_text(json.dumps(content | changes))
     (folder / 'summary.csv').write_text(
-        'epoch,train_loss,eval_loss,eval_top1,lr,train_exit0_loss,eval_exit0_top1\n0,nan,2,40,0.1,3,30\n1,1,,70,0.05,2,60\n'
+        'epoch,train_loss,eval_loss,eval_top1,lr,train_exit0_top1,train_main_top1,train_exit0_loss,eval_exit0_top1\n'
+        '0,nan,2,40,0.1,50,55,3,30\n1,1,,70,0.05,90,99.5,2,60\n'
     )
     return folder
 
@@ -180,9 +186,11 @@ def test_result_has_the_numbers_of_the_run_and_no_folder_of_this_machine(tmp_pat
     run = SMALL.runs[1]
     folder = make_folder(tmp_path / 'run', run)
     result = collect_result(run, folder, seconds=12.34, extra=['--initial-checkpoint', '/root/secret/net.pth'])
+    first = {'epoch': 0, 'train_loss': None, 'eval_loss': 2.0, 'eval_top1': 40.0, 'lr': 0.1, 'eval_exit0_top1': 30.0}
+    last = {'epoch': 1, 'train_loss': 1.0, 'eval_top1': 70.0, 'lr': 0.05, 'eval_exit0_top1': 60.0}
     assert result['validation'] == [
-        {'epoch': 0, 'train_loss': None, 'eval_loss': 2.0, 'eval_top1': 40.0, 'lr': 0.1, 'eval_exit0_top1': 30.0},
-        {'epoch': 1, 'train_loss': 1.0, 'eval_top1': 70.0, 'lr': 0.05, 'eval_exit0_top1': 60.0},
+        first | {'train_exit0_top1': 50.0, 'train_main_top1': 55.0},
+        last | {'train_exit0_top1': 90.0, 'train_main_top1': 99.5},
     ]
     assert result['classifiers'][0]['top-1'] == 70.0
     assert (result['seconds'], result['method'], result['seed']) == (12.3, 'ce', 0)
@@ -230,18 +238,6 @@ def test_file_that_is_no_result_is_refused_by_name(tmp_path, text):
 # Statistics
 
 
-@pytest.mark.parametrize('freedom', T_QUANTILES)
-def test_quantile_leaves_two_and_a_half_percent_above_it(freedom):
-    # By Simpson's rule over the density, of the half below the quantile.
-    x = torch.linspace(0, T_QUANTILES[freedom], 20001, dtype=torch.float64)
-    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
-    density = math.exp(log_scale) * (1 + x.square() / freedom) ** (-(freedom + 1) / 2)
-    weights = torch.ones_like(x)
-    weights[1:-1:2], weights[2:-1:2] = 4, 2
-    below = (weights * density).sum() * (x[1] - x[0]) / 3
-    assert 0.475 == pytest.approx(below.item(), abs=3e-5)
-
-
 def test_interval_holds_the_mean_in_nineteen_of_twenty_samples():
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(4000, 3, generator=generator, dtype=torch.float64) * 0.7 + 1.5
@@ -281,7 +277,7 @@ def test_reading_says_what_the_interval_says(differences, reading):
 def test_distances_are_compared_with_their_like():
     assert baselines('eed-kl', METHODS) == ['plain', 'ce', 'phuong-kl', 'byot-kl']
     assert baselines('eed-mse-teacher-0-main', METHODS) == ['plain', 'ce', 'phuong-mse', 'byot-mse', 'eed-mse']
-    assert baselines('eed-kl-narrow', METHODS) == ['plain', 'eed-kl', 'ce-narrow']
+    assert baselines('eed-kl-narrow', METHODS) == ['plain', 'eed-kl', 'ce-narrow', 'phuong-kl-narrow', 'byot-kl-narrow']
     assert baselines('eed-mse-bottleneck', METHODS) == ['plain', 'eed-mse', 'ce-bottleneck']
     assert baselines('beed-kl', METHODS) == ['plain', 'ce', 'phuong-kl', 'byot-kl', 'eed-kl']
     assert baselines('eed-kl-weight-1', METHODS) == ['plain', 'ce', 'phuong-kl', 'byot-kl', 'eed-kl']
@@ -334,7 +330,7 @@ def test_script_prints_and_writes_the_tables(tmp_path, results, run_script):
     readme = tmp_path / 'README.md'
     readme.write_text(f'# A\n{START}\nold\n{END}\nrest\n')
     others = [read_plan(path) for path in PLANS if path.stem != 'small']
-    assert len(others) == 7
+    assert len(others) == 8
     expected = format_tables([SMALL, *others], results, list(METHODS))  # what was measured comes first
     assert run_script(table.main, *flags, '--readme', readme) == (0, '', '')
     assert readme.read_text() == f'# A\n{START}\n{expected}{END}\nrest\n'
@@ -348,3 +344,34 @@ def test_script_prints_and_writes_the_tables(tmp_path, results, run_script):
 def test_readme_has_the_tables_that_the_script_gives():
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert place_in(text, load_script('table').make_tables([], EXPERIMENTS / 'results')) == text
+
+
+# Images
+
+
+def test_images_are_made_smaller_and_drawn_the_same_again(tmp_path, run_script):
+    prepare = load_script('prepare')
+    for split, count in (('train', 6), ('val', 2)):
+        for name in ('cat', 'dog'):
+            folder = tmp_path / 'large' / split / name
+            folder.mkdir(parents=True)
+            for idx in range(count):
+                Image.new('L', (40, 20), 10 * idx).save(folder / f'{idx}.png')
+
+    def draw(target, *flags):
+        code, _, error = run_script(prepare.main, tmp_path / 'large', tmp_path / target, '--size', '8', *flags)
+        assert (code, error) == (0, '')
+        return {path.relative_to(tmp_path / target) for path in (tmp_path / target).rglob('*.png')}
+
+    few, again = draw('few', '--per-class', '2'), draw('again', '--per-class', '2')
+    more, every = draw('more', '--per-class', '4'), draw('every')
+    other = draw('other', '--per-class', '4', '--seed', '1')
+    assert few == again
+    assert few < more < every
+    assert other != more
+    assert [len(draw) for draw in (few, more, every)] == [2 * 2 + 4, 2 * 4 + 4, 2 * 6 + 4]
+    with Image.open(tmp_path / 'every/train/cat/3.png') as image:
+        assert (image.mode, image.size, image.getpixel((4, 4))) == ('RGB', (8, 8), (30, 30, 30))
+    code, _, error = run_script(prepare.main, tmp_path / 'large', tmp_path / 'none', '--per-class', '7')
+    assert code == 2
+    assert '--per-class is 7, allowed are 1 to 6' in error

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import timm_multiexit as tme
 from timm_multiexit.publishing.card import REQUIRED, write_card
 from timm_multiexit.publishing.card_tables import headline
-from timm_multiexit.utils.errors import MultiExitError
-from timm_multiexit.utils.markdown import code, escape, fence, link, number, one_line
+from timm_multiexit.utils.errors import MultiExitError, one_line
+from timm_multiexit.utils.markdown import code, escape, fence, link, number
 
 ENVIRONMENT = {
     'commit': '5ff385c',

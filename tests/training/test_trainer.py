@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from timm_multiexit.evaluation.evaluate import evaluate, evaluate_loader
+from timm_multiexit.evaluation.exit_table import evaluate, evaluate_loader
 from timm_multiexit.losses.multi_exit_loss import create_loss
 from timm_multiexit.training.task import MultiExitTask
 from timm_multiexit.training.trainer import Trainer, TrainerConfig

@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from timm_multiexit.cli import train
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.launch import create_accelerator
-from timm_multiexit.evaluation.evaluate import evaluate_loader
+from timm_multiexit.evaluation.exit_table import evaluate_loader
 from timm_multiexit.training.run import TrainingRun
 
 LOSSES = {

@@ -1,17 +1,34 @@
 """Files that are whole or not there, and what is said where the disk refuses them."""
 
+import hashlib
 import os
 import stat
 
 import pytest
 
 from timm_multiexit.checkpoints.save import save_pretrained
-from timm_multiexit.utils.errors import MultiExitError
-from timm_multiexit.utils.files import RESUME, RUN_AGAIN, explain_disk_errors, new_folder, replacing, write_text
+from timm_multiexit.utils.errors import DiskError, HubError, MultiExitError
+from timm_multiexit.utils.files import (
+    RESUME,
+    RUN_AGAIN,
+    explain_disk_errors,
+    new_folder,
+    replacing,
+    sha256,
+    write_output,
+    write_text,
+)
 
 
 def refuse(*args, **kwargs):
     raise OSError(28, 'No space left\non device')
+
+
+def refuse_as_torch():
+    try:
+        refuse()
+    finally:
+        raise RuntimeError('unexpected pos 64 vs 0')  # its own words, while the disk's are in its context
 
 
 def write_replacing(path):
@@ -30,23 +47,38 @@ WRITERS = {'text': lambda path: write_text(path, 'new'), 'replacing': write_repl
 @pytest.mark.parametrize('write', WRITERS.values(), ids=WRITERS)
 def test_full_disk_says_nothing_of_training_where_nothing_is_trained(write, tmp_path, monkeypatch):
     monkeypatch.setattr('pathlib.Path.write_text', refuse)
-    with pytest.raises(MultiExitError) as caught:
+    with pytest.raises(DiskError) as caught:
         write(tmp_path / 'a')
     assert str(caught.value) == (
-        f'{tmp_path / "a"} could not be written: No space left on device. What was there before is whole:'
-        ' make room, then go on or run it again.'
+        f'{tmp_path / "a"} could not be written: No space left on device. The previous content is intact:'
+        ' free disk space, then run it again.'
     )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_caller_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr('pathlib.Path.write_text', refuse)
-    with pytest.raises(MultiExitError, match='is whole: call the caretaker[.]$'):
+    with pytest.raises(MultiExitError, match='is intact: call the caretaker[.]$'):
         write_text(tmp_path / 'a', 'new', advice='call the caretaker')
-    with pytest.raises(MultiExitError, match=r'go on \(train.py: --resume auto\)[.]$'), explain_disk_errors(tmp_path):
+    with pytest.raises(MultiExitError, match=r'resume \(train.py: --resume auto\)[.]$'), explain_disk_errors(tmp_path):
         refuse()
     assert '--resume' in RESUME
     assert 'train' not in RUN_AGAIN
+
+
+def test_only_errors_of_the_disk_are_explained(tmp_path):
+    for error in (HubError('offline'), RuntimeError('out of memory'), ValueError('wrong')):
+        with pytest.raises(type(error)) as caught, explain_disk_errors(tmp_path):
+            raise error
+        assert caught.value is error
+    with pytest.raises(DiskError, match='written: No space left on device[.]'), explain_disk_errors(tmp_path):
+        refuse_as_torch()
+
+
+def test_sha256_is_that_of_hashlib(tmp_path):
+    content = bytes(range(256)) * 5000  # more than one chunk
+    (tmp_path / 'a').write_bytes(content)
+    assert sha256(tmp_path / 'a') == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize('mask', [0o022, 0o027, 0o077])
@@ -58,3 +90,19 @@ def test_saved_files_have_the_mode_of_other_new_files(make_model, tmp_path, mask
         os.umask(previous)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / 'net').iterdir()}
     assert modes == dict.fromkeys(('config.json', 'model.safetensors', 'exits.safetensors'), 0o666 & ~mask)
+
+
+def test_full_disk_leaves_the_old_file_and_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / 'rows.csv'
+    path.write_text('old')
+
+    def write_half(self, content):
+        self.open('wb').close()
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('pathlib.Path.write_bytes', write_half)
+    with pytest.raises(MultiExitError, match='rows.csv could not be written: No space left on device') as raised:
+        write_output(path, b'new')
+    assert '--resume' not in str(raised.value)
+    assert [file.name for file in tmp_path.iterdir()] == ['rows.csv']
+    assert path.read_text() == 'old'

@@ -16,7 +16,7 @@ from timm_multiexit.analysis.dissimilarity import choose_samples, collect_repres
 from timm_multiexit.analysis.diversity import describe_members
 from timm_multiexit.analysis.runs import Run, teacher_members
 from timm_multiexit.calibration.logits import LogitSet, collect_logits
-from timm_multiexit.checkpoints.run_folder import load_best
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.cli.validate_data import create_split
 from timm_multiexit.data.holdout import TransformSubset
 from timm_multiexit.data.loaders import create_eval_loader
@@ -49,7 +49,7 @@ class Measurer:
         Raises:
             MultiExitError: The data cannot be had, or is not what the network or the other runs are of.
         """
-        model = load_best(run.args, str(run.best)).to(self.accelerator.device).eval()
+        model = RunFolder(run.folder).load_best(**run.args.model_kwargs).to(self.accelerator.device).eval()
         data_config = resolve_data_config({}, model=model)
         input_size = data_config['input_size']
         collected = collect_logits(model, self._create_loader(data_config))

@@ -1,6 +1,5 @@
 """Runs of `train.py` as they lie on disk: how each was trained, and its table of epochs."""
 
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from timm_multiexit.checkpoints.run_folder import BEST_NAME
+from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.losses.multi_exit_loss import LOSSES
 from timm_multiexit.losses.teachers import DepthWeights, checked_teacher, resolve_teacher
-from timm_multiexit.training.summary import Summary
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import CheckpointError, MultiExitError
 from timm_multiexit.utils.text import exit_names
-from timm_multiexit.utils.untrusted import read_json
 
 PLAIN = 'plain'
 
@@ -44,7 +40,7 @@ class Run:
     @property
     def best(self) -> Path:
         """Folder of the network."""
-        return self.folder / BEST_NAME
+        return RunFolder(self.folder).best
 
     @property
     def method(self) -> str:
@@ -101,20 +97,13 @@ def _cut_common_words(names: Sequence[str]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    needed = ('args.yaml', 'summary.csv', f'{BEST_NAME}/config.json')
-    missing = [part for part in needed if not (folder / part).is_file()]
+    run = RunFolder(folder)
+    missing = [path for path in (run.args_path, run.summary_path, run.best / CONFIG_NAME) if not path.is_file()]
     if missing:
-        raise MultiExitError(f'{folder} is no run of train.py: it has no {missing[0]}. Name the folder that has it.')
-    try:
-        args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
-        summary = Summary()
-        summary.read(folder / 'summary.csv', before=sys.maxsize)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise MultiExitError(f'{folder} cannot be read: {" ".join(str(error).split())}.') from error
-    if not isinstance(args, dict) or not _NEEDED_ARGS <= args.keys():
-        raise MultiExitError(f'{folder}/args.yaml is not of a run of this train.py: name a run of it.')
-    results = read_json(folder / 'results.json') if (folder / 'results.json').is_file() else {}
-    return Run(name, folder, Namespace(**args), summary.rows, results)
+        part = missing[0].relative_to(folder)
+        raise CheckpointError(f'{folder} is not a run of train.py: it has no {part}. Name the folder that has it.')
+    args = Namespace(**run.read_args(_NEEDED_ARGS))
+    return Run(name, folder, args, run.read_summary(), run.read_results() if run.results_path.is_file() else {})
 
 
 def name_method(args: Namespace) -> str:

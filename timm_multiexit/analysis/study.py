@@ -27,7 +27,7 @@ from timm_multiexit.evaluation.metrics import default_metric
 from timm_multiexit.evaluation.stamp import name_dataset
 from timm_multiexit.utils.environment import describe_environment
 from timm_multiexit.utils.errors import MultiExitError
-from timm_multiexit.utils.figures import encode_png
+from timm_multiexit.utils.figures import MATPLOTLIB_MISSING, encode_png
 from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, replacing, write_text
 from timm_multiexit.utils.untrusted import read_json
 
@@ -78,7 +78,7 @@ class Study:
         else:
             self._measure(numbers)
         content = {
-            'dataset': name_dataset(self.args),
+            'dataset': name_dataset(self.args.dataset, self.args.data_dir),
             'split': self.args.split,
             'reference': self.reference and self.reference.name,
             'metric': self.metric,
@@ -153,7 +153,7 @@ class Study:
             name: values['accuracy_over_macs'] for name, values in numbers.items() if 'accuracy_over_macs' in values
         }
         if points:
-            title = f'{name_dataset(self.args)}, {self.args.split} split'
+            title = f'{name_dataset(self.args.dataset, self.args.data_dir)}, {self.args.split} split'
             self._save('accuracy_over_macs', lambda: draw_accuracy_over_macs(points, title))
 
     def _save(self, name: str, draw: Callable[[], Any]) -> None:
@@ -163,7 +163,7 @@ class Study:
             picture = encode_png(draw())
         except ImportError:
             self.draws = False
-            _logger.warning('matplotlib is not installed, so numbers alone are written: pip install matplotlib.')
+            _logger.warning(f'Only numbers are written: {MATPLOTLIB_MISSING}.')
             return
         with replacing(self.out / f'{name}.png') as draft:
             draft.write_bytes(picture)

@@ -9,6 +9,8 @@ Source: Lee and Lee, arXiv 2104.00299, Tables I and II.
 [[128, 256, 512], [256, 512], [512]]
 """
 
-from timm_multiexit.backbones import cifar_resnet, cifar_resnet_small, cifar_vgg, pyramidnet, wide_resnet
-
-__all__ = ['cifar_resnet', 'cifar_resnet_small', 'cifar_vgg', 'pyramidnet', 'wide_resnet']
+from timm_multiexit.backbones import cifar_resnet as cifar_resnet
+from timm_multiexit.backbones import cifar_resnet_small as cifar_resnet_small
+from timm_multiexit.backbones import cifar_vgg as cifar_vgg
+from timm_multiexit.backbones import pyramidnet as pyramidnet
+from timm_multiexit.backbones import wide_resnet as wide_resnet

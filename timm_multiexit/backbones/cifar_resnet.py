@@ -25,7 +25,7 @@ class CifarResNet(ResNet):
         **kwargs: What timm's `ResNet` takes.
 
     Attributes:
-        multiexit_preset: The paper's exits as arguments of `timm_multiexit.attach.attach_exits`.
+        multiexit_preset: The paper's exits as arguments of `timm_multiexit.attach_exits`.
 
     Source: He et al., arXiv 1512.03385; Xie et al., arXiv 1611.05431; hjdw2/Exit-Ensemble-Distillation@7825885:
         resnet.py, which has no activation behind the stem's norm: we have it, as He et al. do.
@@ -39,24 +39,29 @@ class CifarResNet(ResNet):
         channels: tuple[int, ...] = (64, 128, 256, 512),
         in_chans: int = 3,
         zero_init_last: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
-        super().__init__(block, layers, channels=channels, in_chans=in_chans, zero_init_last=zero_init_last, **kwargs)
-        self.conv1 = nn.Conv2d(
+        block_type: Any = block  # timm declares an instance
+        super().__init__(
+            block_type, layers, channels=channels, in_chans=in_chans, zero_init_last=zero_init_last, **kwargs
+        )
+        bn1: Any = self.bn1
+        self.conv1: nn.Module = nn.Conv2d(
             in_chans,
-            self.bn1.num_features,
+            bn1.num_features,
             kernel_size=3,
             padding=1,
             bias=False,
             **get_device_dtype(self),
         )
         init_convs(self.conv1)
-        self.maxpool = nn.Identity()
+        self.maxpool: nn.Module = nn.Identity()
         for idx in range(len(channels), 4):
             # timm's forward names four stages.
             self.add_module(f'layer{idx + 1}', nn.Sequential())
         # timm's stem shrinks the image by four, this one keeps it.
-        self.feature_info = [{**info, 'reduction': max(1, info['reduction'] // 4)} for info in self.feature_info]
+        stages: list[dict[str, Any]] = self.feature_info
+        self.feature_info = [{**info, 'reduction': max(1, info['reduction'] // 4)} for info in stages]
         self.multiexit_preset = paper_exits(len(channels), self.num_features)
 
 
@@ -79,31 +84,31 @@ def _create(name: str, pretrained: bool, model_args: dict[str, Any], kwargs: dic
 
 
 @register_model
-def cifar_resnet18(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Return ResNet-18 for 32x32 images: 11.2M parameters, 0.56 GMACs."""
     return _create('cifar_resnet18', pretrained, {'block': BasicBlock, 'layers': (2, 2, 2, 2)}, kwargs)
 
 
 @register_model
-def cifar_resnet50(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_resnet50(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Return ResNet-50 for 32x32 images: 23.7M parameters, 1.30 GMACs."""
     return _create('cifar_resnet50', pretrained, {'block': Bottleneck, 'layers': (3, 4, 6, 3)}, kwargs)
 
 
 @register_model
-def cifar_resnet101(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_resnet101(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Return ResNet-101 for 32x32 images: 42.7M parameters, 2.51 GMACs."""
     return _create('cifar_resnet101', pretrained, {'block': Bottleneck, 'layers': (3, 4, 23, 3)}, kwargs)
 
 
 @register_model
-def cifar_resnet152(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_resnet152(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Return ResNet-152 for 32x32 images: 58.3M parameters, 3.72 GMACs."""
     return _create('cifar_resnet152', pretrained, {'block': Bottleneck, 'layers': (3, 8, 36, 3)}, kwargs)
 
 
 @register_model
-def cifar_resnext29_4x64d(pretrained: bool = False, **kwargs) -> CifarResNet:
+def cifar_resnext29_4x64d(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Return ResNeXt-29, 4x64d, for 32x32 images, of three stages of three blocks: 17.7M parameters, 2.74 GMACs.
 
     Source: Xie et al., arXiv 1611.05431, Section 5.3, whose 8x64d and 16x64d have 34.4M and 68.1M. The EED paper says

@@ -1,5 +1,7 @@
 """The small ResNets of three stages for 32x32 images: 6n + 2 layers of 16, 32 and 64 channels."""
 
+from typing import Any
+
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ class SmallCifarResNet(StagedNet):
         channels: tuple[int, ...] = (16, 32, 64),
         *,
         in_chans: int = 3,
-        **kwargs,
+        **kwargs: Any,
     ):
         stages = []
         in_chs = channels[0]
@@ -91,7 +93,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(layers: int, pretrained: bool, kwargs: dict) -> SmallCifarResNet:
+def _create(layers: int, pretrained: bool, kwargs: dict[str, Any]) -> SmallCifarResNet:
     return build_model_with_cfg(
         SmallCifarResNet,
         f'cifar_resnet{layers}',
@@ -102,24 +104,24 @@ def _create(layers: int, pretrained: bool, kwargs: dict) -> SmallCifarResNet:
 
 
 @register_model
-def cifar_resnet8(pretrained: bool = False, **kwargs) -> SmallCifarResNet:
+def cifar_resnet8(pretrained: bool = False, **kwargs: Any) -> SmallCifarResNet:
     """Return ResNet-8 for 32x32 images: 0.08M parameters, 12.2 MMACs with ten classes."""
     return _create(8, pretrained, kwargs)
 
 
 @register_model
-def cifar_resnet20(pretrained: bool = False, **kwargs) -> SmallCifarResNet:
+def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> SmallCifarResNet:
     """Return ResNet-20 for 32x32 images: 0.27M parameters, 41 MMACs with ten classes."""
     return _create(20, pretrained, kwargs)
 
 
 @register_model
-def cifar_resnet32(pretrained: bool = False, **kwargs) -> SmallCifarResNet:
+def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> SmallCifarResNet:
     """Return ResNet-32 for 32x32 images: 0.46M parameters, 69 MMACs with ten classes."""
     return _create(32, pretrained, kwargs)
 
 
 @register_model
-def cifar_resnet56(pretrained: bool = False, **kwargs) -> SmallCifarResNet:
+def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> SmallCifarResNet:
     """Return ResNet-56 for 32x32 images: 0.85M parameters, 126 MMACs with ten classes."""
     return _create(56, pretrained, kwargs)

@@ -1,5 +1,7 @@
 """VGG19 with batch norm for 32x32 images."""
 
+from typing import Any
+
 from timm.layers import ConvNormAct
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
@@ -37,7 +39,7 @@ class CifarVgg(StagedNet):
         channels: tuple[int, ...] = (64, 128, 256, 512, 512),
         *,
         in_chans: int = 3,
-        **kwargs,
+        **kwargs: Any,
     ):
         stages = []
         in_chs = channels[0]
@@ -66,7 +68,7 @@ default_cfgs = generate_default_cfgs({'cifar_vgg19_bn': cifar_cfg(first_conv='st
 
 
 @register_model
-def cifar_vgg19_bn(pretrained: bool = False, **kwargs) -> CifarVgg:
+def cifar_vgg19_bn(pretrained: bool = False, **kwargs: Any) -> CifarVgg:
     """Return VGG19 with batch norm for 32x32 images: 20.1M parameters, 0.40 GMACs."""
     return build_model_with_cfg(
         CifarVgg,

@@ -1,5 +1,7 @@
 """PyramidNet for 32x32 images."""
 
+from typing import Any
+
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,7 +56,7 @@ class PyramidNet(StagedNet):
         jhkim89/PyramidNet@1c5c452:README.md for the counts.
     """
 
-    def __init__(self, depth: int, alpha: int, *, in_chans: int = 3, **kwargs):
+    def __init__(self, depth: int, alpha: int, *, in_chans: int = 3, **kwargs: Any):
         num_blocks = (depth - 2) // 6
         widths = [16 + round(alpha * step / (3 * num_blocks)) for step in range(3 * num_blocks + 1)]
         blocks = [
@@ -79,7 +81,7 @@ default_cfgs = generate_default_cfgs({'cifar_pyramidnet110_270': cifar_cfg(first
 
 
 @register_model
-def cifar_pyramidnet110_270(pretrained: bool = False, **kwargs) -> PyramidNet:
+def cifar_pyramidnet110_270(pretrained: bool = False, **kwargs: Any) -> PyramidNet:
     """Return PyramidNet-110 with alpha 270 for 32x32 images: 28.5M parameters, 4.72 GMACs."""
     return build_model_with_cfg(
         PyramidNet,

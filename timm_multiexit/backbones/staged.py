@@ -82,7 +82,7 @@ class StagedNet(nn.Module):
         drop_rate: Dropout probability in front of the classifier, in training.
 
     Attributes:
-        multiexit_preset: The paper's exits as arguments of `timm_multiexit.attach.attach_exits`.
+        multiexit_preset: The paper's exits as arguments of `timm_multiexit.attach_exits`.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
 """WideResNet for 32x32 images."""
 
+from typing import Any
+
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ class WideResNet(StagedNet):
     Source: Zagoruyko and Komodakis, arXiv 1605.07146, Table 1.
     """
 
-    def __init__(self, depth: int, width: int, *, in_chans: int = 3, **kwargs):
+    def __init__(self, depth: int, width: int, *, in_chans: int = 3, **kwargs: Any):
         channels = (16 * width, 32 * width, 64 * width)
         num_blocks = (depth - 4) // 6
         stages = []
@@ -76,7 +78,7 @@ default_cfgs = generate_default_cfgs({'cifar_wide_resnet28_10': cifar_cfg(first_
 
 
 @register_model
-def cifar_wide_resnet28_10(pretrained: bool = False, **kwargs) -> WideResNet:
+def cifar_wide_resnet28_10(pretrained: bool = False, **kwargs: Any) -> WideResNet:
     """Return WideResNet-28-10 for 32x32 images: 36.5M parameters, 5.24 GMACs."""
     return build_model_with_cfg(
         WideResNet,

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import DataError, StateError
 
 
 class LogitSet(NamedTuple):
@@ -31,7 +31,8 @@ class LogitSet(NamedTuple):
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image."""
-        return tuple(self.first_batch.shape[1:])
+        channels, height, width = self.first_batch.shape[1:]
+        return channels, height, width
 
     def count_shared(self, other: 'LogitSet') -> int:
         """Return how many of these images are among the others, as the model was given them."""
@@ -56,7 +57,7 @@ def fingerprint(images: Tensor) -> Tensor:
 @torch.no_grad()
 def collect_logits(
     model: nn.Module,
-    loader: Iterable,
+    loader: Iterable[Any],
     *,
     accelerator: Accelerator | None = None,
     channels_last: bool = False,
@@ -70,12 +71,17 @@ def collect_logits(
         channels_last: Give images to the model in that memory format.
 
     Raises:
-        MultiExitError: The loader gives no batch, or the model is in training mode.
+        DataError: The loader is empty.
+        StateError: The model is in training mode.
     """
     if model.training:
-        raise MultiExitError('The model is in training mode, its logits would depend on the batch: model.eval().')
+        raise StateError(
+            'The model is in training mode, so its logits would depend on the batch: call model.eval() first.'
+        )
     param = next(model.parameters())
-    parts, targets, fingerprints, first_batch = [], [], [], None
+    parts: list[list[Any]] = []
+    batches: list[Tensor] = []
+    targets, fingerprints = [], []
     for images, target in loader:
         images = images.to(param.device, param.dtype)
         if channels_last:
@@ -85,12 +91,12 @@ def collect_logits(
         parts.append([single.float().cpu() for single in logits])
         targets.append(target.cpu())
         fingerprints.append(fingerprint(images))
-        first_batch = images if first_batch is None else first_batch
+        batches = batches or [images]
     if not parts:
-        raise MultiExitError('The data loader gives no batch, so there is nothing to evaluate.')
+        raise DataError('The data loader is empty, so there is nothing to evaluate.')
     logits = []
     for idx in range(len(parts[0])):
         logits.append(torch.cat([part[idx] for part in parts]))
         for part in parts:
             part[idx] = None  # or everything would be there twice at the end
-    return LogitSet(tuple(logits), torch.cat(targets), first_batch, torch.cat(fingerprints))
+    return LogitSet(tuple(logits), torch.cat(targets), batches[0], torch.cat(fingerprints))

@@ -22,14 +22,13 @@ from timm_multiexit.checkpoints.config_rules import (
     CONFIG_NAME,
     EXITS_NAME,
     MODEL_ARGS,
-    _is_int,
     _pick,
 )
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import MultiExitError, brief
+from timm_multiexit.utils.errors import CheckpointError, MultiExitError, brief, is_integer
 from timm_multiexit.utils.untrusted import read_json
 
 FORMAT_VERSION = 1  # of what `config.json` says of exits; a file of a later one is refused
@@ -67,26 +66,26 @@ def read_model_config(directory: Path, *, overridden: Mapping[str, Any] | None =
             not read from it.
 
     Raises:
-        MultiExitError: There is none, it is unreadable, of a newer format, or says what a file must not say.
+        CheckpointError: `config.json` is missing, unreadable, of a newer format, or has values that are not allowed.
     """
     path = directory / CONFIG_NAME
     config = read_json(path)
     try:
         return _check(config, {name for name, value in (overridden or {}).items() if value is not None})
     except MultiExitError as error:
-        raise MultiExitError(f'{path}: {error}') from error
+        raise CheckpointError(f'{path}: {error}') from error
 
 
 def _check(config: dict[str, Any], overridden: set[str]) -> ModelConfig:
     architecture = config.get('architecture')
     known = isinstance(architecture, str) and re.fullmatch(r'\w{1,100}', architecture) and timm.is_model(architecture)
     if not known:
-        raise MultiExitError(
+        raise CheckpointError(
             f'timm has no model {brief(architecture)}: update timm, or import the package that registers it.'
         )
     saved = config.get('pretrained_cfg', config)  # timm's older files have its fields at the root
     if not isinstance(saved, dict):
-        raise MultiExitError(f'pretrained_cfg is {brief(saved)}, allowed is an object.')
+        raise CheckpointError(f'pretrained_cfg must be an object, got {brief(saved)}.')
     if 'labels' in saved and saved is config:
         saved = {**saved, 'label_names': saved['labels']}
     model_args = _check_model_args(config.get('model_args'), overridden)
@@ -104,17 +103,19 @@ def _check(config: dict[str, Any], overridden: set[str]) -> ModelConfig:
 
 
 def _complete(pretrained_cfg: dict[str, Any], architecture: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return timm's configuration with what decides which weights timm makes anew, which is not for a file to say."""
+    """Return timm's configuration with the fields that decide which weights are fresh, which a file must not set."""
     default = timm.get_pretrained_cfg(architecture)
     if default is not None:
         pretrained_cfg |= {'first_conv': default.first_conv, 'classifier': default.classifier}
         pretrained_cfg.setdefault('num_classes', default.num_classes)
     num_classes = model_args.get('num_classes', pretrained_cfg.get('num_classes'))
     if pretrained_cfg.setdefault('num_classes', num_classes) != num_classes:
-        raise MultiExitError(f'num_classes is {pretrained_cfg["num_classes"]}, in model_args it is {num_classes}.')
+        raise CheckpointError(
+            f'num_classes must be that of model_args, {num_classes}, got {pretrained_cfg["num_classes"]}.'
+        )
     names = pretrained_cfg.get('label_names')
     if isinstance(names, list) and len(names) != num_classes:
-        raise MultiExitError(f'label_names are {len(names)}, allowed are {num_classes}, one per class.')
+        raise CheckpointError(f'label_names must be {num_classes}, one per class, got {len(names)}.')
     return pretrained_cfg
 
 
@@ -122,14 +123,14 @@ def _check_model_args(values: Any, overridden: set[str]) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise MultiExitError(f'model_args is {brief(values)}, allowed is an object.')
+        raise CheckpointError(f'model_args must be an object, got {brief(values)}.')
     for name, value in values.items():
         if name not in MODEL_ARGS and name not in overridden:
-            raise MultiExitError(
-                f'model_args has {brief(name)}, which a file must not set: give it yourself, as'
+            raise CheckpointError(
+                f'model_args has {brief(name)}, which a file must not set: pass it yourself, as'
                 f' create_model(..., {brief(name).strip(chr(39))}={brief(value)}), if you trust it.'
             )
-    # Null means the architecture's own.
+    # Null means the default of the architecture.
     return _pick({name: value for name, value in values.items() if value is not None}, MODEL_ARGS)
 
 
@@ -139,26 +140,26 @@ def _read_section(config: Mapping[str, Any]) -> dict[str, Any]:
     if section is None:
         return {}
     version = section.get('format_version') if isinstance(section, dict) else None
-    if not _is_int(version, 1, FORMAT_VERSION):
+    if not is_integer(version, 1, FORMAT_VERSION):
         writer = section.get('library_version') if isinstance(section, dict) else None
         named = isinstance(writer, str) and re.fullmatch(r'[0-9A-Za-z.+-]{1,30}', writer)
-        raise MultiExitError(
+        raise CheckpointError(
             f'it has multi-exit format {brief(version)}, this version reads {FORMAT_VERSION}: update timm_multiexit'
             + (f' to {writer} or later.' if named else '.')
         )
     if section.get('weights', EXITS_NAME) != EXITS_NAME:
-        raise MultiExitError(f'the weights of the exits are in {brief(section["weights"])}, allowed is {EXITS_NAME}.')
+        raise CheckpointError(f'the weights of the exits must be in {EXITS_NAME}, got {brief(section["weights"])}.')
     exits = section.get('exits')
     if not isinstance(exits, list) or len(exits) > _MAX_EXITS:
-        raise MultiExitError(f"it lists no exits under '{CONFIG_KEY}', or more than {_MAX_EXITS}.")
+        raise CheckpointError(f"'{CONFIG_KEY}' must list up to {_MAX_EXITS} exits.")
     specs = tuple(ExitSpec.from_dict(values) for values in exits)
     if len({(spec.module, spec.output) for spec in specs}) < len(specs):
-        raise MultiExitError('two exits are at the same place, allowed is one.')
+        raise CheckpointError('exits must be at different places, got two at the same.')
     for spec in specs:
         if len(spec.widths) > _MAX_EXITS or max((spec.channels, *spec.widths)) > _MAX_WIDTH:
-            raise MultiExitError(
-                f'the exit at {brief(spec.module)} has {brief(spec.channels)} channels and widths {brief(spec.widths)},'
-                f' allowed are up to {_MAX_WIDTH}, and {_MAX_EXITS} widths.'
+            raise CheckpointError(
+                f'the exit at {brief(spec.module)} must have at most {_MAX_WIDTH} channels and {_MAX_EXITS} widths of'
+                f' at most {_MAX_WIDTH}, got {brief(spec.channels)} channels and widths {brief(spec.widths)}.'
             )
     return {'exits': specs, 'origin': _read_origin(section), **_read_policies(section, len(specs))}
 
@@ -169,7 +170,7 @@ def _read_origin(section: Mapping[str, Any]) -> Origin | None:
         return None
     texts = [values.get(name) for name in Origin._fields] if isinstance(values, dict) else [values]
     if not isinstance(values, dict) or not all(text is None or _TEXT.allows(text) for text in texts):
-        raise MultiExitError(f'origin is {brief(values)}, allowed is an object with {" and ".join(Origin._fields)}.')
+        raise CheckpointError(f'origin must be an object of texts {", ".join(Origin._fields)}, got {brief(values)}.')
     return Origin(*texts)
 
 

@@ -1,10 +1,10 @@
-"""Config rules."""
+"""Closed tables of what a `config.json` may say: which keys, of which types, in which ranges."""
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from timm_multiexit.utils.errors import MultiExitError, brief, is_number
+from timm_multiexit.utils.errors import CheckpointError, brief, is_integer, is_number
 
 CONFIG_NAME = 'config.json'
 
@@ -29,24 +29,20 @@ class Rule(NamedTuple):
     """What a value may be.
 
     Attributes:
-        allows: Whether a value is one of them.
-        text: They, in words.
+        allows: Whether a value is allowed.
+        text: The allowed values, in words.
     """
 
     allows: Callable[[Any], bool]
     text: str
 
 
-def _is_int(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
 def _integers(least: int, most: int) -> Rule:
-    return Rule(lambda value: _is_int(value, least, most), f'integers from {least} to {most}')
+    return Rule(lambda value: is_integer(value, least, most), f'integers in [{least}, {most}]')
 
 
 def _numbers(least: float, most: float) -> Rule:
-    return Rule(lambda value: is_number(value) and least <= value <= most, f'numbers from {least:g} to {most:g}')
+    return Rule(lambda value: is_number(value) and least <= value <= most, f'numbers in [{least:g}, {most:g}]')
 
 
 def _lists(rule: Rule, lengths: range) -> Rule:
@@ -64,7 +60,7 @@ def _words(pattern: str, text: str) -> Rule:
     return Rule(lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None, text)
 
 
-_BOOL = Rule(lambda value: isinstance(value, bool), 'true and false')
+_BOOL = Rule(lambda value: isinstance(value, bool), 'true or false')
 
 _NULL = Rule(lambda value: value is None, 'null')
 
@@ -132,7 +128,7 @@ MODEL_ARGS: dict[str, Rule] = {
     'strict_img_size': _BOOL,
 }
 
-# Fields of timm's PretrainedCfg; the first ones say where weights come from, which is not for a file to say.
+# Fields of timm's PretrainedCfg; the first ones name a place of weights, which a file must not do.
 _PRETRAINED_CFG: dict[str, Rule] = {
     'url': _NOTHING,
     'file': _NOTHING,
@@ -177,14 +173,14 @@ _ROOT: dict[str, Rule] = {
 
 
 def _pick(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """Return the listed values, checked; others have no effect, so that newer files can be read."""
+    """Return the listed values, checked; others are ignored, so that newer files can be read."""
     picked = {name: values[name] for name in rules if name in values}
     for name, value in picked.items():
         if rules[name].allows(value):
             continue
         if rules[name] is _NOTHING:
-            raise MultiExitError(
-                f'{name} is {brief(value)}, which a file must not say: weights are those in {BACKBONE_NAME} beside it.'
+            raise CheckpointError(
+                f'{name} must be empty in a file, got {brief(value)}: weights are those in {BACKBONE_NAME} beside it.'
             )
-        raise MultiExitError(f'{name} is {brief(value)}, allowed in a file are {rules[name].text}.')
+        raise CheckpointError(f'{name} in a file must be {rules[name].text}, got {brief(value)}.')
     return {name: value for name, value in picked.items() if name != 'custom_load' and rules[name] is not _NOTHING}

@@ -1,57 +1,144 @@
-"""Run folder."""
+"""The folder of a run of `train.py`: the names of its files, and their readers."""
 
-from argparse import Namespace
-from collections.abc import Mapping
+import csv
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from timm_multiexit.checkpoints.source import create_backbone
-from timm_multiexit.factory import create_model
+from timm_multiexit.checkpoints.config import read_model_config
+from timm_multiexit.checkpoints.source import ModelSource
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
-from timm_multiexit.utils.errors import MultiExitError
-
-
-def read_origin(args: Mapping[str, Any]) -> Origin:
-    """Return what a run of `train.py` started from, as its arguments remember it.
-
-    Args:
-        args: Of the run; those of a run of timm's own script say nothing, so that its weights are a file's.
-    """
-    return Origin(**args['origin']) if args.get('origin') else Origin('a file')
-
+from timm_multiexit.utils.errors import CheckpointError, one_line
+from timm_multiexit.utils.untrusted import read_json
 
 ARGS_NAME = 'args.yaml'
 
+BEST_NAME = 'best'
+
 RESULTS_NAME = 'results.json'
+
+SUMMARY_NAME = 'summary.csv'
 
 VALIDATION_NAME = 'validation.json'
 
+_NEEDED_ARGS = ('model', 'seed', 'exit_loss')
 
-def read_args(run: Path) -> dict[str, Any]:
-    """Return the arguments of a run.
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run.
+
+    Attributes:
+        path: The folder.
+    """
+
+    path: Path
+
+    @property
+    def args_path(self) -> Path:
+        """`args.yaml`: the arguments, as the run resolved them."""
+        return self.path / ARGS_NAME
+
+    @property
+    def summary_path(self) -> Path:
+        """`summary.csv`: one row per epoch."""
+        return self.path / SUMMARY_NAME
+
+    @property
+    def results_path(self) -> Path:
+        """`results.json`: the table of the best network, which training writes at its end."""
+        return self.path / RESULTS_NAME
+
+    @property
+    def validation_path(self) -> Path:
+        """`validation.json`: the results of `validate.py` for the best network, if the user put them there."""
+        return self.path / VALIDATION_NAME
+
+    @property
+    def best(self) -> Path:
+        """`best`: the folder of the best network."""
+        return self.path / BEST_NAME
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has written to it."""
+        return self.summary_path.exists() or any(self.path.glob('*.pth.tar'))
+
+    def read_args(self, needed: Collection[str] = _NEEDED_ARGS) -> dict[str, Any]:
+        """Return the arguments of the run.
+
+        Args:
+            needed: Names that must be among them.
+
+        Raises:
+            CheckpointError: The file is missing, unreadable or not that of a run of `train.py`.
+        """
+        try:
+            args = yaml.safe_load(self.args_path.read_text(encoding='utf-8'))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise CheckpointError(f'{self.path} is not a run of train.py: its {ARGS_NAME} cannot be read.') from error
+        if not isinstance(args, dict) or not set(needed) <= args.keys():
+            raise CheckpointError(f'{self.args_path} is not an {ARGS_NAME} of train.py.')
+        return args
+
+    def read_summary(self) -> list[dict[str, float]]:
+        """Return one dict per epoch, column -> number, without the columns that are empty in it; `epoch` is an integer.
+
+        Raises:
+            CheckpointError: The file is missing, unreadable or holds something else.
+        """
+        try:
+            return read_summary(self.summary_path)
+        except (OSError, ValueError, csv.Error) as error:
+            raise CheckpointError(f'{self.summary_path} cannot be read: {one_line(error)}.') from error
+
+    def read_results(self) -> dict[str, Any]:
+        """Return what training measured at its end.
+
+        Raises:
+            CheckpointError: The run has not ended, or the file is not a JSON object.
+        """
+        if not self.results_path.is_file():
+            raise CheckpointError(f'{self.path} has no {RESULTS_NAME}, which train.py writes at the end: let it end.')
+        return read_json(self.results_path)
+
+    def load_best(self, **kwargs: Any) -> MultiExitModel:
+        """Return the best network with its weights, without exits if the run had none.
+
+        Args:
+            **kwargs: For `timm.create_model`; those of the run's `--model-kwargs` that a file must not set are needed.
+
+        Raises:
+            CheckpointError: See `load_pretrained` and `load_backbone`.
+        """
+        source = ModelSource(self.best, read_model_config(self.best, overridden=kwargs))
+        if source.config.exits is None:
+            return MultiExitModel(source.create_backbone(pretrained=True, **kwargs), [])
+        return source.create_model(pretrained=True, **kwargs)
+
+
+def read_summary(path: Path | str) -> list[dict[str, float]]:
+    """Return the rows of a `summary.csv`, timm's own too, see `RunFolder.read_summary`.
 
     Raises:
-        MultiExitError: It is no run of `train.py`.
+        OSError: The file cannot be read.
+        ValueError: A cell is not a number.
     """
-    path = run / ARGS_NAME
-    try:
-        args = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise MultiExitError(f'{run} is no run of train.py: its {ARGS_NAME} cannot be read.') from error
-    if not isinstance(args, dict) or not {'model', 'seed', 'exit_loss'} <= args.keys():
-        raise MultiExitError(f'{path} is no {ARGS_NAME} of train.py.')
-    return args
+    with Path(path).open(newline='', encoding='utf-8') as file:
+        # timm's script writes the header again when it resumes.
+        rows = [row for row in csv.DictReader(file) if row.get('epoch') not in (None, '', 'epoch')]
+    numbers = [{key: float(value) for key, value in row.items() if value} for row in rows]
+    return [{**row, 'epoch': int(row['epoch'])} for row in numbers]
 
 
-def load_best(args: Namespace, folder: str) -> MultiExitModel:
-    """Return the network of a run's folder, without exits if the run had none."""
-    name = f'local-dir:{folder}'
-    if args.exits is not None:
-        return create_model(name, pretrained=True, **args.model_kwargs)
-    return MultiExitModel(create_backbone(name, pretrained=True, **args.model_kwargs), [])
+def read_origin(args: Mapping[str, Any]) -> Origin:
+    """Return what a run of `train.py` started from, as its arguments say.
 
-
-BEST_NAME = 'best'
+    Args:
+        args: Of the run; those of timm's own script do not say it, so that its weights are 'a file'.
+    """
+    return Origin(**args['origin']) if args.get('origin') else Origin('a file')

@@ -4,12 +4,10 @@ A folder holds `model.safetensors`, the backbone under timm's own keys, `exits.s
 `config.json`, timm's configuration with one more key, `multiexit`. Plain timm loads it as the main network.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,12 @@ from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, C
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import CheckpointError
+from timm_multiexit.utils.files import sha256, write_text
 from timm_multiexit.utils.untrusted import read_json
 from timm_multiexit.version import __version__
 
-# Parts of names of weights that are for training alone: heads' projectors, the norms of further augmentation splits.
+# Parts of names of weights that only training uses: heads' projectors, the norms of further augmentation splits.
 TRAINING_ONLY = ('.projector.', '.aux_bn.')
 
 PREFIX = 'exits.'
@@ -37,7 +36,7 @@ _LABELS = ('label_names', 'label_descriptions')
 
 def save_pretrained(
     model: nn.Module,
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     *,
     data_config: dict[str, Any] | None = None,
     label_names: list[str] | None = None,
@@ -49,9 +48,9 @@ def save_pretrained(
 
     Args:
         model: A `MultiExitModel`, with its policy and budgets, or a timm model, which is written without exits.
-        directory: The folder; made if it is not there.
-        data_config: How images are made ready: input_size, mean, std, interpolation, crop_pct, crop_mode; as far as
-            it differs from the backbone's own configuration.
+        directory: The folder; created if it does not exist.
+        data_config: Preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode; as far as it differs
+            from the backbone's own configuration.
         label_names: Names of the classes, in order.
 
     Raises:
@@ -73,10 +72,10 @@ def save_pretrained(
             if getattr(model, name) is not None:
                 config[CONFIG_KEY][name] = getattr(model, name).to_dict()
         if model.origin is not None:
-            config[CONFIG_KEY]['origin'] = model.origin._asdict()
+            config[CONFIG_KEY]['origin'] = model.origin.to_dict()
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=directory.parent) as temporary:
         path = Path(temporary, CONFIG_NAME)
-        save_config_for_hf(backbone, path, model_config=config, data_config=data_config)
+        save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
         values = read_json(path)
         for name in _LABELS:
             values['pretrained_cfg'].pop(name, None)  # where timm keeps those of a loaded model; they go to the root
@@ -91,7 +90,8 @@ def save_pretrained(
 
 def _describe_labels(backbone: nn.Module, label_names: list[str] | None) -> dict[str, Any]:
     """Return the names of the classes: those given, else those that the model was loaded with."""
-    old = backbone.pretrained_cfg if backbone.pretrained_cfg.get('num_classes') == backbone.num_classes else {}
+    cfg: Any = backbone.pretrained_cfg
+    old = cfg if cfg.get('num_classes') == backbone.num_classes else {}
     labels = {'label_names': label_names} if label_names else {name: old.get(name) for name in _LABELS}
     return {name: value for name, value in labels.items() if value}
 
@@ -105,7 +105,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.touch()
     mode = path.stat().st_mode
     safetensors.torch.save_file(written, path, metadata={'format': 'pt'})
-    path.chmod(mode)  # that of every new file here, where safetensors lets nobody else read
+    path.chmod(mode)  # that of every new file here; safetensors makes files that only their owner can read
 
 
 def exit_tensors(model: MultiExitModel) -> dict[str, torch.Tensor]:
@@ -113,28 +113,28 @@ def exit_tensors(model: MultiExitModel) -> dict[str, torch.Tensor]:
     return without({f'{PREFIX}{key}': tensor for key, tensor in model.exits.state_dict().items()}, *TRAINING_ONLY)
 
 
-def save_policy(directory: str | os.PathLike, policy: ExitPolicy | None, budgets: BudgetTable | None) -> None:
+def save_policy(directory: str | os.PathLike[str], policy: ExitPolicy | None, budgets: BudgetTable | None) -> None:
     """Write policy and budgets into the `config.json` of a model folder, in place of those that are there.
 
-    That file alone is replaced, whole or not at all, and all else that it says stays.
+    Only that file is replaced, whole or not at all; its other content stays.
 
     Args:
         directory: A folder that `save_pretrained` wrote.
-        policy: The model's policy; None for none.
-        budgets: The policies to choose from by budget; None for none.
+        policy: The model's policy; None for no policy.
+        budgets: The policies to choose from by budget; None for no table.
 
     Raises:
-        MultiExitError: The folder holds no exits or another number of them, what it must not hold, or cannot be
-            written; it is as it was.
+        CheckpointError: The folder has no exits or another number of them, or values that are not allowed.
+        DiskError: The disk is full or not writable; the folder is unchanged.
     """
     path = Path(directory, CONFIG_NAME)
     values = read_json(path)
     given = values.get('model_args')
-    # What a file must not set, whoever loads the folder says himself: here it makes no difference.
+    # Keywords that a file must not set are for whoever loads the folder to pass: here they make no difference.
     config = read_model_config(path.parent, overridden=given if isinstance(given, dict) else None)
     if not config.exits:
-        raise MultiExitError(f'{directory} holds a model without exits: no policy can be saved for it.')
-    for one in (policy, budgets and budgets.points[0].policy):
+        raise CheckpointError(f'{directory} holds a model without exits: no policy can be saved for it.')
+    for one in (policy, budgets.points[0].policy if budgets else None):
         if one is not None:
             one.check_exits(len(config.exits))
     section = values[CONFIG_KEY]
@@ -142,33 +142,17 @@ def save_policy(directory: str | os.PathLike, policy: ExitPolicy | None, budgets
         section.pop(name, None)
         if value is not None:
             section[name] = value.to_dict()
-    draft = path.with_name(f'.{path.name}.tmp')
-    try:
-        draft.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
-        draft.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise MultiExitError(
-            f'{path} could not be written: {error.strerror or error}. It is as it was: make room, or copy the folder.'
-        ) from error
+    write_text(path, json.dumps(values, indent=2) + '\n', advice='free disk space, or copy the folder')
 
 
-def hash_weights(directory: str | os.PathLike) -> dict[str, str]:
+def hash_weights(directory: str | os.PathLike[str]) -> dict[str, str]:
     """Return the SHA-256 of the weights in a model folder, name of the file -> 64 hexadecimal digits.
 
     Raises:
         OSError: A file cannot be read.
     """
-    hashes = {}
-    for path in (Path(directory, name) for name in (BACKBONE_NAME, EXITS_NAME)):
-        if path.is_file():
-            digest = hashlib.sha256()
-            with path.open('rb') as file:
-                while chunk := file.read(2**20):
-                    digest.update(chunk)
-            hashes[path.name] = digest.hexdigest()
-    return hashes
+    paths = [Path(directory, name) for name in (BACKBONE_NAME, EXITS_NAME)]
+    return {path.name: sha256(path) for path in paths if path.is_file()}
 
 
 def without(tensors: dict[str, torch.Tensor], *parts: str) -> dict[str, torch.Tensor]:

@@ -1,12 +1,12 @@
 """What a model name means: a name of timm's registry, a folder, or a repository of the Hugging Face Hub.
 
-timm itself is never given a folder or a repository, but the architecture and what was checked of its configuration.
+timm itself is never given a folder or a repository, only the architecture and what was checked of its configuration.
 """
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -18,17 +18,21 @@ from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_NAME, 
 from timm_multiexit.checkpoints.load import create_architecture, load_backbone, load_pretrained
 from timm_multiexit.hub_client.client import fetch_files
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.models.origin import Origin
+from timm_multiexit.utils.errors import InvalidValueError
+
+_Model = TypeVar('_Model', bound=nn.Module)
 
 
-class ModelFolder(NamedTuple):
-    """A model folder, on this machine or in the cache of the Hub.
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder, on this machine or in the cache of the Hub, and the models that can be made of it.
 
     Attributes:
-        folder: The folder; of the Hub's its configuration is there, and the weights once they were asked for.
+        folder: The folder. For a repository it has the configuration, and the weights once they were needed.
         config: Its configuration, checked.
-        repo_id: Of the Hub, None for a folder of one's own.
-        commit: Of the Hub: all files are of this one, whatever is pushed meanwhile.
+        repo_id: The repository on the Hub, None for a local folder.
+        commit: Of the repository: all files are from this commit, whatever is pushed meanwhile.
     """
 
     folder: Path
@@ -38,95 +42,101 @@ class ModelFolder(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The model name that means this very source."""
+        """The model name that means exactly this source."""
         return f'hf-hub:{self.repo_id}@{self.commit}' if self.repo_id else f'local-dir:{self.folder}'
 
+    def __str__(self) -> str:
+        return self.name
 
-def find_folder(model_name: str, **kwargs: Any) -> ModelFolder | None:
-    """Return the folder that a model name means, None for a name of timm's registry.
+    @property
+    def origin(self) -> Origin:
+        """What a model starts from that takes its weights."""
+        if self.repo_id:
+            return Origin(self.repo_id, self.config.pretrained_cfg.get('license'), self.commit)
+        return self.config.origin or Origin('a folder')
 
-    Args:
-        model_name: A timm name, `local-dir:FOLDER` or `hf-hub:ORG/NAME[@REVISION]`, of which the configuration is
-            downloaded.
-        **kwargs: What `timm.create_model` will be given.
-
-    Raises:
-        MultiExitError: There is no such model, the message has the nearest names; no such folder or repository, or it
-            says what it must not say.
-    """
-    try:
-        source, name = parse_model_name(model_name)
-    except ValueError as error:
-        raise MultiExitError(str(error)) from error
-    if source == 'local-dir':
-        return ModelFolder(Path(name), read_model_config(Path(name), overridden=kwargs))
-    if source == 'hf-hub':
-        repo_id, _, revision = name.partition('@')
-        snapshot = fetch_files(repo_id, [CONFIG_NAME], revision=revision or None, cache_dir=kwargs.get('cache_dir'))
-        config = read_model_config(snapshot.folder, overridden=kwargs)
-        return ModelFolder(snapshot.folder, config, repo_id, snapshot.commit)
-    if not timm.is_model(name):
-        near = get_close_matches(name.split('.')[0], timm.list_models(), n=3, cutoff=0.5)
-        hint = f'nearest are {", ".join(near)}' if near else 'timm.list_models() lists what there is'
-        raise MultiExitError(f"timm has no model '{name}', {hint}.")
-    return None
-
-
-def create_empty(model_name: str) -> nn.Module:
-    """Return the timm model that a name means, without data, on the meta device.
-
-    Raises:
-        MultiExitError: See `find_folder` and `create_architecture`.
-    """
-    found = find_folder(model_name)
-    with torch.device('meta'):
-        return timm.create_model(model_name) if found is None else create_architecture(found.config, found.folder, {})
-
-
-class Source(ModelFolder):
-    """A model folder, and the models that can be made of it."""
+    @property
+    def has_exits(self) -> bool:
+        """Whether it holds a multi-exit model, not a plain timm model."""
+        return bool(self.config.exits)
 
     def create_model(self, *, pretrained: bool = False, **kwargs: Any) -> MultiExitModel:
         """Return the model with the source's own exits; keywords are those of `load_pretrained`."""
-        model = load_pretrained(self._fetch(pretrained, kwargs), pretrained=pretrained, **kwargs)
-        model.hub_commit = self.commit
-        return self._signed(model)
+        self._fetch_weights(pretrained, kwargs.get('cache_dir'))
+        model = load_pretrained(self.folder, config=self.config, pretrained=pretrained, **kwargs)
+        return self._sign(model)
 
     def create_backbone(self, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         """Return the timm model alone; keywords are those of `timm.create_model`."""
-        folder = self._fetch(pretrained, kwargs)
-        return self._signed(load_backbone(self.config, folder, pretrained=pretrained, **kwargs))
+        self._fetch_weights(pretrained, kwargs.get('cache_dir'))
+        return self._sign(load_backbone(self.config, self.folder, pretrained=pretrained, **kwargs))
 
-    def _fetch(self, pretrained: bool, kwargs: Mapping[str, Any]) -> Path:
-        """Return the folder with the weights in it."""
+    def _fetch_weights(self, pretrained: bool, cache_dir: Any) -> None:
         if pretrained and self.repo_id:
             names = [BACKBONE_NAME] + [EXITS_NAME] * (self.config.exits is not None)
-            fetch_files(self.repo_id, names, revision=self.commit, cache_dir=kwargs.get('cache_dir'))
-        return self.folder
+            fetch_files(self.repo_id, names, revision=self.commit, cache_dir=cache_dir)
 
-    def _signed(self, model: Any) -> Any:
+    def _sign(self, model: _Model) -> _Model:
+        """Return the model with the repository where timm keeps it, which is all that a plain model knows of it."""
         if self.repo_id:
-            model.pretrained_cfg['hf_hub_id'] = f'{self.repo_id}@{self.commit}'
+            cfg: Any = model.pretrained_cfg
+            cfg['hf_hub_id'] = f'{self.repo_id}@{self.commit}'
         return model
 
 
-def find_source(model_name: str, **kwargs: Any) -> Source | None:
-    """Return the folder that a model name means, None for a name of timm's registry.
+def find_source(model: str | ModelSource, **kwargs: Any) -> ModelSource | None:
+    """Return the folder or repository that a model name means, None for a name of timm's registry.
+
+    Args:
+        model: A timm name, `local-dir:FOLDER` or `hf-hub:ORG/NAME[@REVISION]`, whose configuration is downloaded. A
+            source is returned as it is.
+        **kwargs: What `timm.create_model` will be given.
 
     Raises:
-        MultiExitError: See `find_folder`, whose arguments these are.
+        InvalidValueError: timm has no model of this name; the message has the nearest names.
+        CheckpointError: The folder or repository has no `config.json`, or one with values that are not allowed.
+        HubError: The repository cannot be read.
     """
-    found = find_folder(model_name, **kwargs)
-    return None if found is None else Source(*found)
+    if isinstance(model, ModelSource):
+        return model
+    try:
+        scheme, name = parse_model_name(model)
+    except ValueError as error:
+        raise InvalidValueError(str(error)) from error
+    if scheme == 'local-dir':
+        return ModelSource(Path(name), read_model_config(Path(name), overridden=kwargs))
+    if scheme == 'hf-hub':
+        repo_id, _, revision = name.partition('@')
+        snapshot = fetch_files(repo_id, [CONFIG_NAME], revision=revision or None, cache_dir=kwargs.get('cache_dir'))
+        config = read_model_config(snapshot.folder, overridden=kwargs)
+        return ModelSource(snapshot.folder, config, repo_id, snapshot.commit)
+    if not timm.is_model(name):
+        near = get_close_matches(name.split('.')[0], timm.list_models(), n=3, cutoff=0.5)
+        hint = f'nearest are {", ".join(near)}' if near else 'timm.list_models() lists all'
+        raise InvalidValueError(f"timm has no model '{name}', {hint}.")
+    return None
 
 
-def create_backbone(model_name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Return a plain timm model: `timm.create_model`, but that folders and repositories are not trusted.
+def create_empty_backbone(model: str | ModelSource) -> nn.Module:
+    """Return the timm model that a name means, without data, on the meta device.
+
+    Raises:
+        MultiExitError: See `find_source` and `create_architecture`.
+    """
+    source = find_source(model)
+    with torch.device('meta'):
+        if source is None:
+            return timm.create_model(str(model))
+        return create_architecture(source.config, source.folder, {})
+
+
+def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Return a plain timm model: `timm.create_model`, except that folders and repositories are not trusted.
 
     Raises:
         MultiExitError: See `find_source` and `load_backbone`.
     """
-    source = find_source(model_name, **kwargs)
+    source = find_source(model, **kwargs)
     if source is None:
-        return timm.create_model(model_name, pretrained=pretrained, **kwargs)
+        return timm.create_model(str(model), pretrained=pretrained, **kwargs)
     return source.create_backbone(pretrained=pretrained, **kwargs)

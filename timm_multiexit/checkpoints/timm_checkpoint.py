@@ -1,7 +1,8 @@
-"""The checkpoints that timm's saver writes in training: weights, optimizer, and where a run stands."""
+"""The checkpoints that timm's saver writes in training: weights, optimizer, and the state of a run."""
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from timm_multiexit.checkpoints.save import TRAINING_ONLY, without
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.utils.errors import MultiExitError, one_line
+from timm_multiexit.utils.errors import CheckpointError, MissingFileError, one_line
 
 _logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, use_ema: bool = True) -> None:
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, use_ema: bool = True) -> None:
     """Load the weights of a training checkpoint (`*.pth.tar`, `*.safetensors`) into a model.
 
     Args:
@@ -29,16 +30,12 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, use_ema: bool 
         use_ema: Take the averaged weights where the file has them.
 
     Raises:
-        MultiExitError: There is no such file, it cannot be read, or its weights do not fit the model.
+        MissingFileError: The file does not exist.
+        CheckpointError: The file cannot be read, or its weights do not match the model.
     """
-    if not Path(path).is_file():
-        raise MultiExitError(f'There is no checkpoint {path}.')
-    try:
-        state = load_state_dict(os.fspath(path), use_ema=use_ema)
-    except Exception as error:
-        raise MultiExitError(f'{path} is no checkpoint that can be read: {one_line(error)}.') from error
+    state = _read(load_state_dict, path, use_ema=use_ema)
     if isinstance(model, MultiExitModel) and not any(key.startswith('backbone.') for key in state):
-        _logger.info(f'{path} is of a plain network: loaded into the backbone, the exits stay as they are.')
+        _logger.info(f'{path} is of a plain timm model: loaded into the backbone, the exits stay as they are.')
         model = model.backbone
     absent = [part for part in TRAINING_ONLY if not any(part in key for key in model.state_dict())]
     state = without(state, *absent)
@@ -46,22 +43,28 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, use_ema: bool 
     model.load_state_dict(state)
 
 
-def read_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Return what a training checkpoint says besides its weights: epoch, args, metric, task_state.
+def read_training_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a training checkpoint holds besides its weights: epoch, args, metric, task_state.
 
     Raises:
-        MultiExitError: There is no such file or it cannot be read.
+        MissingFileError: The file does not exist.
+        CheckpointError: The file cannot be read.
     """
+    checkpoint: dict[str, Any] = _read(load_checkpoint_metadata, path)
+    return checkpoint
+
+
+def _read(reader: Callable[..., Any], path: str | os.PathLike[str], **kwargs: Any) -> Any:
     if not Path(path).is_file():
-        raise MultiExitError(f'There is no checkpoint {path}.')
+        raise MissingFileError(f'Checkpoint {path} does not exist.')
     try:
-        return load_checkpoint_metadata(os.fspath(path))
-    except Exception as error:
-        raise MultiExitError(f'{path} is no checkpoint that can be read: {one_line(error)}.') from error
+        return reader(os.fspath(path), **kwargs)
+    except Exception as error:  # unpickling raises all kinds of errors
+        raise CheckpointError(f'Cannot read checkpoint {path}: {one_line(error)}.') from error
 
 
 def restore_exits(backbone: nn.Module, checkpoint: dict[str, Any], **kwargs: Any) -> MultiExitModel:
-    """Return the backbone with the exits that a training checkpoint was written with; fresh 'auto' ones if it had none.
+    """Return the backbone with the exits that a training checkpoint was written with, or fresh 'auto' ones.
 
     Args:
         backbone: A timm model of the checkpoint's architecture.

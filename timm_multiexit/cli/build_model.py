@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
-from timm_multiexit.checkpoints.source import Source, create_backbone, find_source
+from timm_multiexit.checkpoints.source import ModelSource, create_backbone, find_source
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint
 from timm_multiexit.cli.build_training import create_train_loss
 from timm_multiexit.exits.cost import meta_copy
@@ -18,7 +19,7 @@ from timm_multiexit.exits.taps import classifier_names
 from timm_multiexit.factory import create_model
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.training.regimes import Regime
-from timm_multiexit.utils.errors import LIBRARY_ERRORS, MultiExitError, one_line
+from timm_multiexit.utils.errors import LIBRARY_ERRORS, CheckpointError, InvalidValueError, MultiExitError, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def create_train_model(args: Namespace, num_classes: int | None, resume: Any = N
     return model
 
 
-def pin_model(args: Namespace) -> Source | None:
+def pin_model(args: Namespace) -> ModelSource | None:
     """Return the folder or repository that `--model` names; of the Hub it names its commit from then on.
 
     Raises:
@@ -238,3 +239,48 @@ def create_regime(args: Namespace, model: nn.Module) -> Regime:
 
 def _checkpoint_has_exits(path: str) -> bool:
     return bool(path) and any(key.startswith('exits.') for key in load_state_dict(path))
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Return model name and checkpoint of NAME[:CHECKPOINT]; '' for no checkpoint.
+
+    >>> split_name('resnet18:last.pth.tar'), split_name('local-dir:runs/small'), split_name('resnet18.a1_in1k')
+    (('resnet18', 'last.pth.tar'), ('local-dir:runs/small', ''), ('resnet18.a1_in1k', ''))
+    """
+    if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
+        return text, ''
+    name, _, checkpoint = text.partition(':')
+    return name, checkpoint
+
+
+def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExitModel:
+    """Return a trained plain timm model, without exits, on the CPU.
+
+    Args:
+        text: A timm name, for its own weights; NAME:CHECKPOINT, for those of a file; `local-dir:FOLDER`;
+            `hf-hub:ORG/NAME`.
+        num_classes: Of the model that it is compared with.
+        in_chans: Channels of the images.
+
+    Raises:
+        MultiExitError: There is no such model or no weights, or it has other classes or channels.
+    """
+    name, checkpoint = split_name(text)
+    try:
+        if checkpoint:
+            backbone = create_backbone(name, num_classes=num_classes, in_chans=in_chans)
+            load_checkpoint(backbone, checkpoint)
+        else:
+            backbone = create_backbone(name, pretrained=True)
+    except MultiExitError as error:
+        raise type(error)(f'--compare {text}: {error}') from error
+    except (*LIBRARY_ERRORS, KeyError, SafetensorError) as error:
+        raise CheckpointError(f'--compare {text}: cannot load the weights: {one_line(error)}.') from error
+    if backbone.num_classes != num_classes:
+        raise InvalidValueError(
+            f'--compare {text} must have the {num_classes} classes of the model, got {backbone.num_classes}.'
+        )
+    model = MultiExitModel(backbone, [])
+    if model.in_chans != in_chans:
+        raise InvalidValueError(f'--compare {text} must take images of {in_chans} channels, got {model.in_chans}.')
+    return model

@@ -125,8 +125,9 @@ def _explain(error: Exception, facts: dict[str, str]) -> str:
         line = next((line for kind, line in _HUB_LINES.items() if isinstance(each, kind)), None)
         if line:
             return line.format(**facts) + suffix
-    # Of a file that is not cached the client says only that; why is further down.
-    root = next((each for each in chain if not isinstance(each, LocalEntryNotFoundError)), error)
+    # That a file is not cached, or was not uploaded, says less than the server's answer behind it.
+    reasons = [each for each in chain if not isinstance(each, LocalEntryNotFoundError)] or [error]
+    root = next((each for each in reasons if isinstance(each, HfHubHTTPError)), reasons[0])
     return f"{endpoint()} failed for '{facts['repo_id']}': {_describe(root)}{suffix}"
 
 

@@ -5,9 +5,10 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from huggingface_hub.utils.sha import git_hash
 
 from timm_multiexit.utils.errors import CheckpointError, HubError, InvalidValueError, MissingFileError
+from timm_multiexit.utils.files import sha256
 
 # What a publication writes, and may therefore delete in a repository; everything else belongs to its owner.
 OWNED_FILES = (
@@ -111,10 +112,7 @@ def compare(files: Mapping[str, Path], remote: Mapping[str, str]) -> dict[str, s
 
 
 def _has_digest(file: Path, digest: str) -> bool:
-    if len(digest) == 40:
-        return git_hash(file.read_bytes()) == digest
-    with file.open('rb') as stream:
-        return sha_fileobj(stream).hex() == digest
+    return digest == (git_hash(file.read_bytes()) if len(digest) == 40 else sha256(file))
 
 
 def _resolve(path: Path, root: Path) -> Path:

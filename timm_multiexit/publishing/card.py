@@ -11,8 +11,7 @@ from timm_multiexit.checkpoints.config import FORMAT_VERSION
 from timm_multiexit.publishing import card_tables, results
 from timm_multiexit.publishing.results import add_row_keys, exit_rows, find_default, find_main, find_metric, policy_rows
 from timm_multiexit.utils import markdown
-from timm_multiexit.utils.errors import CheckpointError
-from timm_multiexit.utils.markdown import is_finite, one_line
+from timm_multiexit.utils.errors import CheckpointError, is_number, one_line
 
 TAGS = ('image-classification', 'timm', 'timm_multiexit', 'multi-exit', 'early-exit', 'anytime-inference')
 
@@ -55,6 +54,7 @@ def write_card(metrics: Mapping[str, Any]) -> str:
         _write_metadata(metrics),
         template_path=str(_TEMPLATE),
         **modules,
+        one_line=one_line,
         metrics=metrics,
         picture=PICTURE,
         short_name=_short_name(metrics),
@@ -87,7 +87,7 @@ def _check(metrics: Mapping[str, Any]) -> None:
     rows = metrics['rows']
     is_complete = all(name in row for row in rows for name in card_tables.COSTS) and exit_rows(rows) and find_main(rows)
     costs = [row['GMACs fixed'] for row in (*exit_rows(rows), find_main(rows))] if is_complete else []
-    if not costs or not all(is_finite(cost) and cost > 0 for cost in costs):
+    if not costs or not all(is_number(cost) and cost > 0 for cost in costs):
         raise CheckpointError(
             f'rows of metrics.json must contain at least one exit and main, each with {", ".join(card_tables.COSTS)},'
             ' and GMACs fixed > 0.'
@@ -152,7 +152,7 @@ def _list_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
             metric_args=args,
         )
         for title, value, args in found
-        if is_finite(value)
+        if is_number(value)
     ]
 
 

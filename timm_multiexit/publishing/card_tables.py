@@ -13,7 +13,8 @@ from timm_multiexit.publishing.results import (
     measured_rows,
     policy_rows,
 )
-from timm_multiexit.utils.markdown import code, escape, is_finite, number, table
+from timm_multiexit.utils.errors import is_number
+from timm_multiexit.utils.markdown import code, escape, number, table
 
 COSTS = ('exit', 'tap', 'params', 'GMACs fixed', 'GMACs sequential')
 
@@ -54,12 +55,12 @@ def headline(metrics: Mapping[str, Any]) -> str:
     metrics = add_row_keys(metrics)
     rows = metrics['rows']
     metric, main = find_metric(rows), find_main(rows)
-    if metric is None or not is_finite(main.get(metric)):
+    if metric is None or not is_number(main.get(metric)):
         return 'Its accuracy has not been measured.'
     exits = [
         _Trade(row, row[metric], row[metric] - main[metric], 100 * row['GMACs fixed'] / main['GMACs fixed'])
         for row in exit_rows(rows)
-        if is_finite(row.get(metric))
+        if is_number(row.get(metric))
     ]
     policies = [
         _Trade(row, row['top-1'], row['top-1'] - main[metric], row['macs_percent'])
@@ -76,7 +77,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
         f' {best.percent:.1f} % of its MACs'
     )
     ratio = best.row.get('time_ratio')
-    if is_finite(ratio) and ratio > 0:
+    if is_number(ratio) and ratio > 0:
         text += f' and in {100 * ratio:.1f} % of its time'
     if cheap_policies and cheap_exits:
         first = cheap_exits[0]
@@ -120,7 +121,7 @@ def table_exits(metrics: Mapping[str, Any]) -> str:
         line |= {name: number(row[name]) for name in ('GMACs fixed', 'GMACs sequential')}
         line |= {escape(name): number(row.get(name), 2) for name in measured}
         lines.append(line | {'p50, ms': number(ms.get(row['exit']))})
-    if is_finite(ms.get('plain timm')):
+    if is_number(ms.get('plain timm')):
         plain = lines[rows.index(find_main(rows))] | {'exit': 'plain timm', 'p50, ms': number(ms['plain timm'])}
         lines.append(plain | {'GMACs sequential': '-'})
     return table(lines, left=('exit', 'at'))

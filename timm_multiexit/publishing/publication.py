@@ -18,7 +18,7 @@ import yaml
 from timm_multiexit.checkpoints.config import ModelConfig
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, CONFIG_NAME, EXITS_NAME
 from timm_multiexit.checkpoints.load import load_pretrained
-from timm_multiexit.checkpoints.run_folder import ARGS_NAME, BEST_NAME, read_origin
+from timm_multiexit.checkpoints.run_folder import ARGS_NAME, RunFolder, read_origin
 from timm_multiexit.data.datasets import is_same_split
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.publishing.card import PICTURE, write_card
@@ -61,7 +61,7 @@ def write_publication(
         CheckpointError: The run has no exits or no results, or the results are of other weights.
         InvalidValueError: The license is unclear, or see `find_license`.
     """
-    best = run / BEST_NAME
+    best = RunFolder(run).best
     args, config, results, measured, picture = read_run(run, validation)
     base_model, license_ = find_license(read_origin(args), info)
     is_same = measured['dataset'] == results['dataset'] and is_same_split(results['epoch_chosen_on'], measured['split'])
@@ -157,7 +157,7 @@ def write_publication_config(folder: Path, tag: str, license_: License, repo_id:
     kept = {name: value for name, value in values['pretrained_cfg'].items() if name not in old}
     values['pretrained_cfg'] = {**kept, 'tag': tag, 'license': license_.name or license_.id, 'paper_ids': _EED}
     # The origin of whatever is trained from these weights, wherever the folder is then.
-    values[CONFIG_KEY]['origin'] = Origin(repo_id or 'a folder', license_.name or license_.id)._asdict()
+    values[CONFIG_KEY]['origin'] = Origin(repo_id or 'a folder', license_.name or license_.id).to_dict()
     _write_json(folder / CONFIG_NAME, values)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from timm_multiexit.checkpoints.config import read_model_config
 from timm_multiexit.checkpoints.load import load_pretrained
-from timm_multiexit.checkpoints.run_folder import RESULTS_NAME, VALIDATION_NAME
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.save import hash_weights, save_pretrained
-from timm_multiexit.evaluation.evaluate import ExitTable, make_table
+from timm_multiexit.evaluation.exit_table import ExitTable, make_table
 from timm_multiexit.hub_client.client import PushResult, check_push, push_folder
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.models.origin import Origin
+from timm_multiexit.models.origin import find_origin
 from timm_multiexit.publishing.licenses import NO_INFO, PublicationInfo, find_license
 from timm_multiexit.publishing.publication import (
     PUBLICATION_NAME,
@@ -34,8 +34,9 @@ def publish_run(run: Path, repo_id: str, *, info: PublicationInfo = NO_INFO, pri
     folder = run / PUBLICATION_NAME
     repo_id = check_push(repo_id, private=private)
     # A resumed run may hold a validation of its earlier weights.
-    is_current = read_json(run / RESULTS_NAME)['weights'] == _measured_weights(run / VALIDATION_NAME)
-    validation = None if is_current else run / RESULTS_NAME
+    files = RunFolder(run)
+    is_current = files.read_results()['weights'] == _measured_weights(files.validation_path)
+    validation = None if is_current else files.results_path
     write_publication(run, folder, repo_id, info=info, validation=validation)
     return push_folder(folder, repo_id, private=private)
 
@@ -76,7 +77,8 @@ def push_to_hub(
         HubError: See `hub_client.client.push_folder`.
         InvalidValueError: See `licenses.resolve_license`.
     """
-    base, license_ = find_license(model.origin or _guess_origin(model), PublicationInfo(license, base_model))
+    origin = model.origin or find_origin(model.pretrained_cfg, pretrained=True)
+    base, license_ = find_license(origin, PublicationInfo(license, base_model))
     if table is None:
         names = (*exit_names(len(model.exits)), ENSEMBLE)
         table = make_table(model, {name: {} for name in names}, input_size=model.input_size, num_samples=0)
@@ -93,11 +95,3 @@ def push_to_hub(
         write_card_files(folder, metrics, None)
         load_pretrained(folder)
         return push_folder(folder, repo_id, private=private, tag=tag, token=token)
-
-
-def _guess_origin(model: MultiExitModel) -> Origin:
-    """Return the weights of timm's registry that a model could have; it does not record whether they were loaded."""
-    cfg = model.pretrained_cfg
-    if not any(cfg.get(key) for key in ('hf_hub_id', 'url', 'file')):
-        return Origin()
-    return Origin((cfg.get('hf_hub_id') or 'unnamed weights').partition('@')[0], cfg.get('license'))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm_multiexit.utils.markdown import is_finite
+from timm_multiexit.utils.errors import is_number
 
 Row = Mapping[str, Any]
 
@@ -55,13 +55,13 @@ def find_main(rows: Sequence[Row]) -> Row:
 
 def find_metric(rows: Sequence[Row]) -> str | None:
     """Return the metric that a card compares by; None if nothing was measured."""
-    return next((name for name in MAIN_METRICS if any(is_finite(row.get(name)) for row in rows)), None)
+    return next((name for name in MAIN_METRICS if any(is_number(row.get(name)) for row in rows)), None)
 
 
 def measured_rows(metrics: Mapping[str, Any]) -> list[Row]:
     """Return the rows of dynamic inference with known accuracy and cost, references included."""
     needed = ('top-1', 'macs', 'macs_percent')
-    return [row for row in metrics.get('dynamic') or () if all(is_finite(row.get(name)) for name in needed)]
+    return [row for row in metrics.get('dynamic') or () if all(is_number(row.get(name)) for name in needed)]
 
 
 def policy_rows(metrics: Mapping[str, Any]) -> list[Row]:
@@ -77,4 +77,4 @@ def find_default(metrics: Mapping[str, Any]) -> Row | None:
 def find_plain_speed(metrics: Mapping[str, Any]) -> float | None:
     """Return images/s of plain timm; those of policies do not match their ratios, since both are medians."""
     speeds = (row.get('img/s') for row in measured_rows(metrics) if row['policy'] == 'plain timm')
-    return next(filter(is_finite, speeds), None)
+    return next(filter(is_number, speeds), None)

@@ -1,19 +1,19 @@
 """Checks before a run is published: its results belong to its network, its policies to its configuration."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm.data import resolve_data_config  # type: ignore[attr-defined]
+from timm.data import resolve_data_config
 
 from timm_multiexit.checkpoints.config import ModelConfig, read_model_config
-from timm_multiexit.checkpoints.run_folder import BEST_NAME, RESULTS_NAME, VALIDATION_NAME, read_args
+from timm_multiexit.checkpoints.run_folder import RESULTS_NAME, VALIDATION_NAME, RunFolder
 from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.evaluation.stamp import describe_preparation
 from timm_multiexit.publishing.results import add_row_keys
 from timm_multiexit.utils.errors import CheckpointError, MissingFileError
+from timm_multiexit.utils.files import sha256
 from timm_multiexit.utils.untrusted import read_json
 
 
@@ -46,20 +46,19 @@ def read_run(run: Path, validation: Path | None) -> RunFiles:
         CheckpointError: Files are missing, or of other weights, other preparation of images or other policies.
         MissingFileError: `validation` does not exist.
     """
-    args, config = read_args(run), read_model_config(run / BEST_NAME)
+    folder = RunFolder(run)
+    args, config = folder.read_args(), read_model_config(folder.best)
     if not config.exits:
         raise CheckpointError(f'{run} is a run without exits: publish it with timm.models.push_to_hf_hub.')
-    if not (run / RESULTS_NAME).is_file():
-        raise CheckpointError(f'{run} has no {RESULTS_NAME}, which train.py writes at the end: finish the run first.')
-    results = read_json(run / RESULTS_NAME)
-    if validation is None and (run / VALIDATION_NAME).is_file():
-        validation = run / VALIDATION_NAME
+    results = folder.read_results()
+    if validation is None and folder.validation_path.is_file():
+        validation = folder.validation_path
     if validation is not None and not validation.is_file():
         raise MissingFileError(f'{validation} does not exist: give a JSON file written by validate.py --results-file.')
     measured = add_row_keys(results if validation is None else read_json(validation))
-    where = validation or run / RESULTS_NAME
-    _check_weights(measured, where, run / BEST_NAME)
-    _check_preparation(measured, where, run / BEST_NAME, config)
+    where = validation or folder.results_path
+    _check_weights(measured, where, folder.best)
+    _check_preparation(measured, where, folder.best, config)
     for row in measured.get('dynamic', ()):
         _check_policy(row, where, config)
     picture = None if validation is None else _find_picture(measured, validation)
@@ -114,7 +113,7 @@ def _find_picture(measured: Mapping[str, Any], validation: Path) -> Path | None:
     path = validation.parent / str(drawn.get('path'))
     if not drawn or not path.is_file():
         return None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != drawn['sha256']:
+    if sha256(path) != drawn['sha256']:
         raise CheckpointError(f'{path} is not the picture of {validation}: run validate.py again, or remove it.')
     return path
 

@@ -17,7 +17,8 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kw
 from timm.utils import distribute_bn, random_seed, unwrap_model
 from torchvision.utils import save_image
 
-from timm_multiexit.checkpoints.run_folder import BEST_NAME, load_best, read_origin
+from timm_multiexit.checkpoints.run_folder import BEST_NAME, RunFolder, read_origin
+from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
 from timm_multiexit.cli.build_model import check_image_size, create_regime, create_train_model, place_model
 from timm_multiexit.cli.build_training import (
@@ -29,9 +30,9 @@ from timm_multiexit.cli.build_training import (
 )
 from timm_multiexit.data.datasets import class_names, is_same_split
 from timm_multiexit.data.loaders import create_eval_loader, create_train_loader
-from timm_multiexit.evaluation.evaluate import Evaluation, evaluate_loader, make_table
+from timm_multiexit.evaluation.exit_table import Evaluation, evaluate_loader, make_table
 from timm_multiexit.evaluation.metrics import evaluation_columns, flatten_metrics
-from timm_multiexit.evaluation.stamp import describe_inputs
+from timm_multiexit.evaluation.stamp import describe_inputs, name_dataset
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.training.epoch_log import Journal
@@ -68,7 +69,7 @@ def report(
         best_epoch: From 0; None where no epoch was chosen.
         num_epochs: That the run has trained.
     """
-    best = load_best(args, f'{folder}/best').to(accelerator.device)
+    best = RunFolder(folder).load_best(**args.model_kwargs).to(accelerator.device)
     result = evaluate_loader(
         best,
         create_eval_loader(args, dataset, data_config, accelerator),
@@ -96,7 +97,13 @@ def report(
     results = {
         'split': split,
         'num_samples': table.num_samples,
-        **describe_inputs(args, best, data_config, folder / 'best'),
+        **describe_inputs(
+            best,
+            data_config,
+            dataset=name_dataset(args.dataset, args.data_dir),
+            precision=accelerator.mixed_precision,
+            weights=hash_weights(folder / 'best'),
+        ),
         'epochs': num_epochs,
         'epoch_chosen_on': chosen_on,
         'epoch_chosen_by': None if best_epoch is None else args.eval_metric,
@@ -107,7 +114,7 @@ def report(
         'command': sys.argv,
         **describe_environment(),
     }
-    write_text(folder / 'results.json', json.dumps(results, indent=2) + '\n', advice=RESUME)
+    write_text(RunFolder(folder).results_path, json.dumps(results, indent=2) + '\n', advice=RESUME)
 
 
 class TrainingRun:
@@ -189,7 +196,7 @@ class TrainingRun:
             model.origin = read_origin(vars(before) if isinstance(before, Namespace) else {})
         elif args.initial_checkpoint:
             model.origin = Origin('a file')
-        args.origin = model.origin._asdict()
+        args.origin = model.origin.to_dict()
 
     def _check_metric(self, model: torch.nn.Module) -> None:
         args = self.args
@@ -421,6 +428,6 @@ def choose_output_dir(args: Namespace) -> Path:
     name = args.experiment or '-'.join(str(part) for part in (stamp, safe_model_name(args.model), size) if part)
     path = Path(args.output or 'output/train', name)
     goes_on = args.resume == 'auto' or (args.resume and Path(args.resume).parent.resolve() == path.resolve())
-    if not goes_on and ((path / 'summary.csv').exists() or any(path.glob('*.pth.tar'))):
+    if not goes_on and RunFolder(path).holds_run:
         raise MultiExitError(f'{path} holds a run: name another --experiment, or go on with --resume auto.')
     return path

@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_multiexit.checkpoints.run_folder import BEST_NAME
 from timm_multiexit.checkpoints.save import save_pretrained
-from timm_multiexit.evaluation.stamp import _fit_channels
+from timm_multiexit.evaluation.stamp import fit_channels
 from timm_multiexit.utils.files import explain_disk_errors
 
 _OLD_BEST_NAME = '.best-old'
@@ -70,7 +70,7 @@ class RunSaver(CheckpointSaver):
         best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
         shutil.rmtree(new, ignore_errors=True)
         with explain_disk_errors(best):
-            data_config = data_config and _fit_channels(data_config)
+            data_config = data_config and fit_channels(data_config)
             save_pretrained(_joined(model), new, data_config=data_config, label_names=label_names)
             shutil.rmtree(old, ignore_errors=True)
             if best.exists():

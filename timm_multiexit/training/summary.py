@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_multiexit.checkpoints.run_folder import read_summary
 from timm_multiexit.utils.files import RESUME, replacing
 from timm_multiexit.utils.text import ENSEMBLE
 
@@ -63,10 +64,7 @@ class Summary:
 
     def read(self, path: Path | str, before: int) -> None:
         """Take the rows of a file, timm's own too, up to an epoch, in place of all there are."""
-        with Path(path).open(newline='', encoding='utf-8') as file:
-            rows = [row for row in csv.DictReader(file) if row.get('epoch') not in (None, '', 'epoch')]
-        numbers = [{key: float(value) for key, value in row.items() if value} for row in rows]
-        self._rows = [{**row, 'epoch': int(row['epoch'])} for row in numbers if row['epoch'] < before]
+        self._rows = [row for row in read_summary(path) if row['epoch'] < before]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows as plain lists, dicts and numbers, which `torch.load(weights_only=True)` reads."""

@@ -1,4 +1,4 @@
-"""Environment."""
+"""What a measurement is stamped with: library versions, commit, hardware."""
 
 import os
 import platform
@@ -33,7 +33,7 @@ def describe_environment() -> dict[str, str]:
 def _find_commit(path: Path) -> str:
     """Return the commit that a file is of, with '-dirty' where the repository has changes; 'unknown' outside one.
 
-    It is asked for once, early: what is checked out while a run works is not what runs.
+    It is read once, early: what is checked out while a run works is not what runs.
     """
     git = ('git', '-C', str(path.parent))
     try:

@@ -4,7 +4,7 @@ import math
 import reprlib
 from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def brief(value: Any) -> str:
@@ -68,8 +68,7 @@ def checked_number(name: str, value: float, is_positive: bool = False) -> float:
     Raises:
         InvalidValueError: It is something else.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < 0 or (is_positive and value == 0):
+    if not is_number(value) or value < 0 or (is_positive and value == 0):
         allowed = 'a finite number > 0' if is_positive else 'a finite number >= 0'
         raise InvalidValueError(f'{name} must be {allowed}, got {value!r}.')
     return float(value)
@@ -94,27 +93,33 @@ def checked_weights(name: str, weights: Iterable[float]) -> tuple[float, ...]:
     return tuple(checked_number(f'{name}[{idx}]', weight) for idx, weight in enumerate(weights))
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, numpy's included; no bool."""
-    # Compared, since isfinite fails on an integer beyond floats; NaN and infinity are not within.
-    return isinstance(value, Real) and not isinstance(value, bool) and -1e300 <= value <= 1e300
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value is a finite number, numpy's included, and not a bool."""
+    # Compared, since isfinite fails on an integer beyond floats; NaN and infinity are out of range.
+    return isinstance(value, Real) and not isinstance(value, bool) and -1e300 <= value <= 1e300  # type: ignore[operator]
 
 
-# What timm and torch raise for keywords and numbers that they do not take, and for weights that cannot be found.
+def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> TypeGuard[int]:
+    """Return whether a value is an integer from `least` to `most`, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+# What timm and torch raise for keywords and values that they do not accept, and for weights that they cannot find.
 LIBRARY_ERRORS = (TypeError, ValueError, AssertionError, IndexError, RuntimeError, OSError)
 
 
-def one_line(error: object, limit: int | None = 200) -> str:
-    r"""Return an error's words on one printable line without a stop at its end, its type where it has none.
+def one_line(text: object, limit: int | None = 200) -> str:
+    r"""Return a text on one line, without control and invisible characters.
 
     Args:
-        error: The error, or somebody's words.
-        limit: Characters, None for all.
+        text: Any text; or an error, whose message comes without the period at its end, or as the name of its type
+            where it is empty.
+        limit: Maximum number of characters, None for all.
 
-    >>> one_line(OSError('No space left\non device.')), one_line(KeyError()), one_line('')
-    ('No space left on device', 'KeyError', '')
+    >>> one_line('a\n---\tb.'), one_line(OSError('No space left\non device.')), one_line(KeyError())
+    ('a --- b.', 'No space left on device', 'KeyError')
     """
-    if isinstance(error, OSError) and error.strerror:
-        error = error.strerror  # without its number and the path, which the message has
-    words = ' '.join(''.join(sign if sign.isprintable() else ' ' for sign in str(error)).split())
-    return words[:limit].rstrip('.: ') or (type(error).__name__ if isinstance(error, BaseException) else '')
+    # Of the system's errors without the number and the path, which the message of the caller has.
+    source = text.strerror if isinstance(text, OSError) and text.strerror else text
+    words = ' '.join(''.join(sign if sign.isprintable() else ' ' for sign in str(source)).split())[:limit]
+    return words.rstrip('.: ') or type(text).__name__ if isinstance(text, BaseException) else words

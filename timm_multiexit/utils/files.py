@@ -1,64 +1,64 @@
-"""Files that are there whole or not at all, and one line where the disk refuses them."""
+"""Files that are written whole or not at all, and one line where the disk is full or not writable."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
-from timm_multiexit.utils.errors import MultiExitError, one_line
+from timm_multiexit.utils.errors import DiskError, InvalidValueError, MultiExitError, one_line
 
-# What to do where the disk refuses: in a run of training, and elsewhere.
-RESUME = 'make room and go on (train.py: --resume auto)'
+# What to do when a file cannot be written: in training, and elsewhere.
+RESUME = 'free disk space and resume (train.py: --resume auto)'
 
-RUN_AGAIN = 'make room, then go on or run it again'
-
-
-class explain_disk_errors:  # noqa: N801 - reads as a statement
-    """Turns a full or unwritable disk into one line.
-
-    Args:
-        path: What is written.
-        draft: A part that was written, to be removed then.
-        advice: What to do then.
-    """
-
-    def __init__(self, path: str | os.PathLike, draft: str | os.PathLike | None = None, *, advice: str = RESUME):
-        self.path = Path(path)
-        self.draft = draft and Path(draft)
-        self.advice = advice
-
-    def __enter__(self) -> None:
-        """Nothing."""
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        """Raise `MultiExitError` for what the disk refused."""
-        cause = error
-        # torch's writer raises RuntimeError when the file object refuses.
-        while isinstance(cause, RuntimeError):
-            cause = cause.__context__
-        if isinstance(cause, (OSError, SafetensorError)):
-            if self.draft:
-                with suppress(OSError):
-                    self.draft.unlink()
-            raise MultiExitError(
-                f'{self.path} could not be written: {one_line(cause)}. What was there before is whole: {self.advice}.'
-            ) from error
+RUN_AGAIN = 'free disk space, then run it again'
 
 
 @contextmanager
-def replacing(path: str | os.PathLike, *, advice: str = RUN_AGAIN) -> Iterator[Path]:
-    """Give a hidden name beside `path`; what is written there takes its place at the end, if nothing raised.
+def explain_disk_errors(
+    path: str | os.PathLike[str], draft: str | os.PathLike[str] | None = None, *, advice: str = RESUME
+) -> Iterator[None]:
+    """Turn errors of writing into one line.
 
     Args:
         path: What is written.
-        advice: What to do if it cannot be.
+        draft: A partly written file, which is removed on an error.
+        advice: What to do on an error.
 
     Raises:
-        MultiExitError: The disk is full or cannot be written.
+        DiskError: The disk is full or not writable.
+    """
+    try:
+        yield
+    except MultiExitError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause: BaseException | None = error
+        # torch's writer raises RuntimeError when the file object does.
+        while isinstance(cause, RuntimeError):
+            cause = cause.__context__
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        if draft:
+            with suppress(OSError):
+                Path(draft).unlink()
+        reason = one_line(cause)
+        raise DiskError(f'{path} could not be written: {reason}. The previous content is intact: {advice}.') from error
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], *, advice: str = RUN_AGAIN) -> Iterator[Path]:
+    """Yield a hidden name beside `path`; what is written there replaces `path` at the end, if nothing was raised.
+
+    Args:
+        path: What is written.
+        advice: What to do on an error.
+
+    Raises:
+        DiskError: The disk is full or not writable.
     """
     path = Path(path)
     draft = path.with_name(f'.{path.name}.tmp')
@@ -71,26 +71,27 @@ def replacing(path: str | os.PathLike, *, advice: str = RUN_AGAIN) -> Iterator[P
             draft.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike, text: str, *, advice: str = RUN_AGAIN) -> None:
+def write_text(path: str | os.PathLike[str], text: str, *, advice: str = RUN_AGAIN) -> None:
     """Write a text file, whole or not at all; see `replacing`.
 
     Raises:
-        MultiExitError: The disk is full or cannot be written.
+        DiskError: The disk is full or not writable.
     """
     with replacing(path, advice=advice) as draft:
         draft.write_text(text, encoding='utf-8')
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike, mark: str) -> Iterator[Path]:
-    """Give an empty folder beside `path`, which takes its place at the end, if nothing raised.
+def new_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which replaces `path` at the end, if nothing was raised.
 
     Args:
-        path: What is there must be empty or have the file `mark`, which says that it may be replaced.
+        path: An existing folder must be empty or have the file `mark`, which says that it may be replaced.
         mark: Name of a file.
 
     Raises:
-        MultiExitError: There is something else, or the disk is full or cannot be written.
+        InvalidValueError: There is something else at `path`.
+        DiskError: The disk is full or not writable.
     """
     path = Path(path).absolute()
     draft = path.with_name(f'.{path.name}.new')
@@ -98,7 +99,7 @@ def new_folder(path: str | os.PathLike, mark: str) -> Iterator[Path]:
         with explain_disk_errors(path, advice=RUN_AGAIN):
             holds_others = path.exists() and (not path.is_dir() or any(path.iterdir())) and not (path / mark).is_file()
             if holds_others or path == Path.cwd():
-                raise MultiExitError(f'{path} holds other files or is in use: give another folder.')
+                raise InvalidValueError(f'{path} holds other files or is in use: give another folder.')
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             yield draft
@@ -112,7 +113,20 @@ def write_output(path: Path, content: bytes) -> None:
     """Write a result, whole or not at all.
 
     Raises:
-        MultiExitError: The disk is full or cannot be written.
+        DiskError: The disk is full or not writable.
     """
-    with replacing(path, advice='what was found is printed above; make room or give another path') as draft:
+    with replacing(path, advice='the results are printed above; free disk space or give another path') as draft:
         draft.write_bytes(content)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

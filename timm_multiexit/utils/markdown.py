@@ -1,23 +1,17 @@
-"""Markdown of data that is not trusted: names and numbers in, text out that stays what it is."""
+"""Markdown from untrusted names and numbers: text that is shown as it is."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from timm_multiexit.utils.errors import is_number, one_line
+
 # An underscore emphasizes at the edge of a word alone; a colon, a dot and an at sign make links inside of addresses.
 _MARKUP = re.compile(r"""(?<![^\W_])_|_(?![^\W_])|:(?=/)|(?<=www)\.|(?<=\w)@|@(?=\w)|[^\w .,:;@/%()+=?!'"-]""")
 
 
-def one_line(text: Any, limit: int = 500) -> str:
-    r"""Return a text without line breaks, control and invisible characters, cut to so many characters.
-
-    >>> one_line('a\n---\tb')
-    'a --- b'
-    """
-    printable = ''.join(char if char.isprintable() else ' ' for char in str(text))
-    return ' '.join(printable.split())[:limit]
+_MAX_TEXT = 500  # characters
 
 
 def escape(text: Any) -> str:
@@ -28,7 +22,7 @@ def escape(text: Any) -> str:
     >>> escape('layer1.0 @ 2 GHz'), escape('a|b <b>'), escape('_a_b'), escape('http://a')
     ('layer1.0 @ 2 GHz', 'a&#124;b &#60;b&#62;', '&#95;a_b', 'http&#58;//a')
     """
-    return _MARKUP.sub(lambda match: f'&#{ord(match[0])};', one_line(text))
+    return _MARKUP.sub(lambda match: f'&#{ord(match[0])};', one_line(text, _MAX_TEXT))
 
 
 def code(text: Any) -> str:
@@ -37,7 +31,7 @@ def code(text: Any) -> str:
     >>> code('layer1.0'), code('a`b')
     ('`layer1.0`', 'a&#96;b')
     """
-    line = one_line('-' if text is None else text)
+    line = one_line('-' if text is None else text, _MAX_TEXT)
     return f'`{line}`' if re.fullmatch(r"[\w.:/@%+=,()' -]*\w[\w.:/@%+=,()' -]*", line) else escape(line)
 
 
@@ -77,15 +71,10 @@ def number(value: Any, decimals: int | None = None) -> str:
     >>> number(11689512), number(0.0371234), number(80.796, 2), number(None)
     ('11,689,512', '0.03712', '80.80', '-')
     """
-    if not is_finite(value):
+    if not is_number(value):
         return '-' if value is None or isinstance(value, Real) else escape(value)
     if isinstance(value, int):
         return f'{value:,}'
     if decimals is not None:
         return f'{value:.{decimals}f}'
     return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
-
-
-def is_finite(value: Any) -> bool:
-    """Return whether this is a number that can be shown; no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

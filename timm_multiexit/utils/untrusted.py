@@ -1,6 +1,6 @@
-"""Files that come from anywhere: JSON and the headers of safetensors, read without trusting them.
+"""Files from untrusted places: JSON and the headers of safetensors, read without trusting them.
 
-Nothing here runs code from a file, and no memory is taken by what a file claims.
+Nothing here runs code from a file, and no memory is allocated for what a file claims.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from timm_multiexit.utils.errors import MultiExitError, brief, one_line
+from timm_multiexit.utils.errors import CheckpointError, brief, one_line
 
 _MAX_JSON_BYTES = 4 * 2**20  # Python's objects take many times that
 
@@ -21,51 +21,51 @@ _MAX_HEADER_BYTES = 4 * 2**20  # some 30,000 tensors
 
 
 def check_contained(path: Path) -> None:
-    """Raise for a file that is a link to another place than its folder, or, in the Hub's cache, its blobs.
+    """Raise for a link that leaves the file's folder, or, in the Hub's cache, the repository's blobs.
 
     Raises:
-        MultiExitError: It is one.
+        CheckpointError: It is one.
     """
     try:
         folder, target = path.parent.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
-        raise MultiExitError(f'{path} cannot be read: {one_line(error)}.') from error
+        raise CheckpointError(f'{path} cannot be read: {one_line(error)}.') from error
     homes = [folder]
     if folder.parent.name == 'snapshots':
         # A repository's own, and what Xet has stored once for all repositories.
         repository = folder.parent.parent
         homes += [repository / 'blobs', repository.parent / 'blobs']
     if not any(target.is_relative_to(home) for home in homes):
-        raise MultiExitError(f'{path} is a link that leaves its folder, allowed are files in it: put a copy there.')
+        raise CheckpointError(f'{path} must be a file in its folder, got a link that leaves it: put a copy there.')
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        MultiExitError: There is no such file, it is larger than 4 MB, no JSON, nested too deeply, or has a key twice, a
-            number that is none (NaN, infinities) or no object at its root.
+        CheckpointError: The file is missing, larger than 4 MB, not JSON, nested too deeply, or has duplicate keys, NaN
+            or infinities, or anything but an object at its root.
     """
     try:
         check_contained(path)
         if not path.is_file():
-            raise MultiExitError(f'{path.parent} is no model folder: it has no {path.name}.')
+            raise CheckpointError(f'{path.parent} is not a model folder: it has no {path.name}.')
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
-            raise MultiExitError(f'{path} has {size} bytes, allowed are {_MAX_JSON_BYTES}.')
+            raise CheckpointError(f'{path} must have at most {_MAX_JSON_BYTES} bytes, got {size}.')
         values = json.loads(
             path.read_text(encoding='utf-8'),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_parse_float,
         )
-    except MultiExitError:
+    except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         reason = 'it is nested too deeply' if isinstance(error, RecursionError) else one_line(error)
-        raise MultiExitError(f'{path} cannot be read: {reason}.') from error
+        raise CheckpointError(f'{path} cannot be read: {reason}.') from error
     if not isinstance(values, dict):
-        raise MultiExitError(f'{path} holds {brief(values)}, allowed is an object.')
+        raise CheckpointError(f'{path} must hold a JSON object, got {brief(values)}.')
     return values
 
 
@@ -73,18 +73,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise ValueError(f'{brief(counts.most_common(1)[0][0])} is there twice')
+        raise ValueError(f'the key {brief(counts.most_common(1)[0][0])} occurs twice')
     return values
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f'{name} is no number')
+    raise ValueError(f'{name} is not a finite number')
 
 
 def _parse_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f'{text[:40]} is no number that a float holds')
+        raise ValueError(f'{text[:40]} is out of the range of floats')
     return value
 
 
@@ -93,7 +93,7 @@ class TensorInfo(NamedTuple):
 
     Attributes:
         shape: Its shape.
-        dtype: In the words of safetensors: 'F32', 'BF16', 'I64', ...
+        dtype: As safetensors names it: 'F32', 'BF16', 'I64', ...
     """
 
     shape: tuple[int, ...]
@@ -101,29 +101,28 @@ class TensorInfo(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return what a safetensors file holds, without reading its tensors.
+    """Return which tensors a safetensors file has, without reading them.
 
     Raises:
-        MultiExitError: There is no such file, it is none of safetensors, or git-LFS's pointer to one.
+        CheckpointError: The file is missing, not a safetensors file, or git-LFS's pointer to one.
     """
     check_contained(path)
     if not path.is_file():
-        raise MultiExitError(f'{path.parent} has no {path.name}, and weights are read from nothing else.')
+        raise CheckpointError(f'{path.parent} has no {path.name}, the only file that weights are read from.')
     try:
         with path.open('rb') as file:
             start = file.read(len(_LFS_POINTER))
         if start == _LFS_POINTER:
-            raise MultiExitError(
-                f'{path} is what git has in place of a large file, and holds no weights: run `git lfs pull` in'
-                f' {path.parent}.'
+            raise CheckpointError(
+                f'{path} is a git-LFS pointer and has no weights: run `git lfs pull` in {path.parent}.'
             )
         size = int.from_bytes(start[:8], 'little')
         if size > _MAX_HEADER_BYTES:
-            raise MultiExitError(
-                f'{path} cannot be read: its header has {size} bytes, allowed are {_MAX_HEADER_BYTES}.'
+            raise CheckpointError(
+                f'{path} cannot be read: its header must have at most {_MAX_HEADER_BYTES} bytes, got {size}.'
             )
         with safetensors.safe_open(path, framework='pt') as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
             return {key: TensorInfo(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except (OSError, safetensors.SafetensorError) as error:
-        raise MultiExitError(f'{path} cannot be read: {one_line(error)}.') from error
+        raise CheckpointError(f'{path} cannot be read: {one_line(error)}.') from error

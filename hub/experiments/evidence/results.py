@@ -1,15 +1,16 @@
 """What a run leaves for the tables: one JSON file, without anything of the machine's folders."""
 
-import csv
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from evidence.plan import PlannedRun, to_command_line
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, write_text
 
@@ -29,15 +30,16 @@ def collect_result(run: PlannedRun, folder: Path, *, seconds: float, extra: Sequ
 
     Returns:
         `classifiers` has a row per exit, main and the ensemble, on the split that is reported; `validation` a row per
-        epoch, epochs from 0, on the images that the epoch was chosen on; `selection` says how; `flags` are all.
+        epoch, epochs from 0, on the images that the epoch was chosen on, with top-1 in training beside it, running over
+        the epoch; `selection` says how; `flags` are all.
 
     Raises:
         MultiExitError: The files are missing or of another run.
     """
     try:
-        results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
-        with (folder / 'summary.csv').open(newline='', encoding='utf-8') as file:
-            epochs = list(csv.DictReader(file))
+        files = RunFolder(folder)
+        results = json.loads(files.results_path.read_text(encoding='utf-8'))
+        epochs = files.read_summary()
         rows = results['rows']
         measured = {key: results[key] for key in ('split', 'num_samples', 'dataset', 'input_size', 'weights')}
         stamp = {key: results[key] for key in ('commit', 'versions', 'hardware', 'threads')}
@@ -68,12 +70,16 @@ def collect_result(run: PlannedRun, folder: Path, *, seconds: float, extra: Sequ
     }
 
 
-def _read_epoch(row: dict[str, str]) -> dict[str, float]:
-    values = {key: float(value) for key, value in row.items() if value}
-    kept = {key: value for key, value in values.items() if key.startswith('eval_') or key in ('train_loss', 'lr')}
+def _read_epoch(values: dict[str, float]) -> dict[str, float]:
+    kept = {
+        key: value
+        for key, value in values.items()
+        # Accuracy in training, on augmented images and by weights that change, says how far the network fits.
+        if key.startswith('eval_') or key in ('train_loss', 'lr') or re.fullmatch(r'train_(\w+_)?top1', key)
+    }
     # JSON has no number for a loss that ran away.
     return {
-        'epoch': int(values['epoch']),
+        'epoch': values['epoch'],
         **{key: value if math.isfinite(value) else None for key, value in kept.items()},
     }
 
@@ -148,7 +154,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [read_result(path) for path in sorted(folder.glob('*.json'))]
 
 
-def check_flags(run: PlannedRun, flags: dict[str, Any], where: Path) -> None:
+def check_same_flags(run: PlannedRun, flags: dict[str, Any], where: Path) -> None:
     """Check that what was done is what is planned: names alone do not say it once a recipe has changed.
 
     Raises:
@@ -163,7 +169,7 @@ def check_flags(run: PlannedRun, flags: dict[str, Any], where: Path) -> None:
             )
 
 
-def check_extra(extra: Iterable[str], was: Iterable[str], where: Path) -> None:
+def check_extra_flags(extra: Iterable[str], was: Iterable[str], where: Path) -> None:
     """Check that flags beyond the plan's are those of what is there.
 
     Raises:
@@ -191,7 +197,7 @@ def is_done(run: PlannedRun, folder: Path, extra: Sequence[str] | None = None) -
     if not path.exists():
         return False
     result = read_result(path)
-    check_flags(run, result['flags'], path)
+    check_same_flags(run, result['flags'], path)
     if extra is not None:
-        check_extra(extra, result.get('extra', ()), path)
+        check_extra_flags(extra, result.get('extra', ()), path)
     return True

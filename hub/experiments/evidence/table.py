@@ -5,21 +5,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from scipy.stats import t
+
 from evidence.plan import Plan
 from evidence.results import flags_that_matter
 from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.markdown import code, escape, table
 from timm_multiexit.utils.text import ENSEMBLE
-
-# Of the t distribution at 97.5 % with 1 to 30 degrees of freedom; beyond, the last is a little too wide.
-T_QUANTILES = dict(
-    enumerate(
-        (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-        + (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-        + (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-        start=1,
-    )
-)
 
 # Half-width of a 95 % interval, in points of accuracy, above which a difference is not resolved.
 RESOLUTION = 0.4
@@ -45,8 +37,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     mean, count = statistics.fmean(differences), len(differences)
     if count == 1:
         return mean, math.inf
-    quantile = T_QUANTILES[min(count - 1, max(T_QUANTILES))]
-    return mean, quantile * statistics.stdev(differences) / math.sqrt(count)
+    return mean, t.ppf(0.975, count - 1) * statistics.stdev(differences) / math.sqrt(count)
 
 
 def describe_difference(differences: Sequence[float]) -> str:

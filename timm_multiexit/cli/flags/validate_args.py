@@ -16,7 +16,7 @@ from timm_multiexit.cli.flags.exit_flags import EXIT_FLAGS, parse_thresholds
 from timm_multiexit.cli.flags.parser import Flag, ScriptParser, add_flags, option_name, switch, value
 from timm_multiexit.cli.flags.timm_flags import TIMM_FLAGS
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.policies.budgets import BudgetPoint, BudgetTable, parse_budget
+from timm_multiexit.policies.budgets import BudgetTable, PolicyResult, parse_budget
 from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
 from timm_multiexit.utils.errors import MultiExitError, one_line
 
@@ -257,7 +257,7 @@ def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> 
         num_exits = len(costs.heads)
         lowest = min([*(costs.paths[idx] + costs.heads[idx] for idx in range(num_exits)), costs.total])
         unused = ExitPolicy(args.criterion, (None,) * num_exits)
-        point = BudgetPoint(unused, 0.0, (0.0,) * num_exits + (1.0,), macs=lowest)
+        point = PolicyResult(unused, 0.0, (0.0,) * num_exits + (1.0,), macs=lowest)
         table = BudgetTable((point,), total_macs=costs.total, max_macs=costs.largest)
     for budget in args.budget:
         if table is not model.budgets and parse_budget(budget).unit == 'ms':
