@@ -37,7 +37,7 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def describe(plan: PushPlan, folder: Path) -> str:
+def describe_plan(plan: PushPlan, folder: Path) -> str:
     """Return what a push would do, a line per file."""
     state = f'after commit {plan.parent[:12]}' if plan.parent else 'a new repository'
     lines = [f'{folder} to {plan.url}, {state}:']
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             plan = plan_push(folder, repo_id, private=args.private)
         except HubError as error:
             raise HubError(f'Wrote {folder}, but cannot compare it with the repository: {error}') from error
-        print(describe(plan, folder))
+        print(describe_plan(plan, folder))
         if not args.yes:
             print('Nothing was sent: add --yes to push.')
             return 0

@@ -49,7 +49,7 @@ def write_card(metrics: Mapping[str, Any]) -> str:
     metrics = add_row_keys(metrics)
     _check(metrics)
     # The template calls functions of these modules: `from_template` does not let it have filters.
-    modules = {'md': markdown, 'tables': card_tables, 'results': results}
+    modules: dict[str, Any] = {'md': markdown, 'tables': card_tables, 'results': results}
     card = ModelCard.from_template(
         _write_metadata(metrics),
         template_path=str(_TEMPLATE),

@@ -76,7 +76,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
         f'{name} it has {best.accuracy:.2f} % {metric}, {best.compare()} ({main[metric]:.2f} %), at'
         f' {best.percent:.1f} % of its MACs'
     )
-    ratio = best.row.get('time_ratio')
+    ratio: Any = best.row.get('time_ratio')
     if is_number(ratio) and ratio > 0:
         text += f' and in {100 * ratio:.1f} % of its time'
     if cheap_policies and cheap_exits:
@@ -160,7 +160,7 @@ def _name_criterion(row: Row) -> str:
 def table_statics(metrics: Mapping[str, Any]) -> str:
     """Return the table of static networks that were compared with main."""
     main = find_main(metrics['rows'])
-    rows = [('main of this one', main | {'image, px': metrics['input_size'][-1], 'GMACs': main['GMACs fixed']})]
+    rows = [('main of this one', {**main, 'image, px': metrics['input_size'][-1], 'GMACs': main['GMACs fixed']})]
     rows += [(code(row['static model']), row) for row in metrics['compare']]
     lines = [
         {
