@@ -48,7 +48,7 @@ from timm_multiexit.evaluation.metrics import evaluation_columns
 from timm_multiexit.hub_client.client import check_push
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
-from timm_multiexit.publishing.licenses import Labels, find_license
+from timm_multiexit.publishing.licenses import PublicationInfo, find_license
 from timm_multiexit.publishing.push import publish_run
 from timm_multiexit.training.regimes import Regime, RegimeControl
 from timm_multiexit.training.resume import find_resume
@@ -360,7 +360,7 @@ def check_publishing(args: Namespace, origin: Origin | None, *, has_table: bool,
         raise InvalidValueError('--push-to-hub publishes networks with exits: add --eed or --exits.')
     if not has_table:
         raise InvalidValueError('--push-to-hub needs results to publish: add --val-split or --test-split.')
-    find_license(origin, Labels(args.hub_license))
+    find_license(origin, PublicationInfo(args.hub_license))
     if asks_hub:
         check_push(args.push_to_hub, private=args.hub_private)
 
@@ -371,7 +371,7 @@ def publish(args: Namespace, folder: Path, prog: str) -> int:
     It comes last of all, when no other process waits for this one.
     """
     try:
-        result = publish_run(folder, args.push_to_hub, labels=Labels(args.hub_license), private=args.hub_private)
+        result = publish_run(folder, args.push_to_hub, info=PublicationInfo(args.hub_license), private=args.hub_private)
         _logger.info(f'Published: {result.url}')
     except MultiExitError as error:
         again = ['hub/publish.py', str(folder), args.push_to_hub, '--yes', *['--private'] * args.hub_private]
