@@ -68,7 +68,7 @@ def test_run_that_goes_on_is_published_without_what_was_measured_before(fit, run
         (('--push-to-hub', 'elsewhere/net'), 'elsewhere'),
         (('--push-to-hub', 'a/b/c'), "'a/b/c'"),
         (('--hub-private',), '--hub-private requires --push-to-hub'),
-        (('--push-to-hub', REPO, '--hub-license', 'mine'), "license 'mine' is unknown"),
+        (('--push-to-hub', REPO, '--hub-license', 'mine'), "got 'mine'"),
     ],
     ids=['namespace', 'name', 'alone', 'license'],
 )

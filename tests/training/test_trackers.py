@@ -30,7 +30,10 @@ def test_a_tracker_must_be_known_and_installed(monkeypatch):
     with pytest.raises(MultiExitError, match=r"^--log-with must be tensorboard or wandb, got 'mlflow'\.$"):
         check_trackers(['mlflow'])
     monkeypatch.setitem(trackers.TRACKERS, 'wandb', lambda: False)
-    with pytest.raises(MultiExitError, match=r'^--log-with wandb needs the package wandb: pip install wandb$'):
+    with pytest.raises(
+        MultiExitError,
+        match=r'^--log-with wandb needs wandb\. Install it with pip install "timm-multiexit\[wandb\]"\.$',
+    ):
         check_trackers(['wandb'])
 
 

@@ -48,7 +48,7 @@ from timm_multiexit.evaluation.metrics import evaluation_columns
 from timm_multiexit.hub_client.client import check_push
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
-from timm_multiexit.publishing.licenses import Labels, find_license
+from timm_multiexit.publishing.licenses import PublicationInfo, find_license
 from timm_multiexit.publishing.push import publish_run
 from timm_multiexit.training.regimes import Regime, RegimeControl
 from timm_multiexit.training.resume import find_resume
@@ -82,13 +82,13 @@ class Resolved:
     origin: dict[str, Any] | None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
     """Run the command line and return the exit code: 0, 2 for an error of one line, 128 + N after signal N."""
     setup_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files every epoch
     run, code = None, 0
     try:
-        args = parse_train_args(argv)
+        args = parse_train_args(argv, prog)
         accelerator = create_accelerator(args)
         logging.disable(logging.NOTSET if accelerator.is_main_process else logging.WARNING)
         run = build_run(args, accelerator)
@@ -97,13 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.fit()
         run.report()
     except MultiExitError as error:
-        print(f'train.py: error: {error}', file=sys.stderr)
+        print(f'{prog}: error: {error}', file=sys.stderr)
         return 2
     except Stopped as stopped:
         code = 128 + stopped.signal
         if run is not None and accelerator.is_main_process:
             where = f'--output {run.folder.parent} --experiment {run.folder.name}'
-            print(f'train.py: stopped, continue with --resume auto {where}', file=sys.stderr)
+            print(f'{prog}: stopped, continue with --resume auto {where}', file=sys.stderr)
     finally:
         if run is not None:
             run.close()
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if code == 0 and run is not None and args.push_to_hub and accelerator.is_main_process:
-        code = publish(args, run.folder)
+        code = publish(args, run.folder, prog)
     return code
 
 
@@ -360,24 +360,24 @@ def check_publishing(args: Namespace, origin: Origin | None, *, has_table: bool,
         raise InvalidValueError('--push-to-hub publishes networks with exits: add --eed or --exits.')
     if not has_table:
         raise InvalidValueError('--push-to-hub needs results to publish: add --val-split or --test-split.')
-    find_license(origin, Labels(args.hub_license))
+    find_license(origin, PublicationInfo(args.hub_license))
     if asks_hub:
         check_push(args.push_to_hub, private=args.hub_private)
 
 
-def publish(args: Namespace, folder: Path) -> int:
+def publish(args: Namespace, folder: Path, prog: str) -> int:
     """Publish a finished run as its flags say, and return the exit code.
 
     It comes last of all, when no other process waits for this one.
     """
     try:
-        result = publish_run(folder, args.push_to_hub, labels=Labels(args.hub_license), private=args.hub_private)
+        result = publish_run(folder, args.push_to_hub, info=PublicationInfo(args.hub_license), private=args.hub_private)
         _logger.info(f'Published: {result.url}')
     except MultiExitError as error:
         again = ['hub/publish.py', str(folder), args.push_to_hub, '--yes', *['--private'] * args.hub_private]
         again += ['--license', args.hub_license] if args.hub_license else []
         print(
-            f'train.py: error: The run in {folder} is complete, but was not published: {error} Try again with'
+            f'{prog}: error: The run in {folder} is complete, but was not published: {error} Try again with'
             f' {shlex.join(again)}',
             file=sys.stderr,
         )

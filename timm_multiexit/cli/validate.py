@@ -26,9 +26,9 @@ from timm_multiexit.cli.build_model import create_static, model_kwargs
 from timm_multiexit.cli.flags.validate_args import (
     asked_flags,
     check_budgets,
-    check_flags,
     check_outputs,
     check_preparation,
+    check_validate_args,
     chooses_thresholds,
     create_validate_parser,
     find_own_folder,
@@ -121,7 +121,7 @@ def build_validator(
     Raises:
         MultiExitError: The data cannot be loaded, flags do not fit model or data, or results cannot be written.
     """
-    check_flags(args, model, accelerator.num_processes)
+    check_validate_args(args, model, accelerator.num_processes)
     check_preparation(args, model, data_config)
     data = create_validation_data(args, model, data_config, accelerator)
     in_chans = data_config['input_size'][0]
@@ -267,10 +267,10 @@ def write_results(args: Namespace, validation: Validation, sections: Mapping[str
     write_output(Path(args.results_file), text.encode())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
     setup_logging()
-    args = create_validate_parser().parse_args(argv)
+    args = create_validate_parser(prog).parse_args(argv)
     try:
         precision = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(args.amp_dtype, args.amp_dtype) if args.amp else None
         if precision == 'fp16' and not torch.cuda.is_available():
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.results_file and accelerator.is_main_process:
             write_results(args, validation, sections)
     except MultiExitError as error:
-        print(f'validate.py: error: {error}', file=sys.stderr)
+        print(f'{prog}: error: {error}', file=sys.stderr)
         return 2
     if accelerator.is_main_process:
         # Nothing after this line: timm's bulk tools read the rest of the output as JSON.

@@ -36,7 +36,7 @@ class DigitsReader(Reader):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise DataError(
-                'The digits come with scikit-learn, which is not installed: pip install scikit-learn, or name your own'
+                'The digits need scikit-learn. Install it with pip install "timm-multiexit[digits]", or name your own'
                 ' images with --data-dir.'
             ) from error
         digits = load_digits()

@@ -91,8 +91,9 @@ class EpochLog:
         if not is_last and time.perf_counter() - self._drawn < _SECONDS_BETWEEN_CURVES:
             return
         self._drawn = time.perf_counter()
-        if not draw_curves(self.folder / 'curves.png', self.summary.rows, self.names, self.folder.name):
-            _logger.debug('matplotlib is not installed: no curves.png.')
+        is_drawn = draw_curves(self.folder / 'curves.png', self.summary.rows, self.names, self.folder.name)
+        if is_last and not is_drawn:
+            _logger.warning('No curves.png without matplotlib. Install it with pip install "timm-multiexit[plots]".')
 
     def end_epoch(self, trainer: Trainer, rate: float) -> None:
         """Log the last epoch's row and its line.

@@ -42,7 +42,9 @@ def check_trackers(names: Sequence[str] | None) -> None:
         if name not in TRACKERS:
             raise InvalidValueError(f"--log-with must be {' or '.join(TRACKERS)}, got '{name}'.")
         if not TRACKERS[name]():
-            raise InvalidValueError(f'--log-with {name} needs the package {name}: pip install {name}')
+            raise InvalidValueError(
+                f'--log-with {name} needs {name}. Install it with pip install "timm-multiexit[{name}]".'
+            )
 
 
 def flatten_config(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
