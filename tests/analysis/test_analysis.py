@@ -47,7 +47,7 @@ from timm_multiexit.analysis.measuring import measure_top1
 from timm_multiexit.analysis.runs import Run, find_reference, name_folders, name_method, read_runs, teacher_members
 from timm_multiexit.analysis.study import Study, format_json
 from timm_multiexit.cli import train
-from timm_multiexit.cli.analyze import complete_args, main, parse_args
+from timm_multiexit.cli.analyze import complete_args, create_analyze_parser, main
 
 FLAGS = '--model test_resnet --img-size 32 -b 8 -j 0 --opt adamw --lr 0.002'
 RUNS = {
@@ -747,14 +747,14 @@ def test_other_accuracy_than_the_runs_own_is_warned_of(folder, tmp_path, caplog,
 def test_data_is_the_runs_where_flags_do_not_say(argv, own, expected):
     args = {'is_demo': True, 'dataset': 'digits', 'data_dir': None, 'test_split': 'test', 'val_split': 'validation'}
     run = Run('a', Path('a'), Namespace(**args | own), [], {})
-    completed = complete_args(parse_args(['a', *argv]), run)
+    completed = complete_args(create_analyze_parser().parse_args(['a', *argv]), run)
     assert (completed.dataset, completed.data_dir, completed.split) == expected
 
 
 def test_runs_without_any_split_need_one_named():
     run = Run('a', Path('a'), Namespace(data_dir='a', dataset='', test_split=None, val_split=''), [], {})
     with pytest.raises(tme.MultiExitError, match='name one with --split'):
-        complete_args(parse_args(['a']), run)
+        complete_args(create_analyze_parser().parse_args(['a']), run)
 
 
 def test_what_epochs_were_evaluated_on_is_said():
