@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cuts import copy_plain, cut_by_hand
+from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import CRITERIA, ExitPolicy, Prediction
@@ -156,7 +157,8 @@ class InferenceBenchmark:
     ) -> None:
         infer = infer or self._infer
         shares = self._count_leaving(policy, infer)
-        macs = sum(share * cost.sequential.macs for share, cost in zip(shares, self.costs))
+        leaving = StageCosts.from_exit_costs(self.costs).leaving(policy.used)
+        macs = sum(share * cost for share, cost in zip(shares, leaving))
         self.variants[name] = Variant(lambda: infer(policy), macs, against, shares)
 
     def _count_leaving(
