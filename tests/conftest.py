@@ -22,11 +22,46 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from helpers import enliven, write_images
+from helpers.members import MEMBERS
+from helpers.zoo_sample import draw_sample, find_commit
 
 from timm_multiexit.models.attach import attach_exits
 
 # Two busy cores make a second OpenMP thread wait more than it works: 30 times slower, measured.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup('zoo', 'tests of every family of timm (-m zoo)')
+    group.addoption('--zoo-sample', type=int, metavar='N', help='test N families and N chunks of the registry')
+    group.addoption('--zoo-seed', metavar='TEXT', help='what the sample is drawn by (default: the commit)')
+
+
+def pytest_configure(config):
+    count = config.getoption('zoo_sample')
+    if count is not None and count < 1:
+        raise pytest.UsageError(f'--zoo-sample must be >= 1, got {count}')
+    try:
+        config.zoo_sample = count and draw_sample(count, config.getoption('zoo_seed') or find_commit())
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_report_header(config):
+    return str(config.zoo_sample) if config.zoo_sample else None
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.zoo_sample:  # the header is not shown with -q
+        terminalreporter.write_line(str(config.zoo_sample))
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.zoo_sample:
+        is_zoo = {item: item.get_closest_marker('zoo') and hasattr(item, 'callspec') for item in items}
+        left_out = [item for item in items if is_zoo[item] and not config.zoo_sample.has(item.callspec.params)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +123,20 @@ def make_model(make_backbone):
     def make(name='test_resnet', exits='auto', *, num_classes=10, input_size=(3, 64, 64), **kwargs):
         backbone = make_backbone(name, num_classes=num_classes)
         return enliven(attach_exits(backbone, exits, input_size=input_size, **kwargs))
+
+    return make
+
+
+@pytest.fixture
+def make_small(make_backbone):
+    """Return a function that makes a member of the table with exits; further keywords go to timm."""
+
+    def make(name, *, num_classes=10, **kwargs):
+        row = MEMBERS[name]
+        backbone = make_backbone(name, num_classes=num_classes, **{**row.kwargs, **kwargs})
+        model = attach_exits(backbone, input_size=(kwargs.get('in_chans', 3), row.size, row.size))
+        enliven(model.exits)
+        return model
 
     return make
 

@@ -15,8 +15,8 @@ import timm_multiexit as tme
         ('hf-hub:org/net', {}, "has no model repository 'org/net'"),
         ('local-dir:/nowhere', {}, 'is not a model folder'),
         ('test_resnet', {'features_only': True}, 'features_only has no classifier'),
-        ('test_resnet', {'exits': [9]}, r'no exit 9. Allowed are 0 \(act1, 1/2\)'),
-        ('test_resnet', {'head': 'mlp'}, "Unknown head 'mlp', allowed are conv, paper, bottleneck, linear"),
+        ('test_resnet', {'exits': [9]}, r'no exit 9. Its stages are 0 \(act1, 1/2\)'),
+        ('test_resnet', {'head': 'mlp'}, "head must be one of conv, paper, bottleneck, linear, got 'mlp'"),
     ],
     ids=['near', 'far', 'path', 'source', 'hub', 'folder', 'features', 'exit', 'head'],
 )

@@ -1,12 +1,12 @@
 """Multi-exit image classifiers from any timm backbone, trained with Exit-Ensemble Distillation."""
 
 from timm_multiexit import backbones as backbones  # registers the CIFAR networks with timm
-from timm_multiexit.calibration.calibrate import calibrate as calibrate
 from timm_multiexit.calibration.stage_costs import StageCosts as StageCosts
+from timm_multiexit.calibration.thresholds import calibrate as calibrate
 from timm_multiexit.checkpoints.save import save_pretrained as save_pretrained
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint as load_checkpoint
-from timm_multiexit.evaluation.evaluate import ExitTable as ExitTable
-from timm_multiexit.evaluation.evaluate import evaluate as evaluate
+from timm_multiexit.evaluation.exit_table import ExitTable as ExitTable
+from timm_multiexit.evaluation.exit_table import evaluate as evaluate
 from timm_multiexit.exits.spec import ExitSpec as ExitSpec
 from timm_multiexit.exits.survey import ExitPoint as ExitPoint
 from timm_multiexit.factory import create_model as create_model

@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from timm_multiexit.checkpoints.source import ModelSource, create_empty_backbone, find_source
-from timm_multiexit.exits.placement import ExitsArg, _input_size, _stage_points
+from timm_multiexit.exits.placement import ExitsArg, resolve_input_size, stage_points
 from timm_multiexit.exits.survey import ExitPoint, survey_backbone
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
@@ -36,7 +36,7 @@ def exit_points(
     """
     if isinstance(backbone, str | ModelSource):
         backbone = create_empty_backbone(backbone)
-    return _stage_points(backbone, survey_backbone(backbone, (), _input_size(backbone, input_size)))
+    return stage_points(backbone, survey_backbone(backbone, (), resolve_input_size(backbone, input_size)))
 
 
 def create_model(

@@ -6,11 +6,10 @@ import warnings
 import pytest
 import torch
 
-from timm_multiexit.calibration.bounded_drop import _find_path, drop_losses, last_safe, p_value
-from timm_multiexit.calibration.calibrate import calibrate
+from timm_multiexit.calibration.bounded_drop import drop_losses, find_path, last_safe, p_value
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.calibration.temperature import fit_temperatures
-from timm_multiexit.calibration.thresholds import search_budgets
+from timm_multiexit.calibration.thresholds import calibrate, search_budgets
 from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.errors import MultiExitError
@@ -171,7 +170,7 @@ def test_asking_for_more_safety_never_gives_cheaper_policies(population):
 
 def test_no_exit_is_used_where_the_samples_prove_nothing(population):
     logits, targets = population
-    with pytest.warns(UserWarning, match='safe with max_drop 0.001 and delta 0.1 on 100 samples: none is used'):
+    with pytest.warns(UserWarning, match='safe with max_drop 0.001 and delta 0.1 on 100 samples, so no exit is used'):
         policy = calibrate([single[:100] for single in logits], targets[:100], COSTS, max_drop=0.001)
     assert policy.used == ()
     assert true_drop_and_cost(policy, population) == (0, 100)
@@ -179,7 +178,7 @@ def test_no_exit_is_used_where_the_samples_prove_nothing(population):
 
 def test_one_sample_is_too_few():
     logits = [torch.tensor([[1.0, 0.0]])] * 3
-    with pytest.raises(MultiExitError, match='1 held-out sample, max_drop needs 2 or more'):
+    with pytest.raises(MultiExitError, match='max_drop needs 2 or more held-out samples'):
         calibrate(logits, torch.tensor([0]), COSTS, max_drop=0.1)
 
 
@@ -190,7 +189,7 @@ def test_path_begins_with_an_eighth_of_those_that_leave(population, criterion):
     thresholds = {'confidence': (0.7, 0.8), 'entropy': (0.6, 0.4), 'margin': (0.5, 0.5)}[criterion]
     first = ExitPolicy(criterion, thresholds, (1.0, 2.0, 1.0))
     cheapest = ExitPolicy(criterion, {'entropy': (1.0, 1.0)}.get(criterion, (0.0, 0.0)))
-    path = _find_path([first, cheapest], logits)
+    path = find_path([first, cheapest], logits)
     assert path[7:] == [first, cheapest]
     shares = [float((apply_policy(policy, logits).exit_idx == 0).double().mean()) for policy in path[:8]]
     assert shares[-1] > 0.5
@@ -200,5 +199,5 @@ def test_path_begins_with_an_eighth_of_those_that_leave(population, criterion):
 def test_path_of_patience_and_of_policies_without_exits_is_as_given(population):
     logits = [single[:100] for single in population[0]]
     patient = ExitPolicy('patience', (1, 1))
-    assert _find_path([ExitPolicy('patience', (None, None)), patient], logits) == [patient]
-    assert _find_path([ExitPolicy('confidence', (None, None))], logits) == []
+    assert find_path([ExitPolicy('patience', (None, None)), patient], logits) == [patient]
+    assert find_path([ExitPolicy('confidence', (None, None))], logits) == []

@@ -1,4 +1,4 @@
-"""Temperatures and thresholds from held-out logits, against brute force and a loop over single samples."""
+"""Thresholds from held-out logits, against brute force and a loop over single samples."""
 
 import math
 from itertools import product
@@ -6,34 +6,17 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from helpers.samples import COSTS, make_samples, simulate
 
-from timm_multiexit.calibration import candidates as candidates
-from timm_multiexit.calibration.calibrate import calibrate
+from timm_multiexit.calibration import candidates
 from timm_multiexit.calibration.candidates import list_used_sets
-from timm_multiexit.calibration.search import HeldOut, neighbours, search
+from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.calibration.temperature import fit_temperatures
-from timm_multiexit.calibration.thresholds import search_budgets, solve_budgeted_batch
+from timm_multiexit.calibration.thresholds import calibrate, search_budgets, solve_budgeted_batch
 from timm_multiexit.exits.cost import Cost, combine_costs
-from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.errors import MultiExitError
-
-COSTS = StageCosts((25, 50, 75, 100), (3, 2, 2))
-
-
-def make_samples(num, *, classes=20, quality=(1.2, 1.8, 2.4, 3.0), scale=1.0, seed=0):
-    """Return logits whose noise classifiers share in part, of samples that are easy or hard for all of them."""
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.randint(0, classes, (num,), generator=generator)
-    ease, shared = torch.randn(num, generator=generator), torch.randn(num, classes, generator=generator)
-    logits = []
-    for value in quality:
-        single = 0.7 * shared + 0.7 * torch.randn(num, classes, generator=generator)
-        single[torch.arange(num), targets] += 2 * value + 1.5 * ease
-        logits.append(scale * single)
-    return logits, targets
 
 
 def make_ties(num=400):
@@ -61,49 +44,12 @@ def samples(request):
     return SETS[request.param]()
 
 
-def simulate(policy, logits, targets, costs=COSTS):
-    """Return accuracy in percent, mean cost and shares, by the rule that inference follows."""
-    prediction = apply_policy(policy, logits)
-    right = int((prediction.logits.argmax(-1) == targets).sum())
-    shares = torch.bincount(prediction.exit_idx, minlength=len(logits)).double() / len(targets)
-    return 100 * right / len(targets), costs.mean(policy, prediction.exit_idx), tuple(shares.tolist())
-
-
 def check_points(points, logits, targets):
     for point in points:
         accuracy, macs, shares = simulate(point.policy, logits, targets)
         assert point.accuracy == pytest.approx(accuracy, abs=1e-9)
         assert point.macs == pytest.approx(macs, rel=1e-12)
         assert point.shares == pytest.approx(shares, abs=1e-12)
-
-
-def test_temperature_is_the_best_of_a_fine_grid():
-    logits, targets = make_samples(400, classes=10)
-    logits = [scale * single for scale, single in zip((0.1, 0.7, 4.0, 50.0), logits)]
-    grid = torch.logspace(-2, 2, 4001, dtype=torch.float64)
-    for single, fitted in zip(logits, fit_temperatures(logits, targets)):
-        losses = torch.stack([cross_entropy(single.double() / value, targets) for value in grid])
-        assert fitted == pytest.approx(float(grid[losses.argmin()]), rel=2e-3)
-
-
-def test_temperature_stays_in_its_range():
-    logits, targets = make_samples(200, classes=5)
-    useless = torch.randn(200, 5)
-    wrong = -5 * torch.nn.functional.one_hot(targets, 5).float()
-    tiny = 1e-4 * logits[0]
-    assert fit_temperatures([useless, wrong, tiny], targets)[1:] == pytest.approx((100, 0.01), rel=1e-5)
-    assert fit_temperatures([useless, tiny], targets)[0] > 3
-
-
-def test_classifier_without_a_mistake_keeps_temperature_one():
-    targets = torch.arange(5)
-    assert fit_temperatures([3 * torch.eye(5), torch.randn(5, 5)], targets)[0] == 1
-
-
-def test_masked_classes_do_not_count_in_the_temperature():
-    logits, targets = make_samples(300, classes=6)
-    masked = [torch.cat([single, torch.full((300, 2), -math.inf)], 1) for single in logits]
-    assert fit_temperatures(masked, targets) == pytest.approx(fit_temperatures(logits, targets), rel=1e-5)
 
 
 def solve_by_loops(logits):
@@ -271,59 +217,26 @@ def test_patience_finds_every_policy_that_is_worth_it():
         assert found >= max(accuracy for accuracy, macs, _ in every if macs <= budget) - 0.7
 
 
-def random_held_out(num=12):
-    ranks = torch.stack([torch.randperm(num), torch.randperm(num), torch.randint(0, 4, (num,)).sort().values])
-    ranks[2] = ranks[2].unique(return_inverse=True)[1]
-    correct = torch.rand(4, num) < torch.tensor([0.4, 0.7, 0.6, 0.9])[:, None]
-    cuts = tuple(torch.arange(1, int(rank.max()) + 2) for rank in ranks)
-    paths = torch.tensor([0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
-    heads = torch.tensor([0.05, 0.03, 0.02], dtype=torch.float64)
-    return HeldOut(ranks, correct, correct.float(), paths, heads, cuts)
+@pytest.mark.parametrize('criterion', ['confidence', 'entropy', 'margin'])
+def test_many_policies_at_once_give_what_each_alone_gives(samples, criterion):
+    """`HeldOut` against `PolicyMeter`: the same people leave at the same exits, to the last one."""
+    logits, targets = samples
+    base = ExitPolicy(criterion, (None, None, None))
+    every = candidates.Candidates(base, (0, 1, 2), logits, targets)
+    pool, counts, right, _, cost, _ = every.search(COSTS)
+    meter, num = PolicyMeter(logits, targets, COSTS), len(targets)
+    for row in range(0, len(pool), 7):
+        result = meter.measure(every.to_policy(pool[row]))
+        assert result.shares == tuple(count / num for count in counts[row].tolist())
+        assert result.accuracy == 100 * int(right[row]) / num
+        assert float(cost[row]) == pytest.approx(result.macs / COSTS.total, rel=1e-12)
 
 
-def test_search_finds_the_best_of_all_policies():
-    missed = 0
-    for _ in range(6):
-        held_out = random_held_out()
-        every = torch.tensor(list(product(*([-1, *cuts.tolist()] for cuts in held_out.cuts))))
-        found = search(held_out, torch.full((1, 3), -1))
-        best = {}
-        for name, policies in (('every', every), ('found', found)):
-            counts, right, _ = held_out.outcome(policies)
-            cost = held_out.cost(policies, counts)
-            best[name] = torch.stack([(right / 12 - price * cost).max() for price in (0.0, 0.1, 0.3, 0.5, 1.0, 3.0)])
-        missed += int((best['found'] < best['every'] - 1e-9).sum())
-        assert (best['found'] >= best['every'] - 1 / 12 - 1e-9).all()
-    assert missed <= 2  # of 36: coordinate ascent may end beside the top
-
-
-def test_cost_and_right_answers_are_those_of_a_loop_over_samples():
-    held_out = random_held_out()
-    policies = torch.tensor([[-1, 3, 2], [0, -1, 4], [12, 12, -1], [2, 5, 1]])
-    counts, right, _ = held_out.outcome(policies)
-    cost = held_out.cost(policies, counts)
-    for row, cuts in enumerate(policies.tolist()):
-        spent, correct = 0.0, 0
-        for sample in range(12):
-            idx = 0
-            while idx < 3:
-                spent += float(held_out.heads[idx]) if cuts[idx] >= 0 else 0.0
-                if int(held_out.ranks[idx, sample]) < cuts[idx]:
-                    break
-                idx += 1
-            spent += float(held_out.paths[idx])
-            correct += int(held_out.correct[idx, sample])
-        assert float(cost[row]) == pytest.approx(spent / 12)
-        assert int(right[row]) == correct
-
-
-def test_neighbours_are_valued_as_if_each_was_simulated():
-    held_out = random_held_out()
-    policies, expected, cost = neighbours(held_out, torch.tensor([[-1, 3, 2], [2, -1, 1], [4, 6, 3]]))
-    counts, right, _ = held_out.outcome(policies)
-    assert len(policies) == 3 * (12 + 12 + len(held_out.cuts[2]) + 3)
-    torch.testing.assert_close(expected, right.double(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(cost, held_out.cost(policies, counts), rtol=0, atol=1e-6)
+def test_solver_says_what_the_meter_says_to_the_last_digit(samples):
+    logits, targets = samples
+    meter = PolicyMeter(logits, targets, COSTS)
+    for result in solve_budgeted_batch(logits, targets, COSTS):
+        assert meter.measure(result.policy) == result
 
 
 def gain_on_fresh_samples(seed, fresh, quality):
@@ -368,7 +281,7 @@ def test_one_table_serves_budgets_in_macs_and_in_milliseconds():
         assert both.select(budget).ms == pytest.approx(
             simulate(both.select(budget).policy, logits, targets, times)[1], rel=1e-12
         )
-    with pytest.raises(MultiExitError, match='Costs are in ms and times in ms, allowed are MACs and ms'):
+    with pytest.raises(MultiExitError, match='costs must be in MACs and times in ms, got ms and ms'):
         search_budgets(logits, targets, times, times=times)
 
 
@@ -404,26 +317,32 @@ def test_one_sample_and_one_exit_are_enough():
 
 
 WRONG = {
-    'both': ({'max_drop': 0.1}, "budget is '60%' and max_drop is 0.1, allowed is one"),
-    'neither': ({'budget': None}, 'allowed is one of them'),
-    'unit': ({'budget': '60'}, "The budget is '60'"),
+    'both': ({'max_drop': 0.1}, "Pass either .* got budget='60%' and max_drop=0.1"),
+    'neither': ({'budget': None}, 'Pass either budget, the mean cost, or max_drop'),
+    'unit': ({'budget': '60'}, "A budget must be .* got '60'"),
     'times': ({'budget': '5ms'}, 'no costs in ms'),
-    'below': ({'budget': '1%'}, 'below the cheapest policy, allowed are 28% to 107%'),
-    'drop': ({'budget': None, 'max_drop': 1.0}, 'max_drop is 1.0, allowed are shares above 0 and below 1'),
-    'percent': ({'budget': None, 'max_drop': '1%'}, "max_drop is '1%', allowed are shares"),
-    'delta': ({'budget': None, 'max_drop': 0.1, 'delta': 0}, 'delta is 0, allowed are shares'),
-    'criterion': ({'criterion': 'luck'}, "Unknown criterion 'luck'"),
-    'combine': ({'combine': 'vote'}, "Unknown combination 'vote'"),
-    'float targets': ({'targets': torch.zeros(30)}, r'Targets are \[30\] of torch.float32'),
-    'list': ({'targets': [0] * 30}, 'Targets are list'),
-    'one-hot': ({'targets': torch.zeros(30, 20).long()}, r'Targets are \[30, 20\]'),
-    'length': ({'targets': torch.zeros(29).long()}, r'logits of 30 samples allow a tensor \[30\]'),
-    'range': ({'targets': torch.full((30,), 20)}, 'Targets go from 20 to 20, logits of 20 classes allow 0 to 19'),
-    'negative': ({'targets': torch.full((30,), -1)}, 'Targets go from -1'),
+    'below': ({'budget': '1%'}, 'must be 28% to 107%, got 1%, which is below the cheapest policy'),
+    'drop': ({'budget': None, 'max_drop': 1.0}, r'max_drop must be in \(0, 1\), got 1.0'),
+    'percent': ({'budget': None, 'max_drop': '1%'}, r"max_drop must be in \(0, 1\), got '1%'"),
+    'delta': ({'budget': None, 'max_drop': 0.1, 'delta': 0}, r'delta must be in \(0, 1\), got 0'),
+    'criterion': ({'criterion': 'luck'}, "criterion must be .* got 'luck'"),
+    'combine': ({'combine': 'vote'}, "combine must be .* got 'vote'"),
+    'float targets': (
+        {'targets': torch.zeros(30)},
+        r'targets must be a tensor \[30\] of class indices, .* got \[30\] of torch.float32',
+    ),
+    'list': ({'targets': [0] * 30}, 'targets must be .* got list'),
+    'one-hot': ({'targets': torch.zeros(30, 20).long()}, r'targets must be .* got \[30, 20\]'),
+    'length': ({'targets': torch.zeros(29).long()}, r'targets must be a tensor \[30\] .* got \[29\]'),
+    'range': (
+        {'targets': torch.full((30,), 20)},
+        r'targets must be in \[0, 19\] for logits of 20 classes, got 20 to 20',
+    ),
+    'negative': ({'targets': torch.full((30,), -1)}, 'got -1 to -1'),
     'NaN': ({'logits': [torch.full((30, 20), math.nan)] * 4}, 'logits of exit 0 are NaN'),
     'masked': ({'logits': [torch.full((30, 20), -math.inf)] * 4}, 'logits of exit 0 are'),
     'empty': ({'logits': [torch.zeros(0, 20)] * 4, 'targets': torch.zeros(0).long()}, '1 or more samples'),
-    'costs': ({'costs': StageCosts((1, 2), (1,))}, 'Costs are of 1 exits, logits of 3'),
+    'costs': ({'costs': StageCosts((1, 2), (1,))}, 'costs must be those of the 3 exits .* got 1'),
 }
 
 
@@ -439,5 +358,5 @@ def test_a_request_that_cannot_be_met_is_one_line(name):
 
 def test_wrong_number_of_temperatures_is_refused():
     logits, targets = make_samples(30)
-    with pytest.raises(MultiExitError, match='2 temperatures with 3 thresholds'):
+    with pytest.raises(MultiExitError, match='temperatures must be empty or have 4 values, .* got 2'):
         search_budgets(logits, targets, COSTS, temperatures=(1.0, 1.0))

@@ -12,7 +12,7 @@ from timm_multiexit.checkpoints.config import read_model_config
 from timm_multiexit.checkpoints.load import load_pretrained
 from timm_multiexit.checkpoints.save import hash_weights, save_policy
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint, restore_exits
-from timm_multiexit.policies.budgets import BudgetPoint, BudgetTable
+from timm_multiexit.policies.budgets import BudgetTable, PolicyResult
 from timm_multiexit.policies.policy import ExitPolicy
 
 
@@ -143,9 +143,18 @@ def edit_config(path, change):
         (lambda config: config['multiexit'].update(format_version=2), 'format 2, this version reads 1'),
         (lambda config: config['multiexit'].pop('exits'), 'must list up to 64 exits'),
         (lambda config: config['multiexit']['exits'][0].pop('channels'), 'must be an object with the keys'),
-        (lambda config: config['multiexit']['exits'][0].update(widths=3), 'Exit widths are 3'),
-        (lambda config: config['multiexit']['exits'][0].update(channels=-1), 'of -1, allowed are integers from 1'),
-        (lambda config: config['multiexit']['exits'][0].update(head='os.system'), "Unknown head 'os.system'"),
+        (
+            lambda config: config['multiexit']['exits'][0].update(widths=3),
+            'The widths of an exit must be a list of integers, got 3',
+        ),
+        (
+            lambda config: config['multiexit']['exits'][0].update(channels=-1),
+            r'must be an integer in \[1, 65536\], got -1',
+        ),
+        (
+            lambda config: config['multiexit']['exits'][0].update(head='os.system'),
+            "head must be one of .* got 'os.system'",
+        ),
         (lambda config: config['multiexit']['exits'][0].update(module='nowhere'), 'no module to tap'),
         (lambda config: config['multiexit']['exits'].pop(), 'does not fit this model'),
         (lambda config: config['multiexit']['exits'][0].update(channels=16), 'do not fit test_resnet'),
@@ -250,10 +259,10 @@ def test_policy_and_budgets_travel_with_the_folder(folder):
 @pytest.mark.parametrize(
     ('key', 'value', 'message'),
     [
-        ('policy', {'criterion': 'confidence', 'thresholds': [0.5]}, 'The policy has 1 thresholds, the model 3 exits'),
-        ('policy', {'criterion': 'luck', 'thresholds': [0.5] * 3}, "Unknown criterion 'luck'"),
-        ('policy', {'criterion': ['confidence'], 'thresholds': [0.5] * 3}, 'Unknown criterion'),
-        ('policy', {'criterion': 'confidence', 'thresholds': [10**400] * 3}, 'A threshold is 1000'),
+        ('policy', {'criterion': 'confidence', 'thresholds': [0.5]}, 'each of the 3 exits of the model, got 1'),
+        ('policy', {'criterion': 'luck', 'thresholds': [0.5] * 3}, "criterion must be .* got 'luck'"),
+        ('policy', {'criterion': ['confidence'], 'thresholds': [0.5] * 3}, 'criterion must be one of'),
+        ('policy', {'criterion': 'confidence', 'thresholds': [10**400] * 3}, 'A threshold .* got 1000'),
         ('policy', 'confidence', 'A policy must be an object'),
         ('budgets', [], 'A table of budgets'),
     ],
@@ -269,7 +278,7 @@ def test_policy_in_a_config_that_fits_nothing_is_an_error(folder, key, value, me
 
 def make_budgets(policy, macs=100.0):
     num_exits = len(policy.thresholds)
-    point = BudgetPoint(policy, 50.0, (0.0,) * num_exits + (1.0,), macs=macs)
+    point = PolicyResult(policy, 50.0, (0.0,) * num_exits + (1.0,), macs=macs)
     return BudgetTable((point,), total_macs=macs, max_macs=2 * macs)
 
 
@@ -315,8 +324,8 @@ def test_policy_is_saved_beside_what_only_the_caller_may_set(folder):
 @pytest.mark.parametrize(
     ('change', 'thresholds', 'in_table', 'message'),
     [
-        (lambda config: None, (0.9,), False, 'The policy has 1 thresholds, the model 3 exits'),
-        (lambda config: None, (0.9,) * 4, True, 'The policy has 4 thresholds, the model 3 exits'),
+        (lambda config: None, (0.9,), False, 'each of the 3 exits of the model, got 1'),
+        (lambda config: None, (0.9,) * 4, True, 'each of the 3 exits of the model, got 4'),
         (lambda config: config.pop('multiexit'), (0.9,) * 3, False, 'a model without exits: no policy'),
         (lambda config: config['multiexit'].update(format_version=2), (0.9,) * 3, False, 'this version reads 1'),
         (lambda config: config.update(model_args=[1]), (0.9,) * 3, False, 'model_args must be an object'),

@@ -6,13 +6,41 @@ import io
 import pytest
 from PIL import Image
 
-from timm_multiexit.evaluation.pictures import draw_accuracy_vs_macs, make_figure
+from timm_multiexit.evaluation.pictures import draw_validation, plot_accuracy_over_macs, validation_lines
 
 matplotlib = pytest.importorskip('matplotlib')
 
-EXITS = {'exit 0': (0.5e9, 60.0), 'exit 1': (1.0e9, 70.0), 'main': (2.0e9, 76.0)}
-CURVES = {'search': [(1.5e9, 75.0), (0.8e9, 71.0)], 'solver': [(0.9e9, 69.0)]}
-SINGLES = {'plain backbone': (1.8e9, 76.0), 'small': (1.2e9, 72.0)}
+
+def make_rows(*places):
+    """Return rows of a table, of classifiers in sequence at (GMACs, top-1), main and the ensemble last."""
+    idxs = (*range(len(places) - 2), 'main', 'ens')
+    return [
+        {'exit_idx': idx, 'GMACs fixed': 0.9 * macs, 'GMACs sequential': macs, 'top-1': top1}
+        for idx, (macs, top1) in zip(idxs, places)
+    ]
+
+
+ROWS = make_rows((0.5, 60.0), (1.0, 70.0), (2.0, 76.0), (2.0, 77.0))
+CURVE = {
+    'points': [
+        {'solver': {'macs': 0.9e9, 'top-1': 69.0}, 'search': {'macs': 1.5e9, 'top-1': 75.0}},
+        {'solver': {'macs': 0.7e9, 'top-1': 66.0}, 'search': {'macs': 0.8e9, 'top-1': 71.0}},
+        {'solver': {'macs': 0.6e9, 'top-1': 61.0}, 'search': None},
+    ]
+}
+SECTIONS = {'curve': CURVE, 'compare': [{'static model': 'small', 'GMACs': 1.2, 'top-1': 72.0}]}
+LABELS = {
+    'one classifier for all',
+    'budgets, solver of the field',
+    'budgets, search',
+    'plain backbone',
+    'ensemble of all',
+    'small',
+}
+
+
+def make_figure(rows=ROWS, sections=SECTIONS, title=''):
+    return plot_accuracy_over_macs(validation_lines(rows, sections), title=title)
 
 
 def lines_of(figure):
@@ -20,34 +48,34 @@ def lines_of(figure):
 
 
 def test_every_point_is_where_it_was_measured():
-    figure = make_figure(EXITS, CURVES, SINGLES, 'net')
+    figure = make_figure()
     lines = lines_of(figure)
     assert list(lines['one classifier for all'].get_xydata().flatten()) == [0.5, 60, 1.0, 70, 2.0, 76]
-    assert list(lines['search'].get_xydata().flatten()) == [0.8, 71, 1.5, 75]  # in order of cost, not raised
+    assert list(lines['budgets, search'].get_xydata().flatten()) == [0.8, 71, 1.5, 75]  # in order of cost, not raised
     assert list(lines['plain backbone'].get_xydata().flatten()) == [1.8, 76]
-    assert set(lines) == {'one classifier for all', 'search', 'solver', 'plain backbone', 'small'}
-    assert {text.get_text() for text in figure.axes[0].texts} == set(EXITS)
+    assert list(lines['ensemble of all'].get_xydata().flatten()) == [2.0, 77]
+    assert list(lines['small'].get_xydata().flatten()) == [1.2, 72]
+    assert set(lines) == LABELS
+    assert {text.get_text() for text in figure.axes[0].texts} == {'exit 0', 'exit 1', 'main'}
 
 
 def test_axes_say_what_they_are():
-    figure = make_figure(EXITS, CURVES, SINGLES, 'net, test split')
+    figure = make_figure(title='net, test split')
     axes = figure.axes[0]
     assert axes.get_xlabel() == 'mean cost of an image, GMACs'
     assert axes.get_ylabel() == 'top-1 accuracy, %'
-    assert axes.get_title() == 'net, test split'
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(CURVES) | set(SINGLES) | {
-        'one classifier for all'
-    }
+    assert figure.get_suptitle() == 'net, test split'
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == LABELS
 
 
 def test_small_networks_are_in_mmacs():
-    figure = make_figure({'exit 0': (2e6, 90.0), 'main': (5e6, 95.0)}, {}, {}, '')
+    figure = make_figure(make_rows((0.002, 90.0), (0.005, 95.0), (0.005, 95.0)), {})
     assert figure.axes[0].get_xlabel() == 'mean cost of an image, MMACs'
     assert list(lines_of(figure)['one classifier for all'].get_xdata()) == [2.0, 5.0]
 
 
 def test_picture_is_readable():
-    picture = draw_accuracy_vs_macs(exits=EXITS, curves=CURVES, singles=SINGLES, title='net')
+    picture = draw_validation(ROWS, SECTIONS, 'net')
     with Image.open(io.BytesIO(picture), formats=['PNG']) as image:
         image.load()
         assert image.size == (1200, 900)
@@ -63,4 +91,4 @@ def test_without_matplotlib_there_is_no_picture(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, '__import__', refuse)
-    assert draw_accuracy_vs_macs(exits=EXITS) is None
+    assert draw_validation(ROWS, {}, '') is None

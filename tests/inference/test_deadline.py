@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from timm_multiexit.exits.taps import Taps
-from timm_multiexit.inference.deadline import NUM_FORMS, PartTimes, TimeBook, learn_times, predict
+from timm_multiexit.inference.deadline import NUM_FORMS, PartTimes, TimeBook, learn_times, predict_by_deadline
 
 
 class Clock:
@@ -58,7 +58,7 @@ class Network:
         self.heads_run.clear()
         before = self.clock.now
         x = torch.zeros(2, 1)
-        prediction = predict(
+        prediction = predict_by_deadline(
             self.chain, self.taps, x, self.times, deadline_ms=deadline_ms, run_head=self.run_head, clock=self.clock
         )
         idx = prediction.exit_idx[0].item()

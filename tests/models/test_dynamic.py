@@ -81,17 +81,17 @@ def test_infer_takes_policy_threshold_budget_or_its_own_policy(model, x, policy)
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({}, r'infer needs to know where to leave: give an ExitPolicy, threshold=0.9, or budget="60%" after'),
-        ({'policy': 'confidence'}, "The policy is 'confidence': give an ExitPolicy"),
-        ({'threshold': 0.5, 'budget': '60%'}, 'policy, threshold and budget exclude each other'),
-        ({'threshold': (0.5, 0.5)}, 'The policy has 2 thresholds, the model 3 exits'),
-        ({'threshold': 1.5}, 'A threshold is 1.5, confidence allows numbers from 0 to 1'),
-        ({'threshold': -0.1}, 'A threshold is -0.1'),
-        ({'threshold': float('nan')}, 'A threshold is nan'),
-        ({'threshold': 'high'}, "A threshold is 'high'"),
-        ({'threshold': 0.5, 'bucket_sizes': 0}, r'bucket_sizes are \[0\], allowed are batch sizes from 1'),
-        ({'budget': '60%'}, r"No policy is known for a budget of '60%': model.calibrate\(loader, budget="),
-        ({'threshold': 0.5, 'bucket_sizes': (0, 8)}, r'bucket_sizes are \[0, 8\], allowed are batch sizes from 1'),
+        ({}, r'The model has no policy: pass an ExitPolicy, threshold=0.9, or budget="60%" after'),
+        ({'policy': 'confidence'}, "policy must be an ExitPolicy, got 'confidence': pass an ExitPolicy"),
+        ({'threshold': 0.5, 'budget': '60%'}, 'policy, threshold and budget are mutually exclusive'),
+        ({'threshold': (0.5, 0.5)}, 'each of the 3 exits of the model, got 2'),
+        ({'threshold': 1.5}, r"A threshold of 'confidence' must be in \[0, 1\], .* got 1.5"),
+        ({'threshold': -0.1}, 'got -0.1'),
+        ({'threshold': float('nan')}, 'got nan'),
+        ({'threshold': 'high'}, "got 'high'"),
+        ({'threshold': 0.5, 'bucket_sizes': 0}, r'bucket_sizes must be integers >= 1, got \[0\]'),
+        ({'budget': '60%'}, r"no table of budgets to look up '60%' in: call model.calibrate\(loader, budget="),
+        ({'threshold': 0.5, 'bucket_sizes': (0, 8)}, r'bucket_sizes must be integers >= 1, got \[0, 8\]'),
     ],
 )
 def test_what_infer_cannot_do_is_an_error_of_one_line(model, x, arguments, message):
@@ -103,9 +103,9 @@ def test_what_infer_cannot_do_is_an_error_of_one_line(model, x, arguments, messa
 @pytest.mark.parametrize(
     ('images', 'message'),
     [
-        (torch.zeros(0, *SIZE), r'Images are \[0, 3, 32, 32\], allowed is a tensor \[B, 3, H, W\] of 1 or more'),
-        (torch.zeros(SIZE), r'Images are \[3, 32, 32\]'),
-        ([1, 2], 'Images are list'),
+        (torch.zeros(0, *SIZE), r'Images must be a non-empty tensor \[B, 3, H, W\], got \[0, 3, 32, 32\]'),
+        (torch.zeros(SIZE), r'H, W\], got \[3, 32, 32\]'),
+        ([1, 2], r'H, W\], got list'),
     ],
 )
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_what_infer_cannot_do_is_an_error_of_one_line(model, x, arguments, messa
         lambda model, x: model.infer(x, threshold=0.5),
         lambda model, x: model.anytime(x),
         lambda model, x: model.predict(x, deadline_ms=10),
-        lambda model, x: model.measure_costs(x),
+        lambda model, x: model.measure_times(x),
     ],
-    ids=['infer', 'anytime', 'predict', 'measure_costs'],
+    ids=['infer', 'anytime', 'predict', 'measure_times'],
 )
 def test_empty_or_misshaped_batches_are_an_error_before_any_work(model, images, message, call):
     with pytest.raises(MultiExitError, match=message):
@@ -136,27 +136,27 @@ def test_nan_images_are_an_error_and_leave_the_model_clean(model, x, policy):
 def test_policy_is_forgotten_with_the_classifiers(model, x, policy):
     model.policy = policy
     model.reset_classifier(7)
-    with pytest.raises(MultiExitError, match='infer needs to know where to leave'):
+    with pytest.raises(MultiExitError, match='The model has no policy: pass an ExitPolicy'):
         model.infer(x)
 
 
 def test_one_class_is_an_error(make_model, x):
-    with pytest.raises(MultiExitError, match='The model has 1 classes, allowed are 2 or more'):
+    with pytest.raises(MultiExitError, match='The model must have 2 or more classes, got 1'):
         make_model(num_classes=1, head='linear', input_size=SIZE).eval().infer(x, threshold=0.5)
 
 
 def test_where_images_leave_is_found_in_eval_mode_and_with_finite_weights_alone(model):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(MultiExitError, match='The model is in training mode'):
-        _ = model.train().routing
+        _ = model.train().can_leave
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     weight = model.backbone.get_classifier().weight
     kept = weight.detach().clone()
     weight.data[0, 0] = float('nan')
-    with pytest.raises(MultiExitError, match='gives NaN or infinite logits for random images: see its weights'):
-        _ = model.eval().routing
+    with pytest.raises(MultiExitError, match='gives NaN or infinite logits for random images: check its weights'):
+        _ = model.eval().can_leave
     weight.data.copy_(kept)
-    assert model.routing == (True, True, True)
+    assert model.can_leave == (True, True, True)
 
 
 def test_policy_and_what_was_learnt_are_forgotten_with_the_exits(model, x, policy):
@@ -165,8 +165,22 @@ def test_policy_and_what_was_learnt_are_forgotten_with_the_exits(model, x, polic
     model.predict(x, deadline_ms=1000)
     model.drop_exits([1])
     assert (model.policy, model.budgets) == (None, None)
-    assert model.routing == (True, True)
+    assert model.can_leave == (True, True)
     assert model.predict(x, deadline_ms=10_000).exit_idx[0] == 2
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'ask'),
+    [
+        ('routing', 'can_leave', lambda model, x: model.routing == model.can_leave),
+        ('measure_costs', 'measure_times', lambda model, x: model.measure_costs(x, rounds=1).unit == 'ms'),
+    ],
+    ids=['routing', 'measure_costs'],
+)
+def test_old_names_still_work_and_say_the_new_ones(model, x, old, new, ask):
+    with pytest.warns(DeprecationWarning, match=f'model.{old} is deprecated, use model.{new}') as caught:
+        assert ask(model, x)
+    assert caught[0].filename == __file__
 
 
 # Anytime
@@ -284,7 +298,7 @@ def test_first_call_of_a_shape_learns_before_its_time_begins(model, x):
 
 @pytest.mark.parametrize('deadline', [0, -5, float('nan'), float('inf'), 10**400, None, '5ms', True])
 def test_deadlines_that_are_none_are_an_error(model, x, deadline):
-    with pytest.raises(MultiExitError, match='deadline_ms is .*, allowed are milliseconds above 0'):
+    with pytest.raises(MultiExitError, match=r'deadline_ms must be > 0 and <= 1e\+09, got '):
         model.predict(x, deadline_ms=deadline)
 
 
@@ -292,7 +306,7 @@ def test_deadlines_that_are_none_are_an_error(model, x, deadline):
 
 
 def test_measured_costs_rise_with_depth(model, x):
-    costs = model.measure_costs(x, rounds=3)
+    costs = model.measure_times(x, rounds=3)
     assert isinstance(costs, StageCosts)
     assert costs.unit == 'ms'
     assert (len(costs.paths), len(costs.heads)) == (4, 3)
@@ -328,9 +342,9 @@ def test_calibration_keeps_a_policy_within_the_budget_and_those_of_all_budgets(m
         assert chosen.accuracy == pytest.approx(100 * (prediction.logits.argmax(-1) == target).float().mean().item())
     assert torch.equal(model.infer(images).exit_idx, model.infer(images, policy).exit_idx)
     assert model.budgets.total_ms is None
-    with pytest.raises(MultiExitError, match="The budget is '5ms', the table has no costs in ms"):
+    with pytest.raises(MultiExitError, match="The table has no costs in ms for the budget '5ms'"):
         model.infer(images, budget='5ms')
-    with pytest.raises(MultiExitError, match='The budget 1% is below the cheapest policy'):
+    with pytest.raises(MultiExitError, match='got 1%, which is below the cheapest policy'):
         model.infer(images, budget='1%')
 
 
@@ -341,7 +355,7 @@ def test_calibration_in_milliseconds_measures_this_machine_at_the_loaders_batch_
     assert 0 < table.points[0].ms < table.total_ms
     images, _ = next(iter(loader))
     assert model.infer(images, budget=f'{table.max_ms}ms').logits.shape == (64, 10)
-    with pytest.raises(MultiExitError, match='The budget 0.000001ms is below the cheapest policy'):
+    with pytest.raises(MultiExitError, match='got 0.000001ms, which is below the cheapest policy'):
         model.calibrate(loader, budget='0.000001ms')
     assert model.budgets is table  # what was there is not lost
 
@@ -355,7 +369,7 @@ def test_calibration_with_a_bounded_drop_uses_cheap_exits_only_as_far_as_is_safe
 
 @pytest.mark.parametrize('arguments', [{}, {'budget': '60%', 'max_drop': 0.01}])
 def test_calibration_needs_one_of_budget_and_drop(model, loader, arguments):
-    with pytest.raises(MultiExitError, match='Give one of budget, as budget="60%", and max_drop, as max_drop=0.01'):
+    with pytest.raises(MultiExitError, match='Pass either budget, as budget="60%", or max_drop, as max_drop=0.01'):
         model.calibrate(loader, **arguments)
 
 

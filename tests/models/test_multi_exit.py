@@ -220,14 +220,14 @@ def test_collect_runs_every_stage_and_head_once(make_model, x):
 @pytest.mark.parametrize('exit_idx', [4, -5, 100])
 def test_exit_out_of_range_is_an_error_that_names_the_range(make_model, x, exit_idx):
     model = make_model()
-    with pytest.raises(MultiExitError, match=f'exit_idx is {exit_idx}, allowed are -4 to 3') as error:
+    with pytest.raises(MultiExitError, match=rf'exit_idx must be in \[-4, 3\], got {exit_idx}') as error:
         model(x, exit_idx=exit_idx)
     assert '\n' not in str(error.value)
 
 
 def test_exits_and_exit_idx_together_are_an_error(make_model, x):
     model = make_model()
-    with pytest.raises(MultiExitError, match='exclude each other'):
+    with pytest.raises(MultiExitError, match='mutually exclusive'):
         model(x, exits=True, exit_idx=0)
 
 

@@ -326,34 +326,46 @@ def test_score_of_nan_is_nan_for_that_sample_alone(criterion):
 # What is refused, each in one line
 
 BAD_POLICIES = {
-    'criterion': (dict(criterion='certainty'), "criterion 'certainty'.*confidence, entropy, margin, patience"),
-    'criterion-none': (dict(criterion=None), 'criterion None'),
-    'criterion-list': (dict(criterion=['confidence']), r"criterion \['confidence'\]"),
-    'combine': (dict(combine='sum'), "combination 'sum'.*mean and geometric"),
-    'combine-dict': (dict(combine={}), r'combination \{\}'),
-    'thresholds-number': (dict(thresholds=0.5), 'thresholds are 0.5'),
-    'thresholds-text': (dict(thresholds='0.5'), "thresholds are '0.5'"),
-    'thresholds-none': (dict(thresholds=None), 'thresholds are None'),
-    'threshold-high': (dict(thresholds=(0.5, 1.1)), 'threshold is 1.1.*0 to 1'),
-    'threshold-low': (dict(thresholds=(-0.1,)), 'threshold is -0.1'),
-    'threshold-nan': (dict(thresholds=(math.nan,)), 'threshold is nan'),
-    'threshold-inf': (dict(thresholds=(INF,)), 'threshold is inf'),
-    'threshold-huge': (dict(thresholds=(10**400,)), 'threshold is 1000'),
-    'threshold-bool': (dict(thresholds=(True,)), 'threshold is True'),
-    'threshold-text': (dict(thresholds=('0.5',)), "threshold is '0.5'"),
-    'threshold-list': (dict(thresholds=([0.5],)), r'threshold is \[0.5\]'),
-    'patience-zero': (dict(criterion='patience', thresholds=(0,)), 'threshold is 0, patience allows 1, 2'),
-    'patience-part': (dict(criterion='patience', thresholds=(1.5,)), 'threshold is 1.5'),
-    'patience-nan': (dict(criterion='patience', thresholds=(math.nan,)), 'threshold is nan'),
-    'patience-huge': (dict(criterion='patience', thresholds=(10**400,)), 'threshold is 1000'),
-    'patience-above': (dict(criterion='patience', thresholds=(1001,)), 'threshold is 1001'),
-    'temperatures-number': (dict(thresholds=(0.5,), temperatures=2.0), 'temperatures are 2.0'),
-    'temperatures-few': (dict(thresholds=(0.5,), temperatures=(1.0,)), '1 temperatures with 1 thresholds'),
-    'temperatures-many': (dict(thresholds=(), temperatures=(1.0, 1.0)), '2 temperatures with 0 thresholds'),
-    'temperature-zero': (dict(thresholds=(0.5,), temperatures=(0, 1)), 'temperature is 0.*0.01 to 100'),
-    'temperature-nan': (dict(thresholds=(0.5,), temperatures=(1, math.nan)), 'temperature is nan'),
-    'temperature-none': (dict(thresholds=(0.5,), temperatures=(None, 1)), 'temperature is None'),
-    'temperature-high': (dict(thresholds=(0.5,), temperatures=(101, 1)), 'temperature is 101'),
+    'criterion': (
+        dict(criterion='certainty'),
+        "criterion must be one of confidence, entropy, margin, patience, got 'certainty'",
+    ),
+    'criterion-none': (dict(criterion=None), 'criterion .* got None'),
+    'criterion-list': (dict(criterion=['confidence']), r"criterion .* got \['confidence'\]"),
+    'combine': (dict(combine='sum'), "combine must be None, mean or geometric, got 'sum'"),
+    'combine-dict': (dict(combine={}), r'combine .* got \{\}'),
+    'thresholds-number': (dict(thresholds=0.5), 'thresholds must be a sequence of numbers, got 0.5'),
+    'thresholds-text': (dict(thresholds='0.5'), "thresholds must be .* got '0.5'"),
+    'thresholds-none': (dict(thresholds=None), 'thresholds must be .* got None'),
+    'threshold-high': (dict(thresholds=(0.5, 1.1)), r'threshold of .* must be in \[0, 1\], .* got 1.1'),
+    'threshold-low': (dict(thresholds=(-0.1,)), 'threshold .* got -0.1'),
+    'threshold-nan': (dict(thresholds=(math.nan,)), 'threshold .* got nan'),
+    'threshold-inf': (dict(thresholds=(INF,)), 'threshold .* got inf'),
+    'threshold-huge': (dict(thresholds=(10**400,)), 'threshold .* got 1000'),
+    'threshold-bool': (dict(thresholds=(True,)), 'threshold .* got True'),
+    'threshold-text': (dict(thresholds=('0.5',)), "threshold .* got '0.5'"),
+    'threshold-list': (dict(thresholds=([0.5],)), r'threshold .* got \[0.5\]'),
+    'patience-zero': (
+        dict(criterion='patience', thresholds=(0,)),
+        r"threshold of 'patience' must be an integer in \[1, 1000\], .* got 0",
+    ),
+    'patience-part': (dict(criterion='patience', thresholds=(1.5,)), 'threshold .* got 1.5'),
+    'patience-nan': (dict(criterion='patience', thresholds=(math.nan,)), 'threshold .* got nan'),
+    'patience-huge': (dict(criterion='patience', thresholds=(10**400,)), 'threshold .* got 1000'),
+    'patience-above': (dict(criterion='patience', thresholds=(1001,)), 'threshold .* got 1001'),
+    'temperatures-number': (dict(thresholds=(0.5,), temperatures=2.0), 'temperatures must be .* got 2.0'),
+    'temperatures-few': (
+        dict(thresholds=(0.5,), temperatures=(1.0,)),
+        'temperatures must be empty or have 2 values, .* got 1',
+    ),
+    'temperatures-many': (
+        dict(thresholds=(), temperatures=(1.0, 1.0)),
+        'temperatures must be empty or have 1 values, .* got 2',
+    ),
+    'temperature-zero': (dict(thresholds=(0.5,), temperatures=(0, 1)), r'temperature must be in \[0.01, 100\], got 0'),
+    'temperature-nan': (dict(thresholds=(0.5,), temperatures=(1, math.nan)), 'temperature must be .* got nan'),
+    'temperature-none': (dict(thresholds=(0.5,), temperatures=(None, 1)), 'temperature must be .* got None'),
+    'temperature-high': (dict(thresholds=(0.5,), temperatures=(101, 1)), 'temperature must be .* got 101'),
 }
 
 
@@ -377,15 +389,15 @@ def test_what_is_no_policy_is_refused_in_one_line(values):
 NAN_ROW = torch.tensor([[0.0, 1.0], [math.nan, 0.0], [0.0, 1.0]])
 GOOD = torch.zeros(3, 2)
 BAD_LOGITS = {
-    'none': ([], '0 classifiers'),
-    'main-alone': ([GOOD], '1 classifiers.*two or more'),
+    'none': ([], 'two or more classifiers.* got 0 of shapes'),
+    'main-alone': ([GOOD], 'two or more classifiers.* got 1 of shapes'),
     'other-shapes': ([GOOD, torch.zeros(3, 4)], r'\[\[3, 2\], \[3, 4\]\]'),
     'other-counts': ([GOOD, torch.zeros(2, 2)], r'\[\[2, 2\], \[3, 2\]\]'),
     'three-axes': ([torch.zeros(3, 2, 1)] * 2, r'\[\[3, 2, 1\]\]'),
     'one-axis': ([torch.zeros(3)] * 2, r'\[\[3\]\]'),
-    'no-samples': ([torch.zeros(0, 2)] * 2, r'\[0, 2\].*1 or more samples'),
-    'no-classes': ([torch.zeros(3, 0)] * 2, r'\[3, 0\].*2 or more classes'),
-    'one-class': ([torch.zeros(3, 1)] * 2, r'\[3, 1\].*2 or more classes'),
+    'no-samples': ([torch.zeros(0, 2)] * 2, r'1 or more samples.*\[0, 2\]'),
+    'no-classes': ([torch.zeros(3, 0)] * 2, r'2 or more classes.*\[3, 0\]'),
+    'one-class': ([torch.zeros(3, 1)] * 2, r'2 or more classes.*\[3, 1\]'),
     'nan-exit': ([NAN_ROW, GOOD], 'exit 0 are NaN or infinite for 1 of 3 samples'),
     'nan-main': ([GOOD, NAN_ROW], 'main are NaN or infinite for 1 of 3 samples'),
     'inf': ([GOOD, GOOD + INF, GOOD], 'exit 1 are NaN or infinite for 3 of 3'),
@@ -404,7 +416,7 @@ def test_logits_that_no_policy_can_decide_on_are_refused_in_one_line(case):
 
 @pytest.mark.parametrize('count', [0, 3, 5])
 def test_policy_for_another_number_of_exits_is_refused_in_one_line(count):
-    with pytest.raises(MultiExitError, match=f'{count} thresholds, the model 4 exits') as error:
+    with pytest.raises(MultiExitError, match=f'each of the 4 exits of the model, got {count}') as error:
         apply_policy(ExitPolicy('confidence', (0.5,) * count), make_logits())
     assert '\n' not in str(error.value)
 

@@ -8,7 +8,16 @@ import pytest
 
 from timm_multiexit.checkpoints.save import save_pretrained
 from timm_multiexit.utils.errors import DiskError, HubError, MultiExitError
-from timm_multiexit.utils.files import RESUME, RUN_AGAIN, explain_disk_errors, new_folder, replacing, sha256, write_text
+from timm_multiexit.utils.files import (
+    RESUME,
+    RUN_AGAIN,
+    explain_disk_errors,
+    new_folder,
+    replacing,
+    sha256,
+    write_output,
+    write_text,
+)
 
 
 def refuse(*args, **kwargs):
@@ -81,3 +90,19 @@ def test_saved_files_have_the_mode_of_other_new_files(make_model, tmp_path, mask
         os.umask(previous)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / 'net').iterdir()}
     assert modes == dict.fromkeys(('config.json', 'model.safetensors', 'exits.safetensors'), 0o666 & ~mask)
+
+
+def test_full_disk_leaves_the_old_file_and_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / 'rows.csv'
+    path.write_text('old')
+
+    def write_half(self, content):
+        self.open('wb').close()
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('pathlib.Path.write_bytes', write_half)
+    with pytest.raises(MultiExitError, match='rows.csv could not be written: No space left on device') as raised:
+        write_output(path, b'new')
+    assert '--resume' not in str(raised.value)
+    assert [file.name for file in tmp_path.iterdir()] == ['rows.csv']
+    assert path.read_text() == 'old'

@@ -85,7 +85,7 @@ def test_samples_that_leave_the_batch_get_and_leave_the_same_answers(family):
     model = make_small(family)
     num_exits = len(model.exits)
     can_leave = tuple(idx not in STUCK.get(family, ()) for idx in range(num_exits))
-    assert model.routing == can_leave
+    assert model.can_leave == can_leave
     x = make_images(model, 2 * num_exits + 2)
     enliven(model, x)
     assert find_leaving(model.backbone, model._taps, model.input_size) == can_leave

@@ -7,8 +7,8 @@ from typing import Any
 from timm_multiexit.exits.stages import stage_entries
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.utils.errors import MultiExitError
-from timm_multiexit.utils.figures import COLORS, new_figure
-from timm_multiexit.utils.text import ENSEMBLE, exit_names
+from timm_multiexit.utils.figures import COLORS, draw_arrow, draw_box, new_figure
+from timm_multiexit.utils.text import ENSEMBLE, exit_names, format_macs
 
 
 def describe_architecture(model: MultiExitModel, input_size: tuple[int, int, int]) -> dict[str, Any]:
@@ -86,6 +86,8 @@ def accuracy_over_macs(
 
 _STEP, _WIDTH, _HEIGHT = 3.0, 2.2, 1.5
 
+_SIZE = (_WIDTH, _HEIGHT)
+
 
 def draw_architecture(numbers: Mapping[str, Any], title: str) -> Any:
     """Return the stages as a row of boxes, with the exit after each below it, and MACs of an image in all of them.
@@ -101,16 +103,16 @@ def draw_architecture(numbers: Mapping[str, Any], title: str) -> Any:
     axes.set(xlim=(-1.4, (columns - 1) * _STEP + 1.4), ylim=(-3.6, 1.2))
     axes.set_axis_off()
     channels, height, width = numbers['input_size']
-    _draw_box(axes, 0, 0, f'image\n{channels} x {height} x {width}', '0.9')
+    draw_box(axes, (0, 0), _SIZE, f'image\n{channels} x {height} x {width}', '0.9')
     for idx, stage in enumerate(stages, start=1):
-        _draw_arrow(axes, ((idx - 1) * _STEP + _WIDTH / 2, 0), (idx * _STEP - _WIDTH / 2, 0))
-        _draw_box(axes, idx * _STEP, 0, describe_stage(stage), COLORS[5])
+        draw_arrow(axes, ((idx - 1) * _STEP + _WIDTH / 2, 0), (idx * _STEP - _WIDTH / 2, 0))
+        draw_box(axes, (idx * _STEP, 0), _SIZE, describe_stage(stage), COLORS[5])
         if stage['exit'] is not None:
-            _draw_arrow(axes, (idx * _STEP, -_HEIGHT / 2), (idx * _STEP, -2.6 + _HEIGHT / 2))
-            _draw_box(axes, idx * _STEP, -2.6, describe_exit(exits[stage['exit']]), COLORS[4])
+            draw_arrow(axes, (idx * _STEP, -_HEIGHT / 2), (idx * _STEP, -2.6 + _HEIGHT / 2))
+            draw_box(axes, (idx * _STEP, -2.6), _SIZE, describe_exit(exits[stage['exit']]), COLORS[4])
     end = (len(stages) + 1) * _STEP
-    _draw_arrow(axes, (end - _STEP + _WIDTH / 2, 0), (end - _WIDTH / 2, 0))
-    _draw_box(axes, end, 0, f'main\n{numbers["num_classes"]} classes', COLORS[4])
+    draw_arrow(axes, (end - _STEP + _WIDTH / 2, 0), (end - _WIDTH / 2, 0))
+    draw_box(axes, (end, 0), _SIZE, f'main\n{numbers["num_classes"]} classes', COLORS[4])
     return figure
 
 
@@ -121,34 +123,12 @@ def describe_stage(stage: Mapping[str, Any]) -> str:
     'to layer1\n64 x 8 x 8\n2.0 MMACs'
     """
     where = 'to the end' if stage['exit'] is None else f'to {stage["to"]}'
-    return f'{where}\n{" x ".join(map(str, [stage["channels"], *(stage["size"] or ())]))}\n{format_macs(stage["macs"])}'
+    shape = ' x '.join(map(str, [stage['channels'], *(stage['size'] or ())]))
+    return f'{where}\n{shape}\n{format_macs(stage["macs"], ".1f")}'
 
 
 def describe_exit(head: Mapping[str, Any]) -> str:
     """Return what is written into the box of an exit."""
     widths = '-'.join('pool' if width == 0 else str(width) for width in head['widths'])
     kind = f'{head["head"]} {widths}'.rstrip()
-    return f'{head["name"]}\n{kind}\n{format_macs(head["macs"])}'
-
-
-def format_macs(macs: float) -> str:
-    """Return MACs in a unit that fits.
-
-    >>> format_macs(2_500_000_000), format_macs(31_250_000), format_macs(640)
-    ('2.5 GMACs', '31.2 MMACs', '0.6 kMACs')
-    """
-    scale, unit = (1e9, 'G') if macs >= 1e9 else (1e6, 'M') if macs >= 1e6 else (1e3, 'k')
-    return f'{macs / scale:.1f} {unit}MACs'
-
-
-def _draw_box(axes: Any, x: float, y: float, text: str, color: str) -> None:
-    from matplotlib.patches import FancyBboxPatch
-
-    corner, shape = (x - _WIDTH / 2, y - _HEIGHT / 2), 'round,pad=0,rounding_size=0.15'
-    box = FancyBboxPatch(corner, _WIDTH, _HEIGHT, boxstyle=shape, facecolor=color, edgecolor='black', alpha=0.6)
-    axes.add_patch(box)
-    axes.text(x, y, text, ha='center', va='center', fontsize=8)
-
-
-def _draw_arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.annotate('', xy=end, xytext=start, arrowprops={'arrowstyle': '->', 'color': 'black'})
+    return f'{head["name"]}\n{kind}\n{format_macs(head["macs"], ".1f")}'

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from timm_multiexit.utils.figures import COLORS, MARKERS, new_figure, show_epochs, style
+from timm_multiexit.evaluation.pictures import Line, plot_accuracy_over_macs
+from timm_multiexit.utils.figures import COLORS, MARKERS, line_style, new_figure, show_epochs
 from timm_multiexit.utils.text import ENSEMBLE
 
 _PANELS_PER_ROW = 3
@@ -53,7 +54,7 @@ def draw_training(curves: Mapping[str, Mapping[str, Any]], label: str, reference
             label=_describe_run(name, curve, reference),
             marker='o' if points else None,
             markersize=3,
-            **style(idx),
+            **line_style(idx),
         )
     if reference in curves:
         target = curves[reference]['final_main']
@@ -81,39 +82,26 @@ def draw_accuracy_over_macs(points: Mapping[str, list[Mapping[str, Any]]], title
         points: Run -> what `accuracy_over_macs` returned; a run without exits is one point.
         title: Heading.
     """
-    figure = new_figure(9, 6 + 0.15 * len(points), title)
-    axes = figure.subplots()
-    largest = max(point['sequential'] for line in points.values() for point in line)
-    scale, unit = (1e9, 'GMACs') if largest >= 1e9 else (1e6, 'MMACs')
+    lines = []
     for idx, (name, line) in enumerate(points.items()):
-        color = COLORS[idx % len(COLORS)]
+        color, marker = COLORS[idx % len(COLORS)], MARKERS[idx % len(MARKERS)]
         singles = [point for point in line if point['classifier'] != ENSEMBLE]
         for key, dashes, filling in (('fixed', ':', 'white'), ('sequential', '-', color)):
             label = name if len(singles) == 1 else f'{name}, {"one exit alone" if key == "fixed" else "in sequence"}'
-            axes.plot(
-                [point[key] / scale for point in singles],
-                [point['top1'] for point in singles],
-                color=color,
-                linestyle=dashes,
-                marker=MARKERS[idx % len(MARKERS)],
-                markerfacecolor=filling,
-                label=label if len(singles) > 1 or key == 'sequential' else None,
+            lines.append(
+                Line(
+                    [(point[key], point['top1']) for point in singles],
+                    label if len(singles) > 1 or key == 'sequential' else None,
+                    {'color': color, 'linestyle': dashes, 'marker': marker, 'markerfacecolor': filling},
+                )
             )
-        for point in line[len(singles) :]:
-            axes.plot(
-                point['sequential'] / scale,
-                point['top1'],
-                color=color,
-                marker='*',
-                markersize=13,
-                linestyle='none',
-                label=f'{name}, ensemble',
-            )
-    axes.set(xlabel=f'cost of an image, {unit}', ylabel='top-1 accuracy, %')
-    axes.margins(0.08)
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc='outside lower center', ncols=3)
-    return figure
+        star = {'color': color, 'marker': '*', 'markersize': 13, 'linestyle': 'none'}
+        lines += [
+            Line([(point['sequential'], point['top1'])], f'{name}, ensemble', star) for point in line[len(singles) :]
+        ]
+    return plot_accuracy_over_macs(
+        lines, title=title, xlabel='cost of an image', width=9, height=6 + 0.15 * len(points)
+    )
 
 
 def draw_diversity(rows: Mapping[str, Mapping[str, Any]], reference: str) -> Any:

@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.policies.leaving import walk
 from timm_multiexit.policies.policy import CRITERIA, ExitPolicy
 
 
-def _find_path(policies: Sequence[ExitPolicy], logits: Sequence[Tensor]) -> list[ExitPolicy]:
+def find_path(policies: Sequence[ExitPolicy], logits: Sequence[Tensor]) -> list[ExitPolicy]:
     """Return a path from careful to cheap: policies before the first of these, then these.
 
     The most accurate policy on some samples may leave early already. Before it come those by which only the surest
@@ -40,24 +41,20 @@ def _find_path(policies: Sequence[ExitPolicy], logits: Sequence[Tensor]) -> list
     return path + policies
 
 
-def _drops(
-    path: Sequence[ExitPolicy],
-    halves: Sequence[tuple[Sequence[Tensor], Tensor]],
+def measure_drops(
+    path: Sequence[ExitPolicy], chosen_on: PolicyMeter, tested_on: PolicyMeter
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each policy the losses of the second half and of the first, as `last_safe` takes them."""
-    caches = [{} for _ in halves]
+    """Yield for each policy the losses of the tested samples and of those it was chosen on, as `last_safe` takes them.
+
+    Args:
+        path: The policies.
+        chosen_on: Of the samples that the path was chosen on.
+        tested_on: Of others.
+    """
     for policy in path:
-        losses = []
-        for (logits, targets), cache in zip(halves, caches):
-            key = policy.used, policy.temperatures
-            if key not in cache:
-                cache[key] = [(idx, answer.argmax(-1) == targets, score) for idx, answer, score in walk(policy, logits)]
-            *exits, (_, correct, _) = cache[key]
-            reference = logits[-1].argmax(-1) == targets
-            for idx, here, score in reversed(exits):
-                correct = torch.where(policy.leaves(idx, score), here, correct)
-            losses.append(drop_losses(correct, reference))
-        yield losses[1], losses[0]
+        main = ExitPolicy(thresholds=(None,) * len(policy.thresholds))
+        tested, past = (drop_losses(meter.is_right(policy), meter.is_right(main)) for meter in (tested_on, chosen_on))
+        yield tested, past
 
 
 _BOLDNESS = 0.9  # share of the largest bet; at 1 a single loss could end the game

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from timm_multiexit.calibration.search import HeldOut, choose_cuts, search
+from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.policies.leaving import walk
 from timm_multiexit.policies.policy import CRITERIA, ExitPolicy
 
 _RIDGE = 20.0  # as if so many samples spoke against another classifier's confidence
 
-_ALL_SETS = 4  # exits up to which all sets of used ones are looked at
+_ALL_SETS = 4  # exits up to which all sets of them are tried
 
 _RELUCTANCE = 0.01  # right answers that a policy without temperatures must be ahead, so that it wins no tie
 
@@ -35,7 +36,7 @@ def split_geometrically(ranks: Tensor) -> Tensor:
     Args:
         ranks: [E, N] int64, as in `HeldOut`.
 
-    Source: see `timm_multiexit.calibration.solve_budgeted_batch`.
+    Source: see `timm_multiexit.calibration.thresholds.solve_budgeted_batch`.
     """
     num_exits, num = ranks.shape
     shares = torch.tensor([[(p / 20) ** k for k in range(1, num_exits + 2)] for p in range(1, 40)], dtype=torch.float64)
@@ -54,7 +55,7 @@ def split_geometrically(ranks: Tensor) -> Tensor:
 
 
 def list_used_sets(policy: ExitPolicy) -> list[tuple[int, ...]]:
-    """Return the sets of used exits that a search goes through one by one.
+    """Return the sets of exits that a search tries one by one.
 
     One set of all where the search itself may leave exits out: where an exit's scores do not depend on the others.
     Else all sets of up to four exits; of more, the first ones, the last ones, all but one, and every second one.
@@ -64,17 +65,13 @@ def list_used_sets(policy: ExitPolicy) -> list[tuple[int, ...]]:
     """
     num_exits = len(policy.thresholds)
     every = tuple(range(num_exits))
-    if _is_independent(policy):
+    if policy.is_memoryless:
         return [every]
     if num_exits <= _ALL_SETS:
         return [used for size in range(num_exits + 1) for used in combinations(every, size)]
     sets = {part for idx in range(num_exits + 1) for part in (every[:idx], every[idx:])}
     sets |= {every[:idx] + every[idx + 1 :] for idx in every} | {every[::2], every[1::2]}
     return sorted(sets, key=lambda used: (len(used), used))
-
-
-def _is_independent(policy: ExitPolicy) -> bool:
-    return policy.combine is None and policy.criterion != 'patience'
 
 
 class Candidates:
@@ -89,7 +86,7 @@ class Candidates:
         is_bare: Whether the field's policies are all there are.
 
     Raises:
-        MultiExitError: Temperatures of another number of classifiers.
+        InvalidValueError: Temperatures of another number of classifiers.
     """
 
     def __init__(
@@ -103,8 +100,7 @@ class Candidates:
         is_bare: bool = False,
     ):
         self.used, self.num_exits, self.is_bare = used, len(logits) - 1, is_bare
-        thresholds = tuple(1.0 if idx in used else None for idx in range(self.num_exits))
-        self.base = replace(base, thresholds=thresholds)
+        self.base = replace(base, thresholds=tuple(1.0 if idx in used else None for idx in range(self.num_exits)))
         self.sign = 1.0 if CRITERIA[base.criterion].leaves_at_least else -1.0
         correct, odds, ranks = [], [], [targets.new_zeros(0, len(targets))]
         self.thresholds, cuts = [], []
@@ -141,29 +137,26 @@ class Candidates:
             between = values[:-1]
         else:
             nobody, everybody = (1.0, 0.0) if self.sign > 0 else (0.0, -1.0)
-            # Halfway, for a score that a last bit has changed; the upper one where there is no number between.
+            # Halfway, for a score that a last bit has changed; the upper one where no number lies between.
             middle = (values[:-1] + values[1:]) / 2
             between = torch.where(middle > values[1:], middle, values[:-1])
         highest = int((values >= everybody).sum())
-        lowest = int((values >= nobody).any() or _is_independent(self.base))
+        lowest = int((values >= nobody).any() or self.base.is_memoryless)
         edges = [values.new_tensor([nobody]), between[: max(highest - 1, 0)], values.new_tensor([everybody])]
         return torch.cat(edges)[: highest + 1], min(lowest, highest), highest
 
-    def search(self, paths: Sequence[float], heads: Sequence[float]) -> tuple[Tensor, ...]:
+    def search(self, costs: StageCosts) -> tuple[Tensor, ...]:
         """Return the policies that were found for costs of one unit.
 
         Args:
-            paths: Cost of the backbone up to each tap, all of it last.
-            heads: Cost of each head.
+            costs: What leaving costs.
 
         Returns:
             Cuts [P, U]; how many leave at each classifier [P, E + 1]; right answers [P]; those expected [P]; mean cost
             as a share of the plain backbone [P]; which ones are the field's [P].
         """
-        path_shares = torch.tensor(paths, dtype=torch.float64)[[*self.used, -1]] / paths[-1]
-        head_shares = torch.tensor(heads, dtype=torch.float64)[list(self.used)] / paths[-1]
-        may_skip = _is_independent(self.base)
-        held_out = HeldOut(self.ranks, self.correct, self.worth, path_shares, head_shares, self.cuts, may_skip)
+        may_skip = self.base.is_memoryless
+        held_out = HeldOut(self.ranks, self.correct, self.worth, costs.relative(self.used), self.cuts, may_skip)
         field = self._field_cuts()
         if self.is_bare:
             pool = field
@@ -185,7 +178,7 @@ class Candidates:
         if self.base.criterion == 'patience' or len(self.used) < self.num_exits:
             return torch.zeros(0, len(self.used), dtype=torch.int64)
         cuts = split_geometrically(self.ranks)
-        lowest = torch.tensor([-1 if _is_independent(self.base) else int(each[0]) for each in self.cuts])
+        lowest = torch.tensor([-1 if self.base.is_memoryless else int(each[0]) for each in self.cuts])
         return cuts.clamp(min=lowest, max=torch.tensor([int(each[-1]) for each in self.cuts]))
 
     def to_policy(self, cuts: Tensor) -> ExitPolicy:

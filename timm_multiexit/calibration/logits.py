@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import DataError, StateError
 
 
 class LogitSet(NamedTuple):
@@ -21,17 +21,20 @@ class LogitSet(NamedTuple):
         targets: Class indices [N], int64.
         first_batch: The first batch of images, as the model was given it.
         fingerprints: [N] int64, equal for equal images.
+        features: What enters the linear layer of each classifier, [N, D] float32 tensors on the CPU; empty if not kept.
     """
 
     logits: tuple[Tensor, ...]
     targets: Tensor
     first_batch: Tensor
     fingerprints: Tensor
+    features: tuple[Tensor, ...] = ()
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image."""
-        return tuple(self.first_batch.shape[1:])
+        channels, height, width = self.first_batch.shape[1:]
+        return channels, height, width
 
     def count_shared(self, other: 'LogitSet') -> int:
         """Return how many of these images are among the others, as the model was given them."""
@@ -56,10 +59,11 @@ def fingerprint(images: Tensor) -> Tensor:
 @torch.no_grad()
 def collect_logits(
     model: nn.Module,
-    loader: Iterable,
+    loader: Iterable[Any],
     *,
     accelerator: Accelerator | None = None,
     channels_last: bool = False,
+    features: bool = False,
 ) -> LogitSet:
     """Return the logits of all classifiers on all images of a loader.
 
@@ -68,29 +72,38 @@ def collect_logits(
         loader: Batches of images and class indices, of this process alone.
         accelerator: Gives precision; none for that of the model.
         channels_last: Give images to the model in that memory format.
+        features: Keep the features of all classifiers too.
 
     Raises:
-        MultiExitError: The loader gives no batch, or the model is in training mode.
+        DataError: The loader is empty.
+        StateError: The model is in training mode.
     """
     if model.training:
-        raise MultiExitError('The model is in training mode, its logits would depend on the batch: model.eval().')
+        raise StateError(
+            'The model is in training mode, so its logits would depend on the batch: call model.eval() first.'
+        )
     param = next(model.parameters())
-    parts, targets, fingerprints, first_batch = [], [], [], None
+    parts: list[list[Any]] = []
+    batches: list[Tensor] = []
+    targets, fingerprints = [], []
     for images, target in loader:
         images = images.to(param.device, param.dtype)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast() if accelerator else nullcontext():
-            logits = model(images, exits=True).logits
-        parts.append([single.float().cpu() for single in logits])
+            outputs = model(images, exits=True)
+        kept = (*outputs.logits, *outputs.features) if features else outputs.logits
+        parts.append([single.float().cpu() for single in kept])
         targets.append(target.cpu())
         fingerprints.append(fingerprint(images))
-        first_batch = images if first_batch is None else first_batch
+        batches = batches or [images]
     if not parts:
-        raise MultiExitError('The data loader gives no batch, so there is nothing to evaluate.')
-    logits = []
+        raise DataError('The data loader is empty, so there is nothing to evaluate.')
+    joined = []
     for idx in range(len(parts[0])):
-        logits.append(torch.cat([part[idx] for part in parts]))
+        joined.append(torch.cat([part[idx] for part in parts]))
         for part in parts:
             part[idx] = None  # or everything would be there twice at the end
-    return LogitSet(tuple(logits), torch.cat(targets), first_batch, torch.cat(fingerprints))
+    count = len(outputs.logits)
+    logits, rest = tuple(joined[:count]), tuple(joined[count:])
+    return LogitSet(logits, torch.cat(targets), batches[0], torch.cat(fingerprints), rest)

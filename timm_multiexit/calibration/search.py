@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from timm_multiexit.calibration.stage_costs import StageCosts
+
 _NUM_CUTS = 100  # candidates per exit; twice as many gained nothing on fresh samples
 
 _NUM_PRICES = 40
@@ -27,8 +29,7 @@ class HeldOut:
         ranks: [E, N] int64, the place of each score among the distinct scores of its exit; 0 is the most eager.
         correct: [E + 1, N] bool, whether each classifier answers right, main last.
         worth: [E + 1, N] float32, the probability of that: what the search looks at.
-        paths: [E + 1] float64, cost of the backbone up to each tap, all of it last, which is 1.
-        heads: [E] float64, cost of each head, paid by all who reach it if the exit is used.
+        costs: What leaving costs, of the E exits; the whole backbone costs 1.
         cuts: What the search tries, one rising int64 tensor [M] per exit.
         may_skip: Whether exits may be left out; not where that changes the scores of later ones.
     """
@@ -36,8 +37,7 @@ class HeldOut:
     ranks: Tensor
     correct: Tensor
     worth: Tensor
-    paths: Tensor
-    heads: Tensor
+    costs: StageCosts
     cuts: tuple[Tensor, ...]
     may_skip: bool = True
 
@@ -52,7 +52,8 @@ class HeldOut:
             expected by `worth` [P], float64.
         """
         parts = [self._outcome(part) for part in policies.split(self.part_size)]
-        return tuple(torch.cat(part) for part in zip(*parts))
+        counts, right, expected = (torch.cat(part) for part in zip(*parts))
+        return counts, right, expected
 
     def _outcome(self, policies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         here = torch.ones(len(policies), self.ranks.shape[1], dtype=torch.bool)  # [P, N]
@@ -69,8 +70,7 @@ class HeldOut:
 
     def cost(self, policies: Tensor, counts: Tensor) -> Tensor:
         """Return the mean cost per sample, [P] float64, of policies [P, E] that leave with `counts` [P, E + 1]."""
-        heads = torch.nn.functional.pad(self.heads * (policies >= 0), (0, 1)).cumsum(1)  # [P, E + 1]
-        return ((self.paths + heads) * counts).sum(1) / self.ranks.shape[1]
+        return self.costs.averages(policies >= 0, counts)
 
     @property
     def part_size(self) -> int:
@@ -175,14 +175,14 @@ def ascend(held_out: HeldOut, policies: Tensor, prices: Tensor) -> Tensor:
 def _sweep(held_out: HeldOut, bins: Sequence[Tensor], policies: Tensor, prices: Tensor) -> Tensor:
     """Take the best cut of each exit in turn, deep to shallow, the others held; prices [P, 1].
 
-    Who reaches an exit leaves there or goes on to an outcome that is known, so one cumulative sum of the difference,
+    Who reaches an exit leaves there or continues to an outcome that is known, so one cumulative sum of the difference,
     over samples by their scores, says what every cut is worth.
     """
     reached, chosen = held_out.reached(policies), []
-    onward = held_out.worth[-1] - prices * float(held_out.paths[-1])  # [P, N], what going on is worth
+    onward = held_out.worth[-1] - prices * held_out.costs.total  # [P, N], what staying is worth
     for idx in reversed(range(len(bins))):
-        leaving = held_out.worth[idx] - prices * float(held_out.paths[idx])  # [P, N]
-        fee = prices * float(held_out.heads[idx])  # [P, 1]
+        leaving = held_out.worth[idx] - prices * held_out.costs.paths[idx]  # [P, N]
+        fee = prices * held_out.costs.heads[idx]  # [P, 1]
         gains = _sum_bins((leaving - onward) * reached[idx], bins[idx], len(held_out.cuts[idx]))  # [P, M]
         gain, best = (gains - fee * reached[idx].sum(1, keepdim=True)).max(1, keepdim=True)  # [P, 1]
         cut = held_out.cuts[idx][best]
@@ -210,15 +210,16 @@ def neighbours(held_out: HeldOut, policies: Tensor) -> tuple[Tensor, Tensor, Ten
         The policies [Q, E], right answers that are expected [Q], and mean cost per sample [Q], float64.
     """
     parts = [_neighbours(held_out, part) for part in policies.split(held_out.part_size)]
-    return tuple(torch.cat(part) for part in zip(*parts))
+    others, expected, cost = (torch.cat(part) for part in zip(*parts))
+    return others, expected, cost
 
 
 def _neighbours(held_out: HeldOut, policies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     bins, reached, found = held_out.bins(), held_out.reached(policies), []
-    onward = held_out.worth[-1].expand(len(policies), -1)  # [P, N], right answers of going on
-    spent = torch.full_like(onward, float(held_out.paths[-1]))  # [P, N], its cost
+    onward = held_out.worth[-1].expand(len(policies), -1)  # [P, N], right answers of staying
+    spent = torch.full_like(onward, held_out.costs.total)  # [P, N], its cost
     for idx, cuts in reversed(list(enumerate(held_out.cuts))):
-        path, head, cut = float(held_out.paths[idx]), float(held_out.heads[idx]), policies[:, idx, None]
+        path, head, cut = held_out.costs.paths[idx], held_out.costs.heads[idx], policies[:, idx, None]
         skipped, others = policies.clone(), policies.repeat_interleave(len(cuts), 0)
         skipped[:, idx], others[:, idx] = -1, cuts.repeat(len(policies))
         counts, _, expected = held_out.outcome(skipped)
@@ -232,4 +233,5 @@ def _neighbours(held_out: HeldOut, policies: Tensor) -> tuple[Tensor, Tensor, Te
         leaves = held_out.ranks[idx] < cut
         onward = torch.where(leaves, held_out.worth[idx], onward)
         spent = torch.where(leaves, path, spent) + head * (cut >= 0)
-    return tuple(torch.cat(part) for part in zip(*found))
+    others, expected, cost = (torch.cat(part) for part in zip(*found))
+    return others, expected, cost

@@ -1,4 +1,4 @@
-"""How long each part of a model takes, measured: the costs of exits in milliseconds."""
+"""What leaving costs, in MACs or in measured milliseconds."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from timm_multiexit.exits.cost import ExitCost
+from timm_multiexit.exits.cost import ExitCost, add_heads
 from timm_multiexit.exits.taps import RunHead, Taps
-from timm_multiexit.policies.budgets import _SIZES, UNITS, BudgetPoint
+from timm_multiexit.policies.budgets import SIZES, UNITS, PolicyResult
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.environment import describe_environment
-from timm_multiexit.utils.errors import MultiExitError, brief, is_number
+from timm_multiexit.utils.errors import InvalidValueError, brief, is_number
 from timm_multiexit.utils.timing import read_wall_clock, time_interleaved
 
 
@@ -28,7 +28,7 @@ class StageCosts:
         unit: 'MACs' or 'ms'.
 
     Raises:
-        MultiExitError: Unknown unit, numbers that are negative or not finite, a backbone that costs nothing, or
+        InvalidValueError: Unknown unit, numbers that are negative or not finite, a backbone that costs nothing, or
             lengths that do not fit.
 
     >>> costs = StageCosts(paths=(10, 20, 40), heads=(3, 2))
@@ -40,24 +40,22 @@ class StageCosts:
     heads: tuple[float, ...]
     unit: str = 'MACs'
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.unit not in UNITS:
-            raise MultiExitError(f'The unit of costs is {self.unit!r}, allowed are {" and ".join(UNITS)}.')
+            raise InvalidValueError(f'The unit of costs must be {" or ".join(UNITS)}, got {brief(self.unit)}.')
         for name in ('paths', 'heads'):
             values = tuple(getattr(self, name))
-            wrong = [value for value in values if not is_number(value) or not 0 <= value <= _SIZES[1]]
+            wrong = [value for value in values if not is_number(value) or not 0 <= value <= SIZES[1]]
             if wrong:
-                raise MultiExitError(
-                    f'Costs of {name} have the value {brief(wrong[0])}, allowed are numbers from 0 to 1e18.'
-                )
+                raise InvalidValueError(f'The costs of {name} must be in [0, 1e18], got {brief(wrong[0])}.')
             object.__setattr__(self, name, tuple(float(value) for value in values))
         if len(self.paths) != len(self.heads) + 1:
-            raise MultiExitError(
-                f'Costs of {len(self.paths)} paths with {len(self.heads)} heads, allowed is one path per head and that'
-                ' of the whole backbone.'
+            raise InvalidValueError(
+                'paths must have one cost per head and that of the whole backbone, got'
+                f' {len(self.paths)} paths with {len(self.heads)} heads.'
             )
         if self.paths[-1] <= 0:
-            raise MultiExitError(f'The backbone costs {self.paths[-1]} {self.unit}, allowed are numbers above 0.')
+            raise InvalidValueError(f'The cost of the backbone must be > 0, got {self.paths[-1]} {self.unit}.')
 
     @classmethod
     def from_exit_costs(cls, costs: Sequence[ExitCost]) -> 'StageCosts':
@@ -85,11 +83,16 @@ class StageCosts:
         Args:
             used: The exits that a policy uses; the others are neither run nor charged.
         """
-        spent, costs = 0.0, []
-        for idx, path in enumerate(self.paths):
-            spent += self.heads[idx] if idx in used else 0.0
-            costs.append(path + spent)
-        return tuple(costs)
+        return tuple(add_heads(self.paths, self.heads, used))
+
+    def average(self, used: Sequence[int], counts: Sequence[int]) -> float:
+        """Return the mean cost per image.
+
+        Args:
+            used: The exits that a policy uses.
+            counts: How many images leave at each classifier, main last.
+        """
+        return sum(cost * count for cost, count in zip(self.leaving(used), counts)) / sum(counts)
 
     def mean(self, policy: ExitPolicy, exit_idx: Tensor) -> float:
         """Return the mean cost per image.
@@ -99,28 +102,55 @@ class StageCosts:
             exit_idx: [N] int64 tensor, where each image left (`Prediction.exit_idx`).
 
         Raises:
-            MultiExitError: The policy is for another number of exits.
+            InvalidValueError: The policy is for another number of exits.
         """
         policy.check_exits(len(self.heads))
-        counts = torch.bincount(exit_idx.cpu(), minlength=len(self.paths)).double()
-        return float(counts @ torch.tensor(self.leaving(policy.used), dtype=torch.float64) / counts.sum())
+        return self.average(policy.used, torch.bincount(exit_idx.cpu(), minlength=len(self.paths)).tolist())
+
+    def averages(self, is_used: Tensor, counts: Tensor) -> Tensor:
+        """Return `average` of many policies at once, [P] float64.
+
+        Args:
+            is_used: [P, E] bool, the exits that each uses.
+            counts: [P, E + 1] int64, how many images leave at each classifier, main last.
+        """
+        paths, heads = (torch.tensor(costs, dtype=torch.float64) for costs in (self.paths, self.heads))
+        spent = torch.nn.functional.pad(heads * is_used, (0, 1)).cumsum(1)  # [P, E + 1]
+        return ((paths + spent) * counts).sum(1) / counts.sum(1)
+
+    def relative(self, used: Sequence[int]) -> 'StageCosts':
+        """Return the costs of some exits and main alone, as shares of the plain backbone's."""
+        paths = tuple(self.paths[idx] / self.total for idx in (*used, -1))
+        return StageCosts(paths, tuple(self.heads[idx] / self.total for idx in used), self.unit)
 
 
-def _make_point(policy: ExitPolicy, counts: Sequence[int], right: int, all_costs: Sequence[StageCosts]) -> BudgetPoint:
+def describe_policy(
+    policy: ExitPolicy, counts: Sequence[int], num_right: int, costs: Sequence[StageCosts]
+) -> PolicyResult:
+    """Return what a policy gives.
+
+    Args:
+        policy: The policy.
+        counts: How many samples leave at each classifier, main last.
+        num_right: How many are answered right.
+        costs: What leaving costs, in each unit that is known.
+    """
     num = sum(counts)
-    known = {
-        costs.unit.lower(): sum(cost * count for cost, count in zip(costs.leaving(policy.used), counts)) / num
-        for costs in all_costs
-    }
-    return BudgetPoint(policy, 100 * right / num, tuple(count / num for count in counts), **known)
+    means = {each.unit.lower(): each.average(policy.used, counts) for each in costs}
+    return PolicyResult(policy, 100 * num_right / num, tuple(count / num for count in counts), **means)
 
 
-def _check_costs(costs: StageCosts | Sequence[ExitCost], num_exits: int) -> StageCosts:
+def checked_costs(costs: StageCosts | Sequence[ExitCost], num_exits: int) -> StageCosts:
+    """Return the costs of so many exits.
+
+    Raises:
+        InvalidValueError: They are of another number of exits.
+    """
     costs = costs if isinstance(costs, StageCosts) else StageCosts.from_exit_costs(costs)
     if len(costs.heads) != num_exits:
-        raise MultiExitError(
-            f'Costs are of {len(costs.heads)} exits, logits of {num_exits}: give one cost and one tensor of logits per'
-            ' exit, and those of main.'
+        raise InvalidValueError(
+            f'costs must be those of the {num_exits} exits that the logits are of, and of main, got'
+            f' {len(costs.heads)} exits.'
         )
     return costs
 

@@ -1,11 +1,11 @@
-"""Temperature."""
+"""Temperatures: how far the confidence of a classifier is to be scaled to be its accuracy."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from timm_multiexit.policies.leaving import _check_data
+from timm_multiexit.policies.leaving import checked_data
 from timm_multiexit.policies.policy import TEMPERATURES
 
 
@@ -20,7 +20,7 @@ def fit_temperatures(logits: Sequence[Tensor], targets: Tensor) -> tuple[float, 
         targets: [N] int64 class indices.
 
     Raises:
-        MultiExitError: Logits or targets are empty, NaN, of another shape or out of range.
+        InvalidValueError: Logits or targets are empty, NaN, of another shape or out of range.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017, section 4.2.
 
@@ -28,7 +28,7 @@ def fit_temperatures(logits: Sequence[Tensor], targets: Tensor) -> tuple[float, 
     >>> [round(value, 3) for value in fit_temperatures([logits, 2 * logits], torch.tensor([0, 0, 0, 1]))]
     [0.91, 1.82]
     """
-    logits, targets = _check_data(logits, targets)
+    logits, targets = checked_data(logits, targets)
     return tuple(_fit_temperature(single, targets) for single in logits)
 
 

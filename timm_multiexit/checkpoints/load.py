@@ -130,7 +130,7 @@ def _create_empty(config: ModelConfig, directory: Path, given: dict[str, Any]) -
     _check_heads(model, directory)
     images = torch.empty(1, *config.pretrained_cfg['input_size'], device='meta')
     try:
-        order = model.try_exits(images)
+        order = _order_exits(model, images)
     except MultiExitError as error:
         raise CheckpointError(
             f'The exits in {directory / CONFIG_NAME} do not fit {config.architecture}: {error}'
@@ -233,3 +233,29 @@ def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor | TensorIn
 
 def _first(names: list[str]) -> str:
     return ', '.join(brief(name).strip("'") for name in names[:2]) or 'none'
+
+
+@torch.no_grad()
+def _order_exits(model: MultiExitModel, images: torch.Tensor) -> list[int]:
+    """Return the exits in the order in which a forward of images [B, C, H, W] reaches them; each head is run.
+
+    Raises:
+        CheckpointError: A tap is not reached, or a head does not take what is there.
+    """
+    order: list[int] = []
+    run_head = model._head_runner(images.shape[-2:])
+
+    def visit(idx: int, tensor: torch.Tensor) -> None:
+        if idx < len(model.exits):
+            order.append(idx)
+            try:
+                run_head(idx, tensor)
+            except Exception as error:  # a tap can give anything
+                raise CheckpointError(
+                    f'the head of exit {idx} does not take the output of its tap: {one_line(error)}'
+                ) from error
+
+    model._taps.visit(model.backbone, images, visit)
+    if len(set(order)) < len(model.exits):
+        raise CheckpointError(f'a forward reached the exits {order} of {len(model.exits)}.')
+    return order

@@ -1,13 +1,16 @@
-"""The images of `validate.py`: those that are reported, those that thresholds are chosen on, those that are timed."""
+"""The images of `validate.py`: those reported, those that thresholds are chosen on, and those timed."""
 
 import copy
 import logging
 import os
 from argparse import Namespace
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from timm.models import parse_model_name
 from torch import Tensor
@@ -15,10 +18,14 @@ from torch.utils.data import IterableDataset
 
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
-from timm_multiexit.data.datasets import class_to_idx, create_checked_dataset
+from timm_multiexit.cli.build_training import loader_options
+from timm_multiexit.data.datasets import check_classes, class_to_idx, create_checked_dataset
 from timm_multiexit.data.holdout import SubsetReader, TransformSubset, hold_out
 from timm_multiexit.data.loaders import create_eval_loader
-from timm_multiexit.utils.errors import CheckpointError, MultiExitError
+from timm_multiexit.evaluation.exit_table import CreateLoader
+from timm_multiexit.evaluation.validator import ValidationData
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.errors import CheckpointError, DataError, InvalidValueError
 
 _logger = logging.getLogger(__name__)
 
@@ -27,12 +34,49 @@ _TRAIN_NAMES = ('train', 'training')
 
 _DEFAULT_SEED = 42  # train.py's
 
+_MAX_TWICE = 0.05  # share of images that may be in two splits: CIFAR-100 and ImageNet have a few
+
+
+def create_validation_data(
+    args: Namespace, model: MultiExitModel, data_config: dict[str, Any], accelerator: Accelerator
+) -> ValidationData:
+    """Return the images that the flags name.
+
+    Args:
+        args: Of the command line, with `data_dir`, `dataset` and `split` resolved.
+        model: The model that is evaluated.
+        data_config: timm's data configuration.
+        accelerator: Device and processes.
+
+    Raises:
+        MultiExitError: The data cannot be loaded, or does not fit the model or the flags.
+    """
+
+    def create_loader(dataset: Any, config: Mapping[str, Any]) -> Any:
+        return create_eval_loader(dataset, data_config=config, accelerator=accelerator, **loader_options(args))
+
+    in_chans = data_config['input_size'][0]
+    dataset = create_split(args, args.split, in_chans)
+    num_classes = check_classes(dataset, None)
+    if num_classes and num_classes > model.num_classes:
+        raise DataError(f'The data has {num_classes} classes, the model {model.num_classes}. Set --num-classes.')
+    return ValidationData(
+        split=args.split,
+        dataset=dataset,
+        config=data_config,
+        create_loader=create_loader,
+        load_timed=partial(load_mixed_batch, dataset, data_config, args.batch_size, create_loader, accelerator.device),
+        calibration=create_calibration_split(args, dataset, in_chans),
+        check_shared=partial(check_other_images, args, share_by_chance=_MAX_TWICE),
+        channels_last=args.channels_last,
+    )
+
 
 def create_split(args: Namespace, split: str, in_chans: int) -> Any:
     """Return the data set of a split.
 
     Raises:
-        MultiExitError: It cannot be had.
+        MultiExitError: It cannot be loaded.
     """
     return create_checked_dataset(
         args.dataset,
@@ -46,7 +90,7 @@ def create_split(args: Namespace, split: str, in_chans: int) -> Any:
 
 
 def create_calibration_split(args: Namespace, reported: Any, in_chans: int) -> tuple[Any, str] | None:
-    """Return the data set that thresholds are chosen on and what it is in words; None if the flags name none.
+    """Return the data set that thresholds are chosen on and its description; None if the flags name none.
 
     Args:
         args: Of the command line.
@@ -54,7 +98,7 @@ def create_calibration_split(args: Namespace, reported: Any, in_chans: int) -> t
         in_chans: Channels of an image.
 
     Raises:
-        MultiExitError: It shares images with the reported split, numbers its classes otherwise, or cannot be had.
+        MultiExitError: It shares images with the reported split, has other classes, or cannot be loaded.
     """
     if args.calib_from_train is None and args.calib_split is None:
         return None
@@ -71,18 +115,18 @@ def create_calibration_split(args: Namespace, reported: Any, in_chans: int) -> t
     check_other_images(args, len(names & image_names(reported)), len(names))
     if args.calib_from_train is None and split in (*_TRAIN_NAMES, run.get('train_split')):
         _logger.warning(
-            f'Thresholds are chosen on the whole {args.calib_split} split: on images that the model was trained on'
-            ' it is surer than on others, and budgets and drops will not be kept.'
+            f'Thresholds are chosen on the whole {args.calib_split} split: the model is more confident on images that'
+            ' it was trained on than on others, so budgets and drops will not hold.'
         )
     if args.max_drop is not None and _chose_epoch(args, run):
         _logger.warning(
-            f'The run that trained the model chose its best epoch on {source}: --max-drop {args.max_drop:g} takes them'
-            ' for images that nothing was chosen on, and may be broken more often than it says.'
+            f'The run that trained the model chose its best epoch on {source}: --max-drop {args.max_drop:g} assumes'
+            ' images that nothing was chosen on, and may be exceeded more often than it promises.'
         )
     classes = [class_to_idx(data) for data in (dataset, reported)]
     if None not in classes and classes[0] != classes[1]:
-        raise MultiExitError(
-            f'Thresholds cannot be chosen on {source}: its classes are not those of the {args.split} split. Give both'
+        raise DataError(
+            f'Cannot choose thresholds on {source}: its classes are not those of the {args.split} split. Give both'
             ' the same class folders, or a --class-map.'
         )
     return dataset, source
@@ -99,21 +143,21 @@ def _hold_out_again(args: Namespace, split: str, run: dict[str, Any], in_chans: 
     """Return the images that `train.py --val-from-train` held out, by the same choice with the same seed."""
     dataset = create_split(args, split, in_chans)
     if isinstance(dataset, IterableDataset):
-        raise MultiExitError('Images cannot be held out of a stream: give --calib-split NAME, not --calib-from-train.')
+        raise InvalidValueError('Cannot hold images out of a stream. Give --calib-split NAME, not --calib-from-train.')
     seed = next(seed for seed in (args.seed, run.get('seed'), _DEFAULT_SEED) if seed is not None)
     how, caveat = 'held out of', ''
     held_out = {'val_from_train': args.calib_from_train, 'seed': seed, 'train_split': split}
     if not run:
         how = 'drawn from'
         _logger.warning(
-            'The arguments of the run that trained the model are not to be found: whether it was trained on the'
-            f' {args.calib_from_train} images of {split} that thresholds are chosen on is not known.'
+            'The arguments of the run that trained the model were not found, so it is unknown whether it was trained on'
+            f' the {args.calib_from_train} images of {split} that thresholds are chosen on.'
         )
     elif any(run.get(name) != value for name, value in held_out.items()):
         how, caveat = 'drawn from', ', on which the network was trained'
         number, other_seed = run.get('val_from_train') or 0, run.get('seed')
         _logger.warning(
-            f'The run that trained the model held {number} images of {run.get("train_split")} out with seed'
+            f'The run that trained the model held out {number} images of {run.get("train_split")} with seed'
             f' {other_seed}, not {args.calib_from_train} of {split} with seed {seed}: thresholds are chosen'
             ' on images that it was trained on.'
         )
@@ -122,7 +166,7 @@ def _hold_out_again(args: Namespace, split: str, run: dict[str, Any], in_chans: 
 
 
 def find_training_args(args: Namespace) -> dict[str, Any]:
-    """Return the arguments of the run that trained the model; empty where they are not to be found."""
+    """Return the arguments of the run that trained the model; empty if they are not found."""
     if args.checkpoint:
         found = read_training_checkpoint(args.checkpoint).get('args')
         return dict(vars(found)) if isinstance(found, Namespace) else {}
@@ -136,7 +180,7 @@ def find_training_args(args: Namespace) -> dict[str, Any]:
 
 
 def image_names(dataset: Any) -> set[str]:
-    """Return the paths of the images of a data set, links to folders resolved; nothing where images have no path."""
+    """Return the paths of the images of a data set, links to folders resolved; nothing if images have no path."""
     reader = getattr(dataset, 'reader', dataset)
     indices = None
     while isinstance(reader, (SubsetReader, TransformSubset)):
@@ -152,19 +196,19 @@ def image_names(dataset: Any) -> set[str]:
     return {os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths}
 
 
-def check_other_images(args: Namespace, num_shared: int, num: int, *, num_by_chance: float = 0) -> None:
+def check_other_images(args: Namespace, num_shared: int, num: int, *, share_by_chance: float = 0) -> None:
     """Raise if images that thresholds are chosen on are among those reported.
 
     Args:
         args: Of the command line.
-        num_shared: How many are.
-        num: How many thresholds are chosen on.
-        num_by_chance: So many may be: data sets hold some images twice.
+        num_shared: Number of images in both splits.
+        num: Number of images that thresholds are chosen on.
+        share_by_chance: Share of `num` that may be in both: data sets contain some images twice.
 
     Raises:
-        MultiExitError: More are.
+        DataError: More are in both.
     """
-    if num_shared <= num_by_chance:
+    if num_shared <= share_by_chance * num:
         return
     if args.calib_from_train is not None:
         what, hint = f'--calib-from-train {args.calib_from_train}', 'report another --split, from a folder of its own'
@@ -173,21 +217,29 @@ def check_other_images(args: Namespace, num_shared: int, num: int, *, num_by_cha
     shared = f'{num_shared} of the {num} images of {what} are in --split {args.split} too'
     if num_shared == num and args.calib_from_train is None:
         shared = f'{what} and --split {args.split} are the same images'
-    raise MultiExitError(f'{shared}: thresholds must be chosen on others than those reported, {hint}.')
+    raise DataError(f'{shared}: thresholds must be chosen on other images than those reported, {hint}.')
 
 
-def load_mixed_batch(args: Namespace, dataset: Any, data_config: dict[str, Any], accelerator: Accelerator) -> Tensor:
+def load_mixed_batch(
+    dataset: Any,
+    data_config: Mapping[str, Any],
+    batch_size: int,
+    create_loader: CreateLoader,
+    device: torch.device,
+) -> Tensor:
     """Return a batch of images from all over a data set, since folders are sorted by class; of a stream the first.
 
     Args:
-        args: Of the command line; `batch_size` is the most.
         dataset: Its transform stays.
-        data_config: How images are made ready.
-        accelerator: Where the batch is.
+        data_config: timm's data configuration.
+        batch_size: Number of images, fewer if there are fewer.
+        create_loader: Creates the loader.
+        device: Device of the batch.
     """
     dataset = copy.copy(dataset)
     if not isinstance(dataset, IterableDataset):
-        places = np.linspace(0, len(dataset) - 1, min(args.batch_size, len(dataset))).round().astype(int)
+        places = np.linspace(0, len(dataset) - 1, min(batch_size, len(dataset))).round().astype(int)
         dataset = TransformSubset(dataset, places.tolist())
-    images, _ = next(iter(create_eval_loader(args, dataset, data_config, accelerator)))
-    return images.to(accelerator.device)
+    images: Tensor
+    images, _ = next(iter(create_loader(dataset, data_config)))
+    return images.to(device)

@@ -1,4 +1,4 @@
-"""Metrics of dynamic inference, from the logits of all classifiers on a whole data set."""
+"""How well exits know when they are right, and what deeper classifiers lose, from the logits of a whole data set."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,24 +6,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_multiexit.policies.leaving import _check
-from timm_multiexit.policies.policy import CRITERIA
+from timm_multiexit.policies.leaving import check_targets
 
 DROPS = (0.01, 0.05, 0.1, 0.2, 0.5)
 
 
 def failure_auroc(logits: Tensor, targets: Tensor) -> float | None:
-    """Return how well confidence tells right from wrong, in percent: 50 is chance, 100 is perfect order.
+    """Return how well confidence separates right from wrong predictions, in percent: 50 is chance, 100 is perfect.
 
-    It is the chance that a sample that is right has a larger maximum of its probabilities than one that is wrong;
-    equal ones count half.
+    It is the probability that a correctly classified sample has a larger maximum probability than a misclassified
+    one; ties count half.
 
     Args:
         logits: [N, C] of one classifier.
         targets: Class indices [N].
 
     Returns:
-        None where all samples are right, or all are wrong.
+        None if all samples are right, or all are wrong.
 
     Source: Hendrycks and Gimpel, A Baseline for Detecting Misclassified Examples, 2017, section 3 (AUROC).
 
@@ -35,7 +34,7 @@ def failure_auroc(logits: Tensor, targets: Tensor) -> float | None:
     num_wrong = len(targets) - num_right
     if not num_right or not num_wrong:
         return None
-    confidence = CRITERIA['confidence'].score(logits.float())
+    confidence = logits.float().softmax(-1).amax(-1)
     _, group, counts = confidence.unique(return_inverse=True, return_counts=True)
     mean_ranks = counts.cumsum(0).double() - (counts - 1) / 2  # from 1, the mean where several are equal
     total = float(mean_ranks[group[is_right]].sum())
@@ -43,12 +42,12 @@ def failure_auroc(logits: Tensor, targets: Tensor) -> float | None:
 
 
 class Overthinking(NamedTuple):
-    """What main loses of what exits know, in percent of all samples.
+    """How often exits and main disagree about the right class, in percent of all samples.
 
     Attributes:
         lost: Right at some exit and wrong at main.
         gained: Right at main and wrong at every exit.
-        right_somewhere: Right at main or at some exit: what the best choice of the exit for each sample would reach.
+        right_somewhere: Right at main or at some exit: the accuracy of the best exit for each sample.
     """
 
     lost: float
@@ -69,7 +68,7 @@ def measure_overthinking(logits: Sequence[Tensor], targets: Tensor) -> Overthink
     >>> measure_overthinking([early, main], torch.tensor([0, 0]))
     Overthinking(lost=50.0, gained=0.0, right_somewhere=100.0)
     """
-    _check(logits, targets)
+    check_targets(logits, targets)
     is_right = torch.stack([single.argmax(-1) == targets for single in logits])  # [K, N]
     early, main = is_right[:-1].any(0), is_right[-1]
     percent = 100 / len(targets)
@@ -81,19 +80,19 @@ def measure_overthinking(logits: Sequence[Tensor], targets: Tensor) -> Overthink
 
 
 def measure_falls(logits: Sequence[Tensor], targets: Tensor, drops: Sequence[float] = DROPS) -> dict[float, float]:
-    """Return for each drop the percentage of samples whose true class loses so much probability on the way.
+    """Return for each drop the percentage of samples whose true class loses that much probability at deeper exits.
 
     Args:
         logits: One [N, C] tensor per classifier, main last.
         targets: Class indices [N].
-        drops: Falls of the probability, 0 to 1: a sample counts if from some classifier to a deeper one, not only the
-            next, the probability of its true class falls by at least so much.
+        drops: Falls of the probability, 0 to 1. A sample counts if the probability of its true class falls by at
+            least that much from some classifier to any deeper one.
 
     Source: Jazbec et al., Towards Anytime Classification in Early-Exit Architectures by Enforcing Conditional
     Monotonicity, 2023, section 3.
     """
-    _check(logits, targets)
-    # Of logits less their logsumexp, so that nothing of the logits' size is allocated.
+    check_targets(logits, targets)
+    # Logits minus their logsumexp, so that nothing of the logits' size is allocated.
     truth = [single.float().gather(1, targets[:, None])[:, 0].double() for single in logits]
     probs = torch.stack([true - single.float().logsumexp(-1) for true, single in zip(truth, logits)]).exp()  # [K, N]
     falls = (probs.cummax(0).values - probs).amax(0)

@@ -1,13 +1,14 @@
-"""Accuracy and calibration of every exit, and the table they are shown in."""
+"""Accuracy, loss and calibration error of every classifier."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import Tensor
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
 MEAN = 'mean'
@@ -16,12 +17,12 @@ MEAN = 'mean'
 class CalibrationError:
     """Expected calibration error (ECE): the mean gap between confidence and accuracy, in percent.
 
-    Samples fall into bins of equal width by their largest softmax probability; the gaps of the bins are weighted by
-    how many samples they hold.
+    Samples are binned by their largest softmax probability, in bins of equal width; the gap of a bin is weighted by
+    the number of its samples.
 
     Args:
-        num_bins: How many bins.
-        device: Where the running sums live.
+        num_bins: Number of bins.
+        device: Device of the running sums.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017, equation 3, with 15 bins as there.
     """
@@ -42,7 +43,7 @@ class CalibrationError:
         self.sums.index_add_(1, bins, values.to(self.sums.dtype))
 
     def compute(self, distributed: bool = False) -> float:
-        """Return the ECE in percent, of all ranks if `distributed`; 0 without samples."""
+        """Return the ECE in percent, over all ranks if `distributed`; 0 without samples."""
         sums = self.sums.clone()
         if distributed:
             dist.all_reduce(sums)
@@ -53,19 +54,18 @@ class CalibrationError:
 class ExitEvaluator:
     """Accuracy and loss of every classifier, and of their ensemble if there are exits, over a data set.
 
-    The ensemble's logits are the mean of all classifiers' logits. Counting is timm's; a sample counts once, the
-    padding of distributed samplers is left out.
+    The ensemble's logits are the mean of all classifiers' logits. Metrics are timm's; every sample counts once, the
+    padding of distributed samplers is excluded.
 
     Args:
-        num_exits: Exits, without main.
-        device: Where the running sums live.
+        num_exits: Number of exits, without main.
+        device: Device of the running sums.
         max_samples: Real samples on this rank (`timm.task.evaluator.evaluation_sample_limit`); None for all.
-        multi_label: Targets say of every class whether it is there, and timm's multi-label metrics take the place of
-            top-1, top-5 and ECE.
-        threshold: Probability from which on a class counts as predicted, in (0, 1); for the F1 of `multi_label`.
+        multi_label: Targets are [B, C] labels, and timm's multi-label metrics replace top-1, top-5 and ECE.
+        threshold: Probability from which a class counts as predicted, in (0, 1); for the F1 of `multi_label`.
 
     Raises:
-        MultiExitError: The threshold is out of range.
+        InvalidValueError: The threshold is out of range.
 
     Source: the ensemble is that of Lee and Lee, arXiv 2104.00299, equation 5.
     """
@@ -80,18 +80,17 @@ class ExitEvaluator:
         threshold: float = 0.5,
     ):
         if not 0 < threshold < 1:
-            raise MultiExitError(
-                f'The threshold of multi-label predictions is {threshold}, allowed is a number above 0 and below 1.'
-            )
+            raise InvalidValueError(f'threshold must be in (0, 1), got {threshold}.')
         self.names = (*exit_names(num_exits), ENSEMBLE) if num_exits else exit_names(0)
         self.max_samples = max_samples
         self.multi_label = multi_label
         self.default_metric = default_metric(multi_label)
         self.num_samples = 0
-        # max_samples is not for timm's evaluators: they are given batches that are cut already.
+        # Batches are cut to max_samples before they reach timm's evaluators.
+        self.accuracy: list[Any]
+        self.calibration: list[Any] = []
         if multi_label:
             self.accuracy = [MultiLabelClassificationEvaluator(device, threshold=threshold) for _ in self.names]
-            self.calibration = []
         else:
             self.accuracy = [ClassificationEvaluator(device) for _ in self.names]
             self.calibration = [CalibrationError(device=device) for _ in self.names]
@@ -105,14 +104,14 @@ class ExitEvaluator:
             target: Class indices [B], or with `multi_label` [B, C] numbers in [0, 1].
 
         Raises:
-            MultiExitError: The targets have another shape.
+            InvalidValueError: The targets have another shape.
         """
         expected = logits[-1].shape if self.multi_label else logits[-1].shape[:1]
         if target.shape != expected:
             kind = 'multi-label' if self.multi_label else 'single-label'
-            raise MultiExitError(
-                f'Targets have the shape {list(target.shape)}, {kind} evaluation of logits {list(logits[-1].shape)}'
-                f' allows {list(expected)}: see --task and --num-classes.'
+            raise InvalidValueError(
+                f'Targets of {kind} evaluation must have shape {list(expected)} for logits of shape'
+                f' {list(logits[-1].shape)}, got {list(target.shape)}. Check the task and the number of classes.'
             )
         count = len(target)
         if self.max_samples is not None:
@@ -132,7 +131,7 @@ class ExitEvaluator:
 
         Returns:
             name -> {loss, top1, top5, ece}, with `multi_label` name -> {loss, map, micro_f1, macro_f1, sample_f1};
-            in percent but for the loss.
+            in percent except for the loss.
         """
         metrics = {name: dict(meter.compute(distributed)) for name, meter in zip(self.names, self.accuracy)}
         for name, meter in zip(self.names, self.calibration):
@@ -141,7 +140,7 @@ class ExitEvaluator:
 
 
 def default_metric(multi_label: bool = False) -> str:
-    """Return the metric of main that timm chooses the best epoch by.
+    """Return the metric of main by which timm chooses the best epoch.
 
     >>> default_metric(), default_metric(multi_label=True)
     ('top1', 'map')
@@ -150,7 +149,7 @@ def default_metric(multi_label: bool = False) -> str:
 
 
 def flatten_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the metrics as columns: main's under timm's names, then of each exit, the ensemble, and the mean.
+    """Return the metrics as columns: main's under timm's names, then each exit's, the ensemble's, and the mean.
 
     The mean is over the exits and main; a model without exits has main's columns alone.
 
@@ -168,7 +167,7 @@ def flatten_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, flo
 
 
 def evaluation_columns(num_exits: int, multi_label: bool = False) -> tuple[str, ...]:
-    """Return the columns that `flatten_metrics` gives for a model with so many exits, main's first.
+    """Return the columns of `flatten_metrics` for a model with that many exits, main's first.
 
     >>> evaluation_columns(0)
     ('loss', 'top1', 'top5', 'ece')

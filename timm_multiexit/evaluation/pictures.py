@@ -1,84 +1,112 @@
 """The picture of accuracy over cost."""
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
+
+from timm_multiexit.utils.figures import COLORS, MARKERS, encode_png, gray_shades, new_figure
+from timm_multiexit.utils.text import macs_unit
 
 # (MACs of an image, top-1 in percent)
 Point = tuple[float, float]
 
-# Told apart in grey and by colour-blind readers: blue, orange, green, pink of Okabe and Ito.
-_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7')
 
-_MARKERS = 'sD^vP*X<>hp'
+class Line(NamedTuple):
+    """Points of one color and label.
+
+    Attributes:
+        points: In the order in which they are joined.
+        label: In the legend; None for none.
+        style: Keywords of matplotlib's `plot`.
+        names: Written at the points; none for none.
+    """
+
+    points: Sequence[Point]
+    label: str | None
+    style: Mapping[str, Any]
+    names: Sequence[str] = ()
 
 
-def draw_accuracy_vs_macs(
+def plot_accuracy_over_macs(
+    lines: Sequence[Line],
     *,
-    exits: Mapping[str, Point],
-    curves: Mapping[str, Sequence[Point]] | None = None,
-    singles: Mapping[str, Point] | None = None,
     title: str = '',
-) -> bytes | None:
-    """Return a PNG: what each classifier, policy and other model reaches at which cost; None without matplotlib.
+    xlabel: str = 'mean cost of an image',
+    width: float = 8,
+    height: float = 6,
+) -> Any:
+    """Return a figure of top-1 accuracy over MACs.
 
     Args:
-        exits: Classifier -> where it is, shallow to deep, main last.
-        curves: Label -> points of policies; joined in order of cost, and drawn as they are: a curve may fall.
-        singles: Label -> a model that stands for itself: the ensemble, the plain backbone, static models.
-        title: Heading of the figure.
-    """
-    try:
-        figure = make_figure(exits, curves or {}, singles or {}, title)
-    except ImportError:
-        return None
-    content = BytesIO()
-    figure.savefig(content, dpi=150, format='png')
-    return content.getvalue()
-
-
-def make_figure(
-    exits: Mapping[str, Point], curves: Mapping[str, Sequence[Point]], singles: Mapping[str, Point], title: str
-) -> Any:
-    """Return the figure that `draw_accuracy_vs_macs` writes.
+        lines: What is drawn, in this order.
+        title: Heading.
+        xlabel: Label of the cost, without its unit.
+        width: In inches.
+        height: In inches.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, title)
     axes = figure.subplots()
-    points = [*exits.values(), *singles.values(), *(point for curve in curves.values() for point in curve)]
-    scale, unit = _choose_unit(max((macs for macs, _ in points), default=0))
-    for (label, curve), color in zip(curves.items(), _COLORS):
-        axes.plot(*_columns(sorted(curve), scale), color=color, label=label, marker='.', markersize=4, linewidth=1.5)
-    axes.plot(
-        *_columns(exits.values(), scale), color='black', marker='o', linestyle=':', label='one classifier for all'
-    )
-    for name, (macs, accuracy) in exits.items():
-        axes.annotate(
-            name, (macs / scale, accuracy), xytext=(0, 7), textcoords='offset points', fontsize=8, ha='center'
-        )
-    for idx, (label, point) in enumerate(singles.items()):
-        style = dict(marker=_MARKERS[idx % len(_MARKERS)], markersize=8, linestyle='none', markeredgecolor='black')
-        axes.plot(*_columns([point], scale), label=label, color=_gray(idx, len(singles)), **style)
-    axes.set(xlabel=f'mean cost of an image, {unit}', ylabel='top-1 accuracy, %', title=title)
+    scale, unit = macs_unit(max((macs for line in lines for macs, _ in line.points), default=0))
+    for line in lines:
+        places = [macs / scale for macs, _ in line.points]
+        axes.plot(places, [accuracy for _, accuracy in line.points], label=line.label, **line.style)
+        for name, place, (_, accuracy) in zip(line.names, places, line.points):
+            axes.annotate(name, (place, accuracy), xytext=(0, 7), textcoords='offset points', fontsize=8, ha='center')
+    axes.set(xlabel=f'{xlabel}, {unit}', ylabel='top-1 accuracy, %')
     axes.margins(0.08)
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc='outside lower center', ncols=3)
     return figure
 
 
-def _columns(points: Sequence[Point], scale: float) -> tuple[list[float], list[float]]:
-    return [macs / scale for macs, _ in points], [accuracy for _, accuracy in points]
+def draw_validation(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, Any], title: str) -> bytes | None:
+    """Return a PNG: cost and accuracy of classifiers, policies and static models; None without matplotlib.
+
+    Args:
+        rows: Of `ExitTable`, of a model with exits.
+        sections: Of `Validation`, of which `curve` and `compare` are drawn if they are there.
+        title: Heading of the figure.
+    """
+    try:
+        return encode_png(plot_accuracy_over_macs(validation_lines(rows, sections), title=title))
+    except ImportError:
+        return None
 
 
-def _choose_unit(largest: float) -> tuple[float, str]:
-    return (1e9, 'GMACs') if largest >= 1e9 else (1e6, 'MMACs')
+def validation_lines(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, Any]) -> list[Line]:
+    """Return what `draw_validation` draws: curves of policies, a line of all classifiers, and single models."""
+    *classifiers, ensemble = rows
+    main = classifiers[-1]
+    lines = [
+        Line(sorted(points), label, {'color': color, 'marker': '.', 'markersize': 4, 'linewidth': 1.5})
+        for (label, points), color in zip(_curve_points(sections.get('curve')).items(), COLORS)
+    ]
+    names = ['main' if row is main else f'exit {row["exit_idx"]}' for row in classifiers]
+    style = {'color': 'black', 'marker': 'o', 'linestyle': ':'}
+    lines.append(Line([_place(row) for row in classifiers], 'one classifier for all', style, names))
+    singles = {'plain backbone': (1e9 * main['GMACs fixed'], main['top-1']), 'ensemble of all': _place(ensemble)}
+    singles |= {row['static model']: (1e9 * row['GMACs'], row['top-1']) for row in sections.get('compare', ())}
+    for idx, ((label, point), color) in enumerate(zip(singles.items(), gray_shades(len(singles)))):
+        style = {'color': color, 'marker': _SINGLES[idx % len(_SINGLES)]}
+        lines.append(Line([point], label, {**style, 'markersize': 8, 'linestyle': 'none', 'markeredgecolor': 'black'}))
+    return lines
 
 
-def _gray(idx: int, count: int) -> str:
-    return str(0.9 * idx / max(count - 1, 1) + 0.05)
+_SINGLES = MARKERS.replace('o', '')  # which the line of classifiers has
+
+
+def _place(row: Mapping[str, Any]) -> Point:
+    return 1e9 * row['GMACs sequential'], row['top-1']
+
+
+def _curve_points(curve: Mapping[str, Any] | None) -> dict[str, list[Point]]:
+    """Return label -> points of the curves that were measured."""
+    labels = {'solver': 'budgets, solver of the field', 'search': 'budgets, search'}
+    points = curve['points'] if curve else []
+    found = {
+        label: [(point[name]['macs'], point[name]['top-1']) for point in points if point[name]]
+        for name, label in labels.items()
+    }
+    return {label: line for label, line in found.items() if line}

@@ -1,24 +1,24 @@
-"""The sections of `validate.py`'s report on dynamic inference, as JSON-ready values and as text."""
+"""The sections of the report on dynamic inference, as JSON-ready values and as text."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm_multiexit.calibration.logits import LogitSet
-from timm_multiexit.calibration.meter import PolicyMeter, PolicyResult
+from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.calibration.thresholds import solve_budgeted_batch
 from timm_multiexit.evaluation.diagnostics import failure_auroc, measure_falls, measure_overthinking
-from timm_multiexit.policies.budgets import BudgetTable
+from timm_multiexit.policies.budgets import BudgetTable, PolicyResult
+from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.text import exit_names, format_table
 
 
 class Calibration(NamedTuple):
-    """What thresholds are chosen on.
+    """The images that thresholds are chosen on.
 
     Attributes:
-        collected: Its logits.
-        source: What it is, in words.
+        collected: Their logits.
+        source: Their description.
     """
 
     collected: LogitSet
@@ -52,21 +52,25 @@ def format_order(sections: Mapping[str, Any]) -> str:
 
 
 def report_curve(meter: PolicyMeter, calibration: Calibration, costs: StageCosts, table: BudgetTable) -> dict[str, Any]:
-    """Return the budgeted curve: the field's 39 solutions, and what the search has for the same budgets.
+    """Return the budgeted curve: the field's 39 policies, and those of the search for the same budgets.
 
-    Budgets are costs on the data that thresholds are chosen on; cost and accuracy are those of the reported split.
+    Budgets are costs on the images that thresholds are chosen on; cost and accuracy are those of the reported split.
 
     Args:
         meter: Of the reported split.
-        calibration: What all thresholds are chosen on.
+        calibration: The images that all thresholds are chosen on.
         costs: In MACs.
-        table: What the search found on the same data.
+        table: Policies that the search found on the same images.
+
+    Raises:
+        InvalidValueError: The costs are not in MACs.
     """
     collected = calibration.collected
     points = []
     for solved in solve_budgeted_batch(collected.logits, collected.targets, costs):
-        # Rounded costs must not lose what costs the same.
-        affordable = [point for point in table.points if point.macs <= solved.macs * (1 + 1e-6)]
+        # A tolerance, since equal costs may be rounded differently.
+        limit = _known_macs(solved) * (1 + 1e-6)
+        affordable = [point for point in table.points if _known_macs(point) <= limit]
         best = max(affordable, key=lambda point: point.accuracy) if affordable else None
         points.append(
             {
@@ -79,7 +83,7 @@ def report_curve(meter: PolicyMeter, calibration: Calibration, costs: StageCosts
 
 
 def format_curve(curve: Mapping[str, Any], split: str, total_macs: float, num_rows: int = 10) -> str:
-    """Return the curve as a table of about so many of its points, the first and the last among them."""
+    """Return the curve as a table of about `num_rows` of its points, the first and the last among them."""
     points = curve['points']
     places = sorted({round(idx * (len(points) - 1) / (num_rows - 1)) for idx in range(num_rows)})
     rows = []
@@ -96,18 +100,25 @@ def format_curve(curve: Mapping[str, Any], split: str, total_macs: float, num_ro
 
 
 def describe_result(result: PolicyResult, total_macs: float) -> dict[str, Any]:
-    """Return a policy and what it does as JSON-ready values; `total_macs` is the plain backbone's."""
+    """Return a policy and its result as JSON-ready values; `total_macs` is the plain backbone's."""
+    macs = _known_macs(result)
     return {
         **result.policy.to_dict(),
         'top-1': result.accuracy,
         'shares': list(result.shares),
-        'macs': result.cost,
-        'macs_percent': 100 * result.cost / total_macs,
+        'macs': macs,
+        'macs_percent': 100 * macs / total_macs,
     }
 
 
+def _known_macs(result: PolicyResult) -> float:
+    if result.macs is None:
+        raise InvalidValueError('The costs of policies must be in MACs.')
+    return result.macs
+
+
 def format_latency(latency: Mapping[str, Any]) -> str:
-    """Return what `time_exits` measured as one line.
+    """Return the latencies of `time_exits` as one line.
 
     >>> format_latency({'batch_size': 1, 'rounds': 5, 'device': 'cpu', 'ms': {'plain timm': 3.5, '0': 0.25, 'main': 4}})
     'Latency of one image on cpu, medians of 5 rounds, ms: plain timm 3.500, exit_idx=0 0.250, main 4.000'
@@ -122,10 +133,10 @@ def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mappin
     """Return the table of policies.
 
     Args:
-        rows: As `describe_result` gives them, with 'policy' in words, 'chosen_on', and where measured 'img/s' and
+        rows: As `describe_result` returns them, with 'policy' (its name), 'chosen_on', and if timed 'img/s' and
             'time_ratio'.
-        split: What accuracy is of.
-        timing: What is said of the times: 'images', 'rounds', 'device'; None where nothing was timed.
+        split: Name of the split that accuracies are of.
+        timing: 'images', 'rounds' and 'device' of the times; None if nothing was timed.
     """
     lines = [
         {
@@ -150,23 +161,3 @@ def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mappin
             f' {timing["device"]}; the ratio is to plain timm.'
         )
     return text.rstrip('\n')
-
-
-def curve_points(curve: dict[str, Any] | None) -> dict[str, list[tuple[float, float]]]:
-    """Return label -> (MACs, top-1) of the curves that were measured."""
-    labels = {'solver': 'budgets, solver of the field', 'search': 'budgets, search'}
-    points = curve['points'] if curve else []
-    found = {
-        label: [(point[name]['macs'], point[name]['top-1']) for point in points if point[name]]
-        for name, label in labels.items()
-    }
-    return {label: line for label, line in found.items() if line}
-
-
-def short_name(model: str) -> str:
-    """Return a model's name for a heading, of a long path its last two parts.
-
-    >>> short_name('local-dir:/data/output/train/run/best'), short_name('resnet18.a1_in1k')
-    ('run/best', 'resnet18.a1_in1k')
-    """
-    return '/'.join(Path(model.removeprefix('local-dir:')).parts[-2:])

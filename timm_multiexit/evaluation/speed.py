@@ -1,4 +1,4 @@
-"""Speed."""
+"""Measured speed: images per second of policies on a batch, milliseconds of one image to each exit."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -25,21 +25,23 @@ def time_policies(
     rounds: int,
     accelerator: Accelerator | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return how fast each policy is on a batch: name -> img/s, and its time as a ratio to plain timm's.
+    """Return img/s and time_ratio, the time relative to plain timm's, of each policy on a batch.
 
-    'plain timm' and 'all exits' are timed with them, in turns.
+    'plain timm' and 'all exits' are timed with the policies, in turns.
 
     Args:
         model: In eval mode.
-        images: A batch [B, C, H, W] on the model's device. Images of one class leave alike, so it should be mixed.
+        images: A batch [B, C, H, W] on the model's device, of mixed classes: images of one class leave alike.
         policies: Name -> policy.
-        rounds: Turns of each, of whose times and ratios the median counts.
-        accelerator: Gives precision; none for that of the model.
+        rounds: How often each is timed; medians are reported.
+        accelerator: Precision; default: that of the model.
     """
     plain = truncate(model, -1).backbone
-    variants = {'plain timm': lambda: plain(images), 'all exits': lambda: model(images, exits=True)}
-    for name, policy in policies.items():
-        variants[name] = lambda policy=policy: model.infer(images, policy)
+    variants: dict[str, Callable[[], object]] = {
+        'plain timm': partial(plain, images),
+        'all exits': partial(model, images, exits=True),
+        **{name: partial(model.infer, images, policy) for name, policy in policies.items()},
+    }
     with accelerator.autocast() if accelerator else nullcontext():
         times = time_interleaved(variants, rounds, images.device)
     return {
@@ -55,16 +57,15 @@ def time_policies(
 def time_exits(
     model: MultiExitModel, images: Tensor, *, rounds: int, accelerator: Accelerator | None = None
 ) -> dict[str, Any]:
-    """Return how long one image takes to each classifier alone: batch_size, rounds, device, and ms, name -> median.
+    """Return the latency of one image to each classifier alone: batch_size, rounds, device, and ms, name -> median.
 
-    Names are 'plain timm', the indices of the exits as `model(x, exit_idx=...)` takes them, and 'main'. All are timed
-    in turns.
+    Names are 'plain timm', the exits' indices as text, and 'main'. All are timed in turns.
 
     Args:
         model: In eval mode.
-        images: [B, C, H, W] on the model's device, of which the first is timed.
-        rounds: Turns of each.
-        accelerator: Gives precision; none for that of the model.
+        images: [B, C, H, W] on the model's device; the first is timed.
+        rounds: How often each is timed.
+        accelerator: Precision; default: that of the model.
     """
     image, plain = images[:1], truncate(model, -1).backbone
     variants: dict[str, Callable[[], object]] = {'plain timm': partial(plain, image)}

@@ -1,74 +1,55 @@
-"""Stamp."""
+"""What results are of: data set, image size, preprocessing, precision and weights."""
 
 import os
-from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.models.multi_exit import MultiExitModel
-
-
-def describe_preparation(data_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what timm's `resolve_data_config` says, JSON-ready; mean and std averaged as timm does for grey images."""
-    described = {name: list(value) if isinstance(value, tuple) else value for name, value in data_config.items()}
-    num_channels = described['input_size'][0]
-    for name in ('mean', 'std'):
-        if len(described[name]) != num_channels:
-            described[name] = [sum(described[name]) / len(described[name])] * num_channels
-    return described
-
 
 # timm's prefixes of names of data sets.
 _READERS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 
 _FOLDER_READERS = ('image_folder', 'folder')
 
+# Accelerate's names of mixed precision.
+_PRECISIONS = {'fp16': 'amp float16', 'bf16': 'amp bfloat16'}
+
 
 def describe_inputs(
-    args: Namespace, model: MultiExitModel, data_config: dict[str, Any], folder: Path | None
+    model: MultiExitModel,
+    data_config: Mapping[str, Any],
+    *,
+    dataset: str,
+    precision: str = 'no',
+    weights: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return what results are of: dataset, input_size, preparation, precision, and the SHA-256 of a folder's weights.
+    """Return what results are of, JSON-ready: dataset, input_size, preparation, precision, and weights if given.
 
     Args:
-        args: Of the command line.
-        model: What was evaluated.
-        data_config: How images are made ready.
-        folder: Whose weights were evaluated; None for none.
+        model: The model that was evaluated.
+        data_config: timm's data configuration.
+        dataset: Name of the data set, see `name_dataset`.
+        precision: `mixed_precision` of the accelerator.
+        weights: SHA-256 of the files of weights, see `hash_weights`.
     """
-    weights = {} if folder is None else {'weights': hash_weights(folder)}
     dtype = str(next(model.parameters()).dtype).removeprefix('torch.')
     return {
-        'dataset': name_dataset(args),
+        'dataset': dataset,
         'input_size': list(data_config['input_size']),
         'preparation': describe_preparation(data_config),
-        'precision': f'amp {args.amp_dtype}' if args.amp else dtype,
-        **weights,
+        'precision': _PRECISIONS.get(precision, dtype),
+        **({} if weights is None else {'weights': dict(weights)}),
     }
 
 
-def name_dataset(args: Namespace) -> str:
-    """Return the name of the data without the reader's, that of the folder where no other is given.
-
-    >>> name_dataset(Namespace(dataset='torch/cifar10', data_dir='data'))
-    'cifar10'
-    >>> name_dataset(Namespace(dataset='', data_dir='/data/imagenet/'))
-    'imagenet'
-    """
-    name = args.dataset.partition('?')[0]
-    if name.partition('/')[0].lower() in _READERS:
-        name = name.partition('/')[2]
-    if name.lower() in _FOLDER_READERS:
-        name = ''
-    # No folder of this machine: results are published.
-    if not name or os.path.isabs(name):
-        name = os.path.basename(os.path.abspath(name or (args.data_dir or '').partition('?')[0]))
-    return name
+def describe_preparation(data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return timm's data configuration, JSON-ready, with one mean and standard deviation per channel."""
+    fitted = fit_channels(data_config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fitted.items()}
 
 
-def _fit_channels(data_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with one mean and deviation per channel, as timm's loaders normalize other images."""
+def fit_channels(data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a data configuration with one mean and standard deviation per channel, averaged as in timm's loaders."""
     channels = data_config['input_size'][0]
     fitted = {
         key: (sum(data_config[key]) / len(data_config[key]),) * channels
@@ -76,3 +57,24 @@ def _fit_channels(data_config: dict[str, Any]) -> dict[str, Any]:
         if len(data_config[key]) != channels
     }
     return {**data_config, **fitted}
+
+
+def name_dataset(dataset: str, data_dir: str | None) -> str:
+    """Return the name of a data set without timm's prefix, or that of its folder, without folders of this machine.
+
+    Args:
+        dataset: timm's name of the data set; '' for a folder of images.
+        data_dir: The folder of the data.
+
+    >>> name_dataset('torch/cifar10', 'data'), name_dataset('', '/data/imagenet/')
+    ('cifar10', 'imagenet')
+    """
+    name = dataset.partition('?')[0]
+    if name.partition('/')[0].lower() in _READERS:
+        name = name.partition('/')[2]
+    if name.lower() in _FOLDER_READERS:
+        name = ''
+    # Results are published, so they must not hold paths of this machine.
+    if not name or os.path.isabs(name):
+        name = os.path.basename(os.path.abspath(name or (data_dir or '').partition('?')[0]))
+    return name

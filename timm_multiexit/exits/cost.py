@@ -1,8 +1,9 @@
 """What a forward costs: multiply-accumulates (MACs) of one image, and parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,29 @@ class ExitCost:
     sequential: Cost
 
 
+AnyCost = TypeVar('AnyCost', float, Cost)
+
+AnyModule = TypeVar('AnyModule', bound=nn.Module)
+
+
+def add_heads(paths: Sequence[AnyCost], heads: Sequence[AnyCost], used: Collection[int]) -> list[AnyCost]:
+    """Return the cost of leaving at each classifier, main last: the path to it and the used heads up to there.
+
+    Args:
+        paths: Cost of the backbone up to each tap, and of all of it last; one more than `heads`.
+        heads: Cost of each head.
+        used: The exits that are run; the others cost nothing.
+
+    >>> add_heads([10.0, 20.0, 40.0], [3.0, 2.0], used=(1,))
+    [10.0, 22.0, 42.0]
+    """
+    spent, costs = type(paths[-1])(), []
+    for idx, path in enumerate(paths):
+        spent = spent + heads[idx] if idx in used else spent
+        costs.append(path + spent)
+    return costs
+
+
 def combine_costs(paths: Sequence[Cost], heads: Sequence[Cost]) -> tuple[ExitCost, ...]:
     """Return the cost of every classifier, shallow to deep, main last.
 
@@ -54,11 +78,11 @@ def combine_costs(paths: Sequence[Cost], heads: Sequence[Cost]) -> tuple[ExitCos
     >>> [cost.fixed.macs for cost in costs], [cost.sequential.macs for cost in costs]
     ([13, 22, 40], [13, 25, 45])
     """
-    costs, spent = [], Cost()
-    for path, head in zip(paths, (*heads, Cost()), strict=True):
-        spent = spent + head
-        costs.append(ExitCost(head=head, fixed=path + head, sequential=path + spent))
-    return tuple(costs)
+    sequential = add_heads(paths, heads, range(len(heads)))
+    return tuple(
+        ExitCost(head=head, fixed=path + head, sequential=total)
+        for path, head, total in zip(paths, (*heads, Cost()), sequential, strict=True)
+    )
 
 
 class CostMeter:
@@ -79,7 +103,7 @@ class CostMeter:
         self._reads.__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._reads.__exit__(*error)
         self._flops.__exit__(*error)
 
@@ -94,14 +118,14 @@ class _ParameterReads(TorchDispatchMode):
         self._sizes = {id(param): param.numel() for param in module.parameters()}
         self.read: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if id(leaf) in self._sizes:
                 self.read[id(leaf)] = self._sizes[id(leaf)]
         return func(*args, **(kwargs or {}))
 
 
-def meta_copy(module: nn.Module) -> nn.Module:
+def meta_copy(module: AnyModule) -> AnyModule:
     """Return a copy in eval mode whose tensors hold no data.
 
     The copy takes no memory for weights, and running it changes nothing in the module: shapes and costs are found

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from timm.layers import ConvNormAct, LayerNorm2d, SelectAdaptivePool2d, SeparableConvNormAct
 from torch import Tensor, nn
 
-from timm_multiexit.utils.errors import MultiExitError, brief
+from timm_multiexit.utils.errors import InvalidValueError, brief
 
 Widths = tuple[int, ...]
 
@@ -23,22 +23,22 @@ class ExitHead(nn.Module):
         drop_rate: Dropout probability in front of the classifier, in training.
 
     Raises:
-        MultiExitError: Unknown type, or widths are missing.
+        InvalidValueError: Unknown type, or widths are missing.
     """
 
     def __init__(self, head: str, *, in_chans: int, widths: Widths, num_classes: int, drop_rate: float = 0.0):
         super().__init__()
         if head not in HEADS:
-            raise MultiExitError(f'Unknown head {brief(head)}, allowed are {", ".join(HEADS)}.')
+            raise InvalidValueError(f'head must be one of {", ".join(HEADS)}, got {brief(head)}.')
         if 0 in widths and not HEADS[head].is_paper:
-            raise MultiExitError(f"A '{head}' head takes widths without 0, given are {brief(list(widths))}.")
+            raise InvalidValueError(f"The widths of a '{head}' head must be > 0, got {brief(list(widths))}.")
         if not widths and HEADS[head].num_widths(1):
-            raise MultiExitError(f"A '{head}' head needs the widths of its convolutions, none are given.")
+            raise InvalidValueError(f"A '{head}' head needs the widths of its convolutions, got none.")
         self.num_features = next((width for width in reversed(widths) if width), in_chans)
         self.convs = HEADS[head].build(in_chans, widths)
         self.global_pool = SelectAdaptivePool2d(pool_type='avg', flatten=True)
         self.drop = nn.Dropout(drop_rate)
-        self.projector: nn.Module | None = None
+        self.projector: nn.Linear | None = None
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -106,7 +106,7 @@ def _paper_candidates(in_chans: int, num_features: int, halvings: int) -> list[W
 
 def _build_conv(in_chans: int, widths: Widths) -> nn.Module:
     """A 1x1 convolution to the first width unless the map has it, a stride-2 separable one per further width."""
-    layers = [] if in_chans == widths[0] else [ConvNormAct(in_chans, widths[0], kernel_size=1)]
+    layers: list[nn.Module] = [] if in_chans == widths[0] else [ConvNormAct(in_chans, widths[0], kernel_size=1)]
     layers += [SeparableConvNormAct(i, o, kernel_size=3, stride=2) for i, o in zip(widths, widths[1:])]
     return nn.Sequential(*layers)
 

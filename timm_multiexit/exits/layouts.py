@@ -1,7 +1,8 @@
-"""Layouts."""
+"""How a backbone lays its features out: maps, grids of tokens, and what enters its classifier."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,12 +64,18 @@ def combine_features(entering: Sequence[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.stack(flat).mean(0)
 
 
-def _read_layout(
+def read_layout(
     tensor: Tensor,
-    entry: dict,
+    entry: Mapping[str, Any],
     input_size: tuple[int, int, int],
 ) -> tuple[str, int, int, tuple[int, int]] | None:
-    """Return layout, prefix tokens, channels and (height, width) of a tensor, None if it is no map."""
+    """Return layout, prefix tokens, channels and (height, width) of a tensor, None if it is not a map.
+
+    Args:
+        tensor: Of one image, on the meta device.
+        entry: What `feature_info` has of the stage, and 'last', whether maps are NHWC where it leaves a doubt.
+        input_size: (channels, height, width) of the image.
+    """
     if tensor.shape[0] != 1:  # not one row per image: the inner tokens of TNT
         return None
     if tensor.ndim == 4:
@@ -91,7 +98,7 @@ def _read_layout(
 def _find_grid(length: int, reduction: int | None, input_size: tuple[int, int, int]) -> tuple[int, int] | None:
     """Return height and width of the grid at the end of so many tokens, at most 16 of them in front of it."""
     _, height, width = input_size
-    reductions = [reduction] if reduction else []
+    reductions: list[float] = [reduction] if reduction else []
     # Else from the count: the largest grid of the image's aspect that fits.
     reductions += [height / rows for rows in range(int((length * height / width) ** 0.5) + 1, 0, -1)]
     for pixels in reductions:

@@ -1,9 +1,10 @@
-"""Attaching exits: which places of a backbone can be tapped, which are chosen, and how wide their heads are."""
+"""Placement of exits: which places of a backbone can be tapped, which are chosen, and how wide their heads are."""
 
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from timm.models import get_model_input_config
@@ -12,9 +13,9 @@ from torch import nn
 from timm_multiexit.exits.cost import Cost, CostMeter
 from timm_multiexit.exits.heads import HEADS, ExitHead
 from timm_multiexit.exits.spec import ExitSpec
-from timm_multiexit.exits.survey import ExitPoint, Survey
+from timm_multiexit.exits.survey import ExitPoint, Survey, survey_backbone
 from timm_multiexit.exits.taps import resolve_tap
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
 
 _logger = logging.getLogger(__name__)
 
@@ -29,19 +30,57 @@ SPARED_FRAC = 0.5
 ExitsArg = str | int | Sequence[int] | Sequence[str]
 
 
-def _input_size(backbone: nn.Module, input_size: Sequence[int] | None) -> tuple[int, int, int]:
-    return tuple(input_size or get_model_input_config(backbone)['input_size'])
+def place_exits(
+    backbone: nn.Module,
+    exits: ExitsArg = 'auto',
+    *,
+    head: str = 'conv',
+    head_widths: Sequence[Sequence[int]] | None = None,
+    input_size: tuple[int, int, int] | None = None,
+) -> list[ExitSpec]:
+    """Return where exits go and how wide their heads are, shallow to deep.
+
+    Arguments and errors are those of `timm_multiexit.models.attach.attach_exits`; the backbone stays as it is.
+    """
+    if head not in HEADS:
+        raise InvalidValueError(f"head must be one of {', '.join(HEADS)}, got '{head}'.")
+    input_size = resolve_input_size(backbone, input_size)
+    model: Any = backbone
+    preset = getattr(model, 'multiexit_preset', None)
+    if exits == 'auto' and preset is not None:
+        exits = preset['exits']
+        if head_widths is None and HEADS[head].is_paper:
+            head_widths = preset['head_widths']
+    survey = survey_backbone(backbone, _named(exits), input_size)
+    points = _choose(backbone, exits, survey)
+    if head_widths is not None and len(head_widths) != len(points):
+        raise InvalidValueError(f'head_widths must have one list per exit ({len(points)}), got {len(head_widths)}.')
+    return [
+        _build_spec(point, head, survey, None if head_widths is None else tuple(head_widths[idx]), model.num_classes)
+        for idx, point in enumerate(points)
+    ]
+
+
+def resolve_input_size(backbone: nn.Module, input_size: Sequence[int] | None) -> tuple[int, int, int]:
+    """Return (channels, height, width) of an image: as given, else the backbone's own."""
+    channels, height, width = input_size or get_model_input_config(backbone)['input_size']
+    return channels, height, width
 
 
 def _named(exits: ExitsArg) -> tuple[str, ...]:
     return tuple(item for item in exits if isinstance(item, str)) if isinstance(exits, (list, tuple)) else ()
 
 
-def _stage_points(backbone: nn.Module, survey: Survey) -> tuple[ExitPoint, ...]:
+def stage_points(backbone: nn.Module, survey: Survey) -> tuple[ExitPoint, ...]:
+    """Return the stages that exits can be attached to, shallow to deep.
+
+    Raises:
+        InvalidValueError: None of the backbone's stages can be tapped.
+    """
     if not survey.stages:
-        reasons = [f'{name}: {reason}' for name, reason in survey.rejected.items()] or ['none is named']
+        reasons = [f'{name}: {reason}' for name, reason in survey.rejected.items()] or ['it names none']
         more = f'; {len(reasons) - 1} more like it' if len(reasons) > 1 else ''
-        raise MultiExitError(
+        raise InvalidValueError(
             f'{type(backbone).__name__} has no stage that exits can be attached to ({reasons[0]}{more}).'
         )
     return survey.stages
@@ -49,12 +88,14 @@ def _stage_points(backbone: nn.Module, survey: Survey) -> tuple[ExitPoint, ...]:
 
 def _choose(backbone: nn.Module, exits: ExitsArg, survey: Survey) -> Sequence[ExitPoint]:
     """Return the points that `exits` means, shallow to deep."""
-    stages = _stage_points(backbone, survey)
+    stages = stage_points(backbone, survey)
     if isinstance(exits, (list, tuple)) and exits:
         return _pick(backbone, exits, survey)
     early = stages[:-1]
     if not early:
-        raise MultiExitError(f'{type(backbone).__name__} has one stage only ({stages[0].module}): name modules to tap.')
+        raise InvalidValueError(
+            f'{type(backbone).__name__} has one stage only ({stages[0].module}): name modules to tap.'
+        )
     past_stem = early[1:] if len(early) >= 4 and not survey.is_isotropic else early
     if exits == 'auto':
         if survey.is_isotropic and len(stages) > 4:
@@ -62,14 +103,15 @@ def _choose(backbone: nn.Module, exits: ExitsArg, survey: Survey) -> Sequence[Ex
         return past_stem
     if isinstance(exits, int) and not isinstance(exits, bool):
         return _spread(exits, past_stem if 1 <= exits <= len(past_stem) else early, survey.total)
-    raise MultiExitError(f"exits is {exits!r}, allowed are 'auto', a number of exits, or a list. {_legal(survey)}")
+    raise InvalidValueError(f"exits must be 'auto', a number of exits or a list, got {exits!r}. {_legal(survey)}")
 
 
 def _spread(count: int, early: Sequence[ExitPoint], total: Cost) -> list[ExitPoint]:
     """Return `count` points whose costs are nearest to an even division of the backbone's, from the deepest up."""
     if not 1 <= count <= len(early):
-        raise MultiExitError(
-            f'{count} exits asked for, this backbone has room for 1 to {len(early)} before its last stage.'
+        raise InvalidValueError(
+            f'The number of exits must be in [1, {len(early)}], the stages before the last of this backbone, got'
+            f' {count}.'
         )
     chosen: list[ExitPoint] = []
     for step in reversed(range(count)):
@@ -92,18 +134,18 @@ def _pick(backbone: nn.Module, exits: Sequence[int] | Sequence[str], survey: Sur
         elif isinstance(item, int) and not isinstance(item, bool):
             point, reason = by_index.get(item + survey.num_stages if item < 0 else item), ''
         else:
-            raise MultiExitError(f'exits holds {item!r}, allowed are indices or module names. {_legal(survey)}')
+            raise InvalidValueError(f'exits must hold indices or module names, got {item!r}. {_legal(survey)}')
         if point is None:
             reason = f' ({reason})' if reason else ''
-            raise MultiExitError(f'{type(backbone).__name__} has no exit {item!r}{reason}. {_legal(survey)}')
+            raise InvalidValueError(f'{type(backbone).__name__} has no exit {item!r}{reason}. {_legal(survey)}')
         chosen.append(point)
     if len(set(chosen)) != len(chosen):
-        raise MultiExitError(f'exits names a place twice: {list(exits)}.')
+        raise InvalidValueError(f'exits must name each place once, got {list(exits)}.')
     return sorted(chosen, key=lambda point: point.cost.macs)
 
 
 def _legal(survey: Survey) -> str:
-    return 'Allowed are ' + ', '.join(f'{p.index} ({p.module}, 1/{p.reduction})' for p in survey.stages) + '.'
+    return 'Its stages are ' + ', '.join(f'{p.index} ({p.module}, 1/{p.reduction})' for p in survey.stages) + '.'
 
 
 def _build_spec(
@@ -131,21 +173,18 @@ def _build_spec(
         # The paper's heads may end on a larger map than the last stage's.
         least = min(1, most) if kind.is_paper else most
         if not least <= len(widths) <= most:
-            allowed = most if least == most else f'{least} to {most}'
-            raise MultiExitError(
-                f"A '{head}' head at {point.module} takes {allowed} widths, {len(widths)} were given: {list(widths)}."
+            allowed = f'{most}' if least == most else f'{least} to {most}'
+            raise InvalidValueError(
+                f"A '{head}' head at {point.module} takes {allowed} widths, got {len(widths)}: {list(widths)}."
             )
         return replace(spec, widths=widths)
     candidates = kind.candidates(point.channels, survey.num_features, halvings)
-    allowed = min(
-        HEAD_MACS_FRAC * survey.total.macs,
-        SPARED_FRAC * (survey.total.macs - point.cost.macs),
-    )
+    most_macs = min(HEAD_MACS_FRAC * survey.total.macs, SPARED_FRAC * (survey.total.macs - point.cost.macs))
     for widths in candidates[:-1]:
-        if _head_macs(replace(spec, widths=widths), point, num_classes) <= allowed:
+        if _head_macs(replace(spec, widths=widths), point, num_classes) <= most_macs:
             return replace(spec, widths=widths)
     spec = replace(spec, widths=candidates[-1])
-    if len(candidates) > 1 and _head_macs(spec, point, num_classes) > allowed:
+    if len(candidates) > 1 and _head_macs(spec, point, num_classes) > most_macs:
         _logger.warning(
             f'No head at {point.module} is as cheap as it should be; the narrowest is taken: {spec.widths}.'
         )

@@ -1,9 +1,9 @@
-"""What is stored beside the weights: the exits of a model, and the one error that users see."""
+"""One exit as it is stored beside the weights: where it is attached, and which head it has."""
 
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from timm_multiexit.utils.errors import MultiExitError, brief
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, brief
 
 LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
@@ -18,7 +18,7 @@ class ExitSpec:
         module: Name of the tapped module in the backbone, as in `backbone.named_modules()`.
         channels: Channels of the tapped map or tokens.
         reduction: Input pixels per pixel (or token) of the tapped map along one side.
-        head: Key of the table of heads (`timm_multiexit.heads.HEADS`).
+        head: Key of the table of heads (`timm_multiexit.exits.heads.HEADS`).
         widths: Output channels of the head's convolutions, first to last, 0 for a 2x2 max pooling between two;
             empty for a head that has none.
         layout: How the module lays its output out: 'NCHW', 'NHWC' or 'NLC' (tokens).
@@ -35,26 +35,28 @@ class ExitSpec:
     num_prefix_tokens: int = 0
     output: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ('module', 'head'):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise MultiExitError(f'Exit {name} is {brief(getattr(self, name))}, allowed is a non-empty string.')
+                raise InvalidValueError(f'The {name} of an exit must be text, got {brief(getattr(self, name))}.')
         object.__setattr__(self, 'widths', tuple(self.widths))
         if self.layout not in LAYOUTS:
-            raise MultiExitError(f'Exit layout is {brief(self.layout)}, allowed are {", ".join(LAYOUTS)}.')
+            raise InvalidValueError(
+                f'The layout of an exit must be one of {", ".join(LAYOUTS)}, got {brief(self.layout)}.'
+            )
         numbers = [('channel count', self.channels, 1), ('reduction', self.reduction, 1)]
         numbers += [('width', width, 0) for width in self.widths]
         numbers += [('count of prefix tokens', self.num_prefix_tokens, 0), ('output index', self.output, 0)]
         if self.widths and 0 in (self.widths[0], self.widths[-1]):
-            raise MultiExitError(
-                f'{brief(self.module)} has a head of widths {brief(list(self.widths))}, a head begins and ends with a'
-                ' convolution.'
+            raise InvalidValueError(
+                f'The widths of the exit at {brief(self.module)} must begin and end with a convolution, got'
+                f' {brief(list(self.widths))}.'
             )
         for name, number, least in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= 65536:
-                raise MultiExitError(
-                    f'Exit at {brief(self.module)} has a {name} of {brief(number)}, allowed are integers from'
-                    f' {least} to 65536.'
+                raise InvalidValueError(
+                    f'The {name} of the exit at {brief(self.module)} must be an integer in [{least}, 65536], got'
+                    f' {brief(number)}.'
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,12 +71,13 @@ class ExitSpec:
             values: A mapping with this class's fields; other keys are left out.
 
         Raises:
-            MultiExitError: A field is missing or out of range, or `values` is not a mapping.
+            CheckpointError: A field is missing, or `values` is not a mapping.
+            InvalidValueError: A field is out of range.
         """
         names = [field.name for field in fields(cls)]
         required = [field.name for field in fields(cls) if field.default is MISSING] + ['widths']
         if not isinstance(values, dict) or not set(required) <= set(values):
-            raise MultiExitError(f'An exit in config.json must be an object with the keys {", ".join(required)}.')
+            raise CheckpointError(f'An exit in config.json must be an object with the keys {", ".join(required)}.')
         if not isinstance(values['widths'], (list, tuple)):
-            raise MultiExitError(f'Exit widths are {brief(values["widths"])}, allowed is a list of integers.')
+            raise CheckpointError(f'The widths of an exit must be a list of integers, got {brief(values["widths"])}.')
         return cls(**{name: values[name] for name in names if name in values})

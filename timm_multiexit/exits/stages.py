@@ -1,22 +1,26 @@
-"""Stages."""
+"""The stages of a backbone, as timm names them, and corrections for families where it names the wrong modules."""
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
+
+# Entries of `feature_info`.
+Entries = list[dict[str, Any]]
 
 
-def _renamed(pattern: str, replacement: str | Callable[[re.Match], str]) -> Callable[[list[dict]], list[dict]]:
+def _renamed(pattern: str, replacement: str | Callable[[re.Match[str]], str]) -> Callable[[Entries], Entries]:
     return lambda entries: [{**entry, 'module': re.sub(pattern, replacement, entry['module'])} for entry in entries]
 
 
-def _coat_stages(entries: list[dict]) -> list[dict]:
+def _coat_stages(entries: Entries) -> Entries:
     return [{'module': f'serial_blocks{idx}', 'reduction': 2 ** (idx + 1)} for idx in range(1, 5)]
 
 
-def _aligned_xception_stages(entries: list[dict]) -> list[dict]:
+def _aligned_xception_stages(entries: Entries) -> Entries:
     # The block of the layer that is named ends at the next stage's reduction.
     return [
         {**entry, 'module': re.sub(r'\.stack\..*', '', entry['module']), 'reduction': following['reduction']}
@@ -26,7 +30,7 @@ def _aligned_xception_stages(entries: list[dict]) -> list[dict]:
 
 # Families whose `feature_info` (timm 1.0.31) names modules that are not there, are not called, or lie beside a
 # shortcut that has the whole batch, and where to look.
-_STAGE_FIXES: dict[str, Callable[[list[dict]], list[dict]]] = {
+_STAGE_FIXES: dict[str, Callable[[Entries], Entries]] = {
     'CoaT': _coat_stages,  # names a ModuleList, and for some the parallel blocks at the end three times
     'Gemma4VitClassifier': _renamed(r'^blocks\.', 'encoder.blocks.'),  # names as inside the encoder it wraps
     'HighResolutionNet': lambda entries: _renamed('^stem$', 'act1')(_renamed('^stage1$', 'layer1')(entries)),  # no such
@@ -39,17 +43,17 @@ _STAGE_FIXES: dict[str, Callable[[list[dict]], list[dict]]] = {
 }
 
 
-def stage_entries(backbone: nn.Module) -> list[dict]:
-    """Return the backbone's stages as `feature_info` has them, mended where its family needs that.
+def stage_entries(backbone: nn.Module) -> Entries:
+    """Return the backbone's stages as `feature_info` has them, corrected where its family needs that.
 
     Raises:
-        MultiExitError: It names none.
+        InvalidValueError: It has none.
     """
-    info = getattr(backbone, 'feature_info', None)
+    info: Any = getattr(backbone, 'feature_info', None)
     entries = info.info if hasattr(info, 'info') else info
     if not entries or not all(isinstance(entry, dict) and 'module' in entry for entry in entries):
-        raise MultiExitError(
-            f'{type(backbone).__name__} names no stages (feature_info), so no exits can be attached:'
-            ' allowed are timm classification models with stages.'
+        raise InvalidValueError(
+            f'{type(backbone).__name__} names no stages (feature_info), so no exits can be attached: use a timm'
+            ' classification model with stages.'
         )
     return _STAGE_FIXES.get(type(backbone).__name__, list)(list(entries))

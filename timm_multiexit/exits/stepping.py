@@ -51,7 +51,7 @@ class Stepper:
         self._modes: _Modes | None = None
 
     def resume(self) -> tuple[bool, Any]:
-        """Go on to the next value.
+        """Run to the next value.
 
         To be called in the thread that made this.
 
@@ -69,7 +69,7 @@ class Stepper:
         if waiting and threading.get_ident() == self._thread:
             self._switch(waiting, waiting.throw, error)
 
-    def _switch(self, to: greenlet, switch: Callable, *args: Any) -> Any:
+    def _switch(self, to: greenlet, switch: Callable[..., Any], *args: Any) -> Any:
         to.parent = getcurrent()
         # Entered even where nothing differs: what is left on the way out is the caller's modes, whatever the function
         # has set in between.

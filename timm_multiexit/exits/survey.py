@@ -1,6 +1,6 @@
 """What a backbone offers: one forward of a data-free copy tells where it can be tapped, and what that costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from timm_multiexit.exits.cost import Cost, CostMeter, meta_copy
-from timm_multiexit.exits.layouts import _read_layout, combine_features
-from timm_multiexit.exits.stages import stage_entries
+from timm_multiexit.exits.layouts import combine_features, read_layout
+from timm_multiexit.exits.stages import Entries, stage_entries
 from timm_multiexit.exits.taps import Taps, classifier_names, resolve_tap
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Survey:
 
     Attributes:
         points: Where an exit can be attached, shallow to deep.
-        rejected: Module name -> why none can be attached there.
+        rejected: Module name -> why no exit can be attached there.
         num_stages: Entries of `feature_info`.
         num_features: Width of main's features.
         total: Cost of the whole backbone.
@@ -88,7 +88,7 @@ def survey_backbone(backbone: nn.Module, names: Sequence[str], input_size: tuple
         input_size: (channels, height, width) of an image.
 
     Raises:
-        MultiExitError: It has no stages, no classifier, or no module of such a name.
+        InvalidValueError: It has no stages, no classifier, or no module of such a name.
     """
     entries = stage_entries(backbone)
     modules = dict(backbone.named_modules())
@@ -117,24 +117,28 @@ def survey_backbone(backbone: nn.Module, names: Sequence[str], input_size: tuple
     if not entering and backbone.num_classes == 0:
         entering = [output]
     if not entering:
-        raise MultiExitError(f'{type(backbone).__name__} does not call its classifier {", ".join(taps.classifiers)}.')
+        raise InvalidValueError(
+            f'{type(backbone).__name__} does not call its classifier {", ".join(taps.classifiers)}.'
+        )
     return Survey(tuple(points), rejected, len(entries), combine_features(entering).shape[1], total)
 
 
-def _check_names(backbone: nn.Module, names: Sequence[str], modules: dict, entries: list[dict]) -> None:
+def _check_names(backbone: nn.Module, names: Sequence[str], modules: Mapping[str, nn.Module], entries: Entries) -> None:
     unknown = [name for name in names if name not in modules or not name]
     if unknown:
         near = get_close_matches(unknown[0], modules, n=3)
         hint = f', nearest are {", ".join(near)}' if near else ''
         stages = ', '.join(entry['module'] for entry in entries)
-        raise MultiExitError(f"{type(backbone).__name__} has no module '{unknown[0]}'{hint}; its stages are {stages}.")
+        raise InvalidValueError(
+            f"{type(backbone).__name__} has no module '{unknown[0]}'{hint}; its stages are {stages}."
+        )
 
 
 def _run(
     backbone: nn.Module,
     taps: Taps,
     input_size: tuple[int, int, int],
-) -> tuple[dict[int, list[_Arrival]], Tensor, Cost]:
+) -> tuple[dict[int, list[_Arrival]], Tensor | None, Cost]:
     copy = meta_copy(backbone)
     meter = CostMeter(copy)
     arrivals: dict[int, list[_Arrival]] = {}
@@ -148,7 +152,7 @@ def _run(
     return arrivals, output, meter.read()
 
 
-def _is_channels_last(arrivals: dict[int, list[_Arrival]], entries: list[dict]) -> bool:
+def _is_channels_last(arrivals: dict[int, list[_Arrival]], entries: Entries) -> bool:
     """Return whether maps are NHWC, by those of which `feature_info` leaves no doubt."""
     for idx, entry in enumerate(entries):
         for arrival in arrivals.get(idx, []):
@@ -167,11 +171,11 @@ def _tensors(output: Any) -> list[Tensor]:
 def _read_point(
     name: str,
     index: int | None,
-    entry: dict,
+    entry: Mapping[str, Any],
     arrivals: list[_Arrival],
     input_size: tuple[int, int, int],
 ) -> ExitPoint | str:
-    """Return the exit point that a module's output is, or why it is none."""
+    """Return the exit point that a module's output is, or why it cannot be one."""
     if len(arrivals) != 1:
         return 'its module is not called in the forward' if not arrivals else 'its module is called more than once'
     output, versions, cost = arrivals[0]
@@ -180,7 +184,7 @@ def _read_point(
     items = output if isinstance(output, (tuple, list)) else [output]
     found = []
     for idx, item in enumerate(items):
-        layout = _read_layout(item, entry, input_size) if isinstance(item, Tensor) else None
+        layout = read_layout(item, entry, input_size) if isinstance(item, Tensor) else None
         if layout:
             kind, num_prefix_tokens, channels, size = layout
             reduction = entry.get('reduction') or max(1, round(input_size[-1] / size[-1]))

@@ -1,10 +1,10 @@
 """Taps: the only code that registers or answers forward hooks."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map
 
 from timm_multiexit.exits.stepping import Stepper
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
 
 # (exit, tensor at its tap) -> logits [N, C]
 RunHead = Callable[[int, Tensor], Tensor]
 
-# (tap index, tensor) -> the places [N'] of the samples that go on, None for all of them
+# (tap index, tensor) -> the places [N'] of the samples that stay in the batch, None for all of them
 Visitor = Callable[[int, Tensor], Tensor | None]
 
 _install_lock = threading.Lock()  # of all models together: a lock of its own would keep a model from being pickled
@@ -34,14 +34,14 @@ class _CallState(threading.local):
     model it was made on.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         # In the instance, not the class: torch.compile guards on the attribute being there.
         self.visitor: Visitor | None = None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type['_CallState'], tuple[()]]:
         return _CallState, ()
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> '_CallState':
         return _CallState()
 
 
@@ -51,7 +51,7 @@ class _Pauses:
     def __init__(self, taps: 'Taps', read: Callable[[int, Tensor], Any], pause: Callable[[Any], None]):
         self._taps, self._read, self._pause = taps, read, pause
 
-    @torch.compiler.disable  # a graph cannot wait; compiled parts of a backbone end here
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph cannot wait; compiled parts end here
     def visit(self, idx: int, tensor: Tensor) -> None:
         if idx < len(self._taps.names):
             self._pause(self._read(idx, tensor))
@@ -108,7 +108,7 @@ class Taps:
             backbone: The module that `install` was called on, or a copy of it.
             x: Input batch, [B, C, H, W].
             visitor: Called with (tap index, tensor) as each tensor arrives. It may return the places of the samples
-                that go on, and the others leave the batch; it may raise `ForwardStopped`.
+                that stay, and the others leave the batch; it may raise `ForwardStopped`.
 
         Returns:
             The backbone's output, None if the visitor stopped it.
@@ -141,7 +141,7 @@ class Taps:
         def keep(idx: int, tensor: Tensor) -> None:
             tensors[idx] = tensor
 
-        output = self.visit(backbone, x, keep)
+        output = cast(Tensor, self.visit(backbone, x, keep))  # `keep` never stops the forward
         for name, tensor in zip(self.names, tensors):
             if tensor is None:
                 raise RuntimeError(_silent_message(name))
@@ -150,7 +150,7 @@ class Taps:
             entering = [output]  # without classes some backbones skip their classifiers and return the features
         if not entering:
             raise RuntimeError(_silent_message(', '.join(self.classifiers)))
-        return output, tensors[:num_taps], entering
+        return output, cast(list[Tensor], tensors[:num_taps]), entering
 
     def stop(self, backbone: nn.Module, x: Tensor, idx: int) -> Tensor:
         """Run the backbone up to tap `idx`, nothing after it.
@@ -173,7 +173,7 @@ class Taps:
             raise RuntimeError(_silent_message(self.names[idx]))
         return tensors[0]
 
-    def step(self, backbone: nn.Module, x: Tensor, read: Callable[[int, Tensor], Any]) -> Iterator[Any]:
+    def step(self, backbone: nn.Module, x: Tensor, read: Callable[[int, Tensor], Any]) -> Generator[Any, None, Any]:
         """Yield what `read` makes of the tensor at each tap, in the order of arrival; the forward waits meanwhile.
 
         While it waits the model is as outside of a forward. Closing the iterator ends the forward. It runs without
@@ -208,7 +208,7 @@ class Taps:
             stepper.stop(ForwardStopped())
             self._state.visitor = outer
 
-    def _on_output(self, idx, module, args, output):
+    def _on_output(self, idx: int, module: nn.Module, args: Any, output: Any) -> Any:
         visitor = self._state.visitor
         if visitor is None:
             return None
@@ -217,17 +217,17 @@ class Taps:
         rows = visitor(idx, tensor)
         return None if rows is None else _select_samples(output, rows, len(tensor))
 
-    def _on_input(self, idx, module, args):
+    def _on_input(self, idx: int, module: nn.Module, args: Any) -> Any:
         visitor = self._state.visitor
         rows = None if visitor is None else visitor(idx, args[0])
         return None if rows is None else _select_samples(args, rows, len(args[0]))
 
     def _is_hooked(self, module: nn.Module, idx: int) -> bool:
-        hooks = module._forward_hooks if idx < len(self.names) else module._forward_pre_hooks
+        hooks: Mapping[int, Any] = module._forward_hooks if idx < len(self.names) else module._forward_pre_hooks
         # A list, since another thread may add a hook meanwhile.
         return any(self._is_own(hook) and hook.args == (idx,) for hook in list(hooks.values()))
 
-    def _is_own(self, hook: Callable) -> bool:
+    def _is_own(self, hook: Any) -> bool:
         # Told by owner, not by the method itself: torch.compile cannot compare bound methods.
         return isinstance(hook, partial) and getattr(hook.func, '__self__', None) is self
 
@@ -263,17 +263,18 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
     There is one as a rule; distilled and multi-branch models have several.
 
     Raises:
-        MultiExitError: There is none.
+        InvalidValueError: There is none.
     """
-    classifier = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
-    parts = list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
+    model: Any = backbone
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    parts: list[Any] = list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
     parts = [leaf for part in parts for leaf in (part if isinstance(part, nn.ModuleList) else [part])]
     # A timm head that pools before its linear layer is entered by a map.
     parts = [part.fc if hasattr(part, 'fc') and hasattr(part, 'global_pool') else part for part in parts]
     owned = {id(module): name for name, module in backbone.named_modules()}
     names = tuple(owned[id(part)] for part in parts if id(part) in owned)
     if not names:
-        raise MultiExitError(
+        raise InvalidValueError(
             f'{type(backbone).__name__} has no classifier module (get_classifier() gives {type(classifier).__name__}):'
             ' exits need a classification model, and num_classes above 0 where the default is 0.'
         )
@@ -296,9 +297,9 @@ def resolve_tap(backbone: nn.Module, name: str) -> str:
         name: Name of the stage, as in `named_modules()`.
 
     Raises:
-        AttributeError: There is no module of that name.
+        AttributeError: The module does not exist.
     """
-    module = backbone.get_submodule(name)
+    module: Any = backbone.get_submodule(name)
     while (type(module).forward is nn.Sequential.forward or isinstance(module, nn.ModuleList)) and len(module):
         child, module = list(module.named_children())[-1]
         name = f'{name}.{child}'

@@ -1,21 +1,22 @@
-"""Anytime."""
+"""Answers one exit after the other, in one thread."""
 
 import threading
 from collections.abc import Generator
 from typing import Any
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import StateError
 
 
 class OwnThread:
-    """An iterator that goes on in the thread of its first step alone.
+    """An iterator that can only be continued in the thread of its first step.
 
     Args:
         steps: What it iterates over; it is closed with this.
     """
 
-    def __init__(self, steps: Generator):
-        self._steps, self._thread = steps, None
+    def __init__(self, steps: Generator[Any, None, None]):
+        self._steps = steps
+        self._thread: int | None = None
 
     def __iter__(self) -> 'OwnThread':
         return self
@@ -24,7 +25,7 @@ class OwnThread:
         self._thread = self._thread or threading.get_ident()
         # Checked here, since an error inside a generator would end it for its own thread too.
         if self._thread != threading.get_ident():
-            raise MultiExitError(
+            raise StateError(
                 'This iteration over the exits was begun in another thread: finish it there, or begin one in each.'
             )
         return next(self._steps)

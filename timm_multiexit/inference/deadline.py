@@ -12,7 +12,7 @@ from timm_multiexit.utils.timing import read_wall_clock
 
 Clock = Callable[[torch.device], float]
 
-# Of the last times of a part nearly the longest is reckoned with: by their median every other answer would be late.
+# Nearly the longest of the last times of a part is expected: by their median every other answer would be late.
 NUM_REMEMBERED = 32
 
 QUANTILE = 0.9
@@ -30,8 +30,8 @@ class PartTimes:
     """How long each part of a model takes for one form of input: its stages, main's last, and its heads.
 
     Times are kept as multiples of what the first stage took just then, which always runs: a part that is not run for a
-    while is so reckoned to have become slower or faster as that one has. Besides, with every call that does not reach
-    it a part is reckoned faster by a ten-thousandth, so that it is tried again in the end. Otherwise one slow moment
+    while is assumed to have become slower or faster as that one has. Besides, with every call that does not reach it a
+    part is assumed to be faster by a ten-thousandth, so that it is tried again in the end. Otherwise one slow moment
     would keep a model from its later exits for good.
 
     Args:
@@ -40,8 +40,8 @@ class PartTimes:
 
     def __init__(self, num_exits: int):
         self.num_exits = num_exits
-        self._first = deque(maxlen=NUM_LATEST)
-        self._multiples = [deque(maxlen=NUM_REMEMBERED) for _ in range(2 * num_exits + 1)]
+        self._first: deque[float] = deque(maxlen=NUM_LATEST)
+        self._multiples: list[deque[float]] = [deque(maxlen=NUM_REMEMBERED) for _ in range(2 * num_exits + 1)]
         self._num_unrun = [0] * (2 * num_exits + 1)
 
     def add_stage(self, idx: int, seconds: float) -> None:
@@ -56,7 +56,7 @@ class PartTimes:
         if part == 0:
             self._first.append(seconds)
             self._num_unrun = [count + 1 for count in self._num_unrun]
-        if self._num_unrun[part] > 1:  # what it was reckoned by in the meantime holds from now on
+        if self._num_unrun[part] > 1:  # what was assumed of it in the meantime holds from now on
             faster = [multiple * self._hope(part) for multiple in self._multiples[part]]
             self._multiples[part] = deque(faster, maxlen=NUM_REMEMBERED)
         self._num_unrun[part] = 0
@@ -69,17 +69,17 @@ class PartTimes:
         return max(_quantile(self._first, 0.5), 1e-9)
 
     def head(self, idx: int) -> float:
-        """Return the seconds to reckon with for head `idx`; nothing for main."""
-        return self._reckon(self.num_exits + 1 + idx) if idx < self.num_exits else 0.0
+        """Return the seconds that are expected of head `idx`; nothing for main."""
+        return self._expect(self.num_exits + 1 + idx) if idx < self.num_exits else 0.0
 
     def way(self, first: int, last: int) -> float:
-        """Return the seconds to reckon with from tap `first` to the answer of classifier `last`, heads between not run.
+        """Return the seconds expected from tap `first` to the answer of classifier `last`, without heads between.
 
         From the images `first` is -1.
         """
-        return sum(self._reckon(idx) for idx in range(first + 1, last + 1)) + self.head(last)
+        return sum(self._expect(idx) for idx in range(first + 1, last + 1)) + self.head(last)
 
-    def _reckon(self, part: int) -> float:
+    def _expect(self, part: int) -> float:
         return _quantile(self._multiples[part], QUANTILE) * self._hope(part) * self._unit()
 
 
@@ -91,7 +91,7 @@ def _quantile(seconds: Iterable[float], share: float) -> float:
 class TimeBook:
     """`PartTimes` of the forms of input that a model was last asked with."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._forms: OrderedDict[Hashable, PartTimes] = OrderedDict()
 
     def find(self, x: Tensor) -> PartTimes | None:
@@ -124,7 +124,7 @@ class _Timed:
         self._last = now
         return now
 
-    @torch.compiler.disable  # time is read between compiled parts of a backbone
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # time is read between compiled parts of a backbone
     def visit(self, idx: int, tensor: Tensor) -> None:
         """Time everything; the visitor of `learn_times`."""
         if idx < self.times.num_exits:
@@ -159,14 +159,14 @@ class _Race:
     """The visitor of one batch under a deadline.
 
     At a tap it looks for the deepest classifier that can still answer in time. On the way there heads are run where
-    the time allows that too, so that there is an answer if the rest takes longer than reckoned.
+    the time allows that too, so that there is an answer if the rest takes longer than expected.
     """
 
     def __init__(self, timed: _Timed, deadline: float):
         self._timed, self._end = timed, timed.started + deadline
         self.answer: tuple[int, Tensor] | None = None
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def visit(self, idx: int, tensor: Tensor) -> None:
         times = self._timed.times
         if idx >= times.num_exits:
@@ -188,7 +188,7 @@ class _Race:
             self.answer = idx, logits
 
 
-def predict(
+def predict_by_deadline(
     backbone: nn.Module,
     taps: Taps,
     x: Tensor,
@@ -214,5 +214,7 @@ def predict(
     logits = taps.visit(backbone, x, race.visit)
     if logits is not None:
         race.offer(times.num_exits, logits, timed.arrive(times.num_exits))
+    if race.answer is None:
+        raise RuntimeError("No tap fired: the backbone's forward calls none of the tapped modules.")
     idx, logits = race.answer
     return Prediction(logits, torch.full(logits.shape[:1], idx, device=logits.device))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +10,13 @@ from torch import Tensor, nn
 from timm_multiexit.exits.taps import ForwardStopped, RunHead, Taps
 from timm_multiexit.policies.leaving import PolicyRun
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError, StateError
 
 _logger = logging.getLogger(__name__)
 
 
 class Route:
-    """The visitor of one batch: runs heads, decides, and says which samples go on.
+    """The visitor of one batch: runs heads, decides, and says which samples stay in it.
 
     There is one wait for the device per used exit, whatever the batch.
 
@@ -24,7 +25,7 @@ class Route:
         run_head: Gives an exit's logits.
         can_leave: For each exit, whether samples can leave the batch at its tap. Where they cannot, those that have
             decided stay in it as ballast until a tap where they can leave, or until all have decided.
-        bucket_sizes: Batch sizes to go on with, rising: what is left is filled up to the next of them, so that
+        bucket_sizes: Batch sizes to continue with, rising: what is left is filled up to the next of them, so that
             compiled code meets few sizes. None for any size.
     """
 
@@ -46,7 +47,7 @@ class Route:
         self._answers: list[Tensor] = []
         self._places: list[Tensor] = []
         self._exits: list[int] = []
-        self._rows: Tensor | None = None  # [N] place in the input of each row of the batch
+        self._rows = torch.empty(0, dtype=torch.int64)  # [N] place in the input of each row of the batch
         self._is_open: Tensor | None = None  # [N] bool, rows still to decide; None for all
         self._num_open = 0
 
@@ -55,13 +56,13 @@ class Route:
         self._rows = torch.arange(batch_size, device=device)
         self._num_open = batch_size
 
-    @torch.compiler.disable  # where it waits for the device there is no graph; compiled parts of a backbone end here
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph cannot wait for the device
     def visit(self, idx: int, tensor: Tensor) -> Tensor | None:
         """Decide at a tap; see `taps.Visitor`.
 
         Raises:
             ForwardStopped: All samples have decided.
-            MultiExitError: An exit gives NaN.
+            InvalidValueError: An exit gives NaN.
         """
         if idx not in self._used:  # an exit that is not used, or main's features
             return None
@@ -74,28 +75,30 @@ class Route:
             leaves, is_nan = leaves & self._is_open, is_nan & self._is_open
         num_leaving, num_nan = torch.stack([leaves.sum(), is_nan.sum()]).tolist()
         if num_nan:
-            raise MultiExitError(
-                f'Exit {idx} gives NaN for {num_nan} of {self._num_open} images, no policy can decide on them: see the'
-                ' weights and the input.'
+            raise InvalidValueError(
+                f'Exit {idx} gives NaN for {num_nan} of {self._num_open} images, no policy can decide on them: check'
+                ' the weights and the input.'
             )
         has_ballast = self._num_open < len(self._rows)
         if not num_leaving and not has_ballast:
             return None
-        # Sorted on the device, with the counts known here, so that there is nothing more to wait for.
-        order = None if num_leaving == len(self._rows) else self._order(leaves)
         self._num_open -= num_leaving
+        if num_leaving == len(self._rows):
+            self._record(idx, answer, None)
+            raise ForwardStopped
+        # Sorted on the device, with the counts known here, so that there is nothing more to wait for.
+        order = self._order(leaves)
         if num_leaving:
-            leaving = None if order is None else order[self._num_open : self._num_open + num_leaving]
-            self._record(idx, answer, leaving)
+            self._record(idx, answer, order[self._num_open : self._num_open + num_leaving])
         if not self._num_open:
             raise ForwardStopped
-        return self._go_on(idx, order[: self._num_open])
+        return self._continue(idx, order[: self._num_open])
 
     def finish(self, logits: Tensor | None) -> Prediction:
         """Return the answers in input order.
 
         Args:
-            logits: Main's, [N, C], of the samples that are left; None if none is.
+            logits: Main's, [N, C], of the samples that are left; None if nobody is left.
 
         Raises:
             RuntimeError: The forward has come to its end without all used exits.
@@ -131,7 +134,7 @@ class Route:
         self._places.append(self._rows if rows is None else self._rows[rows])
         self._exits.append(idx)
 
-    def _go_on(self, idx: int, stay: Tensor) -> Tensor | None:
+    def _continue(self, idx: int, stay: Tensor) -> Tensor | None:
         """Return the rows of the next batch: those that stay, and ballast up to a bucket's size; None for all rows."""
         size = next((size for size in self._bucket_sizes if size >= len(stay)), len(stay))
         if not self._can_leave[idx] or size >= len(self._rows):
@@ -152,7 +155,7 @@ class Route:
 def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> tuple[bool, ...]:
     """Return for each tap whether samples can leave the batch there, found by trying.
 
-    They cannot where something else than the tapped tensor goes on with the whole batch: a shortcut around the tap, a
+    They cannot where something else than the tapped tensor carries the whole batch on: a shortcut around the tap, a
     second branch, the output of an earlier stage.
 
     Args:
@@ -161,7 +164,7 @@ def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
         input_size: (channels, height, width) of an image.
 
     Raises:
-        MultiExitError: Its logits are not finite.
+        StateError: Its logits are not finite.
     """
     num_taps = len(taps.names)
     param = next(backbone.parameters())
@@ -174,8 +177,8 @@ def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
     output, tensors, _ = taps.collect(backbone, images)
     reference = [*tensors, output]
     if not output.isfinite().all():
-        raise MultiExitError(
-            f'{type(backbone).__name__} gives NaN or infinite logits for random images: see its weights.'
+        raise StateError(
+            f'{type(backbone).__name__} gives NaN or infinite logits for random images: check its weights.'
         )
 
     def agrees(leaving: Sequence[int]) -> bool:
@@ -193,7 +196,7 @@ def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
             return torch.arange(1, len(tensor), device=tensor.device)
 
         try:
-            output = taps.visit(backbone, images, visit)
+            output = cast(Tensor, taps.visit(backbone, images, visit))
             return all(
                 _is_close(tensor, reference[idx][rows])
                 for idx, (tensor, rows) in (seen | {num_taps: (output, left)}).items()

@@ -1,14 +1,11 @@
-"""Attach."""
+"""Attaching exits: a backbone becomes a multi-exit model."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
-from timm_multiexit.exits.heads import HEADS
-from timm_multiexit.exits.placement import ExitsArg, _build_spec, _choose, _input_size, _named
-from timm_multiexit.exits.survey import survey_backbone
+from timm_multiexit.exits.placement import ExitsArg, place_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.utils.errors import MultiExitError
 
 
 def attach_exits(
@@ -20,7 +17,7 @@ def attach_exits(
     drop_rate: float | None = None,
     input_size: tuple[int, int, int] | None = None,
 ) -> MultiExitModel:
-    """Return a model that owns the backbone and fresh heads at the places asked for.
+    """Return a model that owns the backbone and fresh heads at the chosen places.
 
     Args:
         backbone: A timm classification model.
@@ -34,33 +31,18 @@ def attach_exits(
             layer.
         head_widths: Output channels of the convolutions, one list per exit, in place of the head's own rule.
         drop_rate: Dropout probability of the heads; the backbone's if not given.
-        input_size: (channels, height, width) that costs, and so the widths of 'conv' heads, are reckoned for; the
+        input_size: (channels, height, width) that costs, and so the widths of 'conv' heads, are computed for; the
             backbone's own if not given.
 
     Raises:
-        MultiExitError: The backbone has no such stages, there is no such exit or head, or the widths do not fit.
+        InvalidValueError: The backbone has no such stages, the exit or head does not exist, or the widths do not fit.
 
     >>> import timm
     >>> model = attach_exits(timm.create_model('resnet18', num_classes=10))
     >>> [spec.module for spec in model.exits.specs]
     ['layer1.1', 'layer2.1', 'layer3.1']
     """
-    if head not in HEADS:
-        raise MultiExitError(f"Unknown head '{head}', allowed are {', '.join(HEADS)}.")
-    input_size = _input_size(backbone, input_size)
-    preset = getattr(backbone, 'multiexit_preset', None)
-    if exits == 'auto' and preset is not None:
-        exits = preset['exits']
-        if head_widths is None and HEADS[head].is_paper:
-            head_widths = preset['head_widths']
-    survey = survey_backbone(backbone, _named(exits), input_size)
-    points = _choose(backbone, exits, survey)
-    if head_widths is not None and len(head_widths) != len(points):
-        raise MultiExitError(f'{len(head_widths)} lists of head widths for {len(points)} exits, give one per exit.')
-    specs = [
-        _build_spec(point, head, survey, None if head_widths is None else tuple(head_widths[idx]), backbone.num_classes)
-        for idx, point in enumerate(points)
-    ]
+    specs = place_exits(backbone, exits, head=head, head_widths=head_widths, input_size=input_size)
     if drop_rate is None:
         drop_rate = float(getattr(backbone, 'drop_rate', 0.0) or 0.0)
     return MultiExitModel(backbone, specs, drop_rate=drop_rate, input_size=input_size)

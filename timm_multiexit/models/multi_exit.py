@@ -1,24 +1,31 @@
 """The multi-exit model: a timm backbone, its taps, its heads, and timm's own surface."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
-from timm.layers import use_reentrant_ckpt
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
+from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.exits.cost import Cost, CostMeter, ExitCost, combine_costs, meta_copy
 from timm_multiexit.exits.heads import ExitHead
 from timm_multiexit.exits.layouts import combine_features, to_map
 from timm_multiexit.exits.spec import ExitSpec
-from timm_multiexit.exits.taps import Taps, classifier_names
-from timm_multiexit.models.dynamic import DynamicInference
+from timm_multiexit.exits.taps import RunHead, Taps, classifier_names
+from timm_multiexit.inference.anytime import OwnThread
+from timm_multiexit.inference.deadline import TimeBook
+from timm_multiexit.models import dynamic
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.models.outputs import ExitOutputs, Exits
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.models.timm_surface import TimmSurface
+from timm_multiexit.policies.budgets import BudgetTable
+from timm_multiexit.policies.policy import ExitPolicy, Prediction
+from timm_multiexit.utils.errors import InvalidValueError
 
 
-class MultiExitModel(DynamicInference):
+class MultiExitModel(TimmSurface):
     """A timm backbone with exits.
 
     Without `exits` or `exit_idx` it is the plain timm model: same bits, same cost. Its state dict has `backbone.*`
@@ -30,9 +37,25 @@ class MultiExitModel(DynamicInference):
         drop_rate: Dropout probability of the heads.
         input_size: (channels, height, width) that costs are reported for; the backbone's own if not given.
 
+    Attributes:
+        exits: The heads, and where each is attached.
+        policy: Where images leave when `infer` is not told; None until the model is calibrated or it is set.
+        budgets: The policies that `calibrate` found for many budgets; None until then.
+        input_size: See above.
+        hub_commit: Commit of the repository that the weights are from.
+        origin: What the weights started from, where `create_model` made them.
+
     Raises:
-        MultiExitError: The backbone has no classifier module, or a tapped module is not there.
+        InvalidValueError: The backbone has no classifier module, or a tapped module does not exist.
     """
+
+    exits: Exits
+    policy: ExitPolicy | None
+    budgets: BudgetTable | None
+    input_size: tuple[int, int, int]
+    _taps: Taps
+    _can_leave: tuple[bool, ...] | None
+    _time_book: TimeBook
 
     def __init__(
         self,
@@ -44,15 +67,16 @@ class MultiExitModel(DynamicInference):
     ):
         super().__init__()
         self.backbone = backbone
-        self._frozen_names: tuple[str, ...] | None = None
-        self.origin: Origin | None = None  # what the weights started from, where `create_model` made them
-        self.input_size = tuple(input_size or get_model_input_config(backbone)['input_size'])
+        self._frozen_names: tuple[str, ...] = ()
+        self.origin: Origin | None = None
+        channels, height, width = input_size or get_model_input_config(backbone)['input_size']
+        self.input_size = (channels, height, width)
         heads = [
             ExitHead(
                 spec.head,
                 in_chans=spec.channels,
                 widths=spec.widths,
-                num_classes=backbone.num_classes,
+                num_classes=self.num_classes,
                 drop_rate=drop_rate,
             )
             for spec in specs
@@ -76,7 +100,12 @@ class MultiExitModel(DynamicInference):
         try:
             self._taps.install(self.backbone)
         except AttributeError as error:
-            raise MultiExitError(f'{type(self.backbone).__name__} has no module to tap: {error}.') from error
+            raise InvalidValueError(f'{type(self.backbone).__name__} has no module to tap: {error}.') from error
+
+    def _forget_inference(self) -> None:
+        """Forget what was learnt about exits that have changed."""
+        self.policy, self.budgets, self._can_leave = None, None, None
+        self._time_book = TimeBook()
 
     def forward(
         self,
@@ -97,12 +126,12 @@ class MultiExitModel(DynamicInference):
             the logits [B, C] of that exit.
 
         Raises:
-            MultiExitError: Both `exits` and `exit_idx` are given, there is no such exit, or one exit is trained alone
-                under reentrant gradient checkpointing.
+            InvalidValueError: Both `exits` and `exit_idx` are given, or the exit does not exist.
+            StateError: One exit is trained alone under reentrant gradient checkpointing.
         """
         if exit_idx is not None:
             if exits:
-                raise MultiExitError('exits=True and exit_idx exclude each other: ask for all classifiers or for one.')
+                raise InvalidValueError('exits=True and exit_idx are mutually exclusive: pass one of them.')
             return self._forward_one(x, exit_idx)
         if exits:
             return self._forward_all(x)
@@ -110,45 +139,174 @@ class MultiExitModel(DynamicInference):
 
     def _forward_all(self, x: Tensor) -> ExitOutputs:
         output, tensors, entering = self._taps.collect(self.backbone, x)
-        results = [self._run_head(idx, tensor, x) for idx, tensor in enumerate(tensors)]
+        results = [self._run_head(idx, tensor, x.shape[-2:]) for idx, tensor in enumerate(tensors)]
         return ExitOutputs(
             logits=(*(logits for logits, _ in results), output),
             features=(*(features for _, features in results), combine_features(entering)),
         )
 
-    def _run_head(self, idx: int, tensor: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and features of exit `idx` for the tensor at its tap; `x` are the images."""
+    def _run_head(self, idx: int, tensor: Tensor, image_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return logits and features of exit `idx` for the tensor at its tap; images are (height, width)."""
         spec = self.exits.specs[idx]
         return self.exits[idx](
             to_map(
                 tensor,
                 spec.layout,
-                image_size=(x.shape[-2], x.shape[-1]),
+                image_size=(image_size[0], image_size[1]),
                 reduction=spec.reduction,
                 num_prefix_tokens=spec.num_prefix_tokens,
             )
         )
 
+    def _head_runner(self, image_size: Sequence[int]) -> RunHead:
+        """Return what gives an exit's logits for the tensor at its tap, of images of (height, width)."""
+        return lambda idx, tensor: self._run_head(idx, tensor, image_size)[0]
+
     def _forward_one(self, x: Tensor, exit_idx: int) -> Tensor:
         num_exits = len(self.exits)
         if not -num_exits - 1 <= exit_idx <= num_exits:
-            raise MultiExitError(
-                f'exit_idx is {exit_idx}, allowed are {-num_exits - 1} to {num_exits}'
-                f' ({num_exits} exits, then main as {num_exits} or -1).'
+            raise InvalidValueError(
+                f'exit_idx must be in [{-num_exits - 1}, {num_exits}], got {exit_idx}. Main is {num_exits} or -1.'
             )
         idx = exit_idx % (num_exits + 1)
         if idx == num_exits:
             return self.backbone(x)
-        if self.training and torch.is_grad_enabled() and use_reentrant_ckpt() and self._checkpoints_gradients():
-            raise MultiExitError(
-                'One exit cannot be trained alone under reentrant gradient checkpointing, the backbone would get no'
-                ' gradient: use exits=True, or timm.layers.set_reentrant_ckpt(False).'
-            )
-        logits, _ = self._run_head(idx, self._taps.stop(self.backbone, x, idx), x)
-        return logits
+        self._check_gradient()
+        return self._head_runner(x.shape[-2:])(idx, self._taps.stop(self.backbone, x, idx))
 
-    def _checkpoints_gradients(self) -> bool:
-        return any(getattr(module, 'grad_checkpointing', False) for module in self.backbone.modules())
+    def infer(
+        self,
+        x: Tensor,
+        policy: ExitPolicy | None = None,
+        *,
+        threshold: float | Sequence[float | None] | None = None,
+        budget: str | None = None,
+        bucket_sizes: Sequence[int] | None = None,
+    ) -> Prediction:
+        """Return one answer per image; an image that an exit is sure of leaves the batch there.
+
+        The answers are those of `apply_policy` on the logits of all exits. Without policy, threshold and budget the
+        model's own policy says where to leave. Runs without gradients.
+
+        Args:
+            x: Images, [B, in_chans, H, W].
+            policy: Who leaves where.
+            threshold: Least confidence (largest probability) to leave with, in [0, 1], for all exits or one for each;
+                None for an exit that is not used.
+            budget: Mean cost of an image, of those that `calibrate` found: '60%' of the plain backbone's MACs,
+                '1.2GMACs', or '5ms' where times were measured.
+            bucket_sizes: Batch sizes to continue with, rising. What is left of the batch is filled up to the next of
+                them, so that compiled blocks meet few shapes. None for any size.
+
+        Returns:
+            The answers [B, C] and the exit [B] of each image, in input order.
+
+        Raises:
+            InvalidValueError: More or less than one way to decide is given, it does not fit the exits, the batch is
+                empty, or an exit gives NaN.
+            StateError: The model is in training mode, or has no table of budgets.
+        """
+        return dynamic.run_policy(self, x, policy, threshold, budget, bucket_sizes)
+
+    @property
+    def can_leave(self) -> tuple[bool, ...]:
+        """For each exit, whether images can leave the batch there, found by a few forwards at the first call.
+
+        Where they cannot, since the backbone carries more than the tapped tensor past it, an image that has decided
+        stays in the batch to the next exit where it can leave, or until all have decided.
+        """
+        return dynamic.try_leaving(self)
+
+    def anytime(self, x: Tensor) -> OwnThread:
+        """Yield (exit, logits [B, C]) of each exit as soon as it is known, main last as the number of exits.
+
+        The forward waits in the meantime; leaving the loop ends it, and the rest is not computed. Other calls of the
+        model may come in between. Runs without gradients.
+
+        Args:
+            x: Images, [B, in_chans, H, W].
+
+        Raises:
+            InvalidValueError: The batch is empty.
+            StateError: The model is in training mode, or a loop that began in another thread is continued.
+        """
+        return dynamic.step_exits(self, x)
+
+    def predict(self, x: Tensor, *, deadline_ms: float) -> Prediction:
+        """Return the deepest answer that is known before the deadline, of one exit for the whole batch.
+
+        How long each part takes is learnt by measuring, for each shape of input: the first call with a shape runs a few
+        forwards for that before its time begins, every call adds what it sees. A later exit is tried only if it is
+        expected to be in time; if it is late nevertheless, an earlier answer counts. If not even the first exit can be
+        in time it is the answer, as the earliest there is. Runs without gradients.
+
+        Args:
+            x: Images, [B, in_chans, H, W].
+            deadline_ms: Milliseconds from the call, above 0.
+
+        Raises:
+            InvalidValueError: The deadline is not above 0, or the batch is empty.
+            StateError: The model is in training mode.
+        """
+        return dynamic.predict_in_time(self, x, deadline_ms)
+
+    def calibrate(
+        self,
+        loader: Iterable[Any],
+        *,
+        budget: str | None = None,
+        max_drop: float | None = None,
+        delta: float = 0.1,
+        criterion: str = 'confidence',
+        combine: str | None = None,
+        measures_time: bool = False,
+    ) -> ExitPolicy:
+        """Find where to leave, on held-out data, and keep it as `policy`, and what it is for all budgets as `budgets`.
+
+        Temperatures are fitted for every classifier. The data must be neither what the model was trained on, or it
+        would be too sure of itself, nor what results are reported on.
+
+        Args:
+            loader: Batches of images and class indices.
+            budget: Mean cost of an image, '60%' of the plain backbone's MACs, '1.2GMACs', or '5ms' on this machine.
+            max_drop: In place of a budget: the share of accuracy, in (0, 1), that may be lost against main, 0.01 for a
+                point; the cheapest policy that is known to lose no more with probability 1 - `delta`.
+            delta: See `max_drop`.
+            criterion: See `ExitPolicy`.
+            combine: See `ExitPolicy`.
+            measures_time: Find policies for budgets in milliseconds too; implied by such a budget. They are of this
+                machine, per image, at the batch size of the loader.
+
+        Returns:
+            The policy.
+
+        Raises:
+            InvalidValueError: Not one of `budget` and `max_drop`, a number out of range, a budget that cannot be met,
+                or logits that are NaN.
+            DataError: The loader is empty.
+            StateError: The model is in training mode.
+        """
+        return dynamic.calibrate_model(self, loader, budget, max_drop, delta, criterion, combine, measures_time)
+
+    def measure_times(self, images: Tensor, rounds: int = 10) -> StageCosts:
+        """Return what each part of the model takes on this machine, in milliseconds per image.
+
+        Args:
+            images: A batch [B, in_chans, H, W] of the size that will be used.
+            rounds: Turns of each part, of whose times the median counts.
+        """
+        return dynamic.measure_model_times(self, images, rounds)
+
+    @property
+    def routing(self) -> tuple[bool, ...]:
+        """`can_leave` under its name of version 0.1."""
+        _warn_renamed('routing', 'can_leave')
+        return self.can_leave
+
+    def measure_costs(self, images: Tensor, rounds: int = 10) -> StageCosts:
+        """`measure_times` under its name of version 0.1."""
+        _warn_renamed('measure_costs', 'measure_times')
+        return self.measure_times(images, rounds)
 
     @torch.no_grad()
     def cost(self, input_size: tuple[int, int, int] | None = None) -> tuple[ExitCost, ...]:
@@ -173,32 +331,9 @@ class MultiExitModel(DynamicInference):
         heads = []
         for idx, head in enumerate(model.exits):
             with CostMeter(head) as head_meter:
-                model._run_head(idx, tensors[idx], images)
+                model._run_head(idx, tensors[idx], images.shape[-2:])
             heads.append(head_meter.read())
         return combine_costs([*(paths[idx] for idx in range(len(heads))), meter.read()], heads)
-
-    @torch.no_grad()
-    def try_exits(self, images: Tensor) -> list[int]:
-        """Return the exits in the order in which a forward of images [B, C, H, W] comes to them; each head is run.
-
-        Raises:
-            MultiExitError: A tap is not come to, or a head does not take what is there.
-        """
-        order: list[int] = []
-
-        def run_head(idx: int, tensor: Tensor) -> None:
-            if idx < len(self.exits):
-                order.append(idx)
-                try:
-                    self._run_head(idx, tensor, images)
-                except Exception as error:  # a tap can give anything
-                    reason = ' '.join(str(error).split())[:200]
-                    raise MultiExitError(f'the head of exit {idx} does not take its tap: {reason}') from error
-
-        self._taps.visit(self.backbone, images, run_head)
-        if len(set(order)) < len(self.exits):
-            raise MultiExitError(f'a forward came to exits {order}, there are {len(self.exits)}.')
-        return order
 
     @torch.no_grad()
     def feature_widths(self) -> tuple[int, ...]:
@@ -206,7 +341,7 @@ class MultiExitModel(DynamicInference):
         images = torch.empty(1, *self.input_size, device='meta')
         model = meta_copy(self)
         widths = [features.shape[1] for features in model(images, exits=True).features]
-        projectors = [head.projector for head in model.exits]
+        projectors = [cast(ExitHead, head).projector for head in model.exits]
         return (*(p.out_features if p is not None else w for p, w in zip(projectors, widths)), widths[-1])
 
     @property
@@ -236,25 +371,13 @@ class MultiExitModel(DynamicInference):
             names = [name for name in names if id(params[name]) not in free]
         for name in names:
             params[name].requires_grad_(not freeze)
-        self._frozen_names = tuple(names) if freeze else None
+        self.is_backbone_frozen, self._frozen_names = freeze, tuple(names) if freeze else ()
         self.train(self.training)
 
     def classifier_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of main's own classifier, or of its two in distilled models."""
         modules = [self.backbone.get_submodule(name) for name in classifier_names(self.backbone)]
         return [param for module in modules for param in module.parameters()]
-
-    @property
-    def is_backbone_frozen(self) -> bool:
-        """Whether only the heads train."""
-        return self._frozen_names is not None
-
-    def train(self, mode: bool = True) -> 'MultiExitModel':
-        """Set the mode; a frozen backbone stays in eval mode."""
-        super().train(mode)
-        if self.is_backbone_frozen:
-            self.backbone.eval()
-        return self
 
     def add_projectors(self) -> None:
         """Give every head whose features are not as wide as main's a linear map to that width, for training.
@@ -275,12 +398,12 @@ class MultiExitModel(DynamicInference):
             exits: Which, 0 is the shallowest.
 
         Raises:
-            MultiExitError: There is no such exit.
+            InvalidValueError: An exit does not exist.
         """
         num_exits = len(self.exits)
         wrong = [idx for idx in exits if not -num_exits <= idx < num_exits]
         if wrong:
-            raise MultiExitError(f'There is no exit {wrong[0]} to drop, allowed are 0 to {num_exits - 1}.')
+            raise InvalidValueError(f'exits must be in [0, {num_exits - 1}], got {wrong[0]}.')
         dropped = {idx % num_exits for idx in exits}
         kept = [idx for idx in range(num_exits) if idx not in dropped]
         self._taps.remove(self.backbone)
@@ -293,6 +416,10 @@ class MultiExitModel(DynamicInference):
         """Give main and every exit a fresh classifier with `num_classes` outputs."""
         self.backbone.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
         for head in self.exits:
-            head.reset_classifier(num_classes)
+            cast(ExitHead, head).reset_classifier(num_classes)
         self._forget_inference()
         self._taps.install(self.backbone)
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    warnings.warn(f'model.{old} is deprecated, use model.{new}.', DeprecationWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Outputs."""
+"""What all classifiers of a model say, and the heads that say it."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class ExitOutputs(NamedTuple):
     features: tuple[Tensor, ...]
 
 
-# torch.export.save writes a NamedTuple only under a registered name; there is no public call for it (torch 2.15).
+# torch.export.save writes a NamedTuple only under a registered name, for which it has no public call (torch 2.15).
 _register_namedtuple(ExitOutputs, serialized_type_name='timm_multiexit.ExitOutputs')
 
 

@@ -1,12 +1,17 @@
-"""What timm's optimizers, loaders, savers and scripts ask of a model, answered by the backbone."""
+"""What timm's optimizers, loaders, savers and scripts expect of a model, answered by the backbone."""
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
+from timm.layers import use_reentrant_ckpt
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import StateError
+
+AnySurface = TypeVar('AnySurface', bound='TimmSurface')
 
 
 class TimmSurface(nn.Module):
@@ -14,9 +19,11 @@ class TimmSurface(nn.Module):
 
     Attributes:
         backbone: The timm model.
+        is_backbone_frozen: Whether the heads train alone; the backbone then stays in eval mode.
     """
 
-    backbone: nn.Module
+    backbone: Any  # an nn.Module with what timm adds to it
+    is_backbone_frozen = False
 
     @property
     def num_classes(self) -> int:
@@ -57,22 +64,38 @@ class TimmSurface(nn.Module):
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
         return {f'backbone.{name}' for name in names}
 
-    def group_matcher(self, coarse: bool = False):
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Return a function from parameter name to layer, for layer decay; the heads are in the last layer.
 
         Fresh heads train at the full rate: put by depth, one after the third block would crawl.
 
         Raises:
-            MultiExitError: The backbone does not say how its parameters are grouped.
+            StateError: The backbone does not say how its parameters are grouped.
         """
         if not hasattr(self.backbone, 'group_matcher'):
-            raise MultiExitError(
+            raise StateError(
                 f'{type(self.backbone).__name__} has no group_matcher, so layer decay cannot know its layers:'
                 ' leave layer decay out or take another backbone.'
             )
         layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
         last = max(layers.values())
         return lambda name: layers.get(re.sub(r'^backbone\.', '', name), last)
+
+    def train(self: AnySurface, mode: bool = True) -> AnySurface:
+        """Set the mode; a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self.is_backbone_frozen:
+            self.backbone.eval()
+        return self
+
+    def _check_gradient(self) -> None:
+        """Raise where a forward that stops at a tap would leave the backbone without gradients."""
+        if self.training and torch.is_grad_enabled() and use_reentrant_ckpt():
+            if any(getattr(module, 'grad_checkpointing', False) for module in self.backbone.modules()):
+                raise StateError(
+                    'One exit cannot be trained alone under reentrant gradient checkpointing, the backbone would get no'
+                    ' gradient: call timm.layers.set_reentrant_ckpt(False), or train all exits at once.'
+                )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade the backbone's activations for a second forward, in training."""

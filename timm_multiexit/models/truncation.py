@@ -1,10 +1,9 @@
 """Truncation: one exit as a network of its own, without what only later classifiers need."""
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +15,7 @@ from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.taps import Taps
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.timm_surface import TimmSurface
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
 
 
 class TruncatedModel(TimmSurface):
@@ -31,9 +30,6 @@ class TruncatedModel(TimmSurface):
         spec: Where the exit is attached; None for main.
         head: Its head; None for main.
         input_size: (channels, height, width) of an image.
-
-    Attributes:
-        is_backbone_frozen: Whether the head trains alone; the backbone then stays in eval mode.
     """
 
     def __init__(
@@ -51,21 +47,20 @@ class TruncatedModel(TimmSurface):
         self.exits = nn.ModuleDict({} if head is None else {str(exit_idx): head})
         self.exit_idx = exit_idx
         self.spec = spec
-        self.input_size = tuple(input_size)
-        self.is_backbone_frozen = False
+        self.input_size = input_size
         self._taps = Taps([] if spec is None else [spec.module], (), outputs=[] if spec is None else [spec.output])
         self._taps.install(backbone)
 
     @property
     def head(self) -> ExitHead | None:
         """The exit's head, None for main."""
-        return self.exits[str(self.exit_idx)] if self.exits else None
+        return cast(ExitHead, self.exits[str(self.exit_idx)]) if self.exits else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the exit's logits [B, C] of images [B, in_chans, H, W], what the model gives with its `exit_idx`.
 
         Raises:
-            MultiExitError: It is trained under reentrant gradient checkpointing.
+            StateError: It is trained under reentrant gradient checkpointing.
         """
         return self.backbone(x) if self.spec is None else self.forward_head(self.forward_features(x))
 
@@ -73,15 +68,11 @@ class TruncatedModel(TimmSurface):
         """Return the map at the tap, [B, channels, H', W'], of main the backbone's last map.
 
         Raises:
-            MultiExitError: It is trained under reentrant gradient checkpointing.
+            StateError: It is trained under reentrant gradient checkpointing.
         """
         if self.spec is None:
             return super().forward_features(x)
-        if self.training and torch.is_grad_enabled() and use_reentrant_ckpt() and self._checkpoints_gradients():
-            raise MultiExitError(
-                'A truncated model cannot be trained under reentrant gradient checkpointing, the backbone would get no'
-                ' gradient: use timm.layers.set_reentrant_ckpt(False), or no checkpointing.'
-            )
+        self._check_gradient()
         return to_map(
             self._taps.stop(self.backbone, x, 0),
             self.spec.layout,
@@ -92,20 +83,10 @@ class TruncatedModel(TimmSurface):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits [B, C], or what enters the classifier, of the map that `forward_features` gives."""
-        if self.spec is None:
+        if self.head is None:
             return super().forward_head(x, pre_logits)
         logits, features = self.head(x)
         return features if pre_logits else logits
-
-    def _checkpoints_gradients(self) -> bool:
-        return any(getattr(module, 'grad_checkpointing', False) for module in self.backbone.modules())
-
-    def train(self, mode: bool = True) -> 'TruncatedModel':
-        """Set the mode; a frozen backbone stays in eval mode."""
-        super().train(mode)
-        if self.is_backbone_frozen:
-            self.backbone.eval()
-        return self
 
     @property
     def num_features(self) -> int:
@@ -115,11 +96,11 @@ class TruncatedModel(TimmSurface):
     @property
     def head_hidden_size(self) -> int:
         """Width of what enters the classifier."""
-        return super().head_hidden_size if self.spec is None else self.head.num_features
+        return super().head_hidden_size if self.head is None else self.head.num_features
 
     def get_classifier(self) -> nn.Module:
         """Return the exit's classifier."""
-        return super().get_classifier() if self.spec is None else self.head.fc
+        return super().get_classifier() if self.head is None else self.head.fc
 
 
 @torch.inference_mode(False)  # its parameters could not be trained
@@ -135,7 +116,7 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
         exit_idx: The exit, 0 is the shallowest; -1 is main: the plain backbone, all of it, without hooks.
 
     Raises:
-        MultiExitError: There is no such exit, or the backbone looks, on the way to it, at modules it does not use.
+        InvalidValueError: The exit does not exist, or the backbone looks, on the way to it, at modules it does not use.
 
     >>> import timm, timm_multiexit as tme
     >>> model = tme.attach_exits(timm.create_model('resnet18', num_classes=10))
@@ -151,7 +132,7 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
     else:
         network = _cut(model, idx, twin, trace.read)
         if _try_operations(network, model.input_size) != trace.operations:
-            raise MultiExitError(
+            raise InvalidValueError(
                 f"Exit {idx} cannot be cut out: {type(model.backbone).__name__}'s forward looks at modules it does not"
                 f' use, use model(x, exit_idx={idx}).'
             )
@@ -180,7 +161,7 @@ def _cut(model: MultiExitModel, idx: int, twin: nn.Module, read: set[int]) -> Tr
         if tensors and not is_needed and not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             memo[id(module)] = nn.Identity().train(module.training)
     backbone = _copy_backbone(model, memo)
-    head = deepcopy(model.exits[idx], memo)
+    head = cast(ExitHead, deepcopy(model.exits[idx], memo))
     for module, other in pairs:
         if id(module) in memo:
             _drop_unread(memo[id(module)], other, read)
@@ -211,16 +192,16 @@ class _Trace(TorchDispatchMode):
     """Notes what runs inside its `with` block.
 
     Attributes:
-        read: Ids of the tensors that were read; of use for those that outlive the block.
+        read: Ids of the tensors that were read; they identify those that outlive the block.
         operations: The operations, in order, with the shapes they were given.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.read: set[int] = set()
-        self.operations: list[tuple] = []
+        self.operations: list[tuple[Any, ...]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.read.update(id(tensor) for tensor in tensors)
         self.operations.append((func, [tensor.shape for tensor in tensors]))
@@ -228,13 +209,13 @@ class _Trace(TorchDispatchMode):
 
 
 @torch.no_grad()
-def _trace(model: nn.Module, input_size: tuple[int, int, int], **kwargs) -> _Trace:
+def _trace(model: nn.Module, input_size: tuple[int, int, int], **kwargs: Any) -> _Trace:
     with _Trace() as trace:
         model(torch.empty(1, *input_size, device='meta'), **kwargs)
     return trace
 
 
-def _try_operations(network: TruncatedModel, input_size: tuple[int, int, int]) -> list[tuple] | None:
+def _try_operations(network: TruncatedModel, input_size: tuple[int, int, int]) -> list[tuple[Any, ...]] | None:
     """Return the operations of its forward, None if it cannot run."""
     try:
         return _trace(meta_copy(network), input_size).operations

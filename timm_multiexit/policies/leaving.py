@@ -1,38 +1,12 @@
-"""Leaving."""
+"""Who leaves where, on logits that are kept; and what such logits and their targets must be."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from timm_multiexit.policies.policy import CRITERIA, ExitPolicy, Prediction
-from timm_multiexit.utils.errors import MultiExitError
-
-
-def _check_data(logits: Sequence[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return logits in float32 or better and targets in int64, on the CPU."""
-    check_logits(logits)
-    num, num_classes = logits[0].shape
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != (num,):
-        kind = f'{list(targets.shape)} of {targets.dtype}' if isinstance(targets, Tensor) else type(targets).__name__
-        raise MultiExitError(f'Targets are {kind}, logits of {num} samples allow a tensor [{num}] of class indices.')
-    targets = targets.detach().cpu().long()
-    if int(targets.min()) < 0 or int(targets.max()) >= num_classes:
-        raise MultiExitError(
-            f'Targets go from {int(targets.min())} to {int(targets.max())}, logits of {num_classes} classes allow 0 to'
-            f' {num_classes - 1}.'
-        )
-    logits = [single.detach().cpu() for single in logits]
-    return [single if single.dtype == torch.float64 else single.float() for single in logits], targets
-
-
-def _check(logits: Sequence[Tensor], targets: Tensor) -> None:
-    check_logits(logits)
-    if targets.shape != logits[-1].shape[:1]:
-        raise MultiExitError(
-            f'Targets have the shape {list(targets.shape)} for logits {list(logits[-1].shape)}, allowed is one class'
-            ' index per sample.'
-        )
+from timm_multiexit.utils.errors import InvalidValueError
 
 
 class PolicyRun:
@@ -73,15 +47,15 @@ class PolicyRun:
         if score is not None:
             return score(answer)
         largest, predicted = answer.max(-1)
-        if self._predicted is None:
-            self._streak = torch.zeros_like(largest)
+        if self._predicted is None or self._streak is None:
+            streak = torch.zeros_like(largest)
         else:
-            self._streak = torch.where(predicted == self._predicted, self._streak + 1, 0)
-        self._predicted = predicted
-        return torch.where(largest.isfinite(), self._streak, torch.nan)
+            streak = torch.where(predicted == self._predicted, self._streak + 1, 0)
+        self._predicted, self._streak = predicted, streak
+        return torch.where(largest.isfinite(), streak, torch.nan)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the samples.
+        """Continue with some of the samples.
 
         Args:
             rows: Their places among those that were left, [N'] int64; a place may come several times.
@@ -92,7 +66,7 @@ class PolicyRun:
                 setattr(self, name, state.index_select(0, rows))
 
 
-def walk(policy: ExitPolicy, logits: Sequence[Tensor]) -> Iterable[tuple[int, Tensor, Tensor | None]]:
+def walk(policy: ExitPolicy, logits: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Yield (classifier, answer [N, C], score [N]) of the used exits and of main, whose score is None.
 
     Args:
@@ -108,6 +82,23 @@ def walk(policy: ExitPolicy, logits: Sequence[Tensor]) -> Iterable[tuple[int, Te
     yield len(logits) - 1, run.answer(len(logits) - 1, logits[-1]), None
 
 
+def assign(
+    policy: ExitPolicy, visits: Iterable[tuple[int, Tensor, Tensor | None]]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (classifier, its values, which samples leave there [N] bool); each sample leaves once.
+
+    Args:
+        policy: The policy.
+        visits: What `walk` gives of its exits, or anything of the samples [N, ...] in place of the answers.
+    """
+    here: Tensor | None = None
+    for idx, values, score in visits:
+        here = torch.ones_like(values[:, 0] if values.ndim > 1 else values, dtype=torch.bool) if here is None else here
+        leaves = here if score is None else here & policy.leaves(idx, score)
+        here = here & ~leaves
+        yield idx, values, leaves
+
+
 def apply_policy(policy: ExitPolicy, logits: Sequence[Tensor]) -> Prediction:
     """Return what a policy answers where all classifiers have been run on all samples: the simulation.
 
@@ -116,44 +107,72 @@ def apply_policy(policy: ExitPolicy, logits: Sequence[Tensor]) -> Prediction:
         logits: One [N, C] tensor per classifier, main last.
 
     Raises:
-        MultiExitError: The policy is for another number of exits, the logits are NaN, empty or of different shapes.
+        InvalidValueError: The policy is for another number of exits, the logits are NaN, empty or of different shapes.
 
     >>> early, main = torch.tensor([[3.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0]])
     >>> apply_policy(ExitPolicy('confidence', (0.9,)), [early, main])
     Prediction(logits=tensor([[3., 0.],
             [0., 2.]]), exit_idx=tensor([0, 1]))
     """
-    answers, exit_idx = None, None
-    for idx, answer, score in walk(policy, logits):
-        if answers is None:
-            answers, exit_idx = torch.zeros_like(answer), answer.new_full(answer.shape[:1], -1, dtype=torch.int64)
-        leaves = exit_idx < 0
-        if score is not None:
-            leaves = leaves & policy.leaves(idx, score)
-        answers[leaves], exit_idx[leaves] = answer[leaves], idx
+    left = [(idx, answer[leaves], leaves) for idx, answer, leaves in assign(policy, walk(policy, logits))]
+    _, first, leaves = left[0]
+    answers, exit_idx = first.new_zeros(len(leaves), first.shape[1]), torch.zeros_like(leaves, dtype=torch.int64)
+    for idx, answer, leaves in left:
+        answers[leaves], exit_idx[leaves] = answer, idx
     return Prediction(answers, exit_idx)
 
 
 def check_logits(logits: Sequence[Tensor]) -> None:
-    """Raise `MultiExitError` unless these are finite logits of several classifiers for the same samples.
+    """Raise `InvalidValueError` unless these are finite logits of several classifiers for the same samples.
 
     Minus infinity is allowed for some classes: those that are masked out.
     """
     shapes = sorted({tuple(single.shape) for single in logits})
     if len(logits) < 2 or len(shapes) != 1 or len(shapes[0]) != 2:
-        raise MultiExitError(
-            f'Logits of {len(logits)} classifiers have the shapes {[list(shape) for shape in shapes]}, allowed are two'
-            ' or more of one shape [samples, classes], main last.'
+        raise InvalidValueError(
+            'logits must be of two or more classifiers, main last, and of one shape [samples, classes], got'
+            f' {len(logits)} of shapes {[list(shape) for shape in shapes]}.'
         )
     if shapes[0][0] == 0 or shapes[0][1] < 2:
-        raise MultiExitError(
-            f'Logits have the shape {list(shapes[0])}, allowed are 1 or more samples of 2 or more classes.'
+        raise InvalidValueError(
+            f'logits must be of 1 or more samples and 2 or more classes, got the shape {list(shapes[0])}.'
         )
     for idx, single in enumerate(logits):
         wrong = ~single.amax(-1).isfinite()  # NaN is the largest
         if wrong.any():
             name = 'main' if idx == len(logits) - 1 else f'exit {idx}'
-            raise MultiExitError(
+            raise InvalidValueError(
                 f'The logits of {name} are NaN or infinite for {int(wrong.sum())} of {len(single)} samples: no policy'
-                ' can decide on them, see the weights and the input.'
+                ' can decide on them, check the weights and the input.'
             )
+
+
+def checked_data(logits: Sequence[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return logits in float32 or better and targets in int64, on the CPU.
+
+    Raises:
+        InvalidValueError: As `check_logits`; or the targets are not one class index for each sample.
+    """
+    check_logits(logits)
+    num, num_classes = logits[0].shape
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != (num,):
+        kind = f'{list(targets.shape)} of {targets.dtype}' if isinstance(targets, Tensor) else type(targets).__name__
+        raise InvalidValueError(f'targets must be a tensor [{num}] of class indices, one per sample, got {kind}.')
+    targets = targets.detach().cpu().long()
+    if int(targets.min()) < 0 or int(targets.max()) >= num_classes:
+        raise InvalidValueError(
+            f'targets must be in [0, {num_classes - 1}] for logits of {num_classes} classes, got'
+            f' {int(targets.min())} to {int(targets.max())}.'
+        )
+    logits = [single.detach().cpu() for single in logits]
+    return [single if single.dtype == torch.float64 else single.float() for single in logits], targets
+
+
+def check_targets(logits: Sequence[Tensor], targets: Tensor) -> None:
+    """Raise `InvalidValueError` unless these are logits as `check_logits` wants them and a target for each sample."""
+    check_logits(logits)
+    if targets.shape != logits[-1].shape[:1]:
+        raise InvalidValueError(
+            f'targets must be [{len(logits[-1])}], one class index per sample of logits {list(logits[-1].shape)}, got'
+            f' {list(targets.shape)}.'
+        )

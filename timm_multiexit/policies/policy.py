@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
-from timm_multiexit.utils.errors import MultiExitError, brief, is_number
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, brief, is_number
 
 
 class Prediction(NamedTuple):
@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
     exit_idx: Tensor
 
 
-# torch.export.save writes a NamedTuple only under a registered name; there is no public call for it (torch 2.15).
+# torch.export.save writes a NamedTuple only under a registered name, for which it has no public call (torch 2.15).
 _register_namedtuple(Prediction, serialized_type_name='timm_multiexit.Prediction')
 
 
@@ -83,7 +83,7 @@ class ExitPolicy:
             'geometric', the normalized geometric mean of their probabilities. Scores are of what answers.
 
     Raises:
-        MultiExitError: Unknown criterion or combination, or a number out of range.
+        InvalidValueError: Unknown criterion or combination, or a number out of range.
 
     >>> ExitPolicy('confidence', (0.9, None, 0.8)).used
     (0, 2)
@@ -94,30 +94,28 @@ class ExitPolicy:
     temperatures: tuple[float, ...] = ()
     combine: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.criterion, str) or self.criterion not in CRITERIA:
-            raise MultiExitError(f'Unknown criterion {brief(self.criterion)}, allowed are {", ".join(CRITERIA)}.')
+            raise InvalidValueError(f'criterion must be one of {", ".join(CRITERIA)}, got {brief(self.criterion)}.')
         if self.combine not in (None, *COMBINATIONS):
-            raise MultiExitError(
-                f'Unknown combination {brief(self.combine)}, allowed are None, {" and ".join(COMBINATIONS)}.'
-            )
+            raise InvalidValueError(f'combine must be None, {" or ".join(COMBINATIONS)}, got {brief(self.combine)}.')
         for name in ('thresholds', 'temperatures'):
             if not isinstance(getattr(self, name), (tuple, list)):
-                raise MultiExitError(f'{name} are {brief(getattr(self, name))}, allowed is a sequence, one per exit.')
+                raise InvalidValueError(f'{name} must be a sequence of numbers, got {brief(getattr(self, name))}.')
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for threshold in self.thresholds:
             self._check_threshold(threshold)
-        # numpy's numbers are none of JSON's.
+        # JSON cannot hold numpy's numbers.
         kind = int if self.criterion == 'patience' else float
         thresholds = (None if threshold is None else kind(threshold) for threshold in self.thresholds)
         object.__setattr__(self, 'thresholds', tuple(thresholds))
         for value in self.temperatures:
             if not is_number(value) or not TEMPERATURES[0] <= value <= TEMPERATURES[1]:
-                raise MultiExitError(f'A temperature is {brief(value)}, allowed are numbers from 0.01 to 100.')
+                raise InvalidValueError(f'A temperature must be in [0.01, 100], got {brief(value)}.')
         if self.temperatures and len(self.temperatures) != len(self.thresholds) + 1:
-            raise MultiExitError(
-                f'{len(self.temperatures)} temperatures with {len(self.thresholds)} thresholds, allowed is one per exit'
-                ' and one for main, or none.'
+            raise InvalidValueError(
+                f'temperatures must be empty or have {len(self.thresholds) + 1} values, one per exit and one for main,'
+                f' got {len(self.temperatures)}.'
             )
 
     def _check_threshold(self, threshold: Any) -> None:
@@ -125,13 +123,14 @@ class ExitPolicy:
             return
         if self.criterion == 'patience':
             if not is_number(threshold) or threshold != int(threshold) or not 1 <= threshold <= 1000:
-                raise MultiExitError(
-                    f'A threshold is {brief(threshold)}, patience allows 1, 2, ... or None (exit not used).'
+                raise InvalidValueError(
+                    "A threshold of 'patience' must be an integer in [1, 1000], or None for an exit that is not used,"
+                    f' got {brief(threshold)}.'
                 )
         elif not is_number(threshold) or not 0 <= threshold <= 1:
-            raise MultiExitError(
-                f'A threshold is {brief(threshold)}, {self.criterion} allows numbers from 0 to 1, or None (exit not'
-                ' used).'
+            raise InvalidValueError(
+                f"A threshold of '{self.criterion}' must be in [0, 1], or None for an exit that is not used, got"
+                f' {brief(threshold)}.'
             )
 
     @property
@@ -139,17 +138,23 @@ class ExitPolicy:
         """The exits that are run on the way, without main."""
         return tuple(idx for idx, threshold in enumerate(self.thresholds) if threshold is not None)
 
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether what an exit answers, and its score, do not depend on the exits before it."""
+        return self.combine is None and self.criterion != 'patience'
+
     def leaves(self, idx: int, score: Tensor) -> Tensor:
-        """Return which samples leave at exit `idx`, [N] bool, by their scores [N]."""
-        threshold = self.thresholds[idx]
-        return score >= threshold if CRITERIA[self.criterion].leaves_at_least else score <= threshold
+        """Return which samples leave at exit `idx`, which must be used, [N] bool, by their scores [N]."""
+        threshold: Any = self.thresholds[idx]
+        is_enough: Tensor = score >= threshold if CRITERIA[self.criterion].leaves_at_least else score <= threshold
+        return is_enough
 
     def check_exits(self, num_exits: int) -> None:
-        """Raise `MultiExitError` unless there is one threshold for each of so many exits."""
+        """Raise `InvalidValueError` unless there is one threshold for each of so many exits."""
         if len(self.thresholds) != num_exits:
-            raise MultiExitError(
-                f'The policy has {len(self.thresholds)} thresholds, the model {num_exits} exits: give one per exit,'
-                ' without main, None for an exit that is not used.'
+            raise InvalidValueError(
+                f'The policy must have one threshold for each of the {num_exits} exits of the model, got'
+                f' {len(self.thresholds)}. Main has none; use None for an exit that is not used.'
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,9 +171,10 @@ class ExitPolicy:
         """Return the policy that `to_dict` wrote.
 
         Raises:
-            MultiExitError: A field is missing or out of range, or `values` is no mapping.
+            CheckpointError: A field is missing, or `values` is not a mapping.
+            InvalidValueError: A field is out of range.
         """
         if not isinstance(values, dict) or not {'criterion', 'thresholds'} <= set(values):
-            raise MultiExitError('A policy must be an object with the keys criterion and thresholds.')
+            raise CheckpointError('A policy must be an object with the keys criterion and thresholds.')
         known = ('criterion', 'thresholds', 'temperatures', 'combine')
         return cls(**{name: values[name] for name in known if name in values})

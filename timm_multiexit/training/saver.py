@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_multiexit.checkpoints.run_folder import BEST_NAME
 from timm_multiexit.checkpoints.save import save_pretrained
-from timm_multiexit.evaluation.stamp import _fit_channels
+from timm_multiexit.evaluation.stamp import fit_channels
 from timm_multiexit.utils.files import explain_disk_errors
 
 _OLD_BEST_NAME = '.best-old'
@@ -25,7 +25,7 @@ class RunSaver(CheckpointSaver):
     """timm's saver, with files that are there whole or not at all, and with where the run stands.
 
     Args:
-        run_state: Returns what the run needs to go on besides weights and optimizer: plain values and tensors.
+        run_state: Returns what the run needs to be resumed besides weights and optimizer: plain values and tensors.
         **kwargs: For timm's `CheckpointSaver`.
     """
 
@@ -70,7 +70,7 @@ class RunSaver(CheckpointSaver):
         best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
         shutil.rmtree(new, ignore_errors=True)
         with explain_disk_errors(best):
-            data_config = data_config and _fit_channels(data_config)
+            data_config = data_config and fit_channels(data_config)
             save_pretrained(_joined(model), new, data_config=data_config, label_names=label_names)
             shutil.rmtree(old, ignore_errors=True)
             if best.exists():
@@ -80,7 +80,7 @@ class RunSaver(CheckpointSaver):
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """See timm; recovery checkpoints of the epoch are removed, the run has gone past them."""
-        best = super().save_checkpoint(epoch, metric)
+        best: tuple[float | None, int | None] = super().save_checkpoint(epoch, metric)
         self._drop_recovery_files()
         return best
 
