@@ -67,6 +67,7 @@ def create_model(
         MultiExitError: Unknown model, no such exits, or a folder or repository that does not hold what it should, or
             has values that are not allowed: see `load_pretrained`.
 
+    >>> import torch
     >>> model = create_model('resnet18', exits=[1, 2], num_classes=10)
     >>> model(torch.randn(2, 3, 64, 64), exit_idx=0).shape
     torch.Size([2, 10])
@@ -101,6 +102,7 @@ def create_model(
 def _find_origin(model: MultiExitModel, source: ModelSource | None, pretrained: bool, kwargs: dict[str, Any]) -> Origin:
     """Return what the weights of a model that was just created started from."""
     has_file = bool(kwargs.get('checkpoint_path'))
-    if source is None or has_file or not pretrained:
-        return find_origin(model.pretrained_cfg, pretrained=pretrained, has_file=has_file)
-    return source.origin
+    if source is not None and pretrained and not has_file:
+        return source.origin
+    origin = find_origin(model.pretrained_cfg, pretrained=pretrained, has_file=has_file)
+    return origin if source is None else origin._replace(commit=source.commit)

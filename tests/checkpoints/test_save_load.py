@@ -177,7 +177,7 @@ def test_missing_and_broken_files_are_named(folder, tmp_path):
     (path / 'config.json').write_text('{')
     with pytest.raises(tme.MultiExitError, match='config.json cannot be read'):
         tme.create_model(f'local-dir:{path}', pretrained=True)
-    with pytest.raises(tme.MultiExitError, match='no model folder'):
+    with pytest.raises(tme.MultiExitError, match='not a model folder'):
         tme.create_model(f'local-dir:{tmp_path}', pretrained=True)
 
 
@@ -215,7 +215,7 @@ def test_misfit_checkpoint_is_named_and_changes_nothing(tmp_path):
     for name, message in [
         ('fewer', 'weights are missing'),
         ('classes', r'is \[9, 96\] there and \[5, 96\] here|is \[9\] there and \[5\] here'),
-        ('broken', 'no checkpoint that can be read'),
+        ('broken', 'Cannot read checkpoint'),
         ('absent', 'does not exist'),
     ]:
         with pytest.raises(tme.MultiExitError, match=message) as error:
@@ -328,7 +328,7 @@ def test_policy_is_saved_beside_what_only_the_caller_may_set(folder):
         (lambda config: None, (0.9,) * 4, True, 'each of the 3 exits of the model, got 4'),
         (lambda config: config.pop('multiexit'), (0.9,) * 3, False, 'a model without exits: no policy'),
         (lambda config: config['multiexit'].update(format_version=2), (0.9,) * 3, False, 'this version reads 1'),
-        (lambda config: config.update(model_args=[1]), (0.9,) * 3, False, 'model_args is'),
+        (lambda config: config.update(model_args=[1]), (0.9,) * 3, False, 'model_args must be an object'),
         (lambda config: config.update(number=float('nan')), (0.9,) * 3, False, 'NaN is not a finite number'),
     ],
     ids=['policy', 'budgets', 'plain', 'newer', 'model_args', 'nan'],

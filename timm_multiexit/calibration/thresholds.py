@@ -16,7 +16,7 @@ from timm_multiexit.exits.cost import ExitCost
 from timm_multiexit.policies.budgets import BudgetTable, PolicyResult
 from timm_multiexit.policies.leaving import checked_data
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import InvalidValueError, brief
+from timm_multiexit.utils.errors import InvalidValueError, brief, is_number
 
 _NUM_BUDGETS = 100  # that policies are picked for, beside those of the field's solver
 
@@ -85,7 +85,7 @@ def _calibrate_drop(
     combine: str | None,
 ) -> ExitPolicy:
     for name, value in (('max_drop', max_drop), ('delta', delta)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        if not is_number(value) or not 0 < value < 1:
             raise InvalidValueError(f'{name} must be in (0, 1), got {brief(value)}. 0.01 is one percent.')
     if len(targets) < 2:
         raise InvalidValueError('max_drop needs 2 or more held-out samples, some to choose and others to test, got 1.')

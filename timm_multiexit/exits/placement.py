@@ -15,7 +15,7 @@ from timm_multiexit.exits.heads import HEADS, ExitHead
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.survey import ExitPoint, Survey, survey_backbone
 from timm_multiexit.exits.taps import resolve_tap
-from timm_multiexit.utils.errors import InvalidValueError
+from timm_multiexit.utils.errors import InvalidValueError, is_integer
 
 _logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _choose(backbone: nn.Module, exits: ExitsArg, survey: Survey) -> Sequence[Ex
         if survey.is_isotropic and len(stages) > 4:
             return [stages[round(len(stages) * quarter / 4) - 1] for quarter in (1, 2, 3)]
         return past_stem
-    if isinstance(exits, int) and not isinstance(exits, bool):
+    if is_integer(exits):
         return _spread(exits, past_stem if 1 <= exits <= len(past_stem) else early, survey.total)
     raise InvalidValueError(f"exits must be 'auto', a number of exits or a list, got {exits!r}. {_legal(survey)}")
 
@@ -131,7 +131,7 @@ def _pick(backbone: nn.Module, exits: Sequence[int] | Sequence[str], survey: Sur
         if isinstance(item, str):
             name = resolve_tap(backbone, item)
             point, reason = by_name.get(name), survey.rejected.get(name, '')
-        elif isinstance(item, int) and not isinstance(item, bool):
+        elif is_integer(item):
             point, reason = by_index.get(item + survey.num_stages if item < 0 else item), ''
         else:
             raise InvalidValueError(f'exits must hold indices or module names, got {item!r}. {_legal(survey)}')

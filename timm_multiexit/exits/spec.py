@@ -3,7 +3,7 @@
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, brief
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, brief, is_integer
 
 LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
@@ -53,7 +53,7 @@ class ExitSpec:
                 f' {brief(list(self.widths))}.'
             )
         for name, number, least in numbers:
-            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= 65536:
+            if not is_integer(number, least, 65536):
                 raise InvalidValueError(
                     f'The {name} of the exit at {brief(self.module)} must be an integer in [{least}, 65536], got'
                     f' {brief(number)}.'

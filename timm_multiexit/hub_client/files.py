@@ -53,7 +53,7 @@ def local_files(folder: Path) -> dict[str, Path]:
     """Return the files in a folder and its subfolders that are not hidden, by relative path with slashes.
 
     Raises:
-        MissingFileError: There is no such folder.
+        MissingFileError: The folder does not exist.
         CheckpointError: It holds no publication, a link leads out of it or to another folder, or something cannot be
             read.
         InvalidValueError: See `check_file_name`.

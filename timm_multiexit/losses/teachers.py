@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from timm_multiexit.utils.errors import InvalidValueError, checked_number, checked_weights
+from timm_multiexit.utils.errors import InvalidValueError, checked_number, checked_weights, is_integer
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def checked_teacher(teacher: str | Sequence[int] | None) -> str | tuple[int, ...
     if teacher is None or (isinstance(teacher, str) and teacher in ('main', 'all')):
         return teacher
     indices = tuple(teacher) if isinstance(teacher, Sequence) and not isinstance(teacher, str) else ()
-    if not indices or not all(isinstance(idx, int) and not isinstance(idx, bool) for idx in indices):
+    if not indices or not all(map(is_integer, indices)):
         raise InvalidValueError(
             f"teacher must be None, 'main', 'all' or a list of classifiers such as [0, -1], got {teacher!r}. Name"
             ' classifiers by 0-based index, shallow to deep; main is -1.'

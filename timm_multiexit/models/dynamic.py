@@ -18,7 +18,7 @@ from timm_multiexit.inference.deadline import learn_times, predict_by_deadline
 from timm_multiexit.inference.routing import Route, find_leaving
 from timm_multiexit.policies.budgets import parse_budget
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
-from timm_multiexit.utils.errors import InvalidValueError, StateError, brief
+from timm_multiexit.utils.errors import InvalidValueError, StateError, brief, is_integer, is_number
 
 if TYPE_CHECKING:
     from timm_multiexit.models.multi_exit import MultiExitModel
@@ -82,7 +82,7 @@ def _check_input(model: MultiExitModel, x: Tensor) -> None:
 
 def _check_bucket_sizes(sizes: Sequence[int] | int | None) -> tuple[int, ...]:
     sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes or ())
-    if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+    if not all(is_integer(size, 1) for size in sizes):
         raise InvalidValueError(f'bucket_sizes must be integers >= 1, got {list(sizes)}.')
     return tuple(sorted(sizes))
 
@@ -113,7 +113,7 @@ def step_exits(model: MultiExitModel, x: Tensor) -> OwnThread:
 def predict_in_time(model: MultiExitModel, x: Tensor, deadline_ms: float) -> Prediction:
     """Do `MultiExitModel.predict`."""
     _check_input(model, x)
-    if isinstance(deadline_ms, bool) or not isinstance(deadline_ms, Real) or not 0 < deadline_ms <= MAX_MS:
+    if not is_number(deadline_ms) or not 0 < deadline_ms <= MAX_MS:
         raise InvalidValueError(f'deadline_ms must be > 0 and <= {MAX_MS:g}, got {brief(deadline_ms)}.')
     run_head = model._head_runner(x.shape[-2:])
     with torch.no_grad():

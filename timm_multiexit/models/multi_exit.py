@@ -346,7 +346,7 @@ class MultiExitModel(TimmSurface):
 
     @property
     def hub_commit(self) -> str | None:
-        """Commit of the Hub's repository that the weights are from; None for other weights."""
+        """Commit of the Hub's repository that the model was created from; None if from elsewhere."""
         return self.origin.commit if self.origin else None
 
     @property

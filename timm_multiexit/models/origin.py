@@ -10,7 +10,7 @@ class Origin(NamedTuple):
     Attributes:
         base: Their repository, 'timm/NAME.TAG' or ORG/NAME, else 'a file' or 'a folder'; None if from scratch.
         license: Their license, None if unknown.
-        commit: Of the repository, where they were downloaded from one by name; None elsewhere.
+        commit: Of the Hub's repository that the model was created from; None if from elsewhere.
     """
 
     base: str | None = None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, brief, is_number
-from timm_multiexit.utils.text import exit_names, format_table
+from timm_multiexit.utils.text import exit_names, format_table, macs_unit
 
 UNITS = ('MACs', 'ms')
 
@@ -263,9 +263,7 @@ def _show(cost: float, unit: str, total: float, up: bool) -> str:
     if unit == '%':
         scale = total / 100
     elif unit == 'MACs':
-        suffix, scale = next(
-            ((f'{name}MACs', size) for name, size in (('G', 1e9), ('M', 1e6)) if cost >= size), ('MACs', 1.0)
-        )
+        scale, suffix = macs_unit(cost)
     value = cost / scale
     step = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
     rounded = (math.ceil(value / step - 1e-6) if up else math.floor(value / step + 1e-6)) * step

@@ -30,7 +30,7 @@ class MultiExitTask(TrainingTask):
         loss: What to minimise, e.g. `create_loss('eed')`.
         teacher: A model that every classifier learns from, main and exits: a `timm.task.DistillationTeacher`, a model,
             or the name of a pretrained timm model of the same classes. It is frozen in place, stays in eval mode, is
-            no part of `trainable_module`, and sees the images normalised as its own `pretrained_cfg` says.
+            not a part of `trainable_module`, and sees the images normalised as its own `pretrained_cfg` says.
         kd: How that teacher is weighed; None for timm's defaults.
         autocast: Gives the context that the teacher runs in, `accelerator.autocast` where Accelerate's wrapper puts
             the model alone into mixed precision; the surrounding one if not given.

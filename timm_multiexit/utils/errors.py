@@ -95,8 +95,12 @@ def checked_weights(name: str, weights: Iterable[float]) -> tuple[float, ...]:
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Return whether a value is a finite number, numpy's included, and not a bool."""
-    # Compared, since isfinite fails on an integer beyond floats; NaN and infinity are out of range.
-    return isinstance(value, Real) and not isinstance(value, bool) and -1e300 <= value <= 1e300  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return abs(float(value)) <= 1e300  # NaN and infinity are not
+    except OverflowError:  # an integer beyond floats
+        return False
 
 
 def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> TypeGuard[int]:

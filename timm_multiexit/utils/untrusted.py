@@ -114,7 +114,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             start = file.read(len(_LFS_POINTER))
         if start == _LFS_POINTER:
             raise CheckpointError(
-                f'{path} is a git-LFS pointer and has no weights: run `git lfs pull` in {path.parent}.'
+                f'{path} is a git-LFS pointer and holds no weights: run `git lfs pull` in {path.parent}.'
             )
         size = int.from_bytes(start[:8], 'little')
         if size > _MAX_HEADER_BYTES:
