@@ -188,7 +188,7 @@ def test_without_a_network_the_cache_is_enough(published, net, hub, images, monk
 
 def test_without_a_network_an_empty_cache_is_one_line(published, hub, monkeypatch):
     with hub.unreachable():
-        assert 'cannot be reached' in refused(NAME, pretrained=True)
+        assert 'failed for' in refused(NAME, pretrained=True)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     line = refused(NAME, pretrained=True)
     assert 'HF_HUB_OFFLINE is set' in line
@@ -269,7 +269,7 @@ def test_repository_of_pickles_alone_is_refused_and_they_are_not_asked_for(hub, 
     torch.save(weights, tmp_path / 'pytorch_model.bin')
     commit = hub.add(REPO, {**files, 'pytorch_model.bin': (tmp_path / 'pytorch_model.bin').read_bytes()})
     line = refused(NAME, pretrained=True)
-    assert line == f"'org/net' has no model.safetensors at revision '{commit}': only safetensors are read."
+    assert line.startswith(f"'org/net' has no model.safetensors at revision '{commit}': see ")
     assert asked(hub, r'\.bin|_cdn') == []
 
 

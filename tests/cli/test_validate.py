@@ -132,7 +132,7 @@ def test_without_data_the_digits_are_measured(run_script, tmp_path):
         (('--checkpoint', 'nowhere.pth.tar'), 'does not exist'),
         (('--model', 'test_resnet', '--exits', '9'), 'The number of exits must be in [1, 4]'),
         (('--model', 'test_resnet', '--num-classes', '1'), 'The data has 2 classes, the model 1'),
-        (('--model', 'test_resnet', '--split', 'test'), "has no split 'test', allowed are train, val"),
+        (('--model', 'test_resnet', '--split', 'test'), "must be one of train, val, got 'test'"),
         (('--model', 'test_resnet', '--amp'), '--amp in float16 needs a GPU'),
     ],
     ids=['none', 'name', 'folder', 'checkpoint', 'exits', 'classes', 'split', 'fp16'],
@@ -325,7 +325,7 @@ def test_saved_policy_is_the_one_that_was_measured(flags, saved, run_script, dig
         (('--threshold', 'high'), "--threshold must be thresholds such as 0.9 or 0.9,none,0.8, got 'high'."),
         (('--budget', '3%', '--calib-split', 'validation'), 'got 3%, which is below the cheapest policy'),
         (('--budget', '50%'), '--budget 50% needs data'),
-        (('--calib-from-train', '5000'), '5000 of 1257 training images cannot be held out'),
+        (('--calib-from-train', '5000'), 'Number of held-out images must be in [1, 1247], got 5000'),
         (('--compare', 'resnet51'), "no model 'resnet51'"),
     ],
 )

@@ -67,7 +67,7 @@ def assert_one_line(result, message):
 def test_damaged_image_stops_the_run_by_its_name(workers, folder, train_on):
     (folder / 'train/dog/3.jpg').write_bytes(b'no image')
     run, result = train_on(folder, '--eed', '--bad-images', 'stop', '-j', workers, code=2)
-    assert_one_line(result, 'train/dog/3.jpg cannot be read: it is not an image')
+    assert_one_line(result, 'train/dog/3.jpg: it is not an image')
     assert not (run / 'summary.csv').exists()
 
 
@@ -80,7 +80,7 @@ def test_damaged_image_is_skipped_if_it_may_be(folder, train_on):
 def test_damaged_image_of_the_evaluation_stops_the_run_too(folder, train_on):
     (folder / 'val/dog/3.jpg').write_bytes(b'no image')
     _, result = train_on(folder, '--eed', '--bad-images', 'stop', code=2)
-    assert_one_line(result, 'val/dog/3.jpg cannot be read: it is not an image')
+    assert_one_line(result, 'val/dog/3.jpg: it is not an image')
 
 
 def test_held_out_images_choose_the_epoch_and_train_nothing(folder, train_on, monkeypatch):
@@ -111,7 +111,7 @@ def test_held_out_images_choose_the_epoch_and_train_nothing(folder, train_on, mo
 
 def test_too_many_held_out_images_are_one_line(folder, train_on):
     run, result = train_on(folder, '--eed', '--val-from-train', '23', code=2)
-    assert_one_line(result, '23 of 24 training images cannot be held out: allowed are 1 to 22')
+    assert_one_line(result, 'Number of held-out images must be in [1, 22], got 23')
     assert not run.exists()
 
 
@@ -165,7 +165,7 @@ def test_flags_of_the_data_train_and_report(flags, folder, train_on):
     assert result.out.count('main  classifier') == 1
 
 
-def test_split_norms_are_gone_on_with_and_left_out_of_the_best_network(folder, train_on):
+def test_split_norms_are_resumed_and_left_out_of_the_best_network(folder, train_on):
     flags = ('--eed', '--aug-splits', '2', '--jsd-loss', '--split-bn')
     run, _ = train_on(folder, *flags)
     run, _ = train_on(folder, *flags, '--epochs', '2', '--resume', 'auto')

@@ -552,17 +552,17 @@ def test_an_override_replaces_the_row_and_leaves_the_table():
         pytest.param({'teacher': [True]}, ['[True]'], id='teacher-bool'),
         pytest.param(
             {'teacher': None, 'feature_weight': 1.0},
-            ['feature_weight is 1.0 but there is no teacher', "'main', 'all'"],
+            ['feature_weight is 1.0 but the loss has no teacher', "'main', 'all'"],
             id='features-without-teacher',
         ),
         pytest.param(
             {'teacher': None, 'output_weight': 0.1},
-            ['output_weight is 0.1 but there is no teacher'],
+            ['output_weight is 0.1 but the loss has no teacher'],
             id='outputs-without-teacher',
         ),
         pytest.param(
             {'teacher': None, 'depth_weights': DepthWeights(balance=1.1)},
-            ['depth_weights is DepthWeights(teacher=1.0, balance=1.1) but there is no teacher'],
+            ['depth_weights is DepthWeights(teacher=1.0, balance=1.1) but the loss has no teacher'],
             id='depth-weights-without-teacher',
         ),
         pytest.param({'depth_weights': 1.6}, ['depth_weights must be a DepthWeights', 'got 1.6'], id='depth-weights'),
@@ -683,7 +683,7 @@ def test_unknown_loss_names_the_legal_and_the_nearest(name, parts):
 
 @pytest.mark.parametrize('overrides', [{'feature_weight': 1.0}, {'output_weight': 0.5}])
 def test_overrides_that_contradict_the_row_are_errors(overrides):
-    with pytest.raises(MultiExitError, match='there is no teacher'):
+    with pytest.raises(MultiExitError, match='the loss has no teacher'):
         create_loss('ce', **overrides)
 
 

@@ -212,7 +212,7 @@ def place_model(args: Namespace, model: nn.Module, accelerator: Accelerator) -> 
 
 def synchronizes_norms(args: Namespace, accelerator: Accelerator) -> bool:
     """Return whether normalization layers see the batches of all processes, so that their statistics are the same."""
-    return args.sync_bn and accelerator.num_processes > 1
+    return bool(args.sync_bn and accelerator.num_processes > 1)
 
 
 def create_regime(args: Namespace, model: nn.Module, source: ModelSource | None) -> Regime:
@@ -277,7 +277,7 @@ def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExi
         in_chans: Channels of the images.
 
     Raises:
-        MultiExitError: There is no such model or no weights, or it has other classes or channels.
+        MultiExitError: No such model or no weights, or it has other classes or channels.
     """
     name, checkpoint = split_name(text)
     try:

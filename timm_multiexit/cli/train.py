@@ -48,7 +48,7 @@ from timm_multiexit.evaluation.metrics import evaluation_columns
 from timm_multiexit.hub_client.client import check_push
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
-from timm_multiexit.publishing.licenses import Labels, find_license
+from timm_multiexit.publishing.licenses import PublicationInfo, find_license
 from timm_multiexit.publishing.push import publish_run
 from timm_multiexit.training.regimes import Regime, RegimeControl
 from timm_multiexit.training.resume import find_resume
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
     # Together: a process that leaves while others still talk to it takes them along.
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if code == 0 and args.push_to_hub and accelerator.is_main_process:
+    if code == 0 and run is not None and args.push_to_hub and accelerator.is_main_process:
         code = publish(args, run.folder, prog)
     return code
 
@@ -241,7 +241,7 @@ def _create_trainer(
     batch_size: float,
     mixup_fn: Any,
 ) -> Trainer:
-    module = task.get_trainable_module()
+    module: Any = task.get_trainable_module()
     if data.val_loader is None and args.sched == 'plateau' and args.eval_metric != 'loss':
         raise InvalidValueError(
             f'--sched plateau follows {args.eval_metric}, which no split measures: add --val-split.'
@@ -260,7 +260,7 @@ def _create_trainer(
         task.setup_ema(
             decay=args.model_ema_decay,
             use_warmup=args.model_ema_warmup,
-            device='cpu' if args.model_ema_force_cpu else None,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
         )
     if args.torchcompile:
         torch._dynamo.config.recompile_limit = 64  # one forward serves several modes and batch sizes
@@ -360,7 +360,7 @@ def check_publishing(args: Namespace, origin: Origin | None, *, has_table: bool,
         raise InvalidValueError('--push-to-hub publishes networks with exits: add --eed or --exits.')
     if not has_table:
         raise InvalidValueError('--push-to-hub needs results to publish: add --val-split or --test-split.')
-    find_license(origin, Labels(args.hub_license))
+    find_license(origin, PublicationInfo(args.hub_license))
     if asks_hub:
         check_push(args.push_to_hub, private=args.hub_private)
 
@@ -371,7 +371,7 @@ def publish(args: Namespace, folder: Path, prog: str) -> int:
     It comes last of all, when no other process waits for this one.
     """
     try:
-        result = publish_run(folder, args.push_to_hub, labels=Labels(args.hub_license), private=args.hub_private)
+        result = publish_run(folder, args.push_to_hub, info=PublicationInfo(args.hub_license), private=args.hub_private)
         _logger.info(f'Published: {result.url}')
     except MultiExitError as error:
         again = ['hub/publish.py', str(folder), args.push_to_hub, '--yes', *['--private'] * args.hub_private]

@@ -1,4 +1,4 @@
-"""Data loaders: timm's, seeded so that training can resume at any batch."""
+"""Data loaders: timm's, seeded so that training can be resumed at any batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -53,7 +53,7 @@ def checked_logits(outputs: Any) -> Sequence[torch.Tensor]:
         outputs: What a model returns with `exits=True`.
 
     Raises:
-        InvalidTypeError: There are none.
+        InvalidTypeError: They have no logits.
         InvalidValueError: Their shapes differ.
     """
     logits = getattr(outputs, 'logits', None)

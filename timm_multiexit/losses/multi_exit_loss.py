@@ -171,7 +171,7 @@ class MultiExitLoss(nn.Module):
         for name, value in settings:
             if self.teacher is None and value:
                 raise InvalidValueError(
-                    f"{name} is {value} but there is no teacher. Name one (teacher='main', 'all' or a list of"
+                    f"{name} is {value} but the loss has no teacher. Name one (teacher='main', 'all' or a list of"
                     f" classifiers; the losses 'phuong', 'byot', 'eed' and 'beed' have one) or leave {name} out."
                 )
         if self.multi_label and self.teacher is not None and self.output_loss == 'kl':

@@ -1,4 +1,4 @@
-"""What a run notes of its steps and epochs: table, curves, trackers, one line per epoch."""
+"""The log of a run: table, curves, trackers, one line per epoch."""
 
 import logging
 import time
@@ -63,14 +63,14 @@ class EpochLog:
 
     def note_step(self, trainer: Trainer) -> None:
         """Note the numbers of a step, if there is a tracker for them."""
-        if self.accelerator.trackers:
+        if self.accelerator.trackers and trainer.batch_metrics is not None:
             self._pending.append((trainer.num_updates, trainer.learning_rate, trainer.batch_metrics))
             if len(self._pending) >= self.log_interval:
                 self.flush(trainer)
 
     def flush(self, trainer: Trainer) -> None:
         """Send what was noted to the trackers, read from the device in one go."""
-        if not self._pending:
+        if not self._pending or trainer.progress is None:
             return
         rows = torch.stack([numbers for *_, numbers in self._pending]).tolist()
         speed = {'img_per_s': trainer.images_per_second, 'data_share': trainer.data_share}
@@ -107,15 +107,16 @@ class EpochLog:
         seconds = time.perf_counter() - self._started
         self._eta.add(seconds)
         accuracy = {name: row[key] for name, key in self._columns().items() if key in row}
+        epoch = int(row['epoch'])
         line = format_epoch_line(
-            row['epoch'],
+            epoch,
             self.num_epochs,
             train_loss=row['train_loss'],
             accuracy=accuracy,
             lr=row['lr'],
             rate=rate,
             seconds=seconds,
-            eta=self._eta.estimate(self.num_epochs - row['epoch'] - 1),
+            eta=self._eta.estimate(self.num_epochs - epoch - 1),
         )
         _logger.info(line)
 

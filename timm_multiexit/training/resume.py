@@ -18,7 +18,7 @@ from timm_multiexit.training.epoch_log import EpochLog
 from timm_multiexit.training.running_metrics import RunningMetrics
 from timm_multiexit.training.saver import RunSaver
 from timm_multiexit.training.trainer import Trainer
-from timm_multiexit.utils.errors import CheckpointError, MultiExitError
+from timm_multiexit.utils.errors import CheckpointError, MultiExitError, StateError
 from timm_multiexit.utils.files import RESUME, explain_disk_errors, write_text
 
 _logger = logging.getLogger(__name__)
@@ -115,14 +115,15 @@ class RunState:
                 self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
         if self.task.has_ema():
             load_task_ema_checkpoint(self.task, str(path))
-        is_own = self.saver and path.parent.resolve() == Path(self.saver.checkpoint_dir).resolve()
+        saver = self.saver
+        is_own = saver is not None and path.parent.resolve() == Path(saver.checkpoint_dir).resolve()
         if run:
             self._restore_run(run)
         elif is_own and RunFolder(path.parent).summary_path.exists():
             self.epoch_log.summary.read(RunFolder(path.parent).summary_path, before=epoch)  # of timm's own script
-        if is_own:
+        if saver is not None and is_own:
             self.trainer.epoch, self.trainer.batch = epoch, batch
-            self.saver.load_state_dict(checkpoint.get('saver') or {})
+            saver.load_state_dict(checkpoint.get('saver') or {})
             if not batch:
                 self._save_milestone(epoch)  # a kill may have come before it
         return epoch, batch
@@ -216,19 +217,21 @@ class RunState:
             self._save_milestone(epoch + 1)
 
     def _save_milestone(self, completed_epochs: int) -> None:
-        if completed_epochs in self.save_epochs:
+        if self.saver is not None and completed_epochs in self.save_epochs:
             self.saver.save_milestone(completed_epochs)
 
     def save_recovery(self) -> None:
         """Keep the middle of an epoch; all processes take part."""
         trainer = self.trainer
+        if trainer.progress is None:
+            raise StateError('There was no batch yet to keep.')
         trainer.progress.check_finite(self.accelerator)
         self._progress_state = trainer.progress.state_dict(self.accelerator)
         if self.saver:
             self.saver.save_recovery(trainer.epoch, trainer.batch)
 
 
-def find_resume(folder: str | os.PathLike) -> Path | None:
+def find_resume(folder: str | os.PathLike[str]) -> Path | None:
     """Return the checkpoint of a run's folder that is furthest, None if there is none.
 
     Files that cannot be read are skipped with a warning. Checkpoints of single epochs count only where neither the last
@@ -271,7 +274,7 @@ def read_position(checkpoint: dict[str, Any]) -> tuple[int, int]:
     return int(epoch) + (1 if checkpoint.get('version', 0) > 1 else 0), 0
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Load a checkpoint's optimizer state.
 
     Raises:
