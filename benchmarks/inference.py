@@ -173,7 +173,7 @@ class InferenceBenchmark:
         an eighth of the batch.
         """
         images, batch_size = self.images, len(self.images)
-        # What other batches compiled is no longer needed, and all forms share one limit.
+        # Drops what other batches compiled, since all forms share one limit.
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 256
         model, plain = (torch.compile(module, dynamic=False) for module in (self.model, self.plain))

@@ -363,7 +363,7 @@ def test_disk_that_refuses_ends_no_run(bench, monkeypatch):
     bench.results.write_text('no folder')
     lines = []
     assert bench.runner(lines).work() == 1
-    assert sum('FAILED' in line and line.endswith('then go on or run it again.') for line in lines) == 6
+    assert sum('FAILED' in line and line.endswith('free disk space, then run it again.') for line in lines) == 6
     bench.results.unlink()
     assert bench.runner().work() == 0
     assert bench.started() == ALL, 'what was trained is taken'
@@ -376,7 +376,7 @@ def test_disk_that_refuses_ends_no_run(bench, monkeypatch):
         ({'protocol': 'none'}, r'Cannot read .*none.yaml: '),
         ({'sedes': [1]}, r"missing or unknown: \['sedes'\]"),
         ({'data': {'pets': {'scale': 'wide'}}}, 'has a flag that train.py does not take'),
-        ({'recipe': {'epochs': 'many'}}, r"epochs is 'many', allowed is an integer"),
+        ({'recipe': {'epochs': 'many'}}, r"epochs must be an integer >= 1, got 'many'"),
         ({'data': ['../pets']}, 'must be of letters, digits'),
         ({'recipe': RECIPE | {'amp': True}, 'data': {'pets': {'amp': False}}}, 'amp is True in tiny.yaml, and no'),
         ({'data': {'pets': {'epochs': None}}}, 'epochs is 2 in tiny.yaml, and no command line sets it to None'),

@@ -72,7 +72,7 @@ def test_interval_is_smaller_than_that_of_unpaired_runs_where_seeds_move_both(re
     assert differences == pytest.approx([0.5, 0.6, 0.45])
     mean, half = interval(differences)
     assert mean == pytest.approx(0.5167, abs=1e-4)
-    assert half == pytest.approx(4.303 * statistics.stdev([0.5, 0.6, 0.45]) / math.sqrt(3))
+    assert half == pytest.approx(4.302653 * statistics.stdev([0.5, 0.6, 0.45]) / math.sqrt(3))
     assert half < 0.2 < 4.303 * statistics.stdev([80.2, 81.1, 80.7]) / math.sqrt(3)
 
 

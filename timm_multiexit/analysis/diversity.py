@@ -60,7 +60,8 @@ def describe_members(logits: Sequence[Tensor], targets: Tensor, members: Mapping
         members: Which, 0-based -> weight in the mean; at least one.
     """
     chosen = [logits[idx] for idx in members]
-    mean = sum(weight * logits[idx] for idx, weight in members.items())
+    first, *rest = (weight * logits[idx] for idx, weight in members.items())
+    mean = sum(rest, first)
     return {
         'members': member_names(tuple(members), len(logits) - 1),
         'disagreement': pairwise_disagreement(torch.stack([single.argmax(-1) for single in chosen])),

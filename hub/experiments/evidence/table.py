@@ -37,7 +37,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     mean, count = statistics.fmean(differences), len(differences)
     if count == 1:
         return mean, math.inf
-    return mean, t.ppf(0.975, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return mean, float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
 
 
 def describe_difference(differences: Sequence[float]) -> str:
