@@ -361,7 +361,7 @@ USES = {
     'teacher': learn_from,
     'model_kwargs': lambda name: model_kwargs(train_args('--model', name)),
     'train': lambda name: create_train_model(train_args('--model', name, '--pretrained', '--eed'), 5),
-    'validate': lambda name: validate.create_model(create_validate_parser().parse_args(['--model', name])),
+    'validate': lambda name: validate.create_evaluated_model(create_validate_parser().parse_args(['--model', name])),
 }
 
 
