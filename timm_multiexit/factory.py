@@ -29,7 +29,7 @@ def exit_points(
         input_size: (channels, height, width) that costs are reported for; the backbone's own if not given.
 
     Raises:
-        MultiExitError: The backbone has no such stages, or no classifier; there is no model of this name.
+        MultiExitError: The backbone has no such stages, or no classifier; the name is unknown.
 
     >>> [(point.index, point.module, point.reduction) for point in exit_points('resnet18')]
     [(0, 'act1', 2), (1, 'layer1.1', 4), (2, 'layer2.1', 8), (3, 'layer3.1', 16), (4, 'layer4.1', 32)]

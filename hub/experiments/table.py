@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from evidence.plan import METHODS_FILE, read_plan, read_yaml
-from evidence.results import check_flags, read_results, result_path
+from evidence.results import check_same_flags, read_results, result_path
 from evidence.table import format_tables, place_in
 
-import timm_multiexit as tme
+from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.files import write_text
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +31,7 @@ def make_tables(plan_files: list[Path], results_dir: Path) -> str:
     plans.sort(key=lambda plan: not any(run.name in by_name for run in plan.runs))
     for run in (run for plan in plans for run in plan.runs):
         if run.name in by_name:
-            check_flags(run, by_name[run.name]['flags'], result_path(results_dir, run))
+            check_same_flags(run, by_name[run.name]['flags'], result_path(results_dir, run))
     return format_tables(plans, results, list(read_yaml(HERE / METHODS_FILE)))
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             write_text(args.readme, place_in(args.readme.read_text(encoding='utf-8'), tables))
         else:
             print(tables, end='')
-    except (tme.MultiExitError, OSError) as error:
+    except (MultiExitError, OSError) as error:
         print(f'table.py: error: {error}', file=sys.stderr)
         return 2
     return 0

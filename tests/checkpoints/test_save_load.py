@@ -216,7 +216,7 @@ def test_misfit_checkpoint_is_named_and_changes_nothing(tmp_path):
         ('fewer', 'weights are missing'),
         ('classes', r'is \[9, 96\] there and \[5, 96\] here|is \[9\] there and \[5\] here'),
         ('broken', 'no checkpoint that can be read'),
-        ('absent', 'There is no checkpoint'),
+        ('absent', 'does not exist'),
     ]:
         with pytest.raises(tme.MultiExitError, match=message) as error:
             tme.load_checkpoint(model, tmp_path / f'{name}.pth.tar')

@@ -33,7 +33,7 @@ def test_static_model_of_a_folder_is_the_main_network(tmp_path, make_model):
     ('name', 'message'),
     [
         ('resnet51', "no model 'resnet51'"),
-        ('test_resnet:nowhere.pth', '--compare test_resnet:nowhere.pth: There is no checkpoint nowhere.pth'),
+        ('test_resnet:nowhere.pth', '--compare test_resnet:nowhere.pth: Checkpoint nowhere.pth does not exist'),
         ('local-dir:nowhere', 'is not a model folder'),
         ('NET', 'must have the 4 classes of the model, got 10'),
         ('GRAY', 'must take images of 3 channels, got 1'),

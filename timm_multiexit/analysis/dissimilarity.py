@@ -51,7 +51,7 @@ def dissimilarity_matrix(vectors: Tensor) -> Tensor:
     rows = vectors.flatten(1).double()
     centered = rows - rows.mean(1, keepdim=True)
     norms = centered.norm(dim=1, keepdim=True)
-    # What rounding leaves of equal numbers is no direction.
+    # What rounding leaves of equal numbers has no direction.
     is_flat = norms <= 1e-12 * rows.norm(dim=1, keepdim=True)
     unit = torch.where(is_flat, 0.0, centered / norms.clamp(min=torch.finfo(torch.float64).tiny))
     matrix = (1 - unit @ unit.T).clamp(0, 2)
@@ -61,8 +61,8 @@ def dissimilarity_matrix(vectors: Tensor) -> Tensor:
 def block_means(matrix: Tensor, targets: Tensor) -> dict[str, float | None]:
     """Return the mean dissimilarity within classes and between them, and `ratio`, between over within.
 
-    A sample and itself are no pair. The larger the ratio, the clearer the classes; it is None, like a mean without
-    pairs, where it cannot be had.
+    A sample is not paired with itself. The larger the ratio, the clearer the classes. A mean without pairs is None, and
+    so is a ratio without both means.
 
     Args:
         matrix: [N, N].
@@ -85,7 +85,7 @@ def block_means(matrix: Tensor, targets: Tensor) -> dict[str, float | None]:
 def class_means(matrix: Tensor, targets: Tensor) -> Tensor:
     """Return the mean dissimilarity between each two classes that there are, [C, C], classes in order of their index.
 
-    A sample and itself are no pair; a class of one sample has NaN to itself.
+    A sample is not paired with itself; a class of one sample has NaN to itself.
 
     Args:
         matrix: [N, N].

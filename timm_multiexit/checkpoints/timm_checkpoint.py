@@ -30,7 +30,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, use_ema: 
         use_ema: Take the averaged weights where the file has them.
 
     Raises:
-        MissingFileError: There is no such file.
+        MissingFileError: The file does not exist.
         CheckpointError: The file cannot be read, or its weights do not match the model.
     """
     state = _read(load_state_dict, path, use_ema=use_ema)
@@ -47,7 +47,7 @@ def read_training_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what a training checkpoint holds besides its weights: epoch, args, metric, task_state.
 
     Raises:
-        MissingFileError: There is no such file.
+        MissingFileError: The file does not exist.
         CheckpointError: The file cannot be read.
     """
     checkpoint: dict[str, Any] = _read(load_checkpoint_metadata, path)
@@ -56,7 +56,7 @@ def read_training_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read(reader: Callable[..., Any], path: str | os.PathLike[str], **kwargs: Any) -> Any:
     if not Path(path).is_file():
-        raise MissingFileError(f'There is no checkpoint {path}.')
+        raise MissingFileError(f'Checkpoint {path} does not exist.')
     try:
         return reader(os.fspath(path), **kwargs)
     except Exception as error:  # unpickling raises all kinds of errors

@@ -3,12 +3,16 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
+from timm_multiexit.analysis.measuring import AnalysisData
 from timm_multiexit.analysis.runs import Run, read_runs
 from timm_multiexit.analysis.study import Study, summary_rows
+from timm_multiexit.cli.build_training import loader_options
 from timm_multiexit.cli.flags.parser import (
     Number,
     ScriptParser,
@@ -19,6 +23,9 @@ from timm_multiexit.cli.flags.parser import (
     value,
 )
 from timm_multiexit.cli.launch import setup_logging
+from timm_multiexit.cli.validate_data import create_split
+from timm_multiexit.data.loaders import create_eval_loader
+from timm_multiexit.evaluation.stamp import name_dataset
 from timm_multiexit.utils.errors import InvalidValueError, MultiExitError, StateError
 from timm_multiexit.utils.text import format_table
 
@@ -32,13 +39,7 @@ _FLAGS = (
     value('--split', str, None, 'NAME', "split to measure on, if not that of the first run's table"),
     value('--out', str, 'output/analysis', 'DIR', 'where pictures and analysis.json are written'),
     value('--reference', str, None, 'NAME', "run, or method of a run, that gains are over, if not the first of 'ce'"),
-    value(
-        '--samples',
-        Number(int, '>= 2', lambda number: number >= 2),
-        500,
-        'N',
-        'images of the dissimilarity matrices, at most',
-    ),
+    value('--samples', _SAMPLES, 500, 'N', 'images of the dissimilarity matrices, at most'),
     value('--seed', non_negative_int, 0, 'N', 'of the choice of these'),
     value('-b --batch-size', positive_int, 256, 'N', 'batch size'),
     value('-j --workers', non_negative_int, 4, 'N', 'data loading processes'),
@@ -59,16 +60,26 @@ def complete_args(args: Namespace, run: Run) -> Namespace:
     """Return the arguments, completed from the run's own where they do not name the data."""
     own = run.args
     given = {name: item for name, item in vars(args).items() if item is not None}
-    data = {name: getattr(own, name, None) for name in ('data_dir', 'dataset', 'class_map', 'input_img_mode')}
+    data = {name: own.get(name) for name in ('data_dir', 'dataset', 'class_map', 'input_img_mode')}
     # A given folder wins over the digits of a run without data.
-    if args.data_dir and not args.dataset and getattr(own, 'is_demo', False):
+    if args.data_dir and not args.dataset and own.get('is_demo'):
         data['dataset'] = ''
-    split = own.test_split or own.val_split
+    split = own.get('test_split') or own.get('val_split')
     defaults = {'reference': None, 'dataset_download': False, 'split': split, **data}
     completed = Namespace(**{**defaults, **given})
     if not completed.split:
         raise InvalidValueError(f'{run.name} has no split that it was measured on. Give one with --split.')
     return completed
+
+
+def create_analysis_data(args: Namespace, accelerator: Accelerator) -> AnalysisData:
+    """Return the images that the completed arguments name."""
+
+    def create_loader(dataset: Any, data_config: Any) -> Any:
+        return create_eval_loader(dataset, data_config=data_config, accelerator=accelerator, **loader_options(args))
+
+    name = name_dataset(args.dataset, args.data_dir)
+    return AnalysisData(name, args.split, partial(create_split, args, args.split), create_loader)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
@@ -80,7 +91,17 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
         accelerator = Accelerator()
         if accelerator.num_processes > 1:
             raise StateError(f'The analysis runs in one process. Start it with {prog}, without accelerate launch.')
-        content = Study(runs, complete_args(args, runs[0]), Path(args.out), accelerator).run()
+        args = complete_args(args, runs[0])
+        study = Study(
+            runs,
+            create_analysis_data(args, accelerator),
+            Path(args.out),
+            device=accelerator.device,
+            reference=args.reference,
+            num_samples=args.samples,
+            seed=args.seed,
+        )
+        content = study.run()
     except MultiExitError as error:
         print(f'{prog}: error: {error}', file=sys.stderr)
         return 2

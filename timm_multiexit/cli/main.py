@@ -37,7 +37,7 @@ def format_usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code, 2 if there is no such command."""
+    """Run a command and return its exit code, 2 for an unknown one."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ''
     if name in ('-h', '--help'):

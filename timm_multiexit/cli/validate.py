@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from timm.data.config import resolve_data_config
 
 from timm_multiexit.checkpoints.save import hash_weights, save_policy
-from timm_multiexit.checkpoints.source import create_backbone
+from timm_multiexit.checkpoints.source import create_backbone, find_source
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint, restore_exits
-from timm_multiexit.cli.build_model import create_static, model_kwargs, pin_model
+from timm_multiexit.cli.build_model import create_static, model_kwargs
 from timm_multiexit.cli.flags.validate_args import (
     asked_flags,
     check_budgets,
@@ -76,16 +76,22 @@ def create_evaluated_model(args: Namespace) -> MultiExitModel:
             setattr(args, name, trained[name])
     if args.model is None:
         raise InvalidValueError('No model: give --model NAME, --model local-dir:FOLDER, or --checkpoint PATH.')
-    source = pin_model(args)
-    kwargs, size = model_kwargs(args)
+    source = find_source(args.model, **args.model_kwargs)
+    kwargs, size = model_kwargs(args, source)
     if source is not None:
+        args.model = source.name
         kwargs['pretrained'] = True
     if args.exits is not None or (source is not None and source.config.exits):
         model = create_model(
-            args.model, exits=args.exits, head=args.exit_head, head_widths=args.head_widths, input_size=size, **kwargs
+            source or args.model,
+            exits=args.exits,
+            head=args.exit_head,
+            head_widths=args.head_widths,
+            input_size=size,
+            **kwargs,
         )
     else:
-        backbone = create_backbone(args.model, **kwargs)
+        backbone = create_backbone(source or args.model, **kwargs)
         if (checkpoint.get('task_state') or {}).get('exits'):
             model = restore_exits(backbone, checkpoint)
         else:

@@ -68,7 +68,7 @@ class MultiExitModel(TimmSurface):
         super().__init__()
         self.backbone = backbone
         self._frozen_names: tuple[str, ...] = ()
-        self.origin: Origin | None = None  # what the weights started from, where `create_model` made them
+        self.origin: Origin | None = None
         channels, height, width = input_size or get_model_input_config(backbone)['input_size']
         self.input_size = (channels, height, width)
         heads = [

@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,20 @@ _logger = logging.getLogger(__name__)
 
 # Updates between checks of whether a process got a signal; processes must agree, which costs a message.
 _INTERVAL = 10
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Have SIGTERM and SIGINT handled by a function within the block; only in the main thread, where it can be set."""
+    try:
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread
+        previous = {}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 class Stopped(Exception):
@@ -56,15 +70,8 @@ class Stopper:
             self.signal = number
             _logger.info(f'{signal.Signals(number).name}: saving and stopping after this step.')
 
-        try:
-            previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread, where no handler can be set
-            previous = {}
-        try:
+        with handling_signals(note):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def is_asked(self, num_updates: int | None = None) -> bool:
         """Return whether to stop now, the same in all processes.

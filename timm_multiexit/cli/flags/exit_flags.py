@@ -9,7 +9,7 @@ from timm_multiexit.exits.heads import HEADS
 from timm_multiexit.losses.distances import OUTPUT_WEIGHTS
 from timm_multiexit.losses.multi_exit_loss import LOSSES
 
-T = TypeVar('T')
+_T = TypeVar('_T')
 
 
 def parse_exits(text: str) -> str | int | list[int] | list[str]:
@@ -77,7 +77,7 @@ def _items(text: str) -> list[str]:
     return text.strip().removeprefix('[').removesuffix(']').split(',')
 
 
-def _parse_items(text: str, parse: Callable[[str], T], allowed: str) -> list[T]:
+def _parse_items(text: str, parse: Callable[[str], _T], allowed: str) -> list[_T]:
     try:
         return [parse(item) for item in _items(text)]
     except (ValueError, argparse.ArgumentTypeError):

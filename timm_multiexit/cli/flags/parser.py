@@ -114,7 +114,7 @@ class Flag:
 class KwargsAction(ParseKwargs):
     """timm's action for `KEY=VALUE ...`, with a clear error where the sign is missing."""
 
-    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+    def __call__(self, parser, namespace, values, option_string=None):
         """Store the pairs as a dict."""
         wrong = [value for value in values if value and '=' not in value]
         if wrong:
