@@ -70,5 +70,5 @@ def test_table_of_several_labels_has_its_own_columns(make_model):
 
 
 def test_empty_loader_is_named(make_model):
-    with pytest.raises(MultiExitError, match='gives no batch'):
+    with pytest.raises(MultiExitError, match='loader is empty'):
         evaluate(make_model(), [])

@@ -77,7 +77,7 @@ def evaluate_loader(
         threshold: Probability from which a label counts as predicted.
 
     Raises:
-        DataError: The loader yields no batch.
+        DataError: The loader is empty.
     """
     num_exits = len(model.exits) if isinstance(model, MultiExitModel) else 0
     device = torch.device(device or (accelerator.device if accelerator else next(model.parameters()).device))
@@ -105,7 +105,7 @@ def evaluate_loader(
         for module, mode in zip(model.modules(), training):
             module.training = mode
     if not any(evaluation.input_size):
-        raise DataError('The data loader must yield at least one batch, got none.')
+        raise DataError('The data loader is empty, so there is nothing to evaluate.')
     evaluation.num_samples = evaluator.num_samples
     distributed = accelerator is not None and accelerator.num_processes > 1
     evaluation.metrics = evaluator.compute(distributed)

@@ -140,7 +140,7 @@ class Validator:
         show: Called with each section of the report as text as soon as it is measured.
 
     Raises:
-        InvalidValueError: A question needs images to choose thresholds on, and none were given.
+        InvalidValueError: A question needs images to choose thresholds on, and `data` has no such images.
     """
 
     def __init__(
