@@ -21,7 +21,7 @@ from timm_multiexit.cli.launch import create_accelerator
 from timm_multiexit.exits.heads import HEADS
 from timm_multiexit.losses.multi_exit_loss import LOSSES
 from timm_multiexit.utils.environment import describe_environment
-from timm_multiexit.utils.errors import one_line
+from timm_multiexit.utils.errors import InvalidValueError, one_line
 from timm_multiexit.utils.text import format_table
 
 
@@ -37,7 +37,9 @@ def infer(args):
     print(', '.join(describe_environment().values()))
     stuck = [idx for idx, can_leave in enumerate(model.can_leave) if not can_leave]
     if stuck:
-        print(f'Images cannot leave the batch at the exits {stuck}: it stops there when all of it has decided.')
+        print(
+            f'Images cannot leave the batch at the exits {stuck}: the batch stops there once all images have decided.'
+        )
     uncut = []
     for batch_size in args.batch_sizes:
         images = torch.randn(batch_size, *size, device=args.device).contiguous(memory_format=layout)
@@ -99,7 +101,7 @@ def parse_device(text):
         device = torch.device(text)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no device here: {one_line(error)}") from error
+        raise argparse.ArgumentTypeError(f"'{text}' is not a device of this machine: {one_line(error)}") from error
     return device
 
 
@@ -135,7 +137,9 @@ def create_parser():
     command.add_argument(
         '--shares', nargs='*', type=float, default=(0.5,), metavar='F', help='leaving at each exit (default: 0.5)'
     )
-    command.add_argument('--bucket-sizes', nargs='+', type=int, metavar='N', help='batches that infer goes on with')
+    command.add_argument(
+        '--bucket-sizes', nargs='+', type=int, metavar='N', help='batch sizes that infer continues with'
+    )
     command.add_argument('--torchcompile', action='store_true', help='compiled forms beside, by inductor')
     command.set_defaults(run=infer)
     command = commands.add_parser('train', help='training steps, and the loop of train.py')
@@ -151,15 +155,15 @@ def create_parser():
 
 
 def check_args(args):
-    """Raise `MultiExitError` where a number is out of range."""
+    """Raise `InvalidValueError` if a number is out of range."""
     for name in ('rounds', 'threads', 'img_size', 'every', 'batch_size', 'batch_sizes', 'bucket_sizes'):
         values = getattr(args, name, None)
         for value in values if isinstance(values, (list, tuple)) else (values,):
             if value is not None and value < 1:
-                raise tme.MultiExitError(f'--{name.replace("_", "-")} is {value}, allowed are 1 or more.')
+                raise InvalidValueError(f'--{name.replace("_", "-")} must be >= 1, got {value}.')
     for share in getattr(args, 'shares', ()):
         if not 0 < share < 1:
-            raise tme.MultiExitError(f'--shares has {share}, allowed are numbers above 0 and below 1.')
+            raise InvalidValueError(f'--shares must be in (0, 1), got {share}.')
 
 
 def main(argv=None):

@@ -64,7 +64,7 @@ def _find_paths(plain: nn.Module, spec: ExitSpec, images: Tensor) -> Iterator[Ne
             maps = plain.forward_intermediates(images, **kwargs)
             for idx, features in enumerate(maps):
                 if isinstance(features, Tensor) and features.shape[1] == spec.channels:
-                    # The index in the default, for the loop goes on.
+                    # The index as a default, since the loop continues.
                     yield lambda x, idx=idx: plain.forward_intermediates(x, indices=[idx], stop_early=True, **kwargs)[0]
     layers = nn.Sequential(*_layers_up_to(plain, spec.module.split('.')))
     yield lambda x: to_map(

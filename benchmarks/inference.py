@@ -14,7 +14,7 @@ from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import CRITERIA, ExitPolicy, Prediction
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import StateError
 from timm_multiexit.utils.timing import describe_ratios, measure_peak, time_interleaved
 
 PLAIN = 'plain timm'
@@ -76,7 +76,7 @@ class InferenceBenchmark:
     Args:
         model: In eval mode, on the device that counts.
         images: The batch, [B, in_chans, H, W].
-        bucket_sizes: Batch sizes that `infer` goes on with, any if not given.
+        bucket_sizes: Batch sizes that `infer` continues with, any if not given.
 
     Attributes:
         variants: Name -> variant, filled by the `add_*` methods.
@@ -87,6 +87,7 @@ class InferenceBenchmark:
         self.model, self.images, self.bucket_sizes = model, images, bucket_sizes
         self.plain = copy_plain(model)
         self.costs = model.cost(tuple(images.shape[1:]))
+        self._stage_costs = StageCosts.from_exit_costs(self.costs)
         self.variants: dict[str, Variant] = {}
         self.uncut: list[int] = []
         self._infer = partial(model.infer, images, bucket_sizes=bucket_sizes)
@@ -119,16 +120,16 @@ class InferenceBenchmark:
         small for any image to leave is left out.
 
         Raises:
-            MultiExitError: The heads are so sure of themselves that images cannot be kept from leaving.
+            StateError: Heads are so confident that no threshold keeps all images from leaving.
         """
         num_exits = len(self.model.exits)
         for idx in range(num_exits + 1):
             thresholds = [_EVERYBODY if at == idx else _NOBODY for at in range(num_exits)]
             policy = ExitPolicy('confidence', thresholds)
-            if self._count_leaving(policy)[idx] < 1:
-                raise MultiExitError(
-                    f'Some images have a confidence of 1 before exit {idx}, and no threshold keeps them in the batch:'
-                    ' benchmark another model, or another --exit-head.'
+            if bool((self._infer(policy).exit_idx != idx).any()):
+                raise StateError(
+                    f'Some images have a confidence of 1 before exit {idx}, and no threshold keeps them in the batch.'
+                    ' Benchmark another model, or another --exit-head.'
                 )
             if idx < num_exits:
                 self._add_policy(f'infer, all at exit {idx}', policy, {f'exit_idx={idx}': 1.0})
@@ -140,7 +141,7 @@ class InferenceBenchmark:
     def _add_share(self, share: float, policy: ExitPolicy) -> None:
         names = [*(f'infer, all at exit {idx}' for idx in range(len(self.model.exits))), NONE_LEAVING]
         name = f'infer, {100 * share:g} % leaving'
-        self._add_policy(name, policy, dict(zip(names, self._count_leaving(policy))))
+        self._add_policy(name, policy, dict(zip(names, self._shares(self._infer(policy)))))
         self.variants[f'exits=True, then policy, {100 * share:g} %'] = Variant(
             lambda: apply_policy(policy, self.model(self.images, exits=True).logits),
             self.costs[-1].sequential.macs,
@@ -155,29 +156,24 @@ class InferenceBenchmark:
         against: Mapping[str, float],
         infer: Callable[[ExitPolicy], Prediction] | None = None,
     ) -> None:
-        infer = infer or self._infer
-        shares = self._count_leaving(policy, infer)
-        leaving = StageCosts.from_exit_costs(self.costs).leaving(policy.used)
-        macs = sum(share * cost for share, cost in zip(shares, leaving))
-        self.variants[name] = Variant(lambda: infer(policy), macs, against, shares)
+        call = partial(infer or self._infer, policy)
+        prediction = call()
+        macs = self._stage_costs.mean(policy, prediction.exit_idx)
+        self.variants[name] = Variant(call, macs, against, self._shares(prediction))
 
-    def _count_leaving(
-        self,
-        policy: ExitPolicy,
-        infer: Callable[[ExitPolicy], Prediction] | None = None,
-    ) -> tuple[float, ...]:
-        counts = (infer or self._infer)(policy).exit_idx.bincount(minlength=len(self.costs))
+    def _shares(self, prediction: Prediction) -> tuple[float, ...]:
+        counts = prediction.exit_idx.bincount(minlength=len(self.costs))
         return tuple((counts / len(self.images)).tolist())
 
     @torch.inference_mode()
     def add_compiled(self, shares: Sequence[float]) -> None:
         """Add the compiled forms of plain timm, of the model's forward, and of `infer` with compiled blocks and heads.
 
-        Every batch size is compiled by itself. Blocks go on with the bucket sizes, a half, a quarter and an eighth of
-        the batch if none are given.
+        Every batch size is compiled by itself. Blocks continue with the bucket sizes, by default a half, a quarter and
+        an eighth of the batch.
         """
         images, batch_size = self.images, len(self.images)
-        # What other batches have compiled is not needed any more, and all forms share one limit.
+        # What other batches compiled is no longer needed, and all forms share one limit.
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 256
         model, plain = (torch.compile(module, dynamic=False) for module in (self.model, self.plain))

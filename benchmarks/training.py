@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_multiexit.cli.build_model import create_regime, create_train_model, place_model
 from timm_multiexit.cli.build_training import create_task, create_train_optimizer
 from timm_multiexit.cli.flags.train_args import parse_train_args
-from timm_multiexit.training.run import TrainingRun
+from timm_multiexit.cli.train import build_run
 from timm_multiexit.utils.timing import describe_ratios, measure_peak, read_clock, time_interleaved
 
 
@@ -49,8 +49,8 @@ def create_step(train_args: Namespace, accelerator: Accelerator) -> tuple[Callab
     """
     model = place_model(train_args, create_train_model(train_args, None), accelerator)
     task = create_task(train_args, model, accelerator.device).train()
-    regime = create_regime(train_args, model)
-    optimizer = create_train_optimizer(train_args, model, train_args.batch_size, accelerator, regime)
+    regime = create_regime(train_args, model, None)
+    optimizer = create_train_optimizer(train_args, model, regime, lr=train_args.lr)
     if train_args.torchcompile:
         torch._dynamo.config.recompile_limit = 64
         model.compile(backend=train_args.torchcompile)
@@ -188,13 +188,13 @@ def measure_loop(
     loss = 'eed' if 'eed' in args.losses else args.losses[0]
     train_args = create_train_args(args, loss)
     # Never opened, so nothing is written.
-    run = TrainingRun(train_args, accelerator)
+    run = build_run(train_args, accelerator)
     if train_args.cache_images:
-        for _ in run.loader.epoch(0):  # from now on every image has been decoded
+        for _ in run.data.train_loader.epoch(0):  # from now on every image has been decoded
             pass
     step, _ = create_step(train_args, accelerator)
     rows = []
-    prepared = chain.from_iterable(run.loader.epoch(epoch) for epoch in count())
+    prepared = chain.from_iterable(run.data.train_loader.epoch(epoch) for epoch in count())
     for name, batches in (('tensors in memory', cycle(ready)), ('images, augmented, no workers', prepared)):
         loader = InterleavedLoader(batches, step, rounds=args.rounds, turn=turn, device=accelerator.device)
         run.trainer.train_epoch(0, loader)

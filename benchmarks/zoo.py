@@ -1,4 +1,4 @@
-"""What can be told of timm's models without their weights: what heads cost, and which models take exits."""
+"""What can be said of timm's models without their weights: what heads cost, and which models take exits."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ POPULAR = tuple(
 )
 
 
-def create_empty(name: str) -> MultiExitModel:
+def create_empty_model(name: str) -> MultiExitModel:
     """Return a model with exits whose tensors hold no data."""
     with torch.device('meta'):
         backbone = timm.create_model(name)
@@ -33,7 +33,7 @@ def count_heads(names: Iterable[str]) -> list[dict[str, Any]]:
     """Return for each model what its exits cost, in percent of the backbone's MACs."""
     rows = []
     for name in names:
-        *costs, main_cost = create_empty(name).cost()
+        *costs, main_cost = create_empty_model(name).cost()
         total = main_cost.fixed.macs
         rows.append(
             {
@@ -53,7 +53,7 @@ def count_layouts(names: Iterable[str]) -> tuple[Counter[str], dict[str, str]]:
     refused = {}
     for name in names:
         try:
-            specs = create_empty(name).exits.specs
+            specs = create_empty_model(name).exits.specs
         except MultiExitError as error:
             refused[name] = str(error)
             continue

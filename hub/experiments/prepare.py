@@ -37,7 +37,7 @@ def choose_images(folder: Path, num: int | None, seed: int) -> list[Path]:
     if num is None:
         return paths
     if not 1 <= num <= len(paths):
-        raise ValueError(f'--per-class is {num}, allowed are 1 to {len(paths)}, as many as {folder} has.')
+        raise ValueError(f'--per-class must be in [1, {len(paths)}], the images of {folder}, got {num}.')
     random.Random(f'{seed} {folder.name}').shuffle(paths)
     return sorted(paths[:num])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from evidence.plan import read_plan
 from evidence.runner import Runner, RunnerConfig, describe_state
 
-import timm_multiexit as tme
+from timm_multiexit.utils.errors import InvalidValueError, MultiExitError
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         runs = [run for run in read_plan(args.plan).runs if args.only in run.name]
         if not runs:
-            raise tme.MultiExitError(f"{args.plan} has no run with '{args.only}' in its name, see --list.")
+            raise InvalidValueError(
+                f"--only must be part of the name of a run of {args.plan}, see --list, got '{args.only}'."
+            )
         config = RunnerConfig(
             args.data_dir,
             args.output.absolute(),
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         if not runner.pending:
             print(f'Nothing to do: {len(runs)} of {len(runs)} runs have results in {args.results}.')
         code = runner.work()
-    except tme.MultiExitError as error:
+    except MultiExitError as error:
         print(f'run.py: error: {error}', file=sys.stderr)
         return 2
     if runner.failed:

@@ -12,7 +12,7 @@ from evidence.plan import METHODS_FILE, read_plan, read_yaml
 from evidence.results import check_same_flags, read_results, result_path
 from evidence.table import format_tables, place_in
 
-import timm_multiexit as tme
+from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.files import write_text
 
 HERE = Path(__file__).resolve().parent
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             write_text(args.readme, place_in(args.readme.read_text(encoding='utf-8'), tables))
         else:
             print(tables, end='')
-    except (tme.MultiExitError, OSError) as error:
+    except (MultiExitError, OSError) as error:
         print(f'table.py: error: {error}', file=sys.stderr)
         return 2
     return 0

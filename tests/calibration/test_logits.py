@@ -50,3 +50,15 @@ def test_fingerprint_tells_images_apart_whatever_the_batch():
         assert fingerprint(batch).tolist() == strided.tolist() == alone
         assert alone[6] == alone[2]
         assert len(set(alone)) == 6
+
+
+def test_features_are_what_enters_the_linear_layers(model):
+    images, targets = torch.randn(5, 3, 64, 64), torch.arange(5)
+    collected = collect_logits(model, [(images[:3], targets[:3]), (images[3:], targets[3:])], features=True)
+    layers = [*(head.fc for head in model.exits), model.get_classifier()]
+    assert len(collected.features) == len(collected.logits) == 3
+    for entering, leaving, layer in zip(collected.features, collected.logits, layers):
+        torch.testing.assert_close(layer(entering), leaving)
+    torch.testing.assert_close(collected.logits[-1], model(images))
+    assert collected.targets.tolist() == [0, 1, 2, 3, 4]
+    assert collect_logits(model, [(images, targets)]).features == ()

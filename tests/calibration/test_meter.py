@@ -22,14 +22,14 @@ def test_policy_of_three_samples_by_hand():
     result = meter.measure(ExitPolicy('confidence', (0.85, 0.75)))
     assert result.accuracy == pytest.approx(200 / 3)
     assert result.shares == pytest.approx((1 / 3, 1 / 3, 1 / 3))
-    assert result.cost == pytest.approx((13 + 25 + 45) / 3)
+    assert result.macs == pytest.approx((13 + 25 + 45) / 3)
 
 
 def test_exit_that_is_not_used_is_not_charged():
     logits = [of_probabilities([0.9, 0.1])] * 3
     result = PolicyMeter(logits, torch.tensor([0]), COSTS).measure(ExitPolicy('confidence', (None, 0.8)))
     assert result.shares == (0.0, 1.0, 0.0)
-    assert result.cost == 22
+    assert result.macs == 22
 
 
 POLICIES = [
@@ -58,12 +58,12 @@ def test_meter_gives_what_the_simulation_gives():
             heads = sum(costs.heads[used] for used in policy.used if used <= idx)
             spent += costs.paths[idx] + heads
         assert result.accuracy == pytest.approx(100 * right / 200)
-        assert result.cost == pytest.approx(spent / 200)
+        assert result.macs == pytest.approx(spent / 200)
         assert result.shares == pytest.approx([(simulated.exit_idx == idx).sum().item() / 200 for idx in range(4)])
 
 
 def test_meter_refuses_a_policy_of_other_exits():
     logits, targets = make_logits()
     meter = PolicyMeter(logits, targets, StageCosts((1, 2, 3, 4), (1, 1, 1)))
-    with pytest.raises(MultiExitError, match='2 thresholds, the model 3 exits'):
+    with pytest.raises(MultiExitError, match='each of the 3 exits of the model, got 2'):
         meter.measure(ExitPolicy('confidence', (0.5, 0.5)))

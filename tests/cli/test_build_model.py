@@ -12,8 +12,9 @@ from timm.models import resolve_model_input_args
 
 import timm_multiexit as tme
 from timm_multiexit.checkpoints.config import read_model_config
+from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.cli.build_model import create_regime, create_train_model, model_kwargs, place_model
-from timm_multiexit.cli.build_training import create_criterion, create_task, create_train_optimizer
+from timm_multiexit.cli.build_training import create_criterion, create_task, create_train_optimizer, resolve_lr
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.training.regimes import Regime
 
@@ -23,6 +24,14 @@ CPU = torch.device('cpu')
 
 def parse(*flags):
     return parse_train_args([*BASE, *map(str, flags)])
+
+
+def find(args):
+    return find_source(args.model, **args.model_kwargs)
+
+
+def build(args):
+    return create_train_model(args, find(args), num_classes=3)
 
 
 def one_hot(target):
@@ -92,10 +101,9 @@ def test_criterion_is_that_of_the_flags(exits, flags, by_hand, tmp_path, monkeyp
     (tmp_path / 'stats.json').write_text(json.dumps({'pos_counts': [10, 20, 30], 'num_samples': 40}))
     args = parse(*flags, *exits)
     logits, target = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    args.num_classes = 3
-    torch.testing.assert_close(create_criterion(args)(logits, target), by_hand(logits, target))
+    torch.testing.assert_close(create_criterion(args, 3)(logits, target), by_hand(logits, target))
     # And in the task: the sum over all classifiers.
-    model = create_train_model(args, 3)
+    model = build(args)
     task = create_task(args, model, CPU).eval()
     images = torch.randn(6, 3, 32, 32)
     with torch.no_grad():
@@ -106,10 +114,9 @@ def test_criterion_is_that_of_the_flags(exits, flags, by_hand, tmp_path, monkeyp
 
 def test_soft_targets_above_the_threshold_are_one():
     args = parse('--bce-loss', '--bce-target-thresh', '0.2', '--mixup', '0.2')
-    args.num_classes = 3
     logits, target = torch.randn(2, 3), torch.tensor([[0.7, 0.3, 0.0], [0.1, 0.0, 0.9]])
     expected = bce(logits, torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
-    torch.testing.assert_close(create_criterion(args)(logits, target), expected)
+    torch.testing.assert_close(create_criterion(args, 3)(logits, target), expected)
 
 
 @pytest.mark.parametrize('model', ['test_resnet', 'test_vit', 'deit_tiny_distilled_patch16_224'])
@@ -117,7 +124,7 @@ def test_soft_targets_above_the_threshold_are_one():
 def test_fresh_classifiers_start_as_they_are_told(exits, model):
     flags = ('--model', model, *exits)
     plain, scaled = (
-        (torch.manual_seed(0), create_train_model(parse(*flags, *more), 3))[1]
+        (torch.manual_seed(0), build(parse(*flags, *more)))[1]
         for more in ((), ('--head-init-scale', '0.25', '--head-init-bias', '-2'))
     )
     state, names = plain.state_dict(), []
@@ -137,7 +144,7 @@ def test_fresh_classifiers_start_as_they_are_told(exits, model):
 @pytest.mark.parametrize('exits', [(), ('--eed',)], ids=['plain', 'exits'])
 def test_split_norms_have_statistics_of_their_own_for_each_split(exits):
     args = parse('--aug-splits', '3', '--jsd-loss', '--split-bn', *exits)
-    model = create_train_model(args, 3)
+    model = build(args)
     norms = [module for module in model.modules() if isinstance(module, SplitBatchNorm2d)]
     assert {module.num_splits for module in norms} == {3}
     assert not [module for module in model.modules() if type(module) is torch.nn.BatchNorm2d and module not in
@@ -169,7 +176,7 @@ KD = {
 def test_outside_teacher_of_a_plain_network(kind, teacher):
     name, network = teacher
     args = parse(*KD[kind], '--kd-model-name', name, '--task-loss-weight', '0.5', '--distill-loss-weight', '3')
-    model = create_train_model(args, 3)
+    model = build(args)
     task = create_task(args, model, CPU).eval()
     images, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
@@ -203,7 +210,7 @@ def _has_projection(task):
 def test_outside_teacher_of_every_classifier(teacher):
     name, network = teacher
     args = parse('--exit-loss', 'ce', '--kd-model-name', name, '--kd-temperature', '2', '--distill-loss-weight', '3')
-    model = create_train_model(args, 3)
+    model = build(args)
     task = create_task(args, model, CPU).eval()
     images, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
@@ -245,18 +252,18 @@ REGIMES = {
 @pytest.mark.parametrize(('flags', 'expected'), REGIMES.values(), ids=REGIMES.keys())
 def test_fresh_heads_of_a_trained_backbone_warm_up_and_no_others(flags, expected, folders):
     args = parse('--eed', *(flag.format(folders) for flag in flags))
-    regime = create_regime(args, create_train_model(args, 3))
+    regime = create_regime(args, build(args), find(args))
     assert (regime.name, regime.backbone_epochs, regime.head_warmup_epochs) == expected
 
 
 REFUSED = {
-    'model-kwargs': (('--model-kwargs', 'bogus=1'), "test_resnet cannot be made so: .*'bogus'"),
-    'pool': (('--gp', 'bogus'), 'test_resnet cannot be made so: Invalid pool type: bogus'),
-    'keyword': (('--model', 'test_vit', '--drop-block', '0.1'), "test_vit cannot be made so: .*'drop_block_rate'"),
-    'weights': (('--pretrained', '--pretrained-path', 'nowhere.pth'), 'test_resnet cannot be made so: FileNotFound'),
-    'opt-kwargs': (('--opt', 'adamw', '--opt-kwargs', 'bogus=1'), "--opt adamw cannot be made so: .*'bogus'"),
-    'momentum': (('--momentum', '0'), '--opt sgd cannot be made so: Nesterov momentum requires'),
-    'betas': (('--opt', 'adamw', '--opt-betas', '0.9'), '--opt adamw cannot be made so: '),
+    'model-kwargs': (('--model-kwargs', 'bogus=1'), "Cannot create test_resnet: .*'bogus'"),
+    'pool': (('--gp', 'bogus'), 'Cannot create test_resnet: Invalid pool type: bogus'),
+    'keyword': (('--model', 'test_vit', '--drop-block', '0.1'), "Cannot create test_vit: .*'drop_block_rate'"),
+    'weights': (('--pretrained', '--pretrained-path', 'nowhere.pth'), 'Cannot create test_resnet: FileNotFound'),
+    'opt-kwargs': (('--opt', 'adamw', '--opt-kwargs', 'bogus=1'), "Cannot create --opt adamw: .*'bogus'"),
+    'momentum': (('--momentum', '0'), 'Cannot create --opt sgd: Nesterov momentum requires'),
+    'betas': (('--opt', 'adamw', '--opt-betas', '0.9'), 'Cannot create --opt adamw: '),
     'teacher': (('--kd-model-name', 'local-dir:nowhere'), 'nowhere is not a model folder'),
     'classes': (('--num-classes', '2'), 'The data has 3 classes, the model 2'),
 }
@@ -264,14 +271,14 @@ REFUSED = {
 
 @pytest.mark.parametrize(('flags', 'message'), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_made_is_one_line(flags, message):
-    def build():
+    def build_all():
         args = parse(*flags)
-        model = create_train_model(args, 3)
+        model = build(args)
         create_task(args, model, CPU)
-        create_train_optimizer(args, model, 8, Accelerator(cpu=True), Regime())
+        create_train_optimizer(args, model, Regime(), lr=0.1)
 
     with pytest.raises(tme.MultiExitError, match=message) as error:
-        build()
+        build_all()
     assert '\n' not in str(error.value)
 
 
@@ -287,14 +294,13 @@ def test_what_cannot_be_made_is_one_line(flags, message):
 )
 def test_learning_rate_grows_with_the_global_batch(flags, lr):
     args = parse('--grad-accum-steps', '2', *flags)
-    model = create_train_model(args, 3)
-    optimizer = create_train_optimizer(args, model, 64, Accelerator(cpu=True), Regime())
+    optimizer = create_train_optimizer(args, build(args), Regime(), lr=resolve_lr(args, 64, 1)[0])
     assert [group['lr'] for group in optimizer.param_groups] == pytest.approx([lr] * len(optimizer.param_groups))
 
 
 def test_placed_model_has_type_and_memory_format():
     args = parse('--eed', '--model-dtype', 'bfloat16', '--channels-last')
-    model = place_model(args, create_train_model(args, 3), Accelerator(cpu=True))
+    model = place_model(args, build(args), Accelerator(cpu=True))
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
     assert model.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -325,9 +331,9 @@ def test_image_size_is_that_which_timm_finds(saved, asked, name, tmp_path):
         expected = resolve_model_input_args(model, vars(args), **args.model_kwargs).get('img_size')
     except ValueError as error:
         with pytest.raises(tme.MultiExitError, match=str(error)[:30]):
-            model_kwargs(args)
+            model_kwargs(args, find(args))
         return
-    found = model_kwargs(args)[0].get('img_size', own)
+    found = model_kwargs(args, find(args))[0].get('img_size', own)
     assert _sides(found) == _sides(expected)
 
 

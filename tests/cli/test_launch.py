@@ -33,11 +33,11 @@ def make_args(**values):
 
 
 REFUSED = {
-    'fsdp': ({'ACCELERATE_USE_FSDP': 'true'}, 'FSDP is not supported, .*leave --use_fsdp out'),
-    'deepspeed': ({'ACCELERATE_USE_DEEPSPEED': '1'}, 'DEEPSPEED is not supported, .*leave --use_deepspeed out'),
+    'fsdp': ({'ACCELERATE_USE_FSDP': 'true'}, 'FSDP is not supported, .*Leave --use_fsdp out'),
+    'deepspeed': ({'ACCELERATE_USE_DEEPSPEED': '1'}, 'DEEPSPEED is not supported, .*Leave --use_deepspeed out'),
     'one-of-two': (
         {'ACCELERATE_USE_CPU': 'True', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500'},
-        'asked for several processes and started one, .*torchrun --nproc-per-node 2 train.py',
+        'started one of several processes, .*torchrun --nproc-per-node 2 train.py',
     ),
 }
 
@@ -52,7 +52,7 @@ def test_launcher_that_is_not_supported_is_one_line(env, message, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('precision', 'message'), [('fp16', 'fp16 needs a GPU .*: use bf16'), ('fp8', 'is fp8, allowed are no, fp16 and')]
+    ('precision', 'message'), [('fp16', 'fp16 needs a GPU .*Use bf16'), ('fp8', 'must be no, fp16 or bf16, got fp8')]
 )
 def test_precision_that_accelerate_cannot_give_is_one_line(precision, message, monkeypatch):
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', precision)
@@ -84,7 +84,7 @@ def test_variables_that_say_no_are_not_a_launcher(value, monkeypatch):
 
 def test_kind_of_processes_that_is_not_supported_is_one_line(monkeypatch):
     monkeypatch.setattr(Accelerator, 'distributed_type', DistributedType.MEGATRON_LM)
-    with pytest.raises(MultiExitError, match='launched for MEGATRON_LM, allowed are') as error:
+    with pytest.raises(MultiExitError, match='one process or DistributedDataParallel, got MEGATRON_LM') as error:
         create_accelerator(make_args())
     assert '\n' not in str(error.value)
 
@@ -94,7 +94,7 @@ def test_fewer_processes_than_launched_are_named(monkeypatch):
     # Where Accelerate sees no cluster, each process would train for itself and overwrite the other's files.
     monkeypatch.setattr(Accelerator, 'num_processes', 1)
     monkeypatch.setattr('timm_multiexit.cli.launch.Accelerator', lambda **kwargs: _single())
-    with pytest.raises(MultiExitError, match='2 processes were launched and Accelerate runs 1') as error:
+    with pytest.raises(MultiExitError, match='2 processes were launched, and Accelerate runs 1') as error:
         create_accelerator(make_args())
     assert '\n' not in str(error.value)
 
@@ -133,7 +133,7 @@ def test_backend_module_is_imported_and_a_missing_one_is_one_line(tmp_path, monk
     monkeypatch.syspath_prepend(tmp_path)
     create_accelerator(make_args(device_modules=['my_backend']))
     assert __import__('my_backend').imported
-    with pytest.raises(MultiExitError, match="--device-modules names 'no_such_backend'") as error:
+    with pytest.raises(MultiExitError, match="Cannot import 'no_such_backend' of --device-modules") as error:
         create_accelerator(make_args(device_modules=['no_such_backend']))
     assert '\n' not in str(error.value)
 

@@ -2,15 +2,19 @@ import csv
 import gc
 import json
 import multiprocessing
+from copy import deepcopy
 
 import pytest
 import timm
 import torch
 import yaml
+from accelerate import Accelerator
 from helpers import cases
 
 import timm_multiexit as tme
+from timm_multiexit.checkpoints import source
 from timm_multiexit.cli import train, validate
+from timm_multiexit.cli.flags.train_args import parse_train_args
 
 QUICK = ('--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0', '--opt', 'adamw', '--lr', '0.002')
 QUICK += ('--warmup-epochs', '0', '--epochs', '2')
@@ -332,16 +336,16 @@ BAD_INPUT = {
     'byot': (('--exit-loss', 'byot', '--exit-widths', '16-32-48-64,32-48-64,48-64'), 'exit 0 has 64'),
     'widths': (('--eed', '--exit-widths', '16-32,16-32,16-32'), 'takes 4 widths, 2 were given'),
     'contradiction': (('--eed', '--exit-loss', 'ce'), '--eed and --exit-loss ce contradict'),
-    'no-teacher': (('--exit-loss', 'ce', '--exit-output-weight', '1'), 'there is no teacher'),
+    'no-teacher': (('--exit-loss', 'ce', '--exit-output-weight', '1'), 'the loss has no teacher'),
     'temperature': (('--eed', '--exit-temperature', '0'), 'temperature is 0.0'),
     'classes': (('--num-classes', '1'), 'The data has 2 classes, the model 1'),
-    'metric': (('--eval-metric', 'exit7_top1', '--eed'), "--eval-metric is 'exit7_top1', allowed are loss, top1"),
+    'metric': (('--eval-metric', 'exit7_top1', '--eed'), '--eval-metric must be one of loss, top1'),
     'epochs': (('--epochs', '0'), '--epochs is 0'),
     'fp16': (('--amp',), '--amp in float16 needs a GPU'),
     'resume': (('--resume', 'nowhere.pth.tar'), 'Checkpoint nowhere.pth.tar does not exist'),
     'initial': (('--initial-checkpoint', 'nowhere.pth'), 'Checkpoint nowhere.pth does not exist'),
     'config': (('--config', 'nowhere.yaml'), '--config nowhere.yaml cannot be read'),
-    'split': (('--val-split', 'test2'), "has no split 'test2', allowed are train, val"),
+    'split': (('--val-split', 'test2'), "must be one of train, val, got 'test2'"),
     'dataset': (('--dataset', 'torch/nonsense'), "No data set 'torch/nonsense'"),
     'package': (('--dataset', 'hfds/beans'), 'install the package'),
     'size': (('--model', 'test_vit', '--img-size', '33'), 'does not take images of [3, 33, 33]: Input height (33)'),
@@ -366,8 +370,35 @@ def test_missing_and_empty_data_folders_are_named(folder, run_script, tmp_path):
     (tmp_path / 'empty').mkdir()
     code, _, err = run_script(train.main, *QUICK, '--eed', '--data-dir', tmp_path / folder)
     assert code == 2
-    assert {'absent': 'There is no data folder', 'empty': 'Found 0 images'}[folder] in err.splitlines()[-1]
+    assert {'absent': 'Data folder', 'empty': 'Found 0 images'}[folder] in err.splitlines()[-1]
     assert not (tmp_path / 'output').exists()
+
+
+def test_model_is_resolved_once_and_what_a_run_resolves_is_stored_beside_its_flags(
+    train_on_images, tmp_path, monkeypatch
+):
+    start, _ = train_on_images('start', '--eed', '--epochs', '1')
+    calls = []
+    original = source.read_model_config
+
+    def read(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(source, 'read_model_config', read)
+    flags = ['--model', f'local-dir:{start}/best', '--pretrained', '--eed', '--lr-base', '0.1', '--val-split', '']
+    flags += ['--data-dir', str(tmp_path / 'images'), '--img-size', '32', '-b', '8', '-j', '0', '--eval-metric', 'loss']
+    args = parse_train_args([*flags, '--experiment', 'next'])
+    before = deepcopy(vars(args))
+    run = train.build_run(args, Accelerator(cpu=True))
+    assert len(calls) == 1
+    assert vars(args) == before
+    record = vars(run.record)
+    assert {name for name, value in record.items() if value != before.get(name)} == {
+        *('num_classes', 'lr', 'lr_base_scale', 'origin'),
+    }
+    assert (record['num_classes'], record['lr']) == (2, pytest.approx(0.1 * 8 / 256))
+    run.close()
 
 
 def test_unknown_config_keys_are_named(train_on_images, tmp_path):

@@ -41,7 +41,7 @@ def test_run_that_cannot_be_published_in_the_end_is_whole_and_says_how_to_go_on(
     code, out, err = fit('--model', 'test_resnet', *flags, name='my run')
     folder = image_folder.parent / 'output/train/my run'
     assert code == 2
-    assert 'is whole, but was not published' in err.splitlines()[-1]
+    assert 'is complete, but was not published' in err.splitlines()[-1]
     command = f"hub/publish.py 'output/train/my run' {REPO} --yes --private --license mit"
     assert err.splitlines()[-1].endswith(f'Try again with {command}')
     assert '--result' in out
@@ -67,8 +67,8 @@ def test_run_that_goes_on_is_published_without_what_was_measured_before(fit, run
     [
         (('--push-to-hub', 'elsewhere/net'), 'elsewhere'),
         (('--push-to-hub', 'a/b/c'), "'a/b/c'"),
-        (('--hub-private',), '--hub-private is of no effect without --push-to-hub'),
-        (('--push-to-hub', REPO, '--hub-license', 'mine'), "license 'mine' is unknown"),
+        (('--hub-private',), '--hub-private requires --push-to-hub'),
+        (('--push-to-hub', REPO, '--hub-license', 'mine'), "got 'mine'"),
     ],
     ids=['namespace', 'name', 'alone', 'license'],
 )

@@ -4,15 +4,20 @@ import json
 
 import pytest
 import torch
+from helpers.validation import parse
 from PIL import Image
 from timm.data import create_loader
 
 import timm_multiexit as tme
 from timm_multiexit.cli import train, validate
+from timm_multiexit.cli.validate import hash_own_weights, save_chosen_policy
 from timm_multiexit.data.datasets import create_checked_dataset
 from timm_multiexit.data.digits import DIGITS
+from timm_multiexit.evaluation.validator import Validation
+from timm_multiexit.policies.budgets import BudgetTable, PolicyResult
 from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import ExitPolicy
+from timm_multiexit.utils.errors import StateError
 
 
 @pytest.fixture
@@ -127,7 +132,7 @@ def test_without_data_the_digits_are_measured(run_script, tmp_path):
         (('--checkpoint', 'nowhere.pth.tar'), 'does not exist'),
         (('--model', 'test_resnet', '--exits', '9'), 'The number of exits must be in [1, 4]'),
         (('--model', 'test_resnet', '--num-classes', '1'), 'The data has 2 classes, the model 1'),
-        (('--model', 'test_resnet', '--split', 'test'), "has no split 'test', allowed are train, val"),
+        (('--model', 'test_resnet', '--split', 'test'), "must be one of train, val, got 'test'"),
         (('--model', 'test_resnet', '--amp'), '--amp in float16 needs a GPU'),
     ],
     ids=['none', 'name', 'folder', 'checkpoint', 'exits', 'classes', 'split', 'fp16'],
@@ -316,11 +321,11 @@ def test_saved_policy_is_the_one_that_was_measured(flags, saved, run_script, dig
     [
         (('--calib-split', 'test'), 'and --split test are the same images'),
         (('--calib-split', 'train[:3]'), "no split 'train[:3]'"),
-        (('--threshold', '0.5', '--criterion', 'hope'), "invalid choice: 'hope'"),
-        (('--threshold', 'high'), "'high' is no threshold"),
+        (('--threshold', '0.5', '--criterion', 'hope'), '--criterion must be one of'),
+        (('--threshold', 'high'), "--threshold must be thresholds such as 0.9 or 0.9,none,0.8, got 'high'."),
         (('--budget', '3%', '--calib-split', 'validation'), 'got 3%, which is below the cheapest policy'),
         (('--budget', '50%'), '--budget 50% needs data'),
-        (('--calib-from-train', '5000'), '5000 of 1257 training images cannot be held out'),
+        (('--calib-from-train', '5000'), 'Number of held-out images must be in [1, 1247], got 5000'),
         (('--compare', 'resnet51'), "no model 'resnet51'"),
     ],
 )
@@ -347,11 +352,11 @@ def test_what_was_found_is_printed_before_an_error(run_script, digits_net):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (('--plot', '.'), '. is a folder'),
-        (('--results-file', 'net/config.json/rows.csv'), 'net/config.json/rows.csv cannot be written'),
+        (('--plot', '.'), '. must be the path of a file'),
+        (('--results-file', 'net/config.json/rows.csv'), 'Cannot write net/config.json/rows.csv'),
         (('--budget', '1%', '--calib-split', 'validation'), 'got 1%, which is below'),
         (('--save-policy', '--budget', '90%'), '--save-policy needs data'),
-        (('--save-policy', '--budget', '90%', '--calib-split', 'validation'), 'net/config.json cannot be written'),
+        (('--save-policy', '--budget', '90%', '--calib-split', 'validation'), 'Cannot write net/config.json'),
     ],
 )
 def test_what_cannot_be_is_known_before_evaluation(flags, message, run_script, digits_net, monkeypatch):
@@ -386,3 +391,51 @@ def test_plain_model_has_nothing_to_decide(run_script):
     code, _, err = run_script(validate.main, *flags)
     assert code == 2
     assert '--threshold needs a model with exits, test_resnet has none' in err.strip().splitlines()[-1]
+
+
+# Policies and weights of the folder
+
+
+@pytest.fixture
+def net_folder(make_model, tmp_path):
+    """A folder with a network of the digits, as good as untrained."""
+    model = make_model(exits=[1, 3], input_size=(3, 32, 32))
+    tme.save_pretrained(model, tmp_path / 'net', data_config={'input_size': (3, 32, 32)})
+    return tmp_path / 'net'
+
+
+def test_policy_is_not_saved_for_weights_that_came_later(net_folder):
+    model = tme.create_model(f'local-dir:{net_folder}', pretrained=True).eval()
+    args = parse(
+        '--model', f'local-dir:{net_folder}', '--save-policy', '--calib-split', 'validation', '--budget', '90%'
+    )
+    weights = hash_own_weights(args, model)
+    before = (net_folder / 'config.json').read_bytes()
+    policy = ExitPolicy('confidence', (0.5, 0.5))
+    budgets = BudgetTable((PolicyResult(policy, 50.0, (0.0, 0.0, 1.0), macs=10),), total_macs=10, max_macs=20)
+    found = Validation(None, {'calibrated_on': 'some images'}, policy, budgets)
+    with open(net_folder / 'exits.safetensors', 'ab') as file:
+        file.write(b'more')
+    with pytest.raises(StateError, match='other weights in the meantime'):
+        save_chosen_policy(args, found, weights)
+    assert (net_folder / 'config.json').read_bytes() == before
+
+
+def test_weights_are_named_where_they_are_the_folders(make_model, net_folder, monkeypatch):
+    """Fresh exits or classes are not in its files."""
+    results = ('--results-file', 'new.json', '--results-format', 'json')
+    monkeypatch.chdir(net_folder.parent)
+    model = tme.create_model(f'local-dir:{net_folder}', pretrained=True).eval()
+    folder = ('--model', f'local-dir:{net_folder}', '--img-size', '32')
+    for flags, evaluated, is_named in (
+        ((*folder, *results), model, True),
+        (folder, model, False),  # nothing is written
+        ((*folder, *results, '--exits', '2'), model, False),
+        ((*folder, *results, '--checkpoint', 'last.pth.tar'), model, False),
+        ((*folder, *results), make_model(exits=[1, 3], num_classes=12), False),
+        (('--model', 'test_resnet', *results, '--img-size', '32'), model, False),
+    ):
+        weights = hash_own_weights(parse(*flags), evaluated)
+        assert (set(weights) if is_named else weights) == (
+            {'model.safetensors', 'exits.safetensors'} if is_named else None
+        )

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from helpers.validation import DATA_CONFIG, parse
 
+from timm_multiexit.cli.build_training import loader_options
 from timm_multiexit.cli.validate_data import create_calibration_split, create_split, image_names, load_mixed_batch
 from timm_multiexit.data.datasets import create_checked_dataset
 from timm_multiexit.data.digits import DIGITS
@@ -144,7 +145,7 @@ def test_timed_images_come_from_all_classes():
     accelerator = Accelerator()
 
     def create_loader(dataset, config):
-        return create_eval_loader(args, dataset, config, accelerator)
+        return create_eval_loader(dataset, data_config=config, accelerator=accelerator, **loader_options(args))
 
     images = load_mixed_batch(Sorted(), config, 4, create_loader, accelerator.device)
     assert images[:, 0, 0, 0].round().tolist() == [0, 3, 6, 9]

@@ -53,7 +53,7 @@ def test_digit_image_is_the_enlarged_original():
 
 
 def test_unknown_digit_split_is_named():
-    with pytest.raises(MultiExitError, match="no split 'val', allowed are test, validation, train"):
+    with pytest.raises(MultiExitError, match="split of the digits must be one of test, validation, train, got 'val'"):
         DigitsReader('val')
 
 
@@ -65,7 +65,7 @@ def test_digits_give_rgb_images():
 
 @pytest.mark.parametrize(
     ('root', 'message'),
-    [('nowhere', "no data folder 'nowhere'"), (None, "no data folder ''"), ('empty', 'Found 0 images')],
+    [('nowhere', "Data folder 'nowhere' does not"), (None, "Data folder '' does not"), ('empty', 'Found 0 images')],
 )
 def test_missing_and_empty_folders_are_named(tmp_path, monkeypatch, root, message):
     monkeypatch.chdir(tmp_path)
@@ -93,7 +93,7 @@ def test_splits_that_number_their_classes_otherwise_are_refused(image_folder):
 
 def test_split_that_is_not_there_is_refused_where_others_are(image_folder):
     # timm takes the folder itself, so that training and validation images are counted together
-    with pytest.raises(MultiExitError, match="has no split 'test', allowed are train, val"):
+    with pytest.raises(MultiExitError, match="must be one of train, val, got 'test'"):
         create_checked_dataset('', root=str(image_folder), split='test')
     assert len(create_checked_dataset('', root=str(image_folder), split='validation')) == 11
     assert len(create_checked_dataset('', root=str(image_folder / 'val'), split='test')) == 11
@@ -175,7 +175,7 @@ def test_unreadable_image_is_named_once_and_the_next_one_taken(image_folder, cap
         assert (np.asarray(image) == np.asarray(expected)).all()
         assert label == target == 0
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith(f'{bad} cannot be read and is skipped: ')
+    assert caplog.messages[0].startswith(f'Cannot read image {bad}, skipped: ')
     assert reason in caplog.messages[0]
     assert '\n' not in caplog.messages[0]
 
@@ -190,7 +190,7 @@ def test_unreadable_image_stops_where_asked(image_folder, how, reason, mode):
     with pytest.raises(MultiExitError) as error:
         dataset[3]
     message = str(error.value)
-    assert message.startswith(f'{bad} cannot be read: ')
+    assert message.startswith(f'Cannot read image {bad}: ')
     assert message.endswith('; remove or mend it, or --bad-images skip.')
     assert reason in message
     assert '\n' not in message
@@ -244,7 +244,7 @@ def test_ten_unreadable_images_in_a_row_are_too_many(image_folder):
     dataset = create_checked_dataset('', root=str(image_folder), split='train')
     for idx in range(10):
         damage(image_folder / 'train' / 'cat' / f'{idx}.jpg', 'empty')
-    with pytest.raises(BadImageError, match=r'^10 images in a row cannot be read, the last is .*9\.jpg: it is not an'):
+    with pytest.raises(BadImageError, match=r'^Cannot read 10 images in a row, the last is .*9\.jpg: it is not an'):
         dataset[0]
     assert dataset[1][1] == 0
 
@@ -262,7 +262,9 @@ def test_message_is_one_line_out_of_loader_workers(image_folder, num_workers, co
     assert next(batches)[1].tolist() == [0, 0, 0, 0]
     with pytest.raises(BadImageError) as error:
         next(batches)
-    assert str(error.value) == f'{bad} cannot be read: it is not an image; remove or mend it, or --bad-images skip.'
+    assert str(error.value) == (
+        f'Cannot read image {bad}: it is not an image. Remove or repair it, or use --bad-images skip.'
+    )
 
 
 class ToArray:
@@ -307,7 +309,7 @@ def test_checked_data_set_survives_pickling(image_folder):
 
 
 def test_unknown_way_with_bad_images_is_refused(image_folder):
-    with pytest.raises(MultiExitError, match="--bad-images is 'halt', allowed are skip, stop"):
+    with pytest.raises(MultiExitError, match="--bad-images must be skip or stop, got 'halt'"):
         create_checked_dataset('', root=str(image_folder), split='val', bad_images='halt')
 
 

@@ -94,7 +94,7 @@ def test_choice_is_the_first_of_each_class_in_a_shuffle_of_frozen_random_numbers
 @pytest.mark.parametrize('num', [0, -3, 22, 24])
 def test_number_that_empties_a_class_is_refused(image_folder, num):
     dataset = create_checked_dataset('', root=str(image_folder), split='train')
-    message = f'^{num} of 24 training images cannot be held out: allowed are 1 to 22, so that each of 2 classes keeps'
+    message = rf'^Number of held-out images must be in \[1, 22\], got {num}: each of 2 classes of the 24 '
     if num == 22:
         assert [len(part) for part in hold_out(dataset, 22)] == [2, 22]
     else:

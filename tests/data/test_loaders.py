@@ -14,10 +14,11 @@ from helpers import cases, write_images
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from timm_multiexit.cli import train
+from timm_multiexit.cli import build_training, train
+from timm_multiexit.cli.build_training import create_datasets, create_run_data
 from timm_multiexit.cli.flags.train_args import parse_train_args
-from timm_multiexit.data import loaders as loaders
 from timm_multiexit.data.datasets import CheckedImages
+from timm_multiexit.training.run import TrainingRun
 
 QUICK = ('--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0', '--opt', 'adamw', '--lr', '0.002')
 QUICK += ('--warmup-epochs', '0', '--epochs', '1', '--output', 'out', '--experiment', 'run')
@@ -66,7 +67,7 @@ def assert_one_line(result, message):
 def test_damaged_image_stops_the_run_by_its_name(workers, folder, train_on):
     (folder / 'train/dog/3.jpg').write_bytes(b'no image')
     run, result = train_on(folder, '--eed', '--bad-images', 'stop', '-j', workers, code=2)
-    assert_one_line(result, 'train/dog/3.jpg cannot be read: it is not an image')
+    assert_one_line(result, 'train/dog/3.jpg: it is not an image')
     assert not (run / 'summary.csv').exists()
 
 
@@ -79,7 +80,7 @@ def test_damaged_image_is_skipped_if_it_may_be(folder, train_on):
 def test_damaged_image_of_the_evaluation_stops_the_run_too(folder, train_on):
     (folder / 'val/dog/3.jpg').write_bytes(b'no image')
     _, result = train_on(folder, '--eed', '--bad-images', 'stop', code=2)
-    assert_one_line(result, 'val/dog/3.jpg cannot be read: it is not an image')
+    assert_one_line(result, 'val/dog/3.jpg: it is not an image')
 
 
 def test_held_out_images_choose_the_epoch_and_train_nothing(folder, train_on, monkeypatch):
@@ -110,7 +111,7 @@ def test_held_out_images_choose_the_epoch_and_train_nothing(folder, train_on, mo
 
 def test_too_many_held_out_images_are_one_line(folder, train_on):
     run, result = train_on(folder, '--eed', '--val-from-train', '23', code=2)
-    assert_one_line(result, '23 of 24 training images cannot be held out: allowed are 1 to 22')
+    assert_one_line(result, 'Number of held-out images must be in [1, 22], got 23')
     assert not run.exists()
 
 
@@ -122,14 +123,14 @@ def test_padded_crops_are_windows_of_the_padded_image(tmp_path):
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / 'train' / name / f'{idx}.png')
     flags = ('--crop-padding', '4', '--hflip', '0', '--color-jitter', '0', '--val-split', '', '--no-prefetcher')
     args = parse_train_args([*flags, '-j', '0', '-b', '8', '--data-dir', str(tmp_path)])
-    (dataset, _, _), args.num_classes = loaders.create_datasets(args)
+    (dataset, _, _), _ = create_datasets(args)
     config = {'input_size': (3, 32, 32), 'mean': (0, 0, 0), 'std': (1, 1, 1), 'interpolation': 'bilinear'}
-    loader, _ = loaders.create_train_loader(args, dataset, config, Accelerator(cpu=True))
+    data, _ = create_run_data(args, (dataset, None, None), config, Accelerator(cpu=True), num_classes=2)
     padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
     windows = {(top, left): padded[top : top + 32, left : left + 32] for top in range(9) for left in range(9)}
     seen = Counter()
     for epoch in range(20):
-        for images, _ in loader.epoch(epoch):
+        for images, _ in data.train_loader.epoch(epoch):
             for image in (images * 255).round().permute(0, 2, 3, 1).numpy():
                 seen[next(place for place, window in windows.items() if (window == image).all())] += 1
     assert seen.total() == 320
@@ -164,7 +165,7 @@ def test_flags_of_the_data_train_and_report(flags, folder, train_on):
     assert result.out.count('main  classifier') == 1
 
 
-def test_split_norms_are_gone_on_with_and_left_out_of_the_best_network(folder, train_on):
+def test_split_norms_are_resumed_and_left_out_of_the_best_network(folder, train_on):
     flags = ('--eed', '--aug-splits', '2', '--jsd-loss', '--split-bn')
     run, _ = train_on(folder, *flags)
     run, _ = train_on(folder, *flags, '--epochs', '2', '--resume', 'auto')
@@ -175,20 +176,20 @@ def test_split_norms_are_gone_on_with_and_left_out_of_the_best_network(folder, t
 
 def test_batches_have_the_sizes_of_the_list(folder, train_on, monkeypatch):
     seen = []
-    original = train.TrainingRun._on_update
+    original = TrainingRun._on_update
 
     def note(run, trainer):
         seen.append(tuple(trainer.images.shape))
         original(run, trainer)
 
-    monkeypatch.setattr(train.TrainingRun, '_on_update', note)
+    monkeypatch.setattr(TrainingRun, '_on_update', note)
     train_on(folder, '--eed', '--train-img-sizes', '24', '32', '--train-batch-sizes', '6', '4', '--epochs', '3')
     assert set(seen) == {(6, 3, 24, 24), (4, 3, 32, 32)}
 
 
 REFUSED = {
     'repeats': (('--aug-repeats', '3'), 'RepeatAugment not currently supported in non-distributed'),
-    'policy': (('--aa', 'bogus'), 'The training data cannot be loaded so: Unknown AA policy bogus'),
+    'policy': (('--aa', 'bogus'), 'Cannot load the training data: Unknown AA policy bogus'),
     'batch': (('-b', '64'), '24 training images do not fill one batch of 64'),
 }
 
@@ -225,7 +226,7 @@ def labelled(monkeypatch):
     def create(name, *, split, **kwargs):
         return Labelled(48, 0) if split == 'train' else Labelled(21, 1)
 
-    monkeypatch.setattr(loaders, 'create_checked_dataset', create)
+    monkeypatch.setattr(build_training, 'create_checked_dataset', create)
 
 
 MULTI = ('--task', 'multilabel', '--dataset', 'hfds/some/labels', '--num-classes', '3')

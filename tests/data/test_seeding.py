@@ -164,8 +164,8 @@ def test_order_is_that_of_torch():
 def test_repeated_augmentation_gives_each_repeat_its_own_place():
     own = RepeatAugSampler(range(300), num_replicas=2, rank=1, num_repeats=3)
     places = list(PlaceSampler(range(300), seed=0, num_replicas=2, rank=1, sampler=own))
-    assert [place.index for place in places] == list(own)
-    assert len({place.position for place in places}) == len(places) > len({place.index for place in places})
+    assert [place.sample for place in places] == list(own)
+    assert len({place.position for place in places}) == len(places) > len({place.sample for place in places})
 
 
 def test_streams_do_not_share_numbers():

@@ -1,11 +1,13 @@
+"""benchmark.py: what it measures, and that every command runs."""
+
 import math
 
 import pytest
 import torch
 from PIL import Image
-from timm_multiexit.benchmarks import inference, training
 
 import benchmark
+from benchmarks import inference, training
 from benchmarks.cuts import copy_plain, cut_by_hand
 from timm_multiexit.factory import create_model
 from timm_multiexit.losses.multi_exit_loss import LOSSES
@@ -257,10 +259,10 @@ def test_loop_and_bare_step_take_turns_and_the_warm_up_is_left_out():
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (('train', '--rounds', 0), '--rounds is 0, allowed are 1 or more.'),
-        (('infer', '--batch-sizes', 1, 0), '--batch-sizes is 0, allowed are 1 or more.'),
-        (('infer', '--shares', 0.5, 1.0), '--shares has 1.0, allowed are numbers above 0 and below 1.'),
-        (('infer', '--threads', -1), '--threads is -1, allowed are 1 or more.'),
+        (('train', '--rounds', 0), '--rounds must be >= 1, got 0.'),
+        (('infer', '--batch-sizes', 1, 0), '--batch-sizes must be >= 1, got 0.'),
+        (('infer', '--shares', 0.5, 1.0), '--shares must be in (0, 1), got 1.0.'),
+        (('infer', '--threads', -1), '--threads must be >= 1, got -1.'),
     ],
 )
 def test_numbers_out_of_range_are_an_error_of_one_line(run_script, flags, message):
@@ -271,4 +273,4 @@ def test_numbers_out_of_range_are_an_error_of_one_line(run_script, flags, messag
 def test_unknown_devices_are_an_error_of_the_command_line(run_script):
     code, out, err = run_script(benchmark.main, 'infer', '--device', 'abacus')
     assert (code, out) == (2, '')
-    assert "'abacus' is no device here" in err.splitlines()[-1]
+    assert "'abacus' is not a device of this machine" in err.splitlines()[-1]

@@ -46,7 +46,7 @@ def script_state(folder):
 def run_script(module, folder, *argv):
     """Run a script as a shell does, with its command line in sys.argv."""
     with script_state(folder):
-        sys.argv = [str(ROOT / f'{module.__name__}.py'), *map(str, argv)]
+        sys.argv = [str(ROOT / f'{module.__name__.rpartition(".")[2]}.py'), *map(str, argv)]
         assert module.main(sys.argv[1:]) == 0
 
 

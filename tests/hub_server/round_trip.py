@@ -18,7 +18,7 @@ def main(script, run, repo_id, expected):
     spec = importlib.util.spec_from_file_location('publish', script)
     publish = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(publish)
-    if publish.main([run, repo_id, '--yes', '--models-file', 'models.yaml']):
+    if publish.main([run, repo_id, '--yes']):
         return 1
     tensors = safetensors.torch.load_file(expected)
     images = tensors.pop('images')

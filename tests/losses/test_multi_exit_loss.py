@@ -156,7 +156,7 @@ def entropy_of_teacher(logits, members, temperature=3.0):
 
 def test_task_terms_are_the_published_ones():
     outputs, target = published_outputs()
-    assert MultiExitLoss().terms(outputs, target)['task'].tolist() == pytest.approx(PUBLISHED_CE, abs=1e-7)
+    assert MultiExitLoss().terms(outputs, target).task.tolist() == pytest.approx(PUBLISHED_CE, abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +180,9 @@ def test_eed_total_is_the_published_one(settings, published):
 def test_one_way_parts_are_the_published_ones():
     outputs, target = published_outputs()
     # Published before the weight of 0.1 but with T^2.
-    mse = MultiExitLoss('main', 'mse').terms(outputs, target)['output']
-    kl = MultiExitLoss('main', 'kl', output_weight=1.0).terms(outputs, target)['output']
-    feature = MultiExitLoss('main', feature_weight=1.0).terms(outputs, target)['feature']
+    mse = MultiExitLoss('main', 'mse').terms(outputs, target).output_distance
+    kl = MultiExitLoss('main', 'kl', output_weight=1.0).terms(outputs, target).output_distance
+    feature = MultiExitLoss('main', feature_weight=1.0).terms(outputs, target).feature_distance
     assert mse.sum().item() == pytest.approx(14.63353860, abs=1e-7)
     assert kl.sum().item() + 3 * 9 * entropy_of_teacher(outputs.logits, [3]) == pytest.approx(44.45500211, abs=1e-7)
     assert feature.sum().item() == pytest.approx(0.17724267, abs=1e-7)
@@ -207,10 +207,10 @@ def assert_equal_to_twin(loss, outputs, target, members, **settings):
     terms = loss.terms(outputs, target)
     wanted_target = target.tolist()
     wanted = slow_terms(tables(outputs.logits), tables(outputs.features), wanted_target, members, **settings)
-    for name, row in zip(('task', 'output', 'feature'), wanted, strict=False):
-        assert terms[name].tolist() == pytest.approx(row, rel=1e-9, abs=1e-12), name
-    assert terms['loss'].item() == pytest.approx(wanted[-1], rel=1e-9)
-    assert torch.equal(loss(outputs, target), terms['loss'])
+    for name, row in zip(('task', 'output_distance', 'feature_distance'), wanted, strict=False):
+        assert getattr(terms, name).tolist() == pytest.approx(row, rel=1e-9, abs=1e-12), name
+    assert terms.loss.item() == pytest.approx(wanted[-1], rel=1e-9)
+    assert torch.equal(loss(outputs, target), terms.loss)
 
 
 @pytest.mark.parametrize('exits', [1, 2, 3, 4, 5])
@@ -309,7 +309,7 @@ def test_multi_label_task_is_binary_cross_entropy():
     outputs, _ = random_outputs(2)
     target = torch.randint(2, (3, 4))
     got = create_loss('eed', output_loss='mse', multi_label=True).terms(outputs, target)
-    for value, rows in zip(got['task'].tolist(), tables(outputs.logits), strict=True):
+    for value, rows in zip(got.task.tolist(), tables(outputs.logits), strict=True):
         wanted = [
             math.log(1 + math.exp(-z if y else z))
             for row, labels in zip(rows, target.tolist(), strict=True)
@@ -321,13 +321,9 @@ def test_multi_label_task_is_binary_cross_entropy():
 def test_main_alone_is_plain_cross_entropy():
     outputs, target = random_outputs(0)
     terms = MultiExitLoss().terms(outputs, target)
-    assert terms['loss'].item() == pytest.approx(F.cross_entropy(outputs.logits[0], target).item(), rel=1e-12)
-    assert {name: list(row.shape) for name, row in terms.items()} == {
-        'loss': [],
-        'task': [1],
-        'output': [1],
-        'feature': [1],
-    }
+    assert terms.loss.item() == pytest.approx(F.cross_entropy(outputs.logits[0], target).item(), rel=1e-12)
+    assert [list(row.shape) for row in terms[:-1]] == [[], [1], [1], [1]]
+    assert terms.kd_distance is None
 
 
 @pytest.mark.parametrize('teacher', ['main', 'all'])
@@ -403,14 +399,14 @@ def test_main_learns_from_labels_alone_when_it_is_the_teacher():
 def test_kl_is_zero_when_all_agree():
     outputs, target = random_outputs(0)
     same = Outputs(outputs.logits * 4)
-    assert create_loss('eed').terms(same, target)['output'].abs().max().item() < 1e-12
+    assert create_loss('eed').terms(same, target).output_distance.abs().max().item() < 1e-12
 
 
 def test_kl_is_unchanged_by_a_shift_of_all_logits():
     outputs, target = random_outputs(2)
     shifted = Outputs(tuple(z + k for k, z in enumerate(outputs.logits)))
-    want = create_loss('eed').terms(outputs, target)['output']
-    assert torch.allclose(create_loss('eed').terms(shifted, target)['output'], want, rtol=1e-9)
+    want = create_loss('eed').terms(outputs, target).output_distance
+    assert torch.allclose(create_loss('eed').terms(shifted, target).output_distance, want, rtol=1e-9)
 
 
 @pytest.mark.parametrize('exit_weights', [None, [0.3, 1.0, 0.0, 1.7]])
@@ -418,18 +414,13 @@ def test_loss_is_exactly_the_weighted_sum_of_its_terms(exit_weights):
     outputs, target = random_outputs(3, dtype=torch.float32)
     terms = create_loss('eed', feature_weight=0.5, exit_weights=exit_weights).terms(outputs, target)
     weights = torch.tensor(exit_weights or [1.0] * 4)
-    assert torch.equal(terms['loss'], (weights * (terms['task'] + terms['output'] + terms['feature'])).sum())
+    assert torch.equal(terms.loss, (weights * (terms.task + terms.output_distance + terms.feature_distance)).sum())
 
 
 def test_only_the_loss_has_a_gradient():
     outputs, target = random_outputs(2)
     terms = create_loss('byot').terms(outputs, target)
-    assert {name: row.requires_grad for name, row in terms.items()} == {
-        'loss': True,
-        'task': False,
-        'output': False,
-        'feature': False,
-    }
+    assert [row.requires_grad for row in terms[:-1]] == [True, False, False, False]
 
 
 def test_features_are_not_read_without_feature_weight():
@@ -459,10 +450,11 @@ def test_half_precision_inputs_give_the_float32_result(dtype, is_autocast, outpu
     want = loss_fn.terms(upcast, target)
     with torch.autocast('cpu', torch.bfloat16, enabled=is_autocast):
         got = loss_fn.terms(outputs, target)
-    for name in want:
-        assert got[name].dtype == torch.float32
-        assert torch.equal(got[name], want[name]), name
-    assert all(gradient.dtype == dtype for gradient in gradients(got['loss'], outputs.logits))
+    assert (got.kd_distance, want.kd_distance) == (None, None)
+    for one, other in zip(got[:-1], want[:-1], strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+    assert all(gradient.dtype == dtype for gradient in gradients(got.loss, outputs.logits))
 
 
 def test_the_criterion_runs_outside_autocast():
@@ -538,42 +530,48 @@ def test_an_override_replaces_the_row_and_leaves_the_table():
 @pytest.mark.parametrize(
     ('settings', 'parts'),
     [
-        pytest.param({'output_loss': 'l1'}, ["'l1'", "'kl', 'mse' and 'bernoulli'"], id='output-loss'),
-        pytest.param({'output_loss': None}, ['None', "'kl', 'mse' and 'bernoulli'"], id='output-loss-none'),
-        pytest.param({'temperature': 0}, ['temperature is 0', 'above 0'], id='temperature-zero'),
-        pytest.param({'temperature': math.nan}, ['temperature is nan', 'finite'], id='temperature-nan'),
-        pytest.param({'temperature': -3.0}, ['temperature is -3.0'], id='temperature-negative'),
-        pytest.param({'output_weight': -0.1}, ['output_weight is -0.1', '0 or more'], id='output-weight'),
-        pytest.param({'output_weight': True}, ['output_weight is True'], id='output-weight-bool'),
-        pytest.param({'feature_weight': math.inf}, ['feature_weight is inf', 'finite'], id='feature-weight'),
-        pytest.param({'feature_weight': '1'}, ["feature_weight is '1'"], id='feature-weight-text'),
-        pytest.param({'exit_weights': [1.0, -1.0]}, ['exit_weights[1] is -1.0'], id='exit-weight-negative'),
-        pytest.param({'exit_weights': [math.nan]}, ['exit_weights[0] is nan'], id='exit-weight-nan'),
-        pytest.param({'exit_weights': 0.5}, ['exit_weights is 0.5', 'list'], id='exit-weights-number'),
-        pytest.param({'exit_weights': '1,1'}, ["exit_weights is '1,1'", 'list'], id='exit-weights-text'),
+        pytest.param({'output_loss': 'l1'}, ["'l1'", "'kl', 'mse' or 'bernoulli'"], id='output-loss'),
+        pytest.param({'output_loss': None}, ['None', "'kl', 'mse' or 'bernoulli'"], id='output-loss-none'),
+        pytest.param({'temperature': 0}, ['temperature must be', '> 0', 'got 0'], id='temperature-zero'),
+        pytest.param({'temperature': math.nan}, ['temperature must be', 'finite', 'got nan'], id='temperature-nan'),
+        pytest.param({'temperature': -3.0}, ['temperature must be', 'got -3.0'], id='temperature-negative'),
+        pytest.param({'output_weight': -0.1}, ['output_weight must be', '>= 0', 'got -0.1'], id='output-weight'),
+        pytest.param({'output_weight': True}, ['output_weight must be', 'got True'], id='output-weight-bool'),
+        pytest.param(
+            {'feature_weight': math.inf}, ['feature_weight must be', 'finite', 'got inf'], id='feature-weight'
+        ),
+        pytest.param({'feature_weight': '1'}, ['feature_weight must be', "got '1'"], id='feature-weight-text'),
+        pytest.param({'exit_weights': [1.0, -1.0]}, ['exit_weights[1] must be', 'got -1.0'], id='exit-weight-negative'),
+        pytest.param({'exit_weights': [math.nan]}, ['exit_weights[0] must be', 'got nan'], id='exit-weight-nan'),
+        pytest.param({'exit_weights': 0.5}, ['exit_weights must be a list', 'got 0.5'], id='exit-weights-number'),
+        pytest.param({'exit_weights': '1,1'}, ['exit_weights must be a list', "got '1,1'"], id='exit-weights-text'),
         pytest.param({'teacher': 'last'}, ["'last'", "'main', 'all'", 'main is -1'], id='teacher-name'),
-        pytest.param({'teacher': []}, ['teacher is []'], id='teacher-empty'),
-        pytest.param({'teacher': 3}, ['teacher is 3', 'list'], id='teacher-number'),
+        pytest.param({'teacher': []}, ['teacher must be', 'got []'], id='teacher-empty'),
+        pytest.param({'teacher': 3}, ['teacher must be', 'list', 'got 3'], id='teacher-number'),
         pytest.param({'teacher': ['main', 0]}, ["['main', 0]"], id='teacher-mixed'),
         pytest.param({'teacher': [True]}, ['[True]'], id='teacher-bool'),
         pytest.param(
             {'teacher': None, 'feature_weight': 1.0},
-            ['feature_weight is 1.0 but there is no teacher', "'main', 'all'"],
+            ['feature_weight is 1.0 but the loss has no teacher', "'main', 'all'"],
             id='features-without-teacher',
         ),
         pytest.param(
             {'teacher': None, 'output_weight': 0.1},
-            ['output_weight is 0.1 but there is no teacher'],
+            ['output_weight is 0.1 but the loss has no teacher'],
             id='outputs-without-teacher',
         ),
         pytest.param(
             {'teacher': None, 'depth_weights': DepthWeights(balance=1.1)},
-            ['depth_weights is DepthWeights(teacher=1.0, balance=1.1) but there is no teacher'],
+            ['depth_weights is DepthWeights(teacher=1.0, balance=1.1) but the loss has no teacher'],
             id='depth-weights-without-teacher',
         ),
-        pytest.param({'depth_weights': 1.6}, ['depth_weights is 1.6', 'DepthWeights'], id='depth-weights'),
-        pytest.param({'multi_label': True}, ["'kl' with multi_label", "output_loss='mse'"], id='multi-label-kl'),
-        pytest.param({'criterion': 'bce'}, ["criterion is 'bce'", 'callable'], id='criterion'),
+        pytest.param({'depth_weights': 1.6}, ['depth_weights must be a DepthWeights', 'got 1.6'], id='depth-weights'),
+        pytest.param(
+            {'multi_label': True},
+            ["output_loss must be 'mse' or 'bernoulli' with multi_label", "got 'kl'"],
+            id='multi-label-kl',
+        ),
+        pytest.param({'criterion': 'bce'}, ['criterion must be a callable', "got 'bce'"], id='criterion'),
     ],
 )
 def test_a_wrong_argument_is_named(settings, parts):
@@ -629,7 +627,7 @@ def test_a_setting_that_does_not_fit_the_model_is_named(settings, parts):
     ('outputs', 'parts'),
     [
         pytest.param(torch.zeros(3, 4), ['type Tensor', 'exits=True'], id='plain-tensor'),
-        pytest.param(Outputs(()), ['no tuple of logits'], id='no-classifier'),
+        pytest.param(Outputs(()), ['tuple of logits'], id='no-classifier'),
         pytest.param(
             Outputs((torch.zeros(3, 4), torch.zeros(3, 5)), None), ['[3, 4], [3, 5]', 'num_classes'], id='shapes'
         ),
@@ -685,7 +683,7 @@ def test_unknown_loss_names_the_legal_and_the_nearest(name, parts):
 
 @pytest.mark.parametrize('overrides', [{'feature_weight': 1.0}, {'output_weight': 0.5}])
 def test_overrides_that_contradict_the_row_are_errors(overrides):
-    with pytest.raises(MultiExitError, match='there is no teacher'):
+    with pytest.raises(MultiExitError, match='the loss has no teacher'):
         create_loss('ce', **overrides)
 
 

@@ -68,19 +68,19 @@ def test_weighted_teacher_is_the_hand_worked_mean():
     # Logits 0 and 4 weighed 3 : 1 make a teacher of 1; squared differences 1 and 9.
     outputs = Outputs((torch.zeros(1, 2), torch.full((1, 2), 4.0)))
     loss = MultiExitLoss('all', 'mse', depth_weights=DepthWeights([3, 1]))
-    assert loss.terms(outputs, torch.tensor([0]))['output'].tolist() == [1.0, 9.0]
+    assert loss.terms(outputs, torch.tensor([0])).output_distance.tolist() == [1.0, 9.0]
 
 
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'teacher': 0}, 'DepthWeights.teacher is 0, allowed is a finite number above 0'),
-        ({'teacher': [1.0, -1.0]}, r'DepthWeights.teacher\[1\] is -1.0'),
-        ({'teacher': [0.0, 0.0]}, 'sum above 0'),
-        ({'teacher': []}, 'sum above 0'),
-        ({'teacher': 'deep'}, "DepthWeights.teacher is 'deep'"),
-        ({'balance': 0.0}, 'DepthWeights.balance is 0.0'),
-        ({'balance': math.nan}, 'DepthWeights.balance is nan'),
+        ({'teacher': 0}, 'DepthWeights.teacher must be a finite number > 0, got 0'),
+        ({'teacher': [1.0, -1.0]}, r'DepthWeights.teacher\[1\] must be .* got -1.0'),
+        ({'teacher': [0.0, 0.0]}, 'sum > 0'),
+        ({'teacher': []}, 'sum > 0'),
+        ({'teacher': 'deep'}, "DepthWeights.teacher must be a list .* got 'deep'"),
+        ({'balance': 0.0}, 'DepthWeights.balance must be .* got 0.0'),
+        ({'balance': math.nan}, 'DepthWeights.balance must be .* got nan'),
     ],
 )
 def test_wrong_depth_weights_are_named(settings, message):
@@ -99,11 +99,11 @@ def test_distill_scale_multiplies_output_and_feature_distances_alone(scale):
     full = loss.terms(outputs, target, outside)
     loss.distill_scale = scale
     got = loss.terms(outputs, target, outside)
-    for name in ('output', 'feature'):
-        assert got[name].tolist() == pytest.approx((scale * full[name]).tolist(), rel=1e-12)
-    for name in ('task', 'kd'):
-        assert torch.equal(got[name], full[name])
-    assert got['loss'].item() == pytest.approx(sum(got[n].sum().item() for n in ('task', 'output', 'feature', 'kd')))
+    for one, other in ((got.output_distance, full.output_distance), (got.feature_distance, full.feature_distance)):
+        assert one.tolist() == pytest.approx((scale * other).tolist(), rel=1e-12)
+    assert torch.equal(got.task, full.task)
+    assert torch.equal(got.kd_distance, full.kd_distance)
+    assert got.loss.item() == pytest.approx(sum(part.sum().item() for part in got[1:]))
 
 
 def test_at_scale_zero_projected_features_still_get_a_gradient_of_zero():
@@ -148,11 +148,11 @@ def test_every_classifier_is_a_student_of_the_outside_teacher(settings, task_fac
     for idx, logits in enumerate(outputs.logits):
         log_student, teacher = F.log_softmax(logits / temperature, 1), F.softmax(outside / temperature, 1)
         wanted = kd_factor * temperature**2 * F.kl_div(log_student, teacher, reduction='batchmean')
-        assert terms['kd'][idx].item() == pytest.approx(wanted.item(), rel=1e-10, abs=1e-15)
-        assert terms['task'][idx].item() == pytest.approx(task_factor * plain['task'][idx].item(), rel=1e-12)
-        total += weights[idx] * (wanted + terms['task'][idx] + plain['output'][idx]).item()
-    assert terms['loss'].item() == pytest.approx(total, rel=1e-10)
-    assert not terms['kd'].requires_grad
+        assert terms.kd_distance[idx].item() == pytest.approx(wanted.item(), rel=1e-10, abs=1e-15)
+        assert terms.task[idx].item() == pytest.approx(task_factor * plain.task[idx].item(), rel=1e-12)
+        total += weights[idx] * (wanted + terms.task[idx] + plain.output_distance[idx]).item()
+    assert terms.loss.item() == pytest.approx(total, rel=1e-10)
+    assert not terms.kd_distance.requires_grad
     assert 'kd' not in plain
 
 
@@ -162,8 +162,8 @@ def test_the_outside_teacher_gets_no_gradient_and_half_precision_is_upcast():
     upcast = Outputs(tuple(z.detach().float() for z in outputs.logits))
     with torch.autocast('cpu', torch.bfloat16):
         terms = create_loss('ce').terms(outputs, target, outside)
-    assert torch.equal(terms['kd'], create_loss('ce').terms(upcast, target, outside.detach().float())['kd'])
-    terms['loss'].backward()
+    assert torch.equal(terms.kd_distance, create_loss('ce').terms(upcast, target, outside.detach().float()).kd_distance)
+    terms.loss.backward()
     assert outside.grad is None
 
 
@@ -172,22 +172,22 @@ def test_no_value_of_the_outside_teacher_is_read_on_the_host():
     logits = tuple(torch.empty(3, 4, device='meta') for _ in range(3))
     target = torch.empty(3, dtype=torch.int64, device='meta')
     terms = create_loss('beed').terms(Outputs(logits), target, logits[0], KDConfig(0.5))
-    assert terms['loss'].shape == ()
+    assert terms.loss.shape == ()
 
 
 def test_an_outside_teacher_of_other_classes_is_refused():
     outputs, target = random_outputs()
-    with pytest.raises(MultiExitError, match=r'shape \[3, 5\], allowed is that of the model, \[3, 4\]'):
+    with pytest.raises(MultiExitError, match=r"model's shape \[3, 4\], got \[3, 5\]"):
         create_loss('ce').terms(outputs, target, torch.zeros(3, 5))
 
 
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'temperature': 0.0}, 'temperature of the outside teacher is 0.0'),
-        ({'task_loss_weight': -1.0}, 'task_loss_weight is -1.0'),
-        ({'distill_loss_weight': math.inf}, 'distill_loss_weight is inf'),
-        ({'task_loss_weight': 1.25}, 'task_loss_weight is 1.25 and leaves -0.25'),
+        ({'temperature': 0.0}, 'temperature of the outside teacher must be .* got 0.0'),
+        ({'task_loss_weight': -1.0}, 'task_loss_weight must be .* got -1.0'),
+        ({'distill_loss_weight': math.inf}, 'distill_loss_weight must be .* got inf'),
+        ({'task_loss_weight': 1.25}, 'got 1.25, which leaves -0.25'),
     ],
 )
 def test_wrong_weights_of_the_outside_teacher_are_named(settings, message):
@@ -216,7 +216,7 @@ def test_bernoulli_is_the_divergence_of_every_class_by_itself():
     terms = create_loss('eed', output_loss='bernoulli', multi_label=True).terms(outputs, target)
     teacher = (sum(outputs.logits) / 3).tolist()
     wanted = [0.1 * slow_bernoulli(teacher, z.tolist(), 3.0) for z in outputs.logits]
-    assert terms['output'].tolist() == pytest.approx(wanted, rel=1e-9)
+    assert terms.output_distance.tolist() == pytest.approx(wanted, rel=1e-9)
 
 
 def test_bernoulli_stays_finite_for_sure_classifiers():
@@ -232,7 +232,7 @@ def test_the_outside_teacher_of_many_labels_teaches_class_by_class():
     target, outside = torch.rand(3, 4).double(), torch.randn(3, 4).double()
     terms = create_loss('ce', multi_label=True).terms(outputs, target, outside)
     wanted = [slow_bernoulli(outside.tolist(), z.tolist(), 4.0) for z in outputs.logits]
-    assert terms['kd'].tolist() == pytest.approx(wanted, rel=1e-9)
+    assert terms.kd_distance.tolist() == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize('loss_type', ['bce', 'asl', 'poly', 'twoway', 'zlpr'])
@@ -241,8 +241,8 @@ def test_timm_criteria_for_many_labels_apply_to_every_classifier(loss_type):
     target = torch.randint(2, (3, 4)).float()
     criterion = create_classification_loss(loss_type, multi_label=True)
     terms = create_loss('eed', output_loss='mse', multi_label=True, criterion=criterion).terms(outputs, target)
-    assert terms['task'].tolist() == pytest.approx([criterion(z, target).item() for z in outputs.logits])
-    assert torch.autograd.grad(terms['loss'], outputs.logits)[0].abs().sum() > 0
+    assert terms.task.tolist() == pytest.approx([criterion(z, target).item() for z in outputs.logits])
+    assert torch.autograd.grad(terms.loss, outputs.logits)[0].abs().sum() > 0
 
 
 # ---- Batches of augmentation splits
@@ -253,14 +253,14 @@ def test_jensen_shannon_criterion_applies_to_the_splits_of_every_classifier():
     outputs, _ = random_outputs(batch=splits * clean)
     target = torch.randint(4, (clean,)).repeat(splits)
     terms = create_loss('eed', criterion=JsdCrossEntropy(splits, alpha=12, smoothing=0.0)).terms(outputs, target)
-    for got, logits in zip(terms['task'], outputs.logits, strict=True):
+    for got, logits in zip(terms.task, outputs.logits, strict=True):
         first, second, third = (part.softmax(1) for part in logits.split(clean))
         log_mixture = ((first + second + third) / 3).log()
         divergence = sum((p * (p.log() - log_mixture)).sum(1).mean() for p in (first, second, third)) / 3
         assert got.item() == pytest.approx((F.cross_entropy(logits[:clean], target[:clean]) + 12 * divergence).item())
-    wanted = create_loss('eed').terms(outputs, target)['output']
-    assert torch.equal(terms['output'], wanted)
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(terms['loss'], outputs.logits))
+    wanted = create_loss('eed').terms(outputs, target).output_distance
+    assert torch.equal(terms.output_distance, wanted)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(terms.loss, outputs.logits))
 
 
 def test_a_loss_with_an_outside_teacher_compiles_to_one_graph():
@@ -268,4 +268,4 @@ def test_a_loss_with_an_outside_teacher_compiles_to_one_graph():
     loss = create_loss('beed', criterion=nn.CrossEntropyLoss())
     outside = torch.randn(3, 4)
     compiled = torch.compile(loss.terms, backend='eager', fullgraph=True)
-    assert torch.equal(compiled(outputs, target, outside)['loss'], loss.terms(outputs, target, outside)['loss'])
+    assert torch.equal(compiled(outputs, target, outside).loss, loss.terms(outputs, target, outside).loss)

@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_multiexit as tme
-from timm_multiexit.publishing.card import REQUIRED, headline, write_card
+from timm_multiexit.publishing.card import REQUIRED, write_card
+from timm_multiexit.publishing.card_tables import headline
 from timm_multiexit.utils.errors import MultiExitError, one_line
 from timm_multiexit.utils.markdown import code, escape, fence, link, number
 
@@ -218,7 +219,7 @@ def test_notes_say_what_numbers_are_of(metrics):
         'Epoch 12 of 16, chosen by `top1`, on 5000 images held out of train.',
         'Thresholds of `budget 40%`, `budget 0.02GMACs` were chosen on 4000 images held out of train; the numbers are of'
         ' the split above.',
-        'Time ratios: medians of 31 rounds, in each of which all take a batch of 64 images on `cpu` in turns',
+        'Time ratios are medians of 31 rounds, in each of which all policies take a batch of 64 images on `cpu` in turn',
         'the median of 29 rounds with a batch of 1 on `cpu`',
         'wrong at main: 3.21 % of the images; the reverse: 9.12 %; right at some classifier: 86.23 %',
         '- Measured on 2 x Intel(R) Xeon(R) CPU @ 2.20GHz; 1 torch threads; python 3.11.2, timm 1.0.31, torch 2.15.0;'
@@ -228,12 +229,12 @@ def test_notes_say_what_numbers_are_of(metrics):
     ):
         assert text in card
     assert read_blocks(card, 'shell') == ['train.py --eed --model resnet18\n']
-    assert 'too good' not in card
+    assert 'optimistic' not in card
 
 
 def test_a_split_that_chose_the_epoch_is_named(metrics):
     metrics['epoch']['is_reported_split'] = True
-    assert '**the very split that is reported**, so the numbers are too good' in write_card(metrics)
+    assert '**the reported split itself**, so the numbers are optimistic' in write_card(metrics)
 
 
 def test_speed_is_of_one_measurement(metrics):
@@ -316,7 +317,7 @@ def test_default_policy_is_marked_and_told(metrics):
 def test_two_default_policies_are_refused(metrics):
     for row in metrics['dynamic'][2:]:
         row['is_default'] = True
-    with pytest.raises(MultiExitError, match=r"default policies \['budget 40%', 'budget 0.02GMACs'\], allowed is one"):
+    with pytest.raises(MultiExitError, match=r"at most one default policy, got \['budget 40%', 'budget 0.02GMACs'\]"):
         write_card(metrics)
 
 
@@ -429,19 +430,19 @@ def test_what_is_required_must_be_there(metrics, name):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'format_version': 2}, 'format 2'),
-        ({'model_name': 'hf-hub:no-namespace'}, 'is called'),
-        ({'model_name': "hf-hub:org/x'); import os; ('"}, 'is called'),
-        ({'model_name': 'hf-hub:org/name\n'}, 'is called'),
-        ({'model_name': "local-dir:x'); import os; ('"}, 'is called'),
-        ({'model_name': 'local-dir:/home/me/x'}, 'is called'),
+        ({'format_version': 2}, 'got 2'),
+        ({'model_name': 'hf-hub:no-namespace'}, 'Model name must have'),
+        ({'model_name': "hf-hub:org/x'); import os; ('"}, 'Model name must have'),
+        ({'model_name': 'hf-hub:org/name\n'}, 'Model name must have'),
+        ({'model_name': "local-dir:x'); import os; ('"}, 'Model name must have'),
+        ({'model_name': 'local-dir:/home/me/x'}, 'Model name must have'),
         ({'input_size': [3, 32]}, 'input_size'),
         ({'input_size': [3, 32, '32)']}, 'input_size'),
         ({'num_classes': 0}, 'num_classes'),
-        ({'rows': METRICS['rows'][2:]}, 'one exit or more'),
-        ({'rows': METRICS['rows'][:2]}, 'of main'),
+        ({'rows': METRICS['rows'][2:]}, 'at least one exit'),
+        ({'rows': METRICS['rows'][:2]}, 'and main'),
         ({'rows': [{'exit': 'main'}]}, 'GMACs fixed'),
-        ({'rows': [METRICS['rows'][0], METRICS['rows'][2] | {'GMACs fixed': 0.0}]}, 'above 0'),
+        ({'rows': [METRICS['rows'][0], METRICS['rows'][2] | {'GMACs fixed': 0.0}]}, 'GMACs fixed > 0'),
     ],
     ids=lambda value: str(value)[:30],
 )

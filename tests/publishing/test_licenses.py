@@ -73,7 +73,7 @@ def test_only_permissive_licenses_can_be_replaced(source):
         assert license_[:3] == (other, None, None)
         assert f'licensed {source}' in license_.note
     else:
-        with pytest.raises(MultiExitError, match=f'licensed {source}') as caught:
+        with pytest.raises(MultiExitError, match=f'License must be {source}, ') as caught:
             resolve_license(source, asked=other, base=BASE)
         assert '\n' not in str(caught.value)
     same = resolve_license(source, asked=source.upper(), base=BASE)
@@ -116,14 +116,14 @@ def test_a_base_without_a_known_license_needs_one_that_is_asked_for(source):
 
 @pytest.mark.parametrize('asked', ['apache2', 'other', 'unknown', 'my own', 'mit\nx', 9 * 'long'])
 def test_licenses_that_do_not_exist_cannot_be_asked_for(asked):
-    with pytest.raises(MultiExitError, match='allowed are') as caught:
+    with pytest.raises(MultiExitError, match='License must be one of') as caught:
         resolve_license(None, asked=asked)
     assert '\n' not in str(caught.value)
 
 
 def test_licenses_beyond_timm_are_passed_on():
     assert resolve_license('gpl-3.0', base=BASE)[:2] == ('gpl-3.0', None)
-    with pytest.raises(MultiExitError, match='licensed gpl-3.0'):
+    with pytest.raises(MultiExitError, match='License must be gpl-3.0, '):
         resolve_license('gpl-3.0', asked='mit', base=BASE)
     own = resolve_license('acme-license-2', base='acme/net')
     assert own[:3] == ('other', 'acme-license-2', 'https://huggingface.co/acme/net')

@@ -17,9 +17,10 @@ import timm_multiexit as tme
 from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.evaluation.stamp import describe_preparation
 from timm_multiexit.hub_client.client import push_folder
-from timm_multiexit.publishing.licenses import Labels
+from timm_multiexit.publishing.licenses import PublicationInfo
 from timm_multiexit.publishing.publication import write_publication
 from timm_multiexit.publishing.push import push_to_hub
+from timm_multiexit.publishing.results import add_row_keys
 
 
 @pytest.fixture(scope='module')
@@ -220,9 +221,9 @@ def test_same_run_gives_the_same_bytes(run, folder, tmp_path):
 
 
 def test_numbers_are_those_that_were_measured(run, folder):
-    metrics = write_publication(run, folder, REPO, labels=Labels(dataset_id='org/images'))
+    metrics = write_publication(run, folder, REPO, info=PublicationInfo(dataset_id='org/images'))
     assert metrics == read(folder, 'metrics.json')
-    validation, results = read(run, 'validation.json'), read(run, 'results.json')
+    validation, results = (add_row_keys(read(run, name)) for name in ('validation.json', 'results.json'))
     for name in ('rows', 'timing', 'latency', 'overthinking', 'curve', 'calibrated_on', 'precision'):
         assert metrics[name] == validation[name], name
     *others, budget = validation['dynamic']
@@ -251,7 +252,7 @@ def test_numbers_are_those_that_were_measured(run, folder):
 def test_without_validation_the_numbers_of_training_count(run, folder):
     (run / 'validation.json').unlink()
     metrics = write_publication(run, folder, REPO)
-    assert metrics['rows'] == read(run, 'results.json')['rows']
+    assert metrics['rows'] == add_row_keys(read(run, 'results.json'))['rows']
     assert not {'dynamic', 'latency', 'curve'} & metrics.keys()
     # The picture is of what validate.py measured, which is not published.
     assert metrics['has_picture'] is False
@@ -284,7 +285,9 @@ def test_results_of_other_weights_are_refused(name, run, folder):
     tensors['exits.0.fc.bias'] += 1
     safetensors.torch.save_file(tensors, weights)
     line = refused(run, folder)
-    assert line.startswith(f'{run / name} is of other weights than {run}/best: measure these with validate.py')
+    assert line.startswith(
+        f'{run / name} has results of other weights than those of {run}/best: evaluate it by validate.py'
+    )
     assert not folder.exists()
 
 
@@ -292,13 +295,15 @@ def test_policies_of_other_thresholds_are_refused(run, folder):
     rows = read(run, 'validation.json')['dynamic']
     edit(run / 'validation.json', dynamic=[*rows[:2], rows[2] | {'thresholds': [0.123, 0.456]}])
     assert refused(run, folder) == (
-        f"{run / 'validation.json'} has budget 90% with other thresholds than the network's: run validate.py again with"
+        f"budget 90% of {run / 'validation.json'} has other thresholds than the network's: run validate.py again with"
         ' --save-policy.'
     )
-    edit(run / 'validation.json', dynamic=[*rows[:2], rows[2] | {'policy': "the model's own", 'combine': 'mean'}])
-    assert "has the model's own with other thresholds" in refused(run, folder)
+    own = {'policy': "the model's own", 'kind': 'own', 'budget': None, 'combine': 'mean'}
+    edit(run / 'validation.json', dynamic=[*rows[:2], rows[2] | own])
+    assert refused(run, folder).startswith(f"the model's own of {run / 'validation.json'} has other thresholds")
     # What is not called by a name that loading knows is as it was measured.
-    edit(run / 'validation.json', dynamic=[*rows[:2], rows[2] | {'policy': 'threshold 0.5', 'thresholds': [0.5, 0.5]}])
+    given = {'policy': 'threshold 0.5', 'kind': 'threshold', 'budget': None, 'thresholds': [0.5, 0.5]}
+    edit(run / 'validation.json', dynamic=[*rows[:2], rows[2] | given])
     assert not any('is_default' in row for row in write_publication(run, folder, REPO)['dynamic'])
 
 
@@ -308,8 +313,7 @@ def test_numbers_of_other_images_are_refused(name, run, folder):
         (run / 'validation.json').unlink()
     edit(run / name, preparation=read(run, name)['preparation'] | {'crop_pct': 1.0})
     assert refused(run, folder) == (
-        f'{run / name} is of images prepared with crop_pct 1.0, the network is for 0.9: measure it without the flag of'
-        ' it.'
+        f'crop_pct of the images in {run / name} must be 0.9, as in the network, got 1.0: measure again without its flag.'
     )
 
 
@@ -318,7 +322,7 @@ def test_results_that_do_not_say_how_images_were_prepared_are_refused(run, folde
     del results['preparation']
     (run / 'validation.json').write_text(json.dumps(results))
     line = refused(run, folder)
-    assert line.startswith(f'{run}/validation.json does not say how its images were prepared: measure these with')
+    assert line.startswith(f'{run}/validation.json does not say how its images were prepared: evaluate it by')
 
 
 def test_grey_images_are_published_as_they_were_measured(tmp_path, folder):
@@ -362,15 +366,14 @@ def test_run_that_stopped_early_says_how_many_epochs_it_had(tmp_path, folder):
 
 def test_validation_that_is_not_there_is_refused(run, folder, tmp_path):
     assert refused(run, folder, validation=tmp_path / 'nosuch.json') == (
-        f'There is no {tmp_path}/nosuch.json: give the JSON that validate.py --results-file wrote.'
+        f'{tmp_path}/nosuch.json does not exist: give a JSON file written by validate.py --results-file.'
     )
 
 
-@pytest.mark.parametrize('label', ['base_model', 'dataset_id'])
-def test_label_that_is_no_repository_is_refused(label, run, folder):
-    assert refused(run, folder, labels=Labels(**{label: 'org/sub/net'})) == (
-        f"The {label.replace('_', ' ').replace('dataset id', 'data set')} is 'org/sub/net', allowed is the name of a"
-        ' repository, ORG/NAME.'
+@pytest.mark.parametrize(('field', 'name'), [('base_model', 'Base model'), ('dataset_id', 'Data set')])
+def test_malformed_repository_is_refused(field, name, run, folder):
+    assert refused(run, folder, info=PublicationInfo(**{field: 'org/sub/net'})) == (
+        f"{name} must be the name of a repository, ORG/NAME, got 'org/sub/net'."
     )
 
 
@@ -386,7 +389,7 @@ def test_budgets_without_a_saved_policy_are_refused(run, folder):
     [
         ('args.yaml', 'is not a run of train.py: its args.yaml cannot be read'),
         ('best/config.json', 'config.json'),
-        ('best/exits.safetensors', 'is of other weights than'),
+        ('best/exits.safetensors', 'of other weights than'),
         ('results.json', 'results.json'),
     ],
 )
@@ -412,15 +415,15 @@ def test_refused_publication_leaves_the_earlier_one_whole(run, folder):
     write_publication(run, folder, REPO)
     before = contents(folder)
     set_origin(run, 'a file')
-    assert 'name it: train.py --hub-license' in refused(run, folder)
-    assert "is called 'hf-hub:net', allowed are names such as" in refused_name(run, folder)
+    assert 'look it up and give it by train.py --hub-license' in refused(run, folder)
+    assert "or local-dir:folder/model, got 'hf-hub:net'" in refused_name(run, folder)
     assert contents(folder) == before
     assert sorted(path.name for path in folder.parent.iterdir()) == ['publication', 'run']
 
 
 def refused_name(run, folder):
     with pytest.raises(tme.MultiExitError) as caught:
-        write_publication(run, folder, 'net', labels=Labels('mit'))
+        write_publication(run, folder, 'net', info=PublicationInfo('mit'))
     return str(caught.value)
 
 
@@ -434,7 +437,7 @@ def refused_name(run, folder):
             {},
             'timm/test_resnet.r160_in1k',
             'apache-2.0',
-            'That of the weights that training started from (timm/test_resnet.r160_in1k).',
+            'That of the base weights (timm/test_resnet.r160_in1k).',
         ),
         (
             ('timm/resnet18.fb_swsl_ig1b_ft_in1k', 'cc-by-nc-4.0'),
@@ -448,7 +451,7 @@ def refused_name(run, folder):
             {'license': 'mit'},
             None,
             'mit',
-            'Chosen by the publisher; the weights that training started from (a file) come without a known license.',
+            'Chosen by the publisher; the license of the base weights (a file) is unknown.',
         ),
         (('a file',), {'license': 'mit', 'base_model': 'org/base'}, 'org/base', 'mit', '(org/base)'),
     ],
@@ -456,7 +459,7 @@ def refused_name(run, folder):
 )
 def test_license_follows_from_what_training_started_from(origin, labels, base_model, license_id, note, run, folder):
     set_origin(run, *origin)
-    metrics = write_publication(run, folder, REPO, labels=Labels(**labels))
+    metrics = write_publication(run, folder, REPO, info=PublicationInfo(**labels))
     assert (metrics['base_model'], metrics['license']['id']) == (base_model, license_id)
     assert note in metrics['license']['note']
     config = read(folder, 'config.json')
@@ -469,20 +472,20 @@ def test_license_follows_from_what_training_started_from(origin, labels, base_mo
 @pytest.mark.parametrize(
     ('origin', 'labels', 'message'),
     [
-        (('a file',), {}, '(a file) is not given: find out what it is and name it: train.py --hub-license'),
-        (('a file',), {'base_model': 'org/base'}, '(org/base) is not given'),
+        (('a file',), {}, '(a file) is unknown: look it up and give it by train.py --hub-license'),
+        (('a file',), {'base_model': 'org/base'}, '(org/base) is unknown'),
         (
             ('timm/resnet18.fb_swsl_ig1b_ft_in1k', 'cc-by-nc-4.0'),
             {'license': 'mit'},
-            'The license mit was asked for, the weights that training started from (timm/resnet18.fb_swsl',
+            'License must be cc-by-nc-4.0, under which the base weights (timm/resnet18.fb_swsl',
         ),
-        ((), {'license': 'mine-1.0'}, "The license 'mine-1.0' is unknown"),
+        ((), {'license': 'mine-1.0'}, "got 'mine-1.0'"),
     ],
     ids=['file', 'named-base', 'non-commercial', 'unknown'],
 )
 def test_license_that_is_not_clear_is_refused(origin, labels, message, run, folder):
     set_origin(run, *origin)
-    assert message in refused(run, folder, labels=Labels(**labels))
+    assert message in refused(run, folder, info=PublicationInfo(**labels))
     assert not folder.exists()
 
 
@@ -490,7 +493,7 @@ def test_arguments_of_timms_own_script_do_not_say_where_weights_are_from(run, fo
     args = yaml.safe_load((run / 'args.yaml').read_text())
     del args['origin']
     (run / 'args.yaml').write_text(yaml.safe_dump(args))
-    assert '(a file) is not given' in refused(run, folder)
+    assert '(a file) is unknown' in refused(run, folder)
 
 
 def test_run_from_weights_of_the_registry_names_them(hub, tmp_path, folder):
@@ -538,98 +541,12 @@ def test_snippets_of_the_card_run_against_the_hub(hub, run, folder, capsys):
     assert lines[-1] == '2 torch.Size([4, 2])'
 
 
-def test_model_itself_is_published_with_what_is_known_of_it(hub, make_model):
-    model = make_model(exits=[1, 3], num_classes=2, input_size=(3, 32, 32))
-    images, targets = torch.randn(8, 3, 32, 32), torch.tensor([0, 1] * 4)
-    table = tme.evaluate(model, [(images, targets)])
-    result = push_to_hub(model, REPO, table=table, private=True, license='mit', label_names=['cat', 'dog'])
-    repository = hub.repositories[REPO]
-    files = {path: hub.content(file) for path, file in repository.find(result.commit).files.items()}
-    assert repository.is_private
-    names = {'README.md', 'config.json', 'metrics.json', 'model.safetensors', 'exits.safetensors'}
-    assert files.keys() - {'.gitattributes'} == names
-    metrics = json.loads(files['metrics.json'])
-    assert metrics['rows'] == [dict(row) for row in table.rows]
-    assert metrics['dataset']['num_samples'] == 8
-    assert metrics['license']['id'] == 'mit'
-    assert json.loads(files['config.json'])['label_names'] == ['cat', 'dog']
-    assert metrics['weights'].keys() == {'model.safetensors', 'exits.safetensors'}
-
-
-@pytest.fixture
-def weights(hub):
-    """Weights of timm's on the Hub, under a license that goes with them."""
-    base = enliven(timm.create_model('resnet18'))
-    content = safetensors.torch.save(base.state_dict())
-    hub.add('timm/resnet18.fb_swsl_ig1b_ft_in1k', {'model.safetensors': content})
-    hub.add('timm/resnet18.a1_in1k', {'model.safetensors': content})
-    return content
-
-
-@pytest.fixture
-def license_of(hub):
-    """Return a function that publishes a model and returns license and base of the publication."""
-
-    def publish(model, **kwargs):
-        push_to_hub(model, REPO, **kwargs)
-        metrics = json.loads(hub.content(hub.repositories[REPO].find('main').files['metrics.json']))
-        return metrics['license']['id'], metrics['base_model']
-
-    return publish
-
-
-SWSL = 'resnet18.fb_swsl_ig1b_ft_in1k'
-
-
-@pytest.mark.parametrize(
-    ('name', 'kwargs'),
-    [(SWSL, {}), ('swsl_resnet18', {}), ('resnet18', {'pretrained_cfg': 'fb_swsl_ig1b_ft_in1k'})],
-    ids=['tag', 'old-name', 'keyword'],
-)
-def test_model_knows_the_weights_of_timm_that_it_started_from(name, kwargs, weights, license_of):
-    trained = tme.create_model(name, True, exits=1, num_classes=2, **kwargs)
-    with pytest.raises(tme.MultiExitError, match='The license mit was asked for, .* are licensed cc-by-nc-4.0'):
-        license_of(trained, license='mit')
-    assert license_of(trained) == ('cc-by-nc-4.0', f'timm/{SWSL}')
-    assert license_of(tme.create_model(name, exits=1, num_classes=2, **kwargs)) == ('apache-2.0', None)
-
-
-@pytest.mark.slow
-def test_what_a_model_started_from_goes_through_repositories_and_folders(weights, license_of, tmp_path):
-    trained = tme.create_model(SWSL, True, exits=1, num_classes=2)
-    tme.save_pretrained(trained, tmp_path / 'trained')
-    again = tme.create_model(f'local-dir:{tmp_path}/trained', True)
-    assert license_of(again) == ('cc-by-nc-4.0', f'timm/{SWSL}')
-    assert license_of(tme.create_model(f'hf-hub:{REPO}', True)) == ('cc-by-nc-4.0', REPO)
-    assert license_of(tme.create_model(f'hf-hub:{REPO}')) == ('apache-2.0', None)
-    # From scratch, whatever license the architecture's own weights have.
-    tme.save_pretrained(tme.create_model('convnextv2_atto', exits=1, num_classes=2), tmp_path / 'scratch')
-    assert license_of(tme.create_model(f'local-dir:{tmp_path}/scratch', True)) == ('apache-2.0', None)
-    # Nothing is known of a folder that does not say it, and of a file.
-    model = tme.attach_exits(timm.create_model('resnet18', num_classes=2), 1)
-    tme.save_pretrained(model, tmp_path / 'other')
-    (tmp_path / 'weights.safetensors').write_bytes(weights)
-    for unknown in (
-        tme.create_model(f'local-dir:{tmp_path}/other', True),
-        tme.create_model('resnet18', exits=1, checkpoint_path=str(tmp_path / 'weights.safetensors')),
-        tme.create_model('resnet18', True, exits=1, pretrained_cfg_overlay={'file': f'{tmp_path}/weights.safetensors'}),
-    ):
-        with pytest.raises(tme.MultiExitError, match='is not given: find out what it is and name it'):
-            license_of(unknown)
-    assert license_of(unknown, license='mit', base_model='org/base') == ('mit', 'org/base')
-
-
-def test_backbone_made_elsewhere_counts_as_started_from_the_weights_it_could_have(weights, license_of):
-    model = tme.attach_exits(timm.create_model(SWSL, num_classes=2), 1)
-    assert license_of(model) == ('cc-by-nc-4.0', f'timm/{SWSL}')
-
-
 def test_run_from_a_run_started_where_that_did(tmp_path, folder):
     (tmp_path / 'w').mkdir()
     safetensors.torch.save_file(
         timm.create_model('test_resnet', num_classes=2).state_dict(), tmp_path / 'w/w.safetensors'
     )
     first = make_run(tmp_path, '--initial-checkpoint', tmp_path / 'w/w.safetensors')
-    assert '(a file) is not given' in refused(first, folder)
+    assert '(a file) is unknown' in refused(first, folder)
     second = make_run(tmp_path, '--model', f'local-dir:{first}/best', '--pretrained', name='second')
-    assert '(a file) is not given' in refused(second, folder)
+    assert '(a file) is unknown' in refused(second, folder)

@@ -13,11 +13,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from timm_multiexit.cli.build_model import create_regime
-from timm_multiexit.cli.build_training import create_task, create_train_optimizer
+from timm_multiexit.cli.build_training import create_task, create_train_optimizer, resolve_lr
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.factory import create_model
 
@@ -100,14 +99,13 @@ def train_ours(weights, head, flags):
     args = parse_train_args(
         ['--config', str(RECIPE), '--model', 'cifar_resnet18', '--exits', 'auto', '--exit-head', head, *flags]
     )
-    args.num_classes = CLASSES
     model = create_model('cifar_resnet18', exits='auto', head=head, num_classes=CLASSES).double()
     # Their stem has no activation, as the docstring of CifarResNet says.
     model.backbone.act1 = nn.Identity()
     model.load_state_dict(weights)
-    accelerator = Accelerator(cpu=True)
-    optimizer = create_train_optimizer(args, model, BATCH, accelerator, create_regime(args, model))
-    task = create_task(args, model, accelerator.device).train()
+    lr, _ = resolve_lr(args, BATCH, 1)
+    optimizer = create_train_optimizer(args, model, create_regime(args, model, None), lr=lr)
+    task = create_task(args, model, torch.device('cpu')).train()
     for images, target in make_batches():
         optimizer.zero_grad()
         task(images, target)['loss'].backward()

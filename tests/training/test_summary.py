@@ -1,28 +1,19 @@
-"""What a run writes for people: the summary, the figure, trackers, the line of an epoch, the bar."""
+"""summary.csv and curves.png."""
 
 import csv
-import importlib.util
 import io
-import logging
 import math
 import os
 import sys
-import time
 import warnings
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
-from timm_multiexit.training import summary as records
-from timm_multiexit.training.epoch_log import Eta, format_epoch_line
 from timm_multiexit.training.summary import Summary, draw_curves
-from timm_multiexit.training.trackers import check_trackers, flatten_config, log_epoch, log_step, start_trackers
-from timm_multiexit.training.trainer import show_progress
 from timm_multiexit.utils.errors import MultiExitError
 
 NAMES = ('exit0', 'exit1', 'main', 'ens')
@@ -202,180 +193,3 @@ def test_drawing_leaves_pyplot_alone(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, 'matplotlib.pyplot', raising=False)
     draw_curves(tmp_path / 'curves.png', make_summary().rows, NAMES)
     assert 'matplotlib.pyplot' not in sys.modules
-
-
-def test_a_tracker_must_be_known_and_installed(monkeypatch):
-    check_trackers(None)
-    check_trackers([])
-    with pytest.raises(MultiExitError, match=r"^--log-with is 'mlflow', allowed are tensorboard, wandb\.$"):
-        check_trackers(['mlflow'])
-    monkeypatch.setitem(records.TRACKERS, 'wandb', lambda: False)
-    with pytest.raises(MultiExitError, match=r'^--log-with wandb needs the package wandb: pip install wandb$'):
-        check_trackers(['wandb'])
-
-
-def test_config_becomes_scalars_and_text():
-    config = {'a': True, 'b': 1, 'c': 0.5, 'd': 'x', 'e': None, 'f': [1, 2], 'g': {'h': 1}, 'i': Path('j')}
-    assert flatten_config(config) == {
-        **{'a': True, 'b': 1, 'c': 0.5, 'd': 'x'},
-        **{'e': 'None', 'f': '[1, 2]', 'g': "{'h': 1}", 'i': 'j'},
-    }
-
-
-def needs(package):
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f'{package} is not installed')
-
-
-def make_args(*names, **kwargs):
-    defaults = dict(log_with=list(names), wandb_project='digits', wandb_tags=['eed'], wandb_resume_id='', lr=0.1)
-    return Namespace(**defaults | dict(ratio=[0.75, 1.5], seed=None, opt_kwargs={}) | kwargs)
-
-
-def test_without_trackers_logging_does_nothing(tmp_path):
-    accelerator = Accelerator(cpu=True)
-    start_trackers(accelerator, make_args(log_with=None), tmp_path, 'run')
-    log_step(accelerator, {'loss': 1.0}, 0)
-    log_epoch(accelerator, {'epoch': 0}, 0)
-    accelerator.end_training()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_another_process_than_the_main_one_starts_no_tracker(tmp_path):
-    accelerator = Namespace(is_main_process=False, trackers=[])
-    start_trackers(accelerator, make_args('tensorboard'), tmp_path, 'run')
-    assert list(tmp_path.iterdir()) == []
-
-
-def read_scalars(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
-
-
-@needs('tensorboard')
-def test_tensorboard_holds_steps_and_epochs_by_number_of_updates(tmp_path):
-    accelerator = Accelerator(cpu=True)
-    start_trackers(accelerator, make_args('tensorboard'), tmp_path, 'run')
-    log_step(accelerator, {'loss': torch.tensor(2.0), 'exit0_top1': 25.0}, 4)
-    log_step(accelerator, {'loss': 1.0, 'exit0_top1': 50.0}, 8)
-    summary = Summary()
-    summary.add(0, {'loss': 1.5}, {'top1': 75.0, 'exit0_top1': 62.5}, lr=0.5)
-    log_epoch(accelerator, summary.rows[0], 10)
-    accelerator.end_training()
-    assert read_scalars(tmp_path / 'tensorboard') == {
-        'train_step/loss': [(4, 2.0), (8, 1.0)],
-        'train_step/exit0_top1': [(4, 25.0), (8, 50.0)],
-        'train/epoch': [(10, 0.0)],
-        'train/loss': [(10, 1.5)],
-        'train/lr': [(10, 0.5)],
-        'eval/top1': [(10, 75.0)],
-        'eval/exit0_top1': [(10, 62.5)],
-    }
-
-
-@needs('tensorboard')
-def test_a_run_that_goes_on_hides_what_was_logged_after_its_checkpoint(tmp_path):
-    for start, values in ((0, {5: 1.0, 10: 2.0, 15: 3.0}), (10, {12: 4.0, 17: 5.0})):
-        if start:
-            time.sleep(1.1)  # event files are read in the order of their names, which hold seconds
-        accelerator = Accelerator(cpu=True)
-        start_trackers(accelerator, make_args('tensorboard'), tmp_path, 'run', step=start)
-        for step, value in values.items():
-            log_step(accelerator, {'loss': value}, step)
-        accelerator.end_training()
-    assert read_scalars(tmp_path / 'tensorboard')['train_step/loss'] == [(5, 1.0), (10, 2.0), (12, 4.0), (17, 5.0)]
-
-
-@pytest.fixture
-def offline_wandb(monkeypatch, tmp_path):
-    monkeypatch.setenv('WANDB_MODE', 'offline')
-    monkeypatch.setenv('WANDB_SILENT', 'true')
-    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-
-
-@needs('wandb')
-def test_wandb_offline_writes_a_run_with_the_id_asked_for(tmp_path, offline_wandb):
-    accelerator = Accelerator(cpu=True)
-    args = make_args('wandb', wandb_resume_id='abc123')
-    start_trackers(accelerator, args, tmp_path, 'my-run')
-    run = accelerator.get_tracker('wandb', unwrap=True)
-    assert (run.project, run.name, run.tags, run.id) == ('digits', 'my-run', ('eed',), 'abc123')
-    assert (run.config['lr'], run.config['ratio']) == (0.1, '[0.75, 1.5]')
-    log_step(accelerator, {'loss': 2.0}, 4)
-    log_epoch(accelerator, {'epoch': 0, 'eval_top1': 75.0}, 4)
-    accelerator.end_training()
-    importlib.import_module('wandb').teardown()  # its service closes the file a moment after the run has finished
-    (file,) = tmp_path.glob('wandb/offline-run-*/run-abc123.wandb')
-    content = file.read_bytes()
-    assert b'train_step/loss' in content
-    assert b'eval/top1' in content
-
-
-@needs('wandb')
-def test_wandb_that_does_not_start_is_one_line_and_leaves_nothing_to_finish(tmp_path, offline_wandb):
-    accelerator = Accelerator(cpu=True)
-    with pytest.raises(MultiExitError, match=r'^--log-with wandb did not start: .*WANDB_MODE=offline\.$') as error:
-        start_trackers(accelerator, make_args('wandb', wandb_resume_id='a/b'), tmp_path, 'run')
-    assert '\n' not in str(error.value)
-    accelerator.end_training()
-
-
-def test_eta_is_the_mean_of_the_last_epochs_times_those_left():
-    eta = Eta(window=3)
-    assert eta.estimate(10) is None
-    estimates = []
-    for seconds in (100.0, 10.0, 20.0, 30.0):
-        eta.add(seconds)
-        estimates.append(eta.estimate(2))
-    assert estimates == [200.0, 110.0, pytest.approx(2 * 130 / 3), 40.0]
-    assert eta.estimate(0) == 0.0
-
-
-ACCURACY = {'exit0': 61.2, 'exit1': 70.1, 'main': 74.0, 'ens': 75.1}
-
-
-@pytest.mark.parametrize(
-    ('changes', 'expected'),
-    [
-        (
-            {},
-            'Epoch   3/200  loss 1.234  exit0 61.2 exit1 70.1 main 74.0 ens 75.1  lr 1.0e-01  1234 img/s  12 s  ETA 0:41:10',
-        ),
-        ({'accuracy': {}}, 'Epoch   3/200  loss 1.234  lr 1.0e-01  1234 img/s  12 s  ETA 0:41:10'),
-        (
-            {'accuracy': {'main': 5.0}, 'seconds': 0.44, 'eta': None},
-            'Epoch   3/200  loss 1.234  main 5.0  lr 1.0e-01  1234 img/s  0.4 s',
-        ),
-        ({'accuracy': {}, 'eta': 93784.0}, 'Epoch   3/200  loss 1.234  lr 1.0e-01  1234 img/s  12 s  ETA 1 day, 2:03:04'),
-    ],
-    ids=['all', 'not evaluated', 'short', 'long'],
-)  # fmt: skip
-def test_epoch_line(changes, expected):
-    values = dict(train_loss=1.2344, accuracy=ACCURACY, lr=0.1, rate=1234.4, seconds=12.2, eta=2470.0)
-    assert format_epoch_line(2, 200, **values | changes) == expected
-
-
-def test_the_bar_is_drawn_only_if_asked_for(capsys):
-    batches = [1, 2, 3]
-    assert show_progress(batches, is_shown=False) is batches
-    assert list(show_progress(batches, is_shown=True, description='Epoch 1')) == batches
-    captured = capsys.readouterr()
-    assert captured.out == ''
-    assert 'Epoch 1' in captured.err
-    assert '0/3' in captured.err
-
-
-def test_log_lines_go_above_the_bar_and_the_handlers_come_back(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, 'stderr', stream)
-    handler = logging.StreamHandler(stream)
-    monkeypatch.setattr(logging.root, 'handlers', [handler])
-    for batch in show_progress(iter([1, 2]), is_shown=True, total=2):
-        logging.getLogger('timm_multiexit').warning(f'line {batch}')
-        assert logging.root.handlers != [handler]
-    assert logging.root.handlers == [handler]
-    before, between, after = stream.getvalue().replace('line 2\n', 'line 1\n').split('line 1\n')
-    assert before.endswith('\r')  # the bar is wiped out before a line, and drawn again after it
-    assert '/2 [' in between
-    assert '/2 [' in after

@@ -1,6 +1,9 @@
-"""The training loop against hand-written loops, and the pass over a data set."""
+"""The training loop against hand-written loops, and its progress bar."""
 
+import io
+import logging
 import math
+import sys
 from copy import deepcopy
 
 import pytest
@@ -10,10 +13,9 @@ from accelerate import Accelerator
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from timm_multiexit.evaluation.exit_table import evaluate, evaluate_loader
 from timm_multiexit.losses.multi_exit_loss import create_loss
 from timm_multiexit.training.task import MultiExitTask
-from timm_multiexit.training.trainer import Trainer, TrainerConfig
+from timm_multiexit.training.trainer import Trainer, TrainerConfig, show_progress
 from timm_multiexit.utils.errors import MultiExitError
 
 
@@ -344,63 +346,26 @@ def test_epoch_without_a_batch_is_named(model):
         trainer.train_epoch(0, Batches([], claimed=2))
 
 
-def test_evaluation_restores_modes_and_counts_every_sample(make_model):
-    model = make_model(input_size=(3, 32, 32)).train()
-    model.backbone.layer1.eval()
-    modes = [module.training for module in model.modules()]
-    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    batches = make_batches(2, size=6) + make_batches(1, size=3)
-    result = evaluate_loader(model, batches)
-    assert (result.num_samples, result.input_size) == (15, (3, 32, 32))
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+def test_the_bar_is_drawn_only_if_it_should_be(capsys):
+    batches = [1, 2, 3]
+    assert show_progress(batches, is_shown=False) is batches
+    assert list(show_progress(batches, is_shown=True, description='Epoch 1')) == batches
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    assert 'Epoch 1' in captured.err
+    assert '0/3' in captured.err
 
 
-def test_evaluation_of_a_plain_model_is_of_main_alone(make_backbone):
-    backbone, batches = make_backbone(), make_batches(2, size=5)
-    metrics = evaluate_loader(backbone, batches).metrics
-    images, target = (torch.cat(parts) for parts in zip(*batches))
-    with torch.no_grad():
-        main = backbone.eval()(images)
-    assert set(metrics) == {'main'}
-    assert metrics['main']['loss'] == pytest.approx(F.cross_entropy(main, target).item(), rel=1e-4)
-    assert metrics['main']['top1'] == pytest.approx(100 * (main.argmax(1) == target).float().mean().item())
-
-
-def test_table_has_a_row_for_every_classifier_and_the_ensemble(make_model):
-    model = make_model(input_size=(3, 64, 64))
-    batches = make_batches(3, size=5)
-    table = evaluate(model, batches)
-    images, target = (torch.cat(parts) for parts in zip(*batches))
-    with torch.no_grad():
-        logits = model.eval()(images, exits=True).logits
-    assert [row['exit'] for row in table.rows] == ['0', '1', '2', 'main', 'ens']
-    assert [row['tap'] for row in table.rows] == ['layer1.0', 'layer2.0', 'layer3.0', 'classifier', '-']
-    top1 = [100 * (single.argmax(1) == target).float().mean().item() for single in (*logits, sum(logits) / 4)]
-    assert [row['top-1'] for row in table.rows] == pytest.approx(top1)
-    costs = model.cost((3, 32, 32))  # of the images that were seen, not of the size the exits were made for
-    assert [row['GMACs fixed'] for row in table.rows[:4]] == [cost.fixed.macs / 1e9 for cost in costs]
-    assert [row['GMACs sequential'] for row in table.rows] == [
-        cost.sequential.macs / 1e9 for cost in (*costs, costs[-1])
-    ]
-    assert str(table).count('\n') == 5
-
-
-def test_table_of_several_labels_has_its_own_columns(make_model):
-    model = make_model(input_size=(3, 32, 32)).eval()
-    batches = [(images, (torch.rand(4, 10) < 0.3).float()) for images, _ in make_batches(3)]
-    table = evaluate(model, batches, multi_label=True, threshold=0.4)
-    images, target = (torch.cat(parts) for parts in zip(*batches))
-    with torch.no_grad():
-        logits = model(images, exits=True).logits
-    for row, single in zip(table.rows, (*logits, sum(logits) / 4), strict=True):
-        assert not row.keys() & {'top-1', 'top-5', 'ECE'}
-        predicted = single.sigmoid() >= 0.4
-        hits = (predicted & target.bool()).sum().item()
-        assert row['micro-F1'] == pytest.approx(100 * 2 * hits / (predicted.sum() + target.sum()).item(), rel=1e-4)
-    assert str(table).splitlines()[0].split()[-4:] == ['mAP', 'micro-F1', 'macro-F1', 'sample-F1']
-
-
-def test_empty_loader_is_named(make_model):
-    with pytest.raises(MultiExitError, match='gives no batch'):
-        evaluate(make_model(), [])
+def test_log_lines_go_above_the_bar_and_the_handlers_come_back(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, 'stderr', stream)
+    handler = logging.StreamHandler(stream)
+    monkeypatch.setattr(logging.root, 'handlers', [handler])
+    for batch in show_progress(iter([1, 2]), is_shown=True, total=2):
+        logging.getLogger('timm_multiexit').warning(f'line {batch}')
+        assert logging.root.handlers != [handler]
+    assert logging.root.handlers == [handler]
+    before, between, after = stream.getvalue().replace('line 2\n', 'line 1\n').split('line 1\n')
+    assert before.endswith('\r')  # the bar is wiped out before a line, and drawn again after it
+    assert '/2 [' in between
+    assert '/2 [' in after

@@ -7,7 +7,6 @@ from timm_multiexit.cli import train
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.launch import create_accelerator
 from timm_multiexit.evaluation.exit_table import evaluate_loader
-from timm_multiexit.training.run import TrainingRun
 
 LOSSES = {
     'ce': ('--exit-loss', 'ce'),
@@ -30,21 +29,21 @@ def trained(tmp_path_factory):
 def lowest_main(trained, folder, *flags, epochs):
     """Return main's top-1 on 180 images before training, and its lowest after any step of each epoch."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    argv = ('--initial-checkpoint', trained, '--output', folder, '--experiment', 'run', *flags)
+    argv = ('--initial-checkpoint', trained, '--output', folder, '--experiment', 'run', '--stop-epoch', epochs, *flags)
     args = parse_train_args([str(arg) for arg in argv])
     accelerator = create_accelerator(args)
-    run = TrainingRun(args, accelerator)
+    run = train.build_run(args, accelerator)
     run.open()
     measured = [[] for _ in range(args.epochs)]
 
     def measure(trainer=None):
-        metrics = evaluate_loader(run.task.trainable_module, run.loader_eval, accelerator=accelerator).metrics
+        metrics = evaluate_loader(run.task.trainable_module, run.data.val_loader, accelerator=accelerator).metrics
         if trainer is not None:
             measured[trainer.epoch].append(metrics['main']['top1'])
         return metrics['main']['top1']
 
     start = measure()
-    run.trainer.on_update, run.last_epoch = measure, epochs
+    run.trainer.on_update = measure
     run.fit()
     assert [len(values) for values in measured[:epochs]] == [19] * epochs
     return start, [min(values) for values in measured[:epochs]]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import DataError
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
 _MAX_CLASSES = 100  # of a confusion matrix that is written and drawn
@@ -14,7 +14,7 @@ _MAX_CLASSES = 100  # of a confusion matrix that is written and drawn
 _NUM_PAIRS = 10
 
 
-def predict(logits: Sequence[Tensor]) -> Tensor:
+def predict_classes(logits: Sequence[Tensor]) -> Tensor:
     """Return the predictions of every classifier and of their ensemble, [K + 1, N] class indices.
 
     Args:
@@ -93,15 +93,15 @@ def describe_agreement(logits: Sequence[Tensor], targets: Tensor) -> dict[str, A
         the exit in rows.
 
     Raises:
-        MultiExitError: A target is no class of the network.
+        DataError: A target is not a class of the network.
     """
     num_exits, num_classes = len(logits) - 1, logits[-1].shape[1]
     if targets.min() < 0 or targets.max() >= num_classes:
-        raise MultiExitError(
-            f'The data has targets from {targets.min()} to {targets.max()}, the network {num_classes} classes: name the'
-            ' data that it was trained on.'
+        raise DataError(
+            f'Targets must be in [0, {num_classes - 1}], the classes of the network, got {targets.min()} to'
+            f' {targets.max()}. Give the data that it was trained on.'
         )
-    predictions = predict(logits)
+    predictions = predict_classes(logits)
     main = predictions[num_exits]
     exits = dict(zip(exit_names(num_exits)[:-1], predictions))
     confusions = {}

@@ -1,13 +1,11 @@
 """Figure 4: how unlike the representations of images are, before and after the linear layer of each classifier."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.text import exit_names
 
 _PER_CLASS = 10  # images at least, or there would be too few pairs within classes
@@ -36,32 +34,6 @@ def choose_samples(targets: Tensor, num: int, *, seed: int = 0) -> list[int]:
     return [place for own, quota in zip(places, quotas) for place in sorted(own[:quota])]
 
 
-@torch.no_grad()
-def collect_representations(
-    model: MultiExitModel, loader: Iterable
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-    """Return features and logits of all images, one [N, D_k] and one [N, C] per classifier, and the targets [N].
-
-    Args:
-        model: In eval mode, on the device where it is to run.
-        loader: Batches of images and class indices.
-
-    Raises:
-        MultiExitError: The model is in training mode.
-    """
-    if model.training:
-        raise MultiExitError('The model is in training mode, its features would depend on the batch: model.eval().')
-    param = next(model.parameters())
-    features, logits, targets = [], [], []
-    for images, target in loader:
-        outputs = model(images.to(param.device, param.dtype), exits=True)
-        features.append([single.float().cpu() for single in outputs.features])
-        logits.append([single.float().cpu() for single in outputs.logits])
-        targets.append(target.cpu())
-    joined = [tuple(torch.cat(single) for single in zip(*parts)) for parts in (features, logits)]
-    return *joined, torch.cat(targets)
-
-
 def dissimilarity_matrix(vectors: Tensor) -> Tensor:
     """Return 1 - Pearson's correlation between each two samples, [N, N] in 0 to 2.
 
@@ -79,7 +51,7 @@ def dissimilarity_matrix(vectors: Tensor) -> Tensor:
     rows = vectors.flatten(1).double()
     centered = rows - rows.mean(1, keepdim=True)
     norms = centered.norm(dim=1, keepdim=True)
-    # What rounding leaves of equal numbers is no direction.
+    # What rounding leaves of equal numbers has no direction.
     is_flat = norms <= 1e-12 * rows.norm(dim=1, keepdim=True)
     unit = torch.where(is_flat, 0.0, centered / norms.clamp(min=torch.finfo(torch.float64).tiny))
     matrix = (1 - unit @ unit.T).clamp(0, 2)
@@ -89,8 +61,8 @@ def dissimilarity_matrix(vectors: Tensor) -> Tensor:
 def block_means(matrix: Tensor, targets: Tensor) -> dict[str, float | None]:
     """Return the mean dissimilarity within classes and between them, and `ratio`, between over within.
 
-    A sample and itself are no pair. The larger the ratio, the clearer the classes; it is None, like a mean without
-    pairs, where it cannot be had.
+    A sample is not paired with itself. The larger the ratio, the clearer the classes. A mean without pairs is None, and
+    so is a ratio without both means.
 
     Args:
         matrix: [N, N].
@@ -113,7 +85,7 @@ def block_means(matrix: Tensor, targets: Tensor) -> dict[str, float | None]:
 def class_means(matrix: Tensor, targets: Tensor) -> Tensor:
     """Return the mean dissimilarity between each two classes that there are, [C, C], classes in order of their index.
 
-    A sample and itself are no pair; a class of one sample has NaN to itself.
+    A sample is not paired with itself; a class of one sample has NaN to itself.
 
     Args:
         matrix: [N, N].

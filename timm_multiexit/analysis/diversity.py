@@ -70,11 +70,11 @@ def describe_members(logits: Sequence[Tensor], targets: Tensor, members: Mapping
 
 
 def describe_gain(top1: Mapping[str, float], reference: Mapping[str, float] | None) -> dict[str, float | None]:
-    """Return by how many points main and ensemble are better than the reference's; None where there is nothing to.
+    """Return by how many points main and ensemble are better than the reference's; None if one of the two is missing.
 
     Args:
         top1: Classifier -> top-1 in percent.
-        reference: The same of the reference; None for none.
+        reference: The same of the reference; None without one.
 
     >>> describe_gain({'main': 71.0, 'ens': 72.5}, {'main': 70.0, 'ens': 70.5})
     {'main': 1.0, 'ens': 2.0}

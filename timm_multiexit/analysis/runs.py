@@ -1,6 +1,5 @@
-"""Runs of `train.py` as they lie on disk: how each was trained, and its table of epochs."""
+"""Runs of `train.py` on disk: how each was trained, and its table of epochs."""
 
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.losses.multi_exit_loss import LOSSES
 from timm_multiexit.losses.teachers import DepthWeights, checked_teacher, resolve_teacher
-from timm_multiexit.utils.errors import CheckpointError, MultiExitError
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError
 from timm_multiexit.utils.text import exit_names
 
 PLAIN = 'plain'
@@ -26,21 +25,21 @@ class Run:
     Attributes:
         name: What it is called in figures; no two runs that are read together have the same.
         folder: Where it is.
-        args: Of the command line, from `args.yaml`.
+        args: Flags of `train.py`, from `args.yaml`.
         rows: Of `summary.csv`, one per epoch.
-        results: `results.json`; empty where the run did not come to its end.
+        results: `results.json`; empty if the run has not ended.
     """
 
     name: str
     folder: Path
-    args: Namespace
+    args: Mapping[str, Any]
     rows: Sequence[Mapping[str, float]]
     results: Mapping[str, Any]
 
     @property
-    def best(self) -> Path:
-        """Folder of the network."""
-        return RunFolder(self.folder).best
+    def files(self) -> RunFolder:
+        """Its files."""
+        return RunFolder(self.folder)
 
     @property
     def method(self) -> str:
@@ -50,25 +49,26 @@ class Run:
     @property
     def curve_split(self) -> str:
         """What its epochs were evaluated on."""
-        held_out, split = getattr(self.args, 'val_from_train', None), self.args.val_split
-        return f'{held_out} images held out of {self.args.train_split}' if held_out else split
+        held_out = self.args.get('val_from_train')
+        return f'{held_out} images held out of {self.args["train_split"]}' if held_out else self.args['val_split']
 
     @property
     def is_multi_label(self) -> bool:
         """Whether an image has any number of classes."""
-        return self.args.task == 'multilabel'
+        return bool(self.args['task'] == 'multilabel')
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """Return the runs in these folders, named by what tells their paths apart.
 
     Raises:
-        MultiExitError: A folder is no run or is named twice.
+        CheckpointError: A folder is not a run.
+        InvalidValueError: A folder is named twice.
     """
     paths = [Path(folder).resolve() for folder in folders]
     twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
-        raise MultiExitError(f'{twice[0]} is named twice: name each run once.')
+        raise InvalidValueError(f'{twice[0]} is given twice. Give each run once.')
     return [_read_run(path, name) for path, name in zip(paths, name_folders(paths))]
 
 
@@ -102,36 +102,37 @@ def _read_run(folder: Path, name: str) -> Run:
     if missing:
         part = missing[0].relative_to(folder)
         raise CheckpointError(f'{folder} is not a run of train.py: it has no {part}. Name the folder that has it.')
-    args = Namespace(**run.read_args(_NEEDED_ARGS))
-    return Run(name, folder, args, run.read_summary(), run.read_results() if run.results_path.is_file() else {})
+    results = run.read_results() if run.results_path.is_file() else {}
+    return Run(name, folder, run.read_args(_NEEDED_ARGS), run.read_summary(), results)
 
 
-def name_method(args: Namespace) -> str:
+def name_method(args: Mapping[str, Any]) -> str:
     """Return how a run was trained, in a word: 'plain' without exits, else the loss and what differs from its row.
 
-    >>> name_method(Namespace(exits='auto', exit_loss='eed', exit_output_loss='mse', exit_teacher=[0, -1]))
+    >>> name_method({'exits': 'auto', 'exit_loss': 'eed', 'exit_output_loss': 'mse', 'exit_teacher': [0, -1]})
     'eed-mse-teacher[0,-1]'
-    >>> name_method(Namespace(exits='auto', exit_loss='eed', exit_output_weight=1.0, exit_head='paper'))
+    >>> name_method({'exits': 'auto', 'exit_loss': 'eed', 'exit_output_weight': 1.0, 'exit_head': 'paper'})
     'eed-kl-weight1-paper'
     """
-    if args.exits is None:
+    if args['exits'] is None:
         return PLAIN
-    parts = [args.exit_loss]
-    if args.exit_loss != 'ce':
-        parts.append(getattr(args, 'exit_output_loss', None) or LOSSES[args.exit_loss].get('output_loss', 'kl'))
-    teacher = getattr(args, 'exit_teacher', None)
+    loss: str = args['exit_loss']
+    parts = [loss]
+    if loss != 'ce':
+        parts.append(args.get('exit_output_loss') or LOSSES[loss].get('output_loss', 'kl'))
+    teacher = args.get('exit_teacher')
     if teacher is not None:
         parts.append('teacher' + (teacher if isinstance(teacher, str) else f'[{",".join(map(str, teacher))}]'))
-    if getattr(args, 'exit_output_weight', None) is not None:
-        parts.append(f'weight{args.exit_output_weight:g}')
-    if getattr(args, 'exit_feature_weight', None):
+    if args.get('exit_output_weight') is not None:
+        parts.append(f'weight{args["exit_output_weight"]:g}')
+    if args.get('exit_feature_weight'):
         parts.append('features')
-    if getattr(args, 'exit_head', 'conv') != 'conv':
-        parts.append(args.exit_head)
+    if args.get('exit_head', 'conv') != 'conv':
+        parts.append(args['exit_head'])
     return '-'.join(parts)
 
 
-def teacher_members(args: Namespace, num_exits: int) -> dict[int, float]:
+def teacher_members(args: Mapping[str, Any], num_exits: int) -> dict[int, float]:
     """Return the classifiers that teach, 0-based, shallow to deep, with their weights; none if nothing is distilled.
 
     Args:
@@ -139,16 +140,15 @@ def teacher_members(args: Namespace, num_exits: int) -> dict[int, float]:
         num_exits: Of its network, without main.
 
     Raises:
-        MultiExitError: A classifier is named that is not there.
+        InvalidValueError: A classifier does not exist.
 
-    >>> teacher_members(Namespace(exits='auto', exit_loss='eed', exit_teacher=[0, -1]), 3)
+    >>> teacher_members({'exits': 'auto', 'exit_loss': 'eed', 'exit_teacher': [0, -1]}, 3)
     {0: 0.5, 3: 0.5}
     """
-    if args.exits is None:
+    if args['exits'] is None:
         return {}
-    teacher = getattr(args, 'exit_teacher', None)
-    row = LOSSES[args.exit_loss]
-    teacher = checked_teacher(row['teacher'] if teacher is None else teacher)
+    row, given = LOSSES[args['exit_loss']], args.get('exit_teacher')
+    teacher = checked_teacher(row['teacher'] if given is None else given)
     return {} if teacher is None else resolve_teacher(teacher, row.get('depth_weights', DepthWeights()), num_exits + 1)
 
 
@@ -167,10 +167,10 @@ def find_reference(runs: Sequence[Run], name: str | None) -> Run | None:
 
     Args:
         runs: All.
-        name: What was asked for; None for nothing, which finds None where no run is of 'ce'.
+        name: Name, method or loss; None for a run of 'ce', which need not exist.
 
     Raises:
-        MultiExitError: No run is called so.
+        InvalidValueError: No run has that name, method or loss.
     """
     wanted = name or 'ce'
     found = [run for run in runs if wanted in (run.name, run.folder.name)]
@@ -178,5 +178,5 @@ def find_reference(runs: Sequence[Run], name: str | None) -> Run | None:
     found = found or [run for run in runs if run.method.split('-')[0] == wanted]
     if not found and name is not None:
         known = ', '.join(f'{run.name} ({run.method})' for run in runs)
-        raise MultiExitError(f"--reference is '{name}', allowed are the runs {known}: name one by name or by method.")
+        raise InvalidValueError(f"--reference must be the name or method of a run, {known}, got '{name}'.")
     return found[0] if found else None

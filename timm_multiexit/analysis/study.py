@@ -3,12 +3,11 @@
 import json
 import logging
 import re
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 from torch import Tensor
 
 from timm_multiexit.analysis.architecture import draw_architecture
@@ -21,12 +20,12 @@ from timm_multiexit.analysis.line_figures import (
     draw_training,
 )
 from timm_multiexit.analysis.matrix_figures import draw_agreement, draw_dissimilarity
-from timm_multiexit.analysis.measuring import Measurer
+from timm_multiexit.analysis.measuring import AnalysisData, Measurer
 from timm_multiexit.analysis.runs import Run, find_reference
+from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.evaluation.metrics import default_metric
-from timm_multiexit.evaluation.stamp import name_dataset
 from timm_multiexit.utils.environment import describe_environment
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.figures import MATPLOTLIB_MISSING, encode_png
 from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, replacing, write_text
 from timm_multiexit.utils.untrusted import read_json
@@ -46,24 +45,38 @@ class Study:
 
     Args:
         runs: As `read_runs` returned them.
-        args: For `Measurer`, with `reference` (name, method or None).
+        data: The images that they are measured on.
         out: Folder of what is written; files of the same names are replaced.
-        accelerator: Gives the device.
+        device: Where networks run.
+        reference: Name or method of the run that gains are over; None for the first of 'ce', if there is one.
+        num_samples: Images of the dissimilarity matrices, at most.
+        seed: Of the choice of these.
 
     Raises:
-        MultiExitError: No run is called as the reference, or runs are of different tasks.
+        InvalidValueError: No run has the name or method of the reference, or runs are of different tasks.
     """
 
-    def __init__(self, runs: Sequence[Run], args: Namespace, out: Path, accelerator: Accelerator):
-        self.runs, self.args, self.out, self.accelerator = runs, args, out, accelerator
-        self.reference = find_reference(runs, args.reference)
-        seeds = {getattr(run.args, 'seed', None) for run in runs}
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        data: AnalysisData,
+        out: Path,
+        *,
+        device: torch.device,
+        reference: str | None = None,
+        num_samples: int = 500,
+        seed: int = 0,
+    ):
+        self.runs, self.data, self.out, self.device = runs, data, out, device
+        self.num_samples, self.seed = num_samples, seed
+        self.reference = find_reference(runs, reference)
+        seeds = {run.args.get('seed') for run in runs}
         if self.reference and len(seeds) > 1:
             _logger.warning(
-                f'Gains are over {self.reference.name} alone, and runs are of several seeds: their noise is in them.'
+                f'Gains are over {self.reference.name} alone, but runs have different seeds: gains contain their noise.'
             )
         if len({run.is_multi_label for run in runs}) > 1:
-            raise MultiExitError('Runs with one and with several classes per image cannot be compared: name one kind.')
+            raise InvalidValueError('Cannot compare runs with one and with several classes per image. Give one kind.')
         self.metric = default_metric(runs[0].is_multi_label)
         self.draws = True
 
@@ -74,20 +87,20 @@ class Study:
         numbers = {run.name: self._describe(run) for run in self.runs}
         self._add_curves(numbers)
         if self.runs[0].is_multi_label:
-            _logger.info('Several classes per image: curves alone.')
+            _logger.info('Images have several classes: only curves are drawn.')
         else:
             self._measure(numbers)
         content = {
-            'dataset': name_dataset(self.args.dataset, self.args.data_dir),
-            'split': self.args.split,
+            'dataset': self.data.name,
+            'split': self.data.split,
             'reference': self.reference and self.reference.name,
             'metric': self.metric,
-            'samples': self.args.samples,
-            'seed': self.args.seed,
+            'samples': self.num_samples,
+            'seed': self.seed,
             'runs': numbers,
             'environment': describe_environment(),
         }
-        content = _rounded(content)
+        content = {key: _rounded(item) for key, item in content.items()}
         write_text(self.out / 'analysis.json', format_json(content))
         self._draw_together(numbers)
         return content
@@ -95,9 +108,9 @@ class Study:
     def _describe(self, run: Run) -> dict[str, Any]:
         best = run.results.get('best_epoch')
         return {
-            'model': run.args.model,
+            'model': run.args['model'],
             'method': run.method,
-            'seed': getattr(run.args, 'seed', None),
+            'seed': run.args.get('seed'),
             'best_epoch': None if best is None else best + 1,
             'curve_of': run.curve_split,
         }
@@ -108,14 +121,14 @@ class Study:
         for name, curve in curves.items():
             numbers[name]['curve'] = describe_curve(curve, own[-1] if own else None)
             if not curve['epochs']:
-                _logger.warning(f'{name} has no epoch that was evaluated: no curve of it.')
+                _logger.warning(f'{name} has no evaluated epoch, so its curve is left out.')
 
     def _measure(self, numbers: Mapping[str, dict[str, Any]]) -> None:
-        measurer = Measurer(self.args, self.accelerator)
+        measurer = Measurer(self.data, self.device, num_samples=self.num_samples, seed=self.seed)
         for run in self.runs:
             found, matrices = measurer.measure(run)
             numbers[run.name] |= found
-            _logger.info(f'{run.name} measured on {found["num_samples"]} images of {self.args.split}.')
+            _logger.info(f'{run.name} measured on {found["num_samples"]} images of {self.data.split}.')
             self._draw_alone(run, numbers[run.name], matrices)
         reference = numbers[self.reference.name]['top1'] if self.reference else None
         for values in numbers.values():
@@ -126,10 +139,10 @@ class Study:
         """Write the pictures of one run, whose matrices are not kept."""
         if not matrices:
             return
-        labels = read_json(run.best / 'config.json').get('label_names')
+        labels = read_json(run.files.best / CONFIG_NAME).get('label_names')
         name = run.name.replace('/', '-')
-        title = f'{run.name}: {run.args.model}, {run.method}'
-        of_split = f'{title}, {numbers["num_samples"]} images of {self.args.split}'
+        title = f'{run.name}: {run.args["model"]}, {run.method}'
+        of_split = f'{title}, {numbers["num_samples"]} images of {self.data.split}'
         self._save(f'fig1_architecture_{name}', lambda: draw_architecture(numbers['architecture'], title))
         self._save(f'fig2_agreement_{name}', lambda: draw_agreement(numbers['agreement'], of_split, labels))
         self._save(f'fig4_dissimilarity_{name}', lambda: draw_dissimilarity(numbers['dissimilarity'], matrices, title))
@@ -153,7 +166,7 @@ class Study:
             name: values['accuracy_over_macs'] for name, values in numbers.items() if 'accuracy_over_macs' in values
         }
         if points:
-            title = f'{name_dataset(self.args.dataset, self.args.data_dir)}, {self.args.split} split'
+            title = f'{self.data.name}, {self.data.split} split'
             self._save('accuracy_over_macs', lambda: draw_accuracy_over_macs(points, title))
 
     def _save(self, name: str, draw: Callable[[], Any]) -> None:
@@ -163,14 +176,14 @@ class Study:
             picture = encode_png(draw())
         except ImportError:
             self.draws = False
-            _logger.warning(f'Only numbers are written: {MATPLOTLIB_MISSING}.')
+            _logger.warning(f'Only numbers are written: {MATPLOTLIB_MISSING}')
             return
         with replacing(self.out / f'{name}.png') as draft:
             draft.write_bytes(picture)
 
 
 def _can_place(diversity: Mapping[str, Any]) -> bool:
-    """Return whether there is a gain, and a teacher of several members: one alone has no diversity."""
+    """Return whether there is a gain, and a teacher of several members, since one alone has no diversity."""
     return diversity['teacher']['disagreement'] is not None and None not in diversity['gain'].values()
 
 

@@ -45,8 +45,9 @@ class CifarResNet(ResNet):
         super().__init__(
             block_type, layers, channels=channels, in_chans=in_chans, zero_init_last=zero_init_last, **kwargs
         )
+        # timm's own layers have other types.
         bn1: Any = self.bn1
-        self.conv1: nn.Module = nn.Conv2d(
+        conv1: Any = nn.Conv2d(
             in_chans,
             bn1.num_features,
             kernel_size=3,
@@ -54,8 +55,9 @@ class CifarResNet(ResNet):
             bias=False,
             **get_device_dtype(self),
         )
-        init_convs(self.conv1)
-        self.maxpool: nn.Module = nn.Identity()
+        init_convs(conv1)
+        maxpool: Any = nn.Identity()
+        self.conv1, self.maxpool = conv1, maxpool
         for idx in range(len(channels), 4):
             # timm's forward names four stages.
             self.add_module(f'layer{idx + 1}', nn.Sequential())

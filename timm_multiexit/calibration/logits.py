@@ -21,12 +21,14 @@ class LogitSet(NamedTuple):
         targets: Class indices [N], int64.
         first_batch: The first batch of images, as the model was given it.
         fingerprints: [N] int64, equal for equal images.
+        features: What enters the linear layer of each classifier, [N, D] float32 tensors on the CPU; empty if not kept.
     """
 
     logits: tuple[Tensor, ...]
     targets: Tensor
     first_batch: Tensor
     fingerprints: Tensor
+    features: tuple[Tensor, ...] = ()
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -61,6 +63,7 @@ def collect_logits(
     *,
     accelerator: Accelerator | None = None,
     channels_last: bool = False,
+    features: bool = False,
 ) -> LogitSet:
     """Return the logits of all classifiers on all images of a loader.
 
@@ -69,6 +72,7 @@ def collect_logits(
         loader: Batches of images and class indices, of this process alone.
         accelerator: Gives precision; none for that of the model.
         channels_last: Give images to the model in that memory format.
+        features: Keep the features of all classifiers too.
 
     Raises:
         DataError: The loader is empty.
@@ -87,16 +91,19 @@ def collect_logits(
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast() if accelerator else nullcontext():
-            logits = model(images, exits=True).logits
-        parts.append([single.float().cpu() for single in logits])
+            outputs = model(images, exits=True)
+        kept = (*outputs.logits, *outputs.features) if features else outputs.logits
+        parts.append([single.float().cpu() for single in kept])
         targets.append(target.cpu())
         fingerprints.append(fingerprint(images))
         batches = batches or [images]
     if not parts:
         raise DataError('The data loader is empty, so there is nothing to evaluate.')
-    logits = []
+    joined = []
     for idx in range(len(parts[0])):
-        logits.append(torch.cat([part[idx] for part in parts]))
+        joined.append(torch.cat([part[idx] for part in parts]))
         for part in parts:
             part[idx] = None  # or everything would be there twice at the end
-    return LogitSet(tuple(logits), torch.cat(targets), batches[0], torch.cat(fingerprints))
+    count = len(outputs.logits)
+    logits, rest = tuple(joined[:count]), tuple(joined[count:])
+    return LogitSet(logits, torch.cat(targets), batches[0], torch.cat(fingerprints), rest)

@@ -1,7 +1,8 @@
-"""Model, regime and optimizer from command-line arguments; the task is made in `objective`."""
+"""Model and regime from command-line arguments."""
 
 import logging
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_
 from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
-from timm_multiexit.checkpoints.source import ModelSource, create_backbone, find_source
+from timm_multiexit.checkpoints.source import ModelSource, create_backbone
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint
 from timm_multiexit.cli.build_training import create_train_loss
 from timm_multiexit.exits.cost import meta_copy
@@ -24,27 +25,29 @@ from timm_multiexit.utils.errors import LIBRARY_ERRORS, CheckpointError, Invalid
 _logger = logging.getLogger(__name__)
 
 
-def create_train_model(args: Namespace, num_classes: int | None, resume: Any = None) -> nn.Module:
+def create_train_model(
+    args: Namespace, source: ModelSource | None, *, num_classes: int | None = None, resume: Path | None = None
+) -> Any:
     """Return the model that the flags name, with exits if they ask for some, and its weights loaded.
 
     Args:
-        args: Arguments; `num_classes` is set to what the model has.
+        args: Of the command line.
+        source: What `find_source` returned for `--model` and `--model-kwargs`.
         num_classes: Of the data, None if it does not say.
-        resume: Checkpoint of a run to go on with, None for a new one.
+        resume: Checkpoint of a run to resume, None for a new one.
 
     Raises:
         MultiExitError: No such model or exits, weights that do not fit, or fewer classes than the data has.
     """
     if args.fast_norm:
         set_fast_norm()
-    pin_model(args)
     try:
-        model = _create_architecture(args)
+        model = _create_architecture(args, source, num_classes)
     except MultiExitError:
         raise
     except LIBRARY_ERRORS as error:
-        raise MultiExitError(
-            f'{args.model} cannot be made so: {one_line(error)}. See the flags of the model and --model-kwargs.'
+        raise InvalidValueError(
+            f'Cannot create {args.model}: {one_line(error)}. See the flags of the model and --model-kwargs.'
         ) from error
     if args.initial_checkpoint:
         load_checkpoint(model, args.initial_checkpoint)
@@ -54,9 +57,10 @@ def create_train_model(args: Namespace, num_classes: int | None, resume: Any = N
     if resume:
         _check_resumed(model, resume)
         load_checkpoint(model, resume, use_ema=False)
-    args.num_classes = model.num_classes
-    if num_classes and num_classes > args.num_classes:
-        raise MultiExitError(f'The data has {num_classes} classes, the model {args.num_classes}: set --num-classes.')
+    if num_classes and num_classes > model.num_classes:
+        raise InvalidValueError(
+            f'The data has {num_classes} classes, the model {model.num_classes}: set --num-classes.'
+        )
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     if not resume:
@@ -64,20 +68,16 @@ def create_train_model(args: Namespace, num_classes: int | None, resume: Any = N
     return model
 
 
-def pin_model(args: Namespace) -> ModelSource | None:
-    """Return the folder or repository that `--model` names; of the Hub it names its commit from then on.
+def model_kwargs(args: Namespace, source: ModelSource | None) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
+    """Return what `timm.create_model` takes in training and evaluation alike, and the image size that costs are for.
+
+    Args:
+        args: Of the command line.
+        source: What `find_source` returned for `--model` and `--model-kwargs`.
 
     Raises:
-        MultiExitError: There is no such model, or it says what it must not say.
+        InvalidValueError: timm does not take the image size.
     """
-    source = find_source(args.model, **args.model_kwargs)
-    if source is not None:
-        args.model = source.name
-    return source
-
-
-def model_kwargs(args: Namespace) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
-    """Return what `timm.create_model` takes in training and evaluation alike, and the image size that costs are for."""
     kwargs = {
         'pretrained': args.pretrained,
         'num_classes': args.num_classes,
@@ -85,18 +85,17 @@ def model_kwargs(args: Namespace) -> tuple[dict[str, Any], tuple[int, int, int] 
         'global_pool': args.gp,
         **args.model_kwargs,
     }
-    img_size = _find_img_size(args)
+    img_size = _find_img_size(args, source)
     if img_size is not None:
         kwargs['img_size'] = img_size
     return kwargs, args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
 
 
-def _find_img_size(args: Namespace) -> Any:
+def _find_img_size(args: Namespace, source: ModelSource | None) -> Any:
     """Return the size that a model must be made for, None where it takes any: most transformers are made for one."""
     name, given = args.model, dict(args.model_kwargs)
-    source = find_source(name, **given)
     if source is not None:
-        # timm gets what was checked. A size that was saved with the model gives way to the one that is asked for.
+        # timm gets what was checked. A size that was saved with the model gives way to the one that is given here.
         config = source.config
         name, saved, cfg = config.architecture, dict(config.model_args), dict(config.pretrained_cfg)
         if saved.pop('img_size', None) is not None and given.get('img_size') is None:
@@ -105,11 +104,13 @@ def _find_img_size(args: Namespace) -> Any:
     try:
         return resolve_model_input_args(name, vars(args), **given).get('img_size')
     except LIBRARY_ERRORS as error:
-        raise MultiExitError(f'{args.model} cannot be made so: {one_line(error)}. See --img-size.') from error
+        raise InvalidValueError(f'Cannot create {args.model}: {one_line(error)}. See --img-size.') from error
 
 
-def _create_architecture(args: Namespace) -> nn.Module:
-    kwargs, size = model_kwargs(args)
+def _create_architecture(args: Namespace, source: ModelSource | None, num_classes: int | None) -> Any:
+    kwargs, size = model_kwargs(args, source)
+    if args.num_classes is None and not args.pretrained:
+        kwargs['num_classes'] = num_classes
     kwargs |= {
         'drop_rate': args.drop,
         'drop_path_rate': args.drop_path,
@@ -121,10 +122,15 @@ def _create_architecture(args: Namespace) -> nn.Module:
         # -1 classes: not the file's, so that a classifier of another size is made anew.
         kwargs['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
     if args.exits is None:
-        return create_backbone(args.model, **kwargs)
-    exits = None if _has_own_exits(args) and args.exits == 'auto' else args.exits
+        return create_backbone(source or args.model, **kwargs)
+    exits = None if _has_own_exits(args, source) and args.exits == 'auto' else args.exits
     model = create_model(
-        args.model, exits=exits, head=args.exit_head, head_widths=args.head_widths, input_size=size, **kwargs
+        source or args.model,
+        exits=exits,
+        head=args.exit_head,
+        head_widths=args.head_widths,
+        input_size=size,
+        **kwargs,
     )
     # Projectors that no loss reads would have no gradient, which distributed training takes for an error.
     if args.exit_projectors and create_train_loss(args).feature_weight > 0:
@@ -132,17 +138,16 @@ def _create_architecture(args: Namespace) -> nn.Module:
     return model
 
 
-def _has_own_exits(args: Namespace) -> bool:
+def _has_own_exits(args: Namespace, source: ModelSource | None) -> bool:
     """Return whether the model's folder or repository holds trained exits, which 'auto' then means."""
-    source = find_source(args.model, **args.model_kwargs) if args.pretrained else None
-    return source is not None and bool(source.config.exits)
+    return bool(args.pretrained and source is not None and source.config.exits)
 
 
-def _check_resumed(model: nn.Module, path: Any) -> None:
+def _check_resumed(model: nn.Module, path: Path) -> None:
     exits = (read_training_checkpoint(path).get('task_state') or {}).get('exits')
     if isinstance(model, MultiExitModel) and exits is None:
-        raise MultiExitError(
-            f'{path} is of a run without exits, so it cannot be gone on with: start from its weights with'
+        raise CheckpointError(
+            f'Cannot resume from {path}, a run without exits: start from its weights with'
             f' --initial-checkpoint {path}, or leave the exits out.'
         )
 
@@ -174,7 +179,7 @@ def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None
         input_size: (channels, height, width).
 
     Raises:
-        MultiExitError: It does not, the message has its own reason.
+        InvalidValueError: It does not, the message has its own reason.
     """
     try:
         meta_copy(model).eval()(torch.empty(2, *input_size, device='meta'))
@@ -185,7 +190,7 @@ def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None
     try:
         model.eval()(torch.zeros(2, *input_size, dtype=next(model.parameters()).dtype))
     except LIBRARY_ERRORS as error:
-        raise MultiExitError(
+        raise InvalidValueError(
             f'The model does not take images of {list(input_size)}: {one_line(error)}. Give another --img-size.'
         ) from error
     finally:
@@ -193,12 +198,11 @@ def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None
             module.training = mode
 
 
-def place_model(args: Namespace, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+def place_model(args: Namespace, model: nn.Module, accelerator: Accelerator) -> Any:
     """Return the model on its device, its normalization layers synchronized if the flags say so."""
-    if args.sync_bn and accelerator.num_processes > 1:
+    if synchronizes_norms(args, accelerator):
         if accelerator.device.type == 'cpu':
-            raise MultiExitError('--sync-bn needs GPUs, torch has none for CPUs: leave it out.')
-        args.dist_bn = ''
+            raise InvalidValueError('--sync-bn needs GPUs, torch has none for CPUs: leave it out.')
         model = convert_sync_batchnorm(model)
     model.to(device=accelerator.device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None)
     if args.channels_last:
@@ -206,10 +210,20 @@ def place_model(args: Namespace, model: nn.Module, accelerator: Accelerator) -> 
     return model
 
 
-def create_regime(args: Namespace, model: nn.Module) -> Regime:
+def synchronizes_norms(args: Namespace, accelerator: Accelerator) -> bool:
+    """Return whether normalization layers see the batches of all processes, so that their statistics are the same."""
+    return bool(args.sync_bn and accelerator.num_processes > 1)
+
+
+def create_regime(args: Namespace, model: nn.Module, source: ModelSource | None) -> Regime:
     """Return what trains when.
 
     Fresh heads on a trained backbone first learn alone, or they would pull it away from its weights.
+
+    Args:
+        args: Of the command line.
+        model: What `create_train_model` returned.
+        source: What it was made of.
     """
     if not isinstance(model, MultiExitModel):
         return Regime()
@@ -218,14 +232,14 @@ def create_regime(args: Namespace, model: nn.Module) -> Regime:
     if name == 'mixed':
         backbone_epochs = args.epochs // 2 if args.backbone_epochs is None else args.backbone_epochs
     # timm replaces a classifier of other classes by a fresh one.
-    is_other = args.pretrained and model.pretrained_cfg.get('num_classes') != args.num_classes
+    is_other = args.pretrained and model.pretrained_cfg.get('num_classes') != model.num_classes
     has_fresh_classifier = bool(is_other and not args.initial_checkpoint)
     is_trained = bool(args.pretrained or args.pretrained_path or args.initial_checkpoint or backbone_epochs)
     if name == 'frozen' and not (is_trained or args.resume):
         _logger.warning('The backbone stays as it is, and it is not trained: add --pretrained or --initial-checkpoint.')
     warmup = 0.0 if name == 'frozen' else args.head_warmup_epochs
     if warmup is None:
-        has_own_heads = args.exits == 'auto' and _has_own_exits(args)
+        has_own_heads = args.exits == 'auto' and _has_own_exits(args, source)
         has_trained_heads = has_own_heads or _checkpoint_has_exits(args.initial_checkpoint)
         warmup = 1.0 if is_trained and (has_fresh_classifier or not has_trained_heads) else 0.0
     return Regime(
@@ -263,7 +277,7 @@ def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExi
         in_chans: Channels of the images.
 
     Raises:
-        MultiExitError: There is no such model or no weights, or it has other classes or channels.
+        MultiExitError: No such model or no weights, or it has other classes or channels.
     """
     name, checkpoint = split_name(text)
     try:

@@ -1,11 +1,12 @@
-"""What training minimises, from command-line arguments: criterion, loss and task."""
+"""What a run trains with, from command-line arguments: data, loss, task and optimizer."""
 
 from argparse import Namespace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from timm.data import FastCollateMixup, Mixup
+from timm.data.mixup import Mixup
 from timm.data.target_transforms import MultiLabelTarget
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -21,43 +22,54 @@ from torch import nn
 
 from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.cli.flags.train_rules import is_mixing, loss_kwargs
-from timm_multiexit.data.datasets import check_classes, create_checked_dataset
+from timm_multiexit.data.datasets import check_classes, class_names, create_checked_dataset
 from timm_multiexit.data.holdout import hold_out
-from timm_multiexit.losses.multi_exit_loss import create_loss
+from timm_multiexit.data.loaders import create_eval_loader, create_train_loader
+from timm_multiexit.evaluation.stamp import name_dataset
+from timm_multiexit.losses.multi_exit_loss import MultiExitLoss, create_loss
 from timm_multiexit.losses.teachers import KDConfig
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.training.regimes import Regime, split_exit_groups
+from timm_multiexit.training.run import RunData
 from timm_multiexit.training.task import MultiExitTask
-from timm_multiexit.utils.errors import LIBRARY_ERRORS, MultiExitError, one_line
+from timm_multiexit.utils.errors import LIBRARY_ERRORS, DataError, InvalidValueError, MultiExitError, one_line
 
 _SQRT_SCALED = ('ada', 'lamb')  # optimizers whose rate timm scales with the root of the batch
 
 
-def create_train_optimizer(
-    args: Namespace, model: nn.Module, batch_size: float, accelerator: Accelerator, regime: Regime
-) -> torch.optim.Optimizer:
-    """Return the optimizer, the heads in groups of their own; `args.lr` is set if it was not given.
+def resolve_lr(args: Namespace, batch_size: float, num_processes: int) -> tuple[float, str]:
+    """Return the learning rate, and how it follows the batch: --lr, or --lr-base scaled as timm does.
 
     Args:
-        args: Arguments.
-        model: What is trained; frozen parameters are left out.
+        args: Of the command line.
         batch_size: Mean batch size of one process.
-        accelerator: Knows how many there are.
+        num_processes: How many there are.
+    """
+    if args.lr:
+        return args.lr, args.lr_base_scale
+    is_sqrt = any(name in args.opt.lower() for name in _SQRT_SCALED)
+    scale = args.lr_base_scale or ('sqrt' if is_sqrt else 'linear')
+    ratio = batch_size * num_processes * args.grad_accum_steps / args.lr_base_size
+    return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio), scale
+
+
+def create_train_optimizer(args: Namespace, model: nn.Module, regime: Regime, *, lr: float) -> torch.optim.Optimizer:
+    """Return the optimizer, with the heads in groups of their own.
+
+    Args:
+        args: Of the command line.
+        model: What is trained; frozen parameters are left out.
         regime: What trains when.
+        lr: See `resolve_lr`.
 
     Raises:
-        MultiExitError: The optimizer does not take what the flags say.
+        InvalidValueError: The optimizer does not take what the flags say.
     """
-    if not args.lr:
-        is_sqrt = any(name in args.opt.lower() for name in _SQRT_SCALED)
-        args.lr_base_scale = args.lr_base_scale or ('sqrt' if is_sqrt else 'linear')
-        ratio = batch_size * accelerator.num_processes * args.grad_accum_steps / args.lr_base_size
-        args.lr = args.lr_base * (ratio**0.5 if args.lr_base_scale == 'sqrt' else ratio)
     try:
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args) | {'lr': lr}, **args.opt_kwargs)
     except LIBRARY_ERRORS as error:
-        raise MultiExitError(
-            f'--opt {args.opt} cannot be made so: {one_line(error)}. See its flags and --opt-kwargs.'
+        raise InvalidValueError(
+            f'Cannot create --opt {args.opt}: {one_line(error)}. See its flags and --opt-kwargs.'
         ) from error
     split_exit_groups(optimizer, model, args.exit_lr_scale, trains_classifier=regime.trains_classifier)
     return optimizer
@@ -84,7 +96,7 @@ def create_datasets(args: Namespace) -> tuple[tuple[Any, Any, Any], int | None]:
     the epoch is chosen on training images held out, and `--val-split` is for the final table.
 
     Raises:
-        MultiExitError: Data that cannot be had, or splits that do not fit each other.
+        DataError: The data cannot be loaded, or its splits do not fit each other.
     """
     in_chans = args.input_size[0] if args.input_size else args.in_chans or 3
     common = {
@@ -127,35 +139,100 @@ def _check_distinct(args: Namespace, train: Any, val: Any) -> None:
     """Raise where timm found no folders of splits, and took the whole folder for both."""
     roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, val)]
     if not args.dataset and roots[0] and roots[0] == roots[1] and args.train_split != args.val_split:
-        raise MultiExitError(
+        raise DataError(
             f"{args.data_dir} has no folders of splits, so '{args.val_split}' would be the training images again: make"
             f" {args.train_split}/ and {args.val_split}/, or give --val-split ''."
         )
 
 
-def encode_targets(args: Namespace, datasets: tuple) -> None:
-    """Let multi-label data sets give their targets as [C] vectors, once the number of classes is known."""
+def encode_targets(args: Namespace, datasets: Iterable[Any], num_classes: int) -> None:
+    """Let multi-label data sets give their targets as [C] vectors."""
     if args.task == 'multilabel':
         for dataset in datasets:
             if dataset is not None:
-                dataset.target_transform = MultiLabelTarget(args.num_classes, dense=args.target_format == 'multihot')
+                dataset.target_transform = MultiLabelTarget(num_classes, dense=args.target_format == 'multihot')
 
 
-def _create_mixing(args: Namespace) -> tuple[FastCollateMixup | None, Mixup | None]:
-    if not is_mixing(args):
-        return None, None
-    mixer = (Mixup if args.no_prefetcher else FastCollateMixup)(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=args.num_classes,
-        multi_label=args.task == 'multilabel',
+def create_run_data(
+    args: Namespace,
+    datasets: tuple[Any, Any, Any],
+    data_config: dict[str, Any],
+    accelerator: Accelerator,
+    *,
+    num_classes: int,
+) -> tuple[RunData, Mixup | None]:
+    """Return the loaders and labels of a run, and the function that mixes training batches if the loader does not.
+
+    Args:
+        args: Of the command line.
+        datasets: What `create_datasets` returned.
+        data_config: What `timm.data.resolve_data_config` returned.
+        accelerator: Gives device and processes.
+        num_classes: Of the model.
+
+    Raises:
+        MultiExitError: See `create_train_loader`.
+    """
+    train, val, test = datasets
+    loading: dict[str, Any] = {'data_config': data_config, 'accelerator': accelerator}
+    train_loader, mixup_fn = create_train_loader(
+        train,
+        seed=args.seed,
+        augmentation=_augmentation(args),
+        sizes=_scheduled_sizes(args),
+        mixing=_mixing(args, num_classes),
+        mixup_off_epoch=args.mixup_off_epoch,
+        interpolation='' if args.no_aug else args.train_interpolation,
+        crop_padding=args.crop_padding,
+        multi_epochs=args.use_multi_epochs_loader,
+        worker_seeding=args.worker_seeding,
+        **loading,
+        **loader_options(args) | {'batch_size': args.batch_size},
     )
-    return (None, mixer) if args.no_prefetcher else (mixer, None)
+    val_loader, test_loader = (
+        None if dataset is None else create_eval_loader(dataset, **loading, **loader_options(args))
+        for dataset in (val, test)
+    )
+    held_out = f'{args.val_from_train} images held out of {args.train_split}'
+    data = RunData(
+        train_loader=train_loader,
+        val_loader=val_loader,
+        test_loader=test_loader,
+        data_config=data_config,
+        label_names=class_names(train, num_classes),
+        name=name_dataset(args.dataset, args.data_dir),
+        split=args.test_split or args.val_split,
+        chosen_on=held_out if args.val_from_train else args.val_split,
+        is_held_out=bool(args.val_from_train),
+    )
+    return data, mixup_fn
+
+
+def loader_options(args: Namespace) -> dict[str, Any]:
+    """Return the keywords of `create_eval_loader` that the flags of both scripts name."""
+    return {
+        'batch_size': getattr(args, 'validation_batch_size', None) or args.batch_size,
+        'num_workers': args.workers,
+        'pin_memory': args.pin_mem,
+        'uses_prefetcher': not args.no_prefetcher,
+        'dtype': getattr(torch, getattr(args, 'model_dtype', None) or 'float32'),
+    }
+
+
+def _mixing(args: Namespace, num_classes: int) -> dict[str, Any] | None:
+    if not is_mixing(args):
+        return None
+    return {
+        'mixup_alpha': args.mixup,
+        'cutmix_alpha': args.cutmix,
+        'cutmix_minmax': args.cutmix_minmax,
+        'prob': args.mixup_prob,
+        'switch_prob': args.mixup_switch_prob,
+        'mode': args.mixup_mode,
+        'label_smoothing': args.smoothing,
+        'num_classes': num_classes,
+        'multi_label': args.task == 'multilabel',
+    }
 
 
 def _augmentation(args: Namespace) -> dict[str, Any]:
@@ -174,9 +251,9 @@ def _augmentation(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _scheduled_sizes(args: Namespace) -> dict[str, Any]:
+def _scheduled_sizes(args: Namespace) -> dict[str, Any] | None:
     if args.train_img_sizes is None:
-        return {}
+        return None
     is_progressive = args.train_size_schedule == 'progressive'
     return {
         'input_size_choices': args.train_img_sizes,
@@ -191,13 +268,18 @@ def _scheduled_sizes(args: Namespace) -> dict[str, Any]:
     }
 
 
-def create_criterion(args: Namespace) -> nn.Module:
-    """Return the task term: timm's loss for the flags."""
-    return create_classification_loss(**loss_kwargs(args, args.num_classes))
+def create_criterion(args: Namespace, num_classes: int | None = None) -> nn.Module:
+    """Return the task term: timm's loss for the flags.
+
+    Args:
+        args: Of the command line.
+        num_classes: Of the model, to check weights of classes against.
+    """
+    return create_classification_loss(**loss_kwargs(args, num_classes))
 
 
-def create_train_loss(args: Namespace) -> nn.Module:
-    """Return the multi-exit loss that the flags name."""
+def create_train_loss(args: Namespace, num_classes: int | None = None) -> MultiExitLoss:
+    """Return the multi-exit loss that the flags name; see `create_criterion`."""
     return create_loss(
         args.exit_loss,
         teacher=args.exit_teacher,
@@ -206,7 +288,7 @@ def create_train_loss(args: Namespace) -> nn.Module:
         feature_weight=args.exit_feature_weight,
         temperature=args.exit_temperature,
         exit_weights=args.exit_weights,
-        criterion=create_criterion(args),
+        criterion=create_criterion(args, num_classes),
         multi_label=args.task == 'multilabel',
     )
 
@@ -215,48 +297,38 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device) -> Trai
     """Return the task: what is minimised in a step.
 
     Raises:
-        MultiExitError: The teacher cannot be had, or flags contradict each other.
+        MultiExitError: The teacher cannot be loaded, or flags contradict each other.
     """
-    common = {'device': device, 'dtype': getattr(torch, args.model_dtype) if args.model_dtype else None}
-    common['verbose'] = False
+    dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
     teacher = args.kd_model_name
     source = find_source(teacher) if teacher else None
     try:
         if source is not None:
-            teacher = source.create_backbone(pretrained=True).to(device=device, dtype=common['dtype'])
-        return _create_task(args, model, teacher, common)
+            teacher = source.create_backbone(pretrained=True).to(device=device, dtype=dtype)
+        return _create_task(args, model, teacher, {'device': device, 'dtype': dtype, 'verbose': False})
     except MultiExitError:
         raise
     except LIBRARY_ERRORS as error:
         if not teacher:
             raise
-        raise MultiExitError(f'--kd-model-name {args.kd_model_name} cannot teach so: {one_line(error)}.') from error
+        raise InvalidValueError(f'Cannot use --kd-model-name {args.kd_model_name}: {one_line(error)}.') from error
 
 
-def _create_task(
-    args: Namespace, model: nn.Module, teacher: str | nn.Module | None, common: dict[str, Any]
-) -> TrainingTask:
+def _create_task(args: Namespace, model: Any, teacher: str | nn.Module | None, common: dict[str, Any]) -> TrainingTask:
     weights = {'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
     if isinstance(model, MultiExitModel):
         kd = KDConfig(**weights, temperature=args.kd_temperature) if teacher else None
-        return MultiExitTask(model, create_train_loss(args), teacher=teacher, kd=kd, **common)
+        return MultiExitTask(model, create_train_loss(args, model.num_classes), teacher=teacher, kd=kd, **common)
+    criterion = create_criterion(args, model.num_classes)
     if teacher:
-        return _create_distillation_task(args, model, teacher, weights, common)
+        common |= {'student_model': model, 'teacher_model': teacher, 'criterion': criterion, **weights}
+        return _create_distillation_task(args, common)
     if args.task == 'multilabel':
-        return MultiLabelClassificationTask(
-            model, create_criterion(args), threshold=args.multilabel_threshold, **common
-        )
-    return ClassificationTask(model, create_criterion(args), **common)
+        return MultiLabelClassificationTask(model, criterion, threshold=args.multilabel_threshold, **common)
+    return ClassificationTask(model, criterion, **common)
 
 
-def _create_distillation_task(args, model, teacher, weights, common) -> TrainingTask:
-    common = {
-        'student_model': model,
-        'teacher_model': teacher,
-        'criterion': create_criterion(args),
-        **weights,
-        **common,
-    }
+def _create_distillation_task(args: Namespace, common: dict[str, Any]) -> TrainingTask:
     if args.kd_distill_type == 'feature':
         return FeatureDistillationTask(
             student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim, **common

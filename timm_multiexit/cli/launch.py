@@ -1,4 +1,4 @@
-"""What a script sets up first: its log, and Accelerate from command-line arguments."""
+"""What a command sets up first: its log, and Accelerate from command-line arguments."""
 
 import importlib
 import logging
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from timm.utils import setup_default_logging
 
-from timm_multiexit.utils.errors import MultiExitError, one_line
+from timm_multiexit.utils.errors import InvalidValueError, StateError, one_line
 
 _SUPPORTED = {
     kind
@@ -20,7 +20,7 @@ _SUPPORTED = {
 
 
 def setup_logging() -> None:
-    """Set up timm's log of a script, without the addresses that the Hub's client asks, which may be signed."""
+    """Set up timm's log of a script, without the addresses that the Hub's client requests, which may be signed."""
     setup_default_logging()
     for name in ('httpx', 'httpx2'):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -30,15 +30,14 @@ def create_accelerator(args: Namespace) -> Accelerator:
     """Return the accelerator of a run; `torchrun`, `accelerate launch` and plain Python come to the same.
 
     Raises:
-        MultiExitError: A way of launching that is not supported, or fewer processes than were asked for.
+        InvalidValueError: A module or a precision that cannot be used.
+        StateError: The way of launching is not supported, or fewer processes run than were launched.
     """
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise MultiExitError(
-                f"--device-modules names '{module}', which cannot be imported: {one_line(error)}."
-            ) from error
+            raise InvalidValueError(f"Cannot import '{module}' of --device-modules: {one_line(error)}.") from error
     _check_launcher()
     has_gpu = torch.cuda.is_available()
     _check_precision(args, has_gpu and args.device != 'cpu')
@@ -52,13 +51,13 @@ def create_accelerator(args: Namespace) -> Accelerator:
         cpu=args.device == 'cpu' or (launched > 1 and not torch.accelerator.is_available()),
     )
     if accelerator.distributed_type not in _SUPPORTED:
-        raise MultiExitError(
-            f'Accelerate was launched for {accelerator.distributed_type.value}, allowed are one process and'
-            ' DistributedDataParallel: launch with --multi_gpu or torchrun.'
+        raise StateError(
+            f'Accelerate must be launched for one process or DistributedDataParallel, got'
+            f' {accelerator.distributed_type.value}. Launch with --multi_gpu or torchrun.'
         )
     if launched != accelerator.num_processes:
-        raise MultiExitError(
-            f'{launched} processes were launched and Accelerate runs {accelerator.num_processes}; start them with'
+        raise StateError(
+            f'{launched} processes were launched, and Accelerate runs {accelerator.num_processes}. Start them with'
             f' torchrun --nproc-per-node {launched} train.py ...'
         )
     return accelerator
@@ -67,35 +66,35 @@ def create_accelerator(args: Namespace) -> Accelerator:
 def _check_precision(args: Namespace, has_gpu: bool) -> None:
     if args.amp:
         if args.amp_dtype == 'float16' and not has_gpu:
-            raise MultiExitError(
-                '--amp in float16 needs a GPU (on a CPU it would be float32): use --amp-dtype bfloat16.'
+            raise InvalidValueError(
+                '--amp in float16 needs a GPU (on a CPU it would be float32). Use --amp-dtype bfloat16.'
             )
         return
     # Without --amp, what `accelerate launch` or its configuration says holds.
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no').lower()
     if precision not in ('no', 'fp16', 'bf16'):
-        raise MultiExitError(
-            f"Accelerate's --mixed_precision is {precision}, allowed are no, fp16 and bf16: change it in accelerate"
-            ' launch or accelerate config.'
+        raise InvalidValueError(
+            f"Accelerate's --mixed_precision must be no, fp16 or bf16, got {precision}. Change it in accelerate launch"
+            ' or accelerate config.'
         )
     if precision == 'fp16' and not has_gpu:
-        raise MultiExitError(
-            "Accelerate's --mixed_precision fp16 needs a GPU (on a CPU it would be float32): use bf16 or no."
+        raise InvalidValueError(
+            "Accelerate's --mixed_precision fp16 needs a GPU (on a CPU it would be float32). Use bf16 or no."
         )
 
 
 def _check_launcher() -> None:
     for name, flag in (('FSDP', '--use_fsdp'), ('DEEPSPEED', '--use_deepspeed')):
         if os.environ.get(f'ACCELERATE_USE_{name}', '').lower() in ('1', 'true', 'yes'):
-            raise MultiExitError(
-                f'{name} is not supported, allowed is DistributedDataParallel: leave {flag} out of accelerate launch,'
-                ' or choose multi-GPU in accelerate config.'
+            raise StateError(
+                f'{name} is not supported, only DistributedDataParallel. Leave {flag} out of accelerate launch, or'
+                ' choose multi-GPU in accelerate config.'
             )
     # On CPUs `accelerate launch --num_processes 2` starts one process, and tells it only where the others would meet.
     on_cpu = os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
     if on_cpu and 'MASTER_ADDR' in os.environ and 'WORLD_SIZE' not in os.environ:
-        raise MultiExitError(
-            'accelerate launch was asked for several processes and started one, as it does on CPUs; start them with'
+        raise StateError(
+            'accelerate launch started one of several processes, as it does on CPUs. Start them with'
             ' torchrun --nproc-per-node 2 train.py ... or'
             ' ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train.py ...'
         )

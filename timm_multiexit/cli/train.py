@@ -5,53 +5,382 @@ Flags and files are timm's (`train.py --help`); Accelerate owns device, precisio
 """
 
 import logging
+import shlex
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
-import timm_multiexit as tme
+import torch
+from accelerate import Accelerator
+from timm.data.config import resolve_data_config
+from timm.models import safe_model_name
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import TrainingTask
+from timm.utils import random_seed, unwrap_model
+
+from timm_multiexit.checkpoints.run_folder import RunFolder, read_origin
+from timm_multiexit.checkpoints.source import find_source
+from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
+from timm_multiexit.cli.build_model import (
+    check_image_size,
+    create_regime,
+    create_train_model,
+    place_model,
+    synchronizes_norms,
+)
+from timm_multiexit.cli.build_training import (
+    create_datasets,
+    create_run_data,
+    create_task,
+    create_train_optimizer,
+    encode_targets,
+    prepare,
+    resolve_lr,
+)
+from timm_multiexit.cli.flags.parser import option_name
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.launch import create_accelerator, setup_logging
-from timm_multiexit.training.run import TrainingRun
+from timm_multiexit.evaluation.metrics import evaluation_columns
+from timm_multiexit.hub_client.client import check_push
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.origin import Origin
+from timm_multiexit.publishing.licenses import PublicationInfo, find_license
+from timm_multiexit.publishing.push import publish_run
+from timm_multiexit.training.regimes import Regime, RegimeControl
+from timm_multiexit.training.resume import find_resume
+from timm_multiexit.training.run import RunConfig, RunData, TrainingRun
+from timm_multiexit.training.trackers import TrackerConfig, check_trackers
+from timm_multiexit.training.trainer import Trainer, TrainerConfig
+from timm_multiexit.utils.errors import InvalidValueError, MultiExitError
 from timm_multiexit.utils.signals import Stopped
 
+_logger = logging.getLogger(__name__)
 
-def main(argv=None):
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a run makes of its flags; stored with them, under the same names.
+
+    Attributes:
+        model: Name of the model; of the Hub with its commit.
+        num_classes: Of the model.
+        lr: Learning rate that the schedule starts from.
+        lr_base_scale: How `lr` follows the batch, where it was not given.
+        dist_bn: How statistics of batch norms are distributed; '' where the norms are synchronized.
+        origin: What the weights started from, as `Origin` says; None for a model without exits.
+    """
+
+    model: str
+    num_classes: int
+    lr: float
+    lr_base_scale: str
+    dist_bn: str
+    origin: dict[str, Any] | None
+
+
+def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
     """Run the command line and return the exit code: 0, 2 for an error of one line, 128 + N after signal N."""
     setup_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of files every epoch
     run, code = None, 0
     try:
-        args = parse_train_args(argv)
+        args = parse_train_args(argv, prog)
         accelerator = create_accelerator(args)
         logging.disable(logging.NOTSET if accelerator.is_main_process else logging.WARNING)
-        run = TrainingRun(args, accelerator)
+        run = build_run(args, accelerator)
         run.open()
+        _log_start(args, run)
         run.fit()
         run.report()
-    except tme.MultiExitError as error:
-        print(f'train.py: error: {error}', file=sys.stderr)
+    except MultiExitError as error:
+        print(f'{prog}: error: {error}', file=sys.stderr)
         return 2
     except Stopped as stopped:
         code = 128 + stopped.signal
-        if accelerator.is_main_process:
-            where = f'--output {run.output_dir.parent} --experiment {run.output_dir.name}'
-            print(f'train.py: stopped, go on with --resume auto {where}', file=sys.stderr)
+        if run is not None and accelerator.is_main_process:
+            where = f'--output {run.folder.parent} --experiment {run.folder.name}'
+            print(f'{prog}: stopped, continue with --resume auto {where}', file=sys.stderr)
     finally:
         if run is not None:
             run.close()
     # Together: a process that leaves while others still talk to it takes them along.
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if code == 0:
-        code = publish(run)
+    if code == 0 and run is not None and args.push_to_hub and accelerator.is_main_process:
+        code = publish(args, run.folder, prog)
     return code
 
 
-def publish(run):
-    """Publish a finished run if its flags say so, and return the exit code."""
+def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
+    """Return the run that the flags describe. All that can be wrong is checked, and nothing is written.
+
+    Args:
+        args: What `parse_train_args` returned; they stay as they are.
+        accelerator: What `create_accelerator` returned.
+
+    Raises:
+        MultiExitError: Anything that the arguments, the data or the checkpoint have wrong.
+    """
+    check_trackers(args.log_with)
+    folder = choose_output_dir(args)
+    resume = _find_resume(args, folder)
+    random_seed(args.seed, accelerator.process_index)
+    datasets, num_classes = create_datasets(args)
+    if args.is_demo:
+        _logger.info(
+            'No data named (--data-dir, --dataset): training on the handwritten digits that come with scikit-learn,'
+            f' {len(datasets[0])} images, with {args.model} and settings made for them.'
+        )
+    source = find_source(args.model, **args.model_kwargs)
+    model = create_train_model(args, source, num_classes=num_classes, resume=resume)
+    origin = _find_origin(args, model, resume)
+    check_publishing(args, origin, has_table=datasets[2] is not None, asks_hub=accelerator.is_main_process)
+    encode_targets(args, datasets, model.num_classes)
+    _check_metric(args, model)
+    data_config = resolve_data_config(vars(args), model=model)
+    regime = create_regime(args, model, source)
+    if regime.name == 'frozen':
+        model.freeze_backbone(trains_classifier=regime.trains_classifier)
+    check_image_size(model, data_config['input_size'])
+    model = place_model(args, model, accelerator)
+    if args.kd_model_name:
+        # Where the tasks look for how the student's images are normalized.
+        model.pretrained_cfg.update(mean=data_config['mean'], std=data_config['std'])
+    task = create_task(args, model, accelerator.device)
+    data, mixup_fn = create_run_data(args, datasets, data_config, accelerator, num_classes=model.num_classes)
+    batch_size = getattr(data.train_loader.loader.batch_sampler, 'average_batch_size', args.batch_size)
+    lr, lr_base_scale = resolve_lr(args, batch_size, accelerator.num_processes)
+    resolved = Resolved(
+        model=args.model if source is None else source.name,
+        num_classes=model.num_classes,
+        lr=lr,
+        lr_base_scale=lr_base_scale,
+        dist_bn='' if synchronizes_norms(args, accelerator) else args.dist_bn,
+        origin=None if origin is None else origin.to_dict(),
+    )
+    config = _run_config(args, resolved, resume)
+    trainer = _create_trainer(
+        args,
+        task,
+        data,
+        accelerator,
+        is_decreasing=config.is_decreasing,
+        regime=regime,
+        lr=lr,
+        batch_size=batch_size,
+        mixup_fn=mixup_fn,
+    )
+    return TrainingRun(
+        task,
+        trainer,
+        data=data,
+        config=config,
+        record=Namespace(**vars(args) | asdict(resolved)),
+        folder=folder,
+    )
+
+
+def choose_output_dir(args: Namespace) -> Path:
+    """Return the folder of the run: a new one, or that of the checkpoint it is resumed from.
+
+    Raises:
+        InvalidValueError: It holds a run already.
+    """
+    if args.resume and args.resume != 'auto' and not (args.output or args.experiment):
+        return Path(args.resume).parent
+    size = (args.input_size or (args.img_size,))[-1]
+    stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
+    name = args.experiment or '-'.join(str(part) for part in (stamp, safe_model_name(args.model), size) if part)
+    path = Path(args.output or 'output/train', name)
+    is_resumed = args.resume == 'auto' or (args.resume and Path(args.resume).parent.resolve() == path.resolve())
+    if not is_resumed and RunFolder(path).holds_run:
+        raise InvalidValueError(f'{path} holds a run: name another --experiment, or resume it with --resume auto.')
+    return path
+
+
+def _find_resume(args: Namespace, folder: Path) -> Path | None:
+    path = args.resume
+    if path == 'auto':
+        path = find_resume(folder)
+        _logger.info(f'Resuming from {path}.' if path else f'Nothing to resume in {folder}: a new run.')
+    return Path(path) if path else None
+
+
+def _find_origin(args: Namespace, model: Any, resume: Path | None) -> Origin | None:
+    """Return what the weights started from, and note it on the model; of a resumed run what its first part did."""
+    if not isinstance(model, MultiExitModel):
+        return None
+    if resume:
+        before = read_training_checkpoint(resume).get('args')
+        model.origin = read_origin(vars(before) if isinstance(before, Namespace) else {})
+    elif args.initial_checkpoint:
+        model.origin = Origin('a file')
+    return model.origin
+
+
+def _check_metric(args: Namespace, model: Any) -> None:
+    num_exits = len(model.exits) if isinstance(model, MultiExitModel) else 0
+    columns = evaluation_columns(num_exits, multi_label=args.task == 'multilabel')
+    if args.eval_metric not in columns:
+        raise InvalidValueError(f"--eval-metric must be one of {', '.join(columns)}, got '{args.eval_metric}'.")
+
+
+def _create_trainer(
+    args: Namespace,
+    task: TrainingTask,
+    data: RunData,
+    accelerator: Accelerator,
+    *,
+    is_decreasing: bool,
+    regime: Regime,
+    lr: float,
+    batch_size: float,
+    mixup_fn: Any,
+) -> Trainer:
+    module: Any = task.get_trainable_module()
+    if data.val_loader is None and args.sched == 'plateau' and args.eval_metric != 'loss':
+        raise InvalidValueError(
+            f'--sched plateau follows {args.eval_metric}, which no split measures: add --val-split.'
+        )
+    optimizer = create_train_optimizer(args, module, regime, lr=lr)
     try:
-        run.publish()
-    except tme.MultiExitError as error:
-        print(f'train.py: error: {error}', file=sys.stderr)
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer,
+            **scheduler_kwargs(args, decreasing_metric=is_decreasing),
+            updates_per_epoch=-(-len(data.train_loader) // args.grad_accum_steps),
+        )
+    except (AssertionError, ValueError) as error:
+        raise InvalidValueError(f'Cannot create --sched {args.sched}: {str(error).rstrip(".")}.') from error
+    # The copy before anything is wrapped, so that neither compiled nor prepared forwards are copied.
+    if args.model_ema:
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
+        )
+    if args.torchcompile:
+        torch._dynamo.config.recompile_limit = 64  # one forward serves several modes and batch sizes
+        module.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    prepared = prepare(
+        task,
+        optimizer,
+        accelerator,
+        broadcast_buffers=not args.no_ddp_bb,
+        find_unused_parameters=regime.changes,
+    )
+    config = TrainerConfig(
+        epochs=num_epochs,
+        seed=args.seed,
+        grad_accum_steps=args.grad_accum_steps,
+        clip_grad=args.clip_grad,
+        clip_mode=args.clip_mode,
+        log_interval=args.log_interval,
+        channels_last=args.channels_last,
+        multi_label=args.task == 'multilabel',
+        loss_scale=args.variable_batch_loss_scale if args.train_img_sizes else 'none',
+        batch_size=batch_size,
+        mixup_off_epoch=args.mixup_off_epoch,
+        synchronize=args.synchronize_step,
+        shows_progress=args.progress and accelerator.is_main_process,
+    )
+    return Trainer(
+        task,
+        prepared,
+        accelerator=accelerator,
+        config=config,
+        scheduler=scheduler,
+        mixup_fn=mixup_fn,
+        regime=RegimeControl(regime, task, optimizer),
+    )
+
+
+def _run_config(args: Namespace, resolved: Resolved, resume: Path | None) -> RunConfig:
+    return RunConfig(
+        model=resolved.model,
+        stop_epoch=args.stop_epoch,
+        val_interval=args.val_interval,
+        eval_metric=args.eval_metric,
+        multilabel_threshold=args.multilabel_threshold,
+        dist_bn=resolved.dist_bn,
+        evaluates_ema=args.model_ema and not args.model_ema_force_cpu,
+        recovery_interval=args.recovery_interval,
+        checkpoint_hist=args.checkpoint_hist,
+        save_epochs=tuple(args.save_epochs or ()),
+        save_images=args.save_images,
+        resume=resume,
+        resumes_optimizer=not args.no_resume_opt,
+        start_epoch=args.start_epoch,
+        trackers=TrackerConfig(
+            names=tuple(args.log_with or ()),
+            project=args.wandb_project,
+            tags=args.wandb_tags,
+            resume_id=args.wandb_resume_id,
+        ),
+    )
+
+
+def _log_start(args: Namespace, run: TrainingRun) -> None:
+    """Log what is about to be trained, in one line."""
+    model, accelerator = unwrap_model(run.task.get_eval_model()), run.accelerator
+    counts = f'{sum(param.numel() for param in model.parameters()) / 1e6:.2f}M parameters'
+    if isinstance(model, MultiExitModel):
+        counts += f', exits at {", ".join(spec.module for spec in model.exits.specs)} by {args.exit_loss}'
+    precision = accelerator.mixed_precision.replace('no', args.model_dtype or 'float32')
+    _logger.info(
+        f'{run.record.model} ({counts}) on {len(run.data.train_loader.loader.dataset)} images,'
+        f' {args.opt} at {run.record.lr:.2e}, {args.sched}, epochs {run.start_epoch + 1} to {run.num_epochs}'
+        f' of {run.updates_per_epoch} updates, {precision} on {accelerator.num_processes} x {accelerator.device.type},'
+        f' into {run.folder}'
+    )
+
+
+def check_publishing(args: Namespace, origin: Origin | None, *, has_table: bool, asks_hub: bool) -> None:
+    """Raise before a run begins for what would keep it from being published at its end.
+
+    Args:
+        args: Of the command line.
+        origin: What the weights start from.
+        has_table: Whether there are images to evaluate the network on.
+        asks_hub: Ask the Hub whether it would accept the push.
+
+    Raises:
+        InvalidValueError: Flags that do not go together, or see `licenses.resolve_license`.
+        HubError: See `hub_client.client.check_push`.
+    """
+    if not args.push_to_hub:
+        for dest in ('hub_private', 'hub_license'):
+            if getattr(args, dest):
+                raise InvalidValueError(f'{option_name(dest)} requires --push-to-hub ORG/NAME.')
+        return
+    if origin is None:
+        raise InvalidValueError('--push-to-hub publishes networks with exits: add --eed or --exits.')
+    if not has_table:
+        raise InvalidValueError('--push-to-hub needs results to publish: add --val-split or --test-split.')
+    find_license(origin, PublicationInfo(args.hub_license))
+    if asks_hub:
+        check_push(args.push_to_hub, private=args.hub_private)
+
+
+def publish(args: Namespace, folder: Path, prog: str) -> int:
+    """Publish a finished run as its flags say, and return the exit code.
+
+    It comes last of all, when no other process waits for this one.
+    """
+    try:
+        result = publish_run(folder, args.push_to_hub, info=PublicationInfo(args.hub_license), private=args.hub_private)
+        _logger.info(f'Published: {result.url}')
+    except MultiExitError as error:
+        again = ['hub/publish.py', str(folder), args.push_to_hub, '--yes', *['--private'] * args.hub_private]
+        again += ['--license', args.hub_license] if args.hub_license else []
+        print(
+            f'{prog}: error: The run in {folder} is complete, but was not published: {error} Try again with'
+            f' {shlex.join(again)}',
+            file=sys.stderr,
+        )
         return 2
     return 0
 

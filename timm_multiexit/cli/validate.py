@@ -20,15 +20,15 @@ from accelerate import Accelerator
 from timm.data.config import resolve_data_config
 
 from timm_multiexit.checkpoints.save import hash_weights, save_policy
-from timm_multiexit.checkpoints.source import create_backbone
+from timm_multiexit.checkpoints.source import create_backbone, find_source
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint, restore_exits
-from timm_multiexit.cli.build_model import create_static, model_kwargs, pin_model
+from timm_multiexit.cli.build_model import create_static, model_kwargs
 from timm_multiexit.cli.flags.validate_args import (
     asked_flags,
     check_budgets,
-    check_flags,
     check_outputs,
     check_preparation,
+    check_validate_args,
     chooses_thresholds,
     create_validate_parser,
     find_own_folder,
@@ -76,16 +76,22 @@ def create_evaluated_model(args: Namespace) -> MultiExitModel:
             setattr(args, name, trained[name])
     if args.model is None:
         raise InvalidValueError('No model: give --model NAME, --model local-dir:FOLDER, or --checkpoint PATH.')
-    source = pin_model(args)
-    kwargs, size = model_kwargs(args)
+    source = find_source(args.model, **args.model_kwargs)
+    kwargs, size = model_kwargs(args, source)
     if source is not None:
+        args.model = source.name
         kwargs['pretrained'] = True
     if args.exits is not None or (source is not None and source.config.exits):
         model = create_model(
-            args.model, exits=args.exits, head=args.exit_head, head_widths=args.head_widths, input_size=size, **kwargs
+            source or args.model,
+            exits=args.exits,
+            head=args.exit_head,
+            head_widths=args.head_widths,
+            input_size=size,
+            **kwargs,
         )
     else:
-        backbone = create_backbone(args.model, **kwargs)
+        backbone = create_backbone(source or args.model, **kwargs)
         if (checkpoint.get('task_state') or {}).get('exits'):
             model = restore_exits(backbone, checkpoint)
         else:
@@ -115,7 +121,7 @@ def build_validator(
     Raises:
         MultiExitError: The data cannot be loaded, flags do not fit model or data, or results cannot be written.
     """
-    check_flags(args, model, accelerator.num_processes)
+    check_validate_args(args, model, accelerator.num_processes)
     check_preparation(args, model, data_config)
     data = create_validation_data(args, model, data_config, accelerator)
     in_chans = data_config['input_size'][0]
@@ -261,10 +267,10 @@ def write_results(args: Namespace, validation: Validation, sections: Mapping[str
     write_output(Path(args.results_file), text.encode())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
     setup_logging()
-    args = create_validate_parser().parse_args(argv)
+    args = create_validate_parser(prog).parse_args(argv)
     try:
         precision = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(args.amp_dtype, args.amp_dtype) if args.amp else None
         if precision == 'fp16' and not torch.cuda.is_available():
@@ -274,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.results_file and accelerator.is_main_process:
             write_results(args, validation, sections)
     except MultiExitError as error:
-        print(f'validate.py: error: {error}', file=sys.stderr)
+        print(f'{prog}: error: {error}', file=sys.stderr)
         return 2
     if accelerator.is_main_process:
         # Nothing after this line: timm's bulk tools read the rest of the output as JSON.

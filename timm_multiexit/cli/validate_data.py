@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
+from timm_multiexit.cli.build_training import loader_options
 from timm_multiexit.data.datasets import check_classes, class_to_idx, create_checked_dataset
 from timm_multiexit.data.holdout import SubsetReader, TransformSubset, hold_out
 from timm_multiexit.data.loaders import create_eval_loader
@@ -52,7 +53,7 @@ def create_validation_data(
     """
 
     def create_loader(dataset: Any, config: Mapping[str, Any]) -> Any:
-        return create_eval_loader(args, dataset, dict(config), accelerator)
+        return create_eval_loader(dataset, data_config=config, accelerator=accelerator, **loader_options(args))
 
     in_chans = data_config['input_size'][0]
     dataset = create_split(args, args.split, in_chans)

@@ -1,4 +1,4 @@
-"""Data sets: timm's, checked before work begins, and the handwritten digits that need no download."""
+"""Data sets: timm's, checked before work begins."""
 
 import logging
 import os
@@ -7,12 +7,11 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset
-from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset
 
 from timm_multiexit.data.digits import DIGITS, DigitsReader
-from timm_multiexit.utils.errors import MultiExitError, one_line
+from timm_multiexit.utils.errors import DataError, InvalidValueError, MissingFileError, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ _READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _SPLIT_FOLDERS = ({'train', 'training'}, {'val', 'valid', 'validation', 'eval', 'evaluation'}, {'test'})
 
 
-class BadImageError(MultiExitError):
+class BadImageError(DataError):
     """An image that cannot be read; the message is one line also when it comes out of a loader's worker."""
 
     def __init__(self, message: str):
@@ -44,14 +43,14 @@ class CheckedImages(ImageDataset):
         cache: Keep decoded images in memory, in each process that reads them: width x height x channels bytes each.
 
     Raises:
-        MultiExitError: `bad_images` is something else.
+        InvalidValueError: `bad_images` is something else.
         BadImageError: On reading, with 'stop', or when ten images in a row cannot be read (timm's
             TIMM_DATASET_MAX_RETRIES sets another number).
     """
 
     def __init__(self, dataset: ImageDataset, *, bad_images: str = 'skip', cache: bool = False):
         if bad_images not in BAD_IMAGES:
-            raise MultiExitError(f"--bad-images is '{bad_images}', allowed are {', '.join(BAD_IMAGES)}.")
+            raise InvalidValueError(f"--bad-images must be {' or '.join(BAD_IMAGES)}, got '{bad_images}'.")
         self._cache = cache
         super().__init__(
             '',
@@ -63,19 +62,19 @@ class CheckedImages(ImageDataset):
             additional_features=dataset.additional_features,
         )
         self.bad_images = bad_images
-        self._named = set()
+        self._named: set[str] = set()
 
     @property
-    def reader(self) -> Reader:
+    def reader(self) -> Any:
         """Where files come from; another one (a held-out part has its own) begins with nothing decoded."""
         return self._reader
 
     @reader.setter
-    def reader(self, reader: Reader) -> None:
+    def reader(self, reader: Any) -> None:
         self._reader = reader
-        self._decoded = {} if self._cache else None
+        self._decoded: dict[int, tuple[Any, ...]] | None = {} if self._cache else None
 
-    def __getitem__(self, index: int) -> tuple:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         image, target, *features = self._read_next(index)
         if self.transform is not None:
             image = self.transform(image)
@@ -85,7 +84,7 @@ class CheckedImages(ImageDataset):
             target = self.target_transform(target)
         return (image, target) if self.additional_features is None else (image, target, *features)
 
-    def _read_next(self, index: int) -> tuple:
+    def _read_next(self, index: int) -> tuple[Any, ...]:
         """Return the image at the index, or with 'skip' the first after it that can be read, and its labels."""
         for _ in range(self._max_retries):
             try:
@@ -94,15 +93,15 @@ class CheckedImages(ImageDataset):
                 name, reason = self._name(index), _reason(error)
                 if self.bad_images == 'stop':
                     raise BadImageError(
-                        f'{name} cannot be read: {reason}; remove or mend it, or --bad-images skip.'
+                        f'Cannot read image {name}: {reason}. Remove or repair it, or use --bad-images skip.'
                     ) from error
                 if name not in self._named:
                     self._named.add(name)
-                    _logger.warning(f'{name} cannot be read and is skipped: {reason}')
+                    _logger.warning(f'Cannot read image {name}, skipped: {reason}')
                 index = (index + 1) % len(self.reader)
-        raise BadImageError(f'{self._max_retries} images in a row cannot be read, the last is {name}: {reason}.')
+        raise BadImageError(f'Cannot read {self._max_retries} images in a row, the last is {name}: {reason}.')
 
-    def _read(self, index: int) -> tuple:
+    def _read(self, index: int) -> tuple[Any, ...]:
         if self._decoded is None or self.load_bytes:
             return self._decode(index)
         if index not in self._decoded:
@@ -110,7 +109,7 @@ class CheckedImages(ImageDataset):
         image, *labels = self._decoded[index]
         return image.copy(), *labels  # a transform may change it in place
 
-    def _decode(self, index: int) -> tuple:
+    def _decode(self, index: int) -> tuple[Any, ...]:
         file, *labels = self.reader[index]
         with file:
             if self.load_bytes:
@@ -149,14 +148,18 @@ def create_checked_dataset(
         **kwargs: For `timm.data.create_dataset`.
 
     Raises:
-        MultiExitError: The folder is missing or holds no images, a class has none, or the data set cannot be made.
+        MissingFileError: The folder is missing.
+        DataError: The folder holds no images, a class has none, or the data set cannot be created.
+        InvalidValueError: An option does not go with the data set.
     """
     if name == DIGITS:
         digits = ImageDataset('', reader=DigitsReader(split), input_img_mode=kwargs.get('input_img_mode') or 'RGB')
         return CheckedImages(digits, bad_images=bad_images, cache=cache)
-    if not name and not (root and Path(root).is_dir()):
-        raise MultiExitError(f"There is no data folder '{root or ''}': give one that holds {split}/CLASS/*.jpg.")
     if not name:
+        if not root or not Path(root).is_dir():
+            raise MissingFileError(
+                f"Data folder '{root or ''}' does not exist: give one that holds {split}/CLASS/*.jpg."
+            )
         _check_split(Path(root), split)
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
@@ -164,12 +167,12 @@ def create_checked_dataset(
         reason = str(error).rstrip('.') or 'timm has no reader of that name'
         if isinstance(error, ImportError):
             reason += '; install the package'
-        raise MultiExitError(f"No data set '{name or root}', split '{split}': {reason}.") from error
+        raise DataError(f"No data set '{name or root}', split '{split}': {reason}.") from error
     if isinstance(dataset, IterableDataset) and bad_images == 'stop':
-        raise MultiExitError(f"'{name}' is a stream, which cannot stop at a bad image: use --bad-images skip.")
+        raise InvalidValueError(f"'{name}' is a stream, which cannot stop at a bad image: use --bad-images skip.")
     if cache and not isinstance(dataset, ImageDataset):
-        raise MultiExitError(f"'{name}' does not read image files: leave --cache-images out.")
-    # With a --class-map the numbers of the classes do not hang on which folders hold images.
+        raise InvalidValueError(f"'{name}' does not read image files: leave --cache-images out.")
+    # With a --class-map the numbers of the classes do not depend on which folders hold images.
     if isinstance(getattr(dataset, 'reader', None), ReaderImageFolder) and not kwargs.get('class_map'):
         _check_class_folders(dataset.reader)
     if not isinstance(dataset, ImageDataset):
@@ -186,10 +189,10 @@ def _check_class_folders(reader: ReaderImageFolder) -> None:
         try:
             below = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] not in '._')
         except OSError as error:
-            raise MultiExitError(f'{folder} cannot be read: {_reason(error)}.') from error
+            raise DataError(f'Cannot read folder {folder}: {_reason(error)}.') from error
         name = os.path.basename(folder)
         if not below and name not in reader.class_to_idx:
-            raise MultiExitError(
+            raise DataError(
                 f"Class '{name}' in {os.path.dirname(folder)} has no images: add some, or remove the folder."
             )
         pending += [path for path in reversed(below) if path not in filled]
@@ -211,7 +214,7 @@ def _check_split(root: Path, split: str) -> None:
     synonyms = next((names for names in _SPLIT_FOLDERS if split in names), {split})
     others = sorted(folders & set().union(*_SPLIT_FOLDERS))
     if others and not folders & {*synonyms, split}:
-        raise MultiExitError(f"{root} has no split '{split}', allowed are {', '.join(others)}.")
+        raise DataError(f"split of {root} must be one of {', '.join(others)}, got '{split}'.")
 
 
 def class_to_idx(dataset: Any) -> dict[str, int] | None:
@@ -241,7 +244,7 @@ def check_classes(train: Any, val: Any | None) -> int | None:
     """Return the number of classes of the training set, None where it does not say.
 
     Raises:
-        MultiExitError: Another split numbers its classes otherwise, so that its accuracy would be of chance.
+        DataError: Another split numbers its classes differently, so that its accuracy would be meaningless.
     """
     classes = class_to_idx(train)
     if classes is None:
@@ -249,8 +252,8 @@ def check_classes(train: Any, val: Any | None) -> int | None:
     other = None if val is None else class_to_idx(val)
     if other is not None and other != classes:
         odd = sorted(set(other.items()) ^ set(classes.items()))[0][0]
-        raise MultiExitError(
-            f"The training split has {len(classes)} classes and the other {len(other)}, '{odd}' is not the same in"
-            ' both: give both the same class folders, or a --class-map.'
+        raise DataError(
+            f'Splits must have the same classes, got {len(classes)} in the training split and {len(other)} in the'
+            f" other; '{odd}' differs. Give both the same class folders, or a --class-map."
         )
     return max(classes.values()) + 1

@@ -1,4 +1,4 @@
-"""Digits."""
+"""scikit-learn's handwritten digits, which need no download."""
 
 from io import BytesIO
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from timm.data.readers.reader import Reader
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import DataError
 
 DIGITS = 'digits'
 
@@ -23,7 +23,7 @@ class DigitsReader(Reader):
         split: 'train' (1,257 images), 'validation' (180) or 'test' (360).
 
     Raises:
-        MultiExitError: Unknown split, or scikit-learn is not installed.
+        DataError: Unknown split, or scikit-learn is not installed.
 
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, test part.
     """
@@ -31,12 +31,12 @@ class DigitsReader(Reader):
     def __init__(self, split: str):
         super().__init__()
         if split not in _DIGITS_SPLITS:
-            raise MultiExitError(f"The digits have no split '{split}', allowed are {', '.join(_DIGITS_SPLITS)}.")
+            raise DataError(f"split of the digits must be one of {', '.join(_DIGITS_SPLITS)}, got '{split}'.")
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise MultiExitError(
-                'The digits come with scikit-learn, which is not installed: pip install scikit-learn, or name your own'
+            raise DataError(
+                'The digits need scikit-learn. Install it with pip install "timm-multiexit[digits]", or name your own'
                 ' images with --data-dir.'
             ) from error
         digits = load_digits()
@@ -45,7 +45,7 @@ class DigitsReader(Reader):
         self.class_to_idx = {str(digit): digit for digit in range(10)}
         self.samples = [(_encode_digit(digits.images[idx]), int(digits.target[idx])) for idx in order]
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[BytesIO, int]:
         content, target = self.samples[index]
         return BytesIO(content), target
 
@@ -56,7 +56,7 @@ class DigitsReader(Reader):
         return f'{index}.png'
 
 
-def _encode_digit(image) -> bytes:
+def _encode_digit(image: np.ndarray) -> bytes:
     """Return an 8x8 array of 0 to 16 as a 32x32 PNG."""
     content = BytesIO()
     picture = Image.fromarray((image * (255 / 16)).round().astype('uint8'))

@@ -11,7 +11,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import IterableDataset, Subset
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import DataError
 
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class SubsetReader(Reader):
         indices: Places in it.
     """
 
-    def __init__(self, reader: Reader, indices: Iterable[int]):
+    def __init__(self, reader: Any, indices: Iterable[int]):
         super().__init__()
         self.reader = reader
         self.indices = [int(idx) for idx in indices]
@@ -35,23 +35,25 @@ class SubsetReader(Reader):
             if hasattr(reader, name):
                 setattr(self, name, getattr(reader, name))
 
-    def __getitem__(self, index: int) -> tuple:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self.reader[self.indices[index]]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> Any:
         return self.reader.filename(self.indices[index], basename, absolute)
 
 
-class TransformSubset(Subset):
+class TransformSubset(Subset[Any]):
     """Some of the images of a data set that is not timm's; its transform is that of the data set.
 
     Args:
         dataset: A map-style data set, to which no other subset hands its transform.
         indices: Places in it.
     """
+
+    dataset: Any
 
     @property
     def transform(self) -> Any:
@@ -81,12 +83,10 @@ def hold_out(dataset: Any, num: int, *, seed: int = 0) -> tuple[Any, Any]:
         seed: Of the choice, from 0 to 2**32 - 1.
 
     Raises:
-        MultiExitError: The data set is a stream, or too small to keep one image of each class for training.
+        DataError: The data set is a stream, or too small to keep one image of each class for training.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__getitem__'):
-        raise MultiExitError(
-            'Images cannot be held out of a stream: leave --val-from-train out and name a --val-split.'
-        )
+        raise DataError('Images cannot be held out of a stream: leave --val-from-train out and name a --val-split.')
     targets = read_targets(dataset)
     if targets is None:
         _logger.info('The data set does not tell one class per image: held-out images are chosen without regard to it.')
@@ -108,9 +108,9 @@ def read_targets(dataset: Any) -> list[int] | None:
     """Return the class index of every image without reading images, None where that cannot be done."""
     for owner in (dataset, getattr(dataset, 'reader', None)):
         targets = getattr(owner, 'targets', None)
-        if targets is None and hasattr(owner, 'iter_targets'):
+        if targets is None and owner is not None and hasattr(owner, 'iter_targets'):
             targets = owner.iter_targets()
-        if targets is None and hasattr(owner, 'samples'):
+        if targets is None and owner is not None and hasattr(owner, 'samples'):
             targets = (target for _, target in owner.samples)
         if targets is not None:
             targets = targets.tolist() if hasattr(targets, 'tolist') else list(targets)
@@ -127,14 +127,14 @@ def choose_per_class(targets: Iterable[int], num: int, *, seed: int = 0) -> np.n
     [1, 2, 5]
 
     Raises:
-        MultiExitError: Not one target of each class would be left, or `num` is below 1.
+        DataError: Not one target of each class would be left, or `num` is below 1.
     """
     classes, members, counts = np.unique(np.asarray(targets), return_inverse=True, return_counts=True)
     most = int((counts - 1).sum())
     if not 1 <= num <= most:
-        raise MultiExitError(
-            f'{num} of {len(members)} training images cannot be held out: allowed are 1 to {most}, so that each of'
-            f' {len(classes)} classes keeps one to train on.'
+        raise DataError(
+            f'Number of held-out images must be in [1, {most}], got {num}: each of {len(classes)} classes of the'
+            f' {len(members)} training images keeps one to train on.'
         )
     # RandomState's stream is frozen, so the choice is the same everywhere.
     random = np.random.RandomState(seed)

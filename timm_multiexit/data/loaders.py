@@ -1,101 +1,165 @@
-"""Data sets and loaders from command-line arguments: timm's, seeded so that a run can go on anywhere."""
+"""Data loaders: timm's, seeded so that training can be resumed at any batch."""
 
-from argparse import Namespace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.data import AugMixDataset, Mixup, create_loader
-from timm.data.loader import fast_collate
+from timm.data.dataset import AugMixDataset
+from timm.data.loader import create_loader, fast_collate
+from timm.data.mixup import FastCollateMixup, Mixup
 from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import IterableDataset, default_collate
 from torchvision.transforms import RandomCrop
 
-from timm_multiexit.cli.build_training import _augmentation, _create_mixing, _scheduled_sizes
 from timm_multiexit.data.seeding import SeededCollate, SeededDataset, SeededLoader
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import DataError, InvalidValueError
 
 
 def create_train_loader(
-    args: Namespace, dataset: Any, data_config: dict[str, Any], accelerator: Accelerator
+    dataset: Any,
+    *,
+    data_config: Mapping[str, Any],
+    batch_size: int,
+    seed: int,
+    accelerator: Accelerator,
+    augmentation: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, Any] | None = None,
+    mixing: Mapping[str, Any] | None = None,
+    mixup_off_epoch: int = 0,
+    interpolation: str = '',
+    crop_padding: int = 0,
+    multi_epochs: bool = False,
+    worker_seeding: str = 'all',
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    uses_prefetcher: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[SeededLoader, Mixup | None]:
     """Return the loader for training, and the function that mixes its batches if the loader does not.
 
+    Args:
+        dataset: Its transform is set.
+        data_config: What `timm.data.resolve_data_config` returned.
+        batch_size: Of one process.
+        seed: Of order, augmentation and mixing.
+        accelerator: Gives device and processes.
+        augmentation: Keywords of `timm.data.create_loader`.
+        sizes: Keywords of `timm.data.create_loader` for batches of several image sizes; None for one size.
+        mixing: Keywords of `timm.data.Mixup`; None mixes nothing.
+        mixup_off_epoch: Epoch from which nothing is mixed; 0 for never.
+        interpolation: Of the augmentation; '' for that of `data_config`.
+        crop_padding: Crop from the image padded by so many pixels, in place of timm's crops; 0 for timm's.
+        multi_epochs: Use timm's loader that keeps its workers from epoch to epoch.
+        worker_seeding: See `timm.data.create_loader`.
+        num_workers: Processes that load data.
+        pin_memory: Load into pinned memory.
+        uses_prefetcher: Use timm's prefetcher, which normalizes on the device.
+        dtype: Of the prefetcher's images.
+
     Raises:
-        MultiExitError: The images do not fill one batch, or a flag does not go with an iterable data set.
+        DataError: The images do not fill one batch.
+        InvalidValueError: An option does not go with an iterable data set, or timm refuses it.
     """
     is_iterable = isinstance(dataset, IterableDataset)
-    collate_fn, mixup_fn = _create_mixing(args)
-    if is_iterable and args.mixup_off_epoch and collate_fn:
-        raise MultiExitError(
+    augmentation = augmentation or {}
+    collate_fn: Callable[..., Any] | None = FastCollateMixup(**mixing) if mixing and uses_prefetcher else None
+    if is_iterable and mixup_off_epoch and collate_fn:
+        raise InvalidValueError(
             '--mixup-off-epoch does not reach the prefetcher of an iterable data set: add --no-prefetcher.'
         )
     if not is_iterable:
-        dataset = AugMixDataset(dataset, num_splits=args.aug_splits) if args.aug_splits else dataset
-        dataset = SeededDataset(dataset, args.seed)
-        collate_fn = collate_fn or (default_collate if args.no_prefetcher else fast_collate)
-        collate_fn = SeededCollate(collate_fn, args.seed, args.mixup_off_epoch)
-    interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
+        num_splits = augmentation.get('num_aug_splits', 0)
+        dataset = AugMixDataset(dataset, num_splits=num_splits) if num_splits else dataset
+        dataset = SeededDataset(dataset, seed)
+        collate_fn = collate_fn or (fast_collate if uses_prefetcher else default_collate)
+        collate_fn = SeededCollate(collate_fn, seed, mixup_off_epoch)
     try:
         loader = create_loader(
             dataset,
-            batch_size=args.batch_size,
+            batch_size=batch_size,
             is_training=True,
             interpolation=interpolation or data_config['interpolation'],
             collate_fn=collate_fn,
-            use_multi_epochs_loader=args.use_multi_epochs_loader,
-            num_workers=args.workers,
-            worker_seeding=args.worker_seeding,
-            **_augmentation(args),
-            **_scheduled_sizes(args),
-            **_common(args, data_config, accelerator),
+            use_multi_epochs_loader=multi_epochs,
+            num_workers=num_workers,
+            worker_seeding=worker_seeding,
+            **augmentation,
+            **(sizes or {}),
+            **_common(data_config, accelerator, pin_memory, uses_prefetcher, dtype),
         )
     except (ValueError, AssertionError) as error:
-        raise MultiExitError(f'The training data cannot be loaded so: {error}'.rstrip('.') + '.') from error
-    if args.crop_padding:
+        raise InvalidValueError(f'Cannot load the training data: {error}'.rstrip('.') + '.') from error
+    if crop_padding:
         if is_iterable:
-            raise MultiExitError('--crop-padding does not reach the images of a stream: leave it out.')
+            raise InvalidValueError('--crop-padding does not reach the images of a stream: leave it out.')
         # timm puts the crop first, and has none of a padded image.
         size = data_config['input_size'][-2:]
         resize = ResizeKeepRatio(size, interpolation=interpolation or data_config['interpolation'])
-        dataset.transform.transforms[:1] = [resize, RandomCrop(size, padding=args.crop_padding)]
+        dataset.transform.transforms[:1] = [resize, RandomCrop(size, padding=crop_padding)]
     if len(loader) == 0 and not is_iterable:
-        raise MultiExitError(f'{len(dataset)} training images do not fill one batch of {args.batch_size}.')
+        raise DataError(f'{len(dataset)} training images do not fill one batch of {batch_size}.')
     seeded = SeededLoader(
         loader,
-        seed=args.seed,
+        seed=seed,
         num_replicas=accelerator.num_processes,
         rank=accelerator.process_index,
-        repeats_augmentation=bool(args.aug_repeats),
+        repeats_augmentation=bool(augmentation.get('num_aug_repeats')),
     )
-    return seeded, mixup_fn
+    return seeded, Mixup(**mixing) if mixing and not uses_prefetcher else None
 
 
-def _common(args: Namespace, data_config: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+def create_eval_loader(
+    dataset: Any,
+    *,
+    data_config: Mapping[str, Any],
+    batch_size: int,
+    accelerator: Accelerator,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    uses_prefetcher: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Return a loader that gives every image once, in order, this rank's share of them.
+
+    Args:
+        dataset: Its transform is set.
+        data_config: What `timm.data.resolve_data_config` returned.
+        batch_size: Of one process.
+        accelerator: Gives device and processes.
+        num_workers: Processes that load data.
+        pin_memory: Load into pinned memory.
+        uses_prefetcher: Use timm's prefetcher, which normalizes on the device.
+        dtype: Of the prefetcher's images.
+    """
+    if accelerator.num_processes > 1 and isinstance(dataset, IterableDataset):
+        num_workers = min(2, num_workers)  # as timm does: fewer shards, less padding
+    return create_loader(
+        dataset,
+        batch_size=batch_size,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        num_workers=num_workers,
+        **_common(data_config, accelerator, pin_memory, uses_prefetcher, dtype),
+    )
+
+
+def _common(
+    data_config: Mapping[str, Any],
+    accelerator: Accelerator,
+    pin_memory: bool,
+    uses_prefetcher: bool,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
     # Accelerate does not prepare the loaders: it does nothing to timm's prefetcher, and would shard a second time what
     # timm's samplers have sharded.
     return {
         'input_size': data_config['input_size'],
         'mean': data_config['mean'],
         'std': data_config['std'],
-        'pin_memory': args.pin_mem,
+        'pin_memory': pin_memory,
         'device': accelerator.device,
         'distributed': accelerator.num_processes > 1,
-        'use_prefetcher': not args.no_prefetcher,
-        'img_dtype': getattr(torch, getattr(args, 'model_dtype', None) or 'float32'),
+        'use_prefetcher': uses_prefetcher,
+        'img_dtype': dtype,
     }
-
-
-def create_eval_loader(args: Namespace, dataset: Any, data_config: dict[str, Any], accelerator: Accelerator) -> Any:
-    """Return a loader that gives every image once, in order, this rank's share of them."""
-    workers = args.workers
-    if accelerator.num_processes > 1 and isinstance(dataset, IterableDataset):
-        workers = min(2, workers)  # as timm does: fewer shards, less padding
-    return create_loader(
-        dataset,
-        batch_size=getattr(args, 'validation_batch_size', None) or args.batch_size,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        num_workers=workers,
-        **_common(args, data_config, accelerator),
-    )

@@ -1,8 +1,8 @@
 """Randomness that follows from the seed, the epoch and the place in it alone.
 
 Every random number of a run is drawn after seeding with (seed, what for, epoch, place): the order of the samples, each
-sample's augmentation, each batch's mixing and erasing, each step's dropout. So nothing has to be saved for a run to go
-on in the middle of an epoch as if it had never stopped, and the number of data loading processes changes nothing.
+sample's augmentation, each batch's mixing and erasing, each step's dropout. So nothing has to be saved to resume a
+run in the middle of an epoch as if it had never stopped, and the number of data loading processes changes nothing.
 """
 
 import random
@@ -58,15 +58,15 @@ class Place(NamedTuple):
     Attributes:
         epoch: From 0.
         position: In the order of the epoch, over all ranks, from 0.
-        index: Of the sample in the data set.
+        sample: Index of the sample in the data set.
     """
 
     epoch: int
     position: int
-    index: int
+    sample: int
 
 
-class PlaceSampler(Sampler):
+class PlaceSampler(Sampler[Place]):
     """The places of one epoch's samples, this rank's share of them.
 
     The order is torch's `DistributedSampler`'s, for one process too: two processes see together, batch for batch, what
@@ -83,12 +83,12 @@ class PlaceSampler(Sampler):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Any,
         *,
         seed: int,
         num_replicas: int = 1,
         rank: int = 0,
-        sampler: Sampler | None = None,
+        sampler: Any | None = None,
     ):
         self.sampler = sampler or DistributedSampler(dataset, num_replicas, rank, seed=seed)
         self.num_replicas = num_replicas
@@ -111,7 +111,7 @@ class PlaceSampler(Sampler):
         return len(self.sampler)
 
 
-class SeededDataset(Dataset):
+class SeededDataset(Dataset[Any]):
     """A data set that takes a `Place` for an index, and seeds what follows with it.
 
     A sample gets its place as a further last element, for `SeededCollate`.
@@ -121,7 +121,7 @@ class SeededDataset(Dataset):
         seed: Of the run.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
+    def __init__(self, dataset: Any, seed: int):
         self.dataset = dataset
         self.seed = seed
 
@@ -134,10 +134,10 @@ class SeededDataset(Dataset):
     def transform(self, transform: Any) -> None:
         self.dataset.transform = transform
 
-    def __getitem__(self, place: Place) -> tuple:
+    def __getitem__(self, place: Place) -> tuple[Any, ...]:
         # Not undone afterwards: timm's scheduled sizes transform the image after this, from the same numbers.
         seed_generators(self.seed, Stream.SAMPLE, place.epoch, place.position)
-        return (*self.dataset[place.index], place)
+        return (*self.dataset[place.sample], place)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -153,12 +153,12 @@ class SeededCollate:
             the loader, whose persistent workers hold a copy that nothing reaches.
     """
 
-    def __init__(self, collate_fn: Callable, seed: int, mixup_off_epoch: int = 0):
+    def __init__(self, collate_fn: Callable[..., Any], seed: int, mixup_off_epoch: int = 0):
         self.collate_fn = collate_fn
         self.seed = seed
         self.mixup_off_epoch = mixup_off_epoch
 
-    def __call__(self, samples: list[tuple]) -> Any:
+    def __call__(self, samples: list[tuple[Any, ...]]) -> Any:
         """Return the batch."""
         place = samples[0][-1]
         seed_generators(self.seed, Stream.BATCH, place.epoch, place.position)
@@ -176,7 +176,7 @@ class SeededErasing:
         rank: Of this process.
     """
 
-    def __init__(self, erasing: Callable, seed: int, rank: int):
+    def __init__(self, erasing: Callable[[torch.Tensor], torch.Tensor], seed: int, rank: int):
         self.erasing = erasing
         self.place = (seed, rank)
         self.begin_epoch(0)
@@ -194,7 +194,7 @@ class SeededErasing:
 
 
 class SeededLoader:
-    """A training loader of timm's that can begin an epoch at any batch.
+    """A training loader of timm's that can start an epoch at any batch.
 
     Its data set is a `SeededDataset`, its collate function a `SeededCollate`; iterable data sets come as they are, and
     then order and augmentation are those of their reader.
@@ -211,7 +211,7 @@ class SeededLoader:
         self, loader: Any, *, seed: int, num_replicas: int = 1, rank: int = 0, repeats_augmentation: bool = False
     ):
         self.loader = loader
-        self.sampler = None
+        self.sampler: PlaceSampler | None = None
         if getattr(loader, 'random_erasing', None) is not None:
             loader.random_erasing = SeededErasing(loader.random_erasing, seed, rank)
         batch_sampler = loader.batch_sampler
@@ -228,7 +228,7 @@ class SeededLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator:
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Any]:
         """Yield the batches of an epoch.
 
         Args:
@@ -237,7 +237,7 @@ class SeededLoader:
                 iterable data sets, where they are read and dropped.
         """
         for owner in (self.loader.dataset, self.loader.batch_sampler, self.sampler):
-            if hasattr(owner, 'set_epoch'):
+            if owner is not None and hasattr(owner, 'set_epoch'):
                 owner.set_epoch(epoch)
         to_drop = first_batch
         if self.sampler is not None and self.skips_quickly:

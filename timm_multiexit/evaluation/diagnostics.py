@@ -92,7 +92,7 @@ def measure_falls(logits: Sequence[Tensor], targets: Tensor, drops: Sequence[flo
     Monotonicity, 2023, section 3.
     """
     check_targets(logits, targets)
-    # Of logits less their logsumexp, so that nothing of the logits' size is allocated.
+    # Logits minus their logsumexp, so that nothing of the logits' size is allocated.
     truth = [single.float().gather(1, targets[:, None])[:, 0].double() for single in logits]
     probs = torch.stack([true - single.float().logsumexp(-1) for true, single in zip(truth, logits)]).exp()  # [K, N]
     falls = (probs.cummax(0).values - probs).amax(0)

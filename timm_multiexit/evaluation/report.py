@@ -63,16 +63,14 @@ def report_curve(meter: PolicyMeter, calibration: Calibration, costs: StageCosts
         table: Policies that the search found on the same images.
 
     Raises:
-        InvalidValueError: The table has no MACs.
+        InvalidValueError: The costs are not in MACs.
     """
-    if table.total_macs is None:
-        raise InvalidValueError('The curve needs a table of budgets in MACs.')
     collected = calibration.collected
     points = []
     for solved in solve_budgeted_batch(collected.logits, collected.targets, costs):
         # A tolerance, since equal costs may be rounded differently.
-        limit = (solved.macs or 0.0) * (1 + 1e-6)
-        affordable = [point for point in table.points if point.macs is not None and point.macs <= limit]
+        limit = _known_macs(solved) * (1 + 1e-6)
+        affordable = [point for point in table.points if _known_macs(point) <= limit]
         best = max(affordable, key=lambda point: point.accuracy) if affordable else None
         points.append(
             {
@@ -103,13 +101,20 @@ def format_curve(curve: Mapping[str, Any], split: str, total_macs: float, num_ro
 
 def describe_result(result: PolicyResult, total_macs: float) -> dict[str, Any]:
     """Return a policy and its result as JSON-ready values; `total_macs` is the plain backbone's."""
+    macs = _known_macs(result)
     return {
         **result.policy.to_dict(),
         'top-1': result.accuracy,
         'shares': list(result.shares),
-        'macs': result.macs,
-        'macs_percent': 100 * result.macs / total_macs,
+        'macs': macs,
+        'macs_percent': 100 * macs / total_macs,
     }
+
+
+def _known_macs(result: PolicyResult) -> float:
+    if result.macs is None:
+        raise InvalidValueError('The costs of policies must be in MACs.')
+    return result.macs
 
 
 def format_latency(latency: Mapping[str, Any]) -> str:

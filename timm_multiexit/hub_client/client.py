@@ -1,18 +1,22 @@
-"""What goes over the network: files of one commit from the Hugging Face Hub, and a folder to it as one commit.
+"""Download of files of one commit from the Hugging Face Hub, and upload of a folder as one commit.
 
-Who asks is told by `huggingface_hub`: the token of `hf auth login` or HF_TOKEN, the server of HF_ENDPOINT, the cache of
-HF_HOME. Every failure is a `MultiExitError` of one line, without a token in it, that is raised from the client's own.
+Token, server and cache are those of `huggingface_hub`: `hf auth login` or HF_TOKEN, HF_ENDPOINT, HF_HOME. Every failure
+is a `HubError` of one line without a token in it, raised from the client's own.
 """
 
 import os
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.hf_api import ModelInfo
 
 from timm_multiexit.hub_client.errors import (
@@ -23,8 +27,11 @@ from timm_multiexit.hub_client.errors import (
     explain_hub_errors,
     is_token_refused,
 )
-from timm_multiexit.hub_client.files import Change, RemoteFile, check_file_name, check_owned, compare, local_files
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.hub_client.files import OWNED_FILES, check_file_name, check_owned, compare, local_files
+from timm_multiexit.utils.errors import HubError, InvalidValueError
+from timm_multiexit.version import __version__
+
+_LIBRARY = 'timm_multiexit'  # as the server is told
 
 _COMMIT = re.compile(r'[0-9a-f]{40}')
 
@@ -33,7 +40,7 @@ class Snapshot(NamedTuple):
     """Files of one commit, in the cache.
 
     Attributes:
-        folder: Where they lie, read-only by agreement: a later call gives the same files.
+        folder: Where they are; must not be written to, since later calls return the same files.
         commit: The commit, 40 hex digits.
     """
 
@@ -46,17 +53,15 @@ class PushPlan(NamedTuple):
 
     Attributes:
         repo_id: namespace/name.
-        endpoint: Address of the server.
-        exists: Whether the token sees such a repository.
-        parent: Commit that the push would come after, or None without a repository.
-        changes: One per file, by path; files of the repository that a push leaves alone are not among them.
+        url: Page of the repository.
+        parent: Commit that the push would follow; None without a repository.
+        actions: Path -> 'add', 'update', 'delete' or 'keep'; files of others in the repository are not listed.
     """
 
     repo_id: str
-    endpoint: str
-    exists: bool
+    url: str
     parent: str | None
-    changes: tuple[Change, ...]
+    actions: dict[str, str]
 
 
 class PushResult(NamedTuple):
@@ -66,7 +71,7 @@ class PushResult(NamedTuple):
         repo_id: namespace/name.
         commit: The commit that holds the folder, 40 hex digits.
         url: Page of the repository at this commit.
-        has_changed: False where the repository held the folder before.
+        has_changed: False if the repository already held the folder.
     """
 
     repo_id: str
@@ -80,12 +85,12 @@ def fetch_files(
     file_names: Sequence[str],
     *,
     revision: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Snapshot:
     """Return files of a model repository as one commit has them, from the cache where it holds them.
 
-    The first file settles which commit a branch or tag means, the others are taken at that commit. Without a network,
-    with HF_HUB_OFFLINE or where the server fails, a branch means the commit that it meant last.
+    The first file resolves a branch or tag to a commit, the others are taken from that commit. Offline or when the
+    server fails, a branch stands for the commit that it was last resolved to.
 
     Args:
         repo_id: namespace/name.
@@ -94,13 +99,13 @@ def fetch_files(
         cache_dir: The cache's folder; None for the client's own.
 
     Raises:
-        MultiExitError: Name or revision of a wrong form, a format that can hold code (pickles), no such repository,
-            revision or file, no access, or neither the server nor the cache has it.
+        InvalidValueError: Malformed name or revision, or a format that can contain code (pickles).
+        HubError: No such repository, revision or file, no access, or neither the server nor the cache has it.
 
     >>> fetch_files('org/name', ['model.bin'])
     Traceback (most recent call last):
         ...
-    timm_multiexit.config.MultiExitError: 'model.bin' is of a format that may hold code: give or write safetensors.
+    timm_multiexit.utils.errors.InvalidValueError: 'model.bin' has a format that can contain code: use safetensors.
     """
     check_repo_id(repo_id)
     if revision is not None:
@@ -108,23 +113,33 @@ def fetch_files(
     for name in file_names:
         check_file_name(name)
     if not file_names:
-        raise MultiExitError(f"No file of '{repo_id}' was asked for: give one name or more.")
+        raise InvalidValueError('file_names must have at least one name, got none.')
     check_token(None, repo_id)
-    snapshot = None
+    cache = None if cache_dir is None else Path(cache_dir)
+    commit: str | None = None
     for name in file_names:
         with explain_hub_errors(repo_id, revision or 'main', name):
-            folder = _fetch_file(repo_id, name, snapshot.commit if snapshot else revision, cache_dir).parent
-        if not _COMMIT.fullmatch(folder.name) or (snapshot and folder.name != snapshot.commit):
-            raise MultiExitError(f"{endpoint()} gave no commit for {name} of '{repo_id}': check HF_ENDPOINT.")
-        snapshot = Snapshot(folder, folder.name)
-    return snapshot
+            folder = _fetch_file(repo_id, name, commit or revision, cache).parent
+        if not _COMMIT.fullmatch(folder.name) or folder.name != (commit or folder.name):
+            raise HubError(f"{endpoint()} returned no commit for {name} of '{repo_id}': check HF_ENDPOINT.")
+        commit = folder.name
+    return Snapshot(folder, folder.name)
 
 
-def _fetch_file(repo_id: str, name: str, revision: str | None, cache_dir: str | os.PathLike | None) -> Path:
+def _fetch_file(repo_id: str, name: str, revision: str | None, cache_dir: Path | None) -> Path:
     try:
-        return Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache_dir, **_library()))
+        return Path(
+            hf_hub_download(
+                repo_id,
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                library_name=_LIBRARY,
+                library_version=__version__,
+            )
+        )
     except HTTPError as error:
-        # The client looks into its cache where no connection can be made, not where one breaks.
+        # The client falls back to its cache where no connection can be made, but not where one breaks.
         cached = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision)
         if isinstance(error, HfHubHTTPError) or not isinstance(cached, str):
             raise
@@ -134,17 +149,17 @@ def _fetch_file(repo_id: str, name: str, revision: str | None, cache_dir: str | 
 def check_push(repo_id: str, *, token: str | None = None, private: bool = False) -> str:
     """Return namespace/name of a repository that may be pushed to; changes nothing.
 
-    A fine-grained token tells its rights to the server alone: `push_folder` hears of a missing one from it.
+    Only the server knows the rights of a fine-grained token: without them `push_folder` fails.
 
     Args:
-        repo_id: Name, of the logged-in user then, or namespace/name.
+        repo_id: namespace/name, or a name in the namespace of the logged-in user.
         token: None for the one that is logged in.
-        private: Whether it will be pushed to as private.
+        private: Whether a private repository is wanted.
 
     Raises:
-        MultiExitError: Name of a wrong form, not logged in, a token that the server does not take or that only reads,
-            a namespace that is neither the user's nor an organization's to write to, a repository of something else
-            than a publication, or a public one with `private`.
+        InvalidValueError: Malformed name.
+        HubError: Not logged in, a token that the server rejects or that is read-only, a namespace without write access,
+            a repository that holds something else than a publication, or a public one with `private`.
     """
     check_repo_id(repo_id)
     check_token(token, repo_id, is_required=True)
@@ -153,21 +168,24 @@ def check_push(repo_id: str, *, token: str | None = None, private: bool = False)
         user, auth = answer['name'], (answer.get('auth') or {}).get('accessToken') or {}
         writable = [org['name'] for org in answer.get('orgs') or () if org.get('roleInOrg') != 'read']
     if auth.get('role') == 'read':
-        raise MultiExitError(f"The token of '{user}' only reads: make one that writes at {endpoint()}/settings/tokens.")
+        raise HubError(
+            f"The token of '{user}' is read-only: create one with write access at {endpoint()}/settings/tokens."
+        )
     namespace, _, name = repo_id.rpartition('/')
     if namespace not in ('', user, *writable):
         names = ', '.join(f"'{each}'" for each in [user, *sorted(writable)[:10]])
-        raise MultiExitError(f"'{user}' may not write to '{namespace}', allowed are {names}.")
+        raise HubError(f"Namespace must be one that '{user}' may write to ({names}), got '{namespace}'.")
     repo_id = f'{namespace or user}/{name}'
-    _read_remote(_api(token), repo_id, private=private)
+    _read_remote(token, repo_id, private=private)
     return repo_id
 
 
 def full_name(repo_id: str, *, token: str | None = None) -> str:
-    """Return namespace/name; of a bare name the server says whose it is, since nobody may write there but the user.
+    """Return namespace/name; a bare name gets the namespace of the logged-in user from the server.
 
     Raises:
-        MultiExitError: Name of a wrong form; for a bare one, see `check_push`.
+        InvalidValueError: Malformed name.
+        HubError: A bare name and no valid login.
     """
     check_repo_id(repo_id)
     if '/' in repo_id:
@@ -176,31 +194,33 @@ def full_name(repo_id: str, *, token: str | None = None) -> str:
         check_token(token, repo_id, is_required=True)
         with explain_hub_errors(repo_id):
             return f'{_api(token).whoami()["name"]}/{repo_id}'
-    except MultiExitError as error:
-        raise MultiExitError(f"'{repo_id}' names no user: give namespace/name. {error}") from error
+    except HubError as error:
+        raise HubError(f"'{repo_id}' has no namespace: give namespace/name. {error}") from error
 
 
-def plan_push(folder: str | os.PathLike, repo_id: str, *, token: str | None = None, private: bool = False) -> PushPlan:
+def plan_push(
+    folder: str | os.PathLike[str], repo_id: str, *, token: str | None = None, private: bool = False
+) -> PushPlan:
     """Return what `push_folder` would do with a folder; changes nothing.
 
     Args:
-        folder: A publication; its files go, with those of its folders, except hidden ones.
+        folder: A publication. All its files are pushed, those of its subfolders included, except hidden ones.
         repo_id: See `check_push`.
-        token: None for the one that is logged in; a private repository is not seen without.
+        token: None for the one that is logged in; a private repository is not visible without.
         private: See `push_folder`.
 
     Raises:
-        MultiExitError: It is no publication, a file may hold code, is a link out of the folder or has a name that is
-            not taken; the repository holds something else than a publication, or is public with `private`; the server
-            cannot be reached or does not take the token.
+        MultiExitError: See `files.local_files`.
+        HubError: The repository holds something else than a publication, or is public with `private`; the server
+            cannot be reached or rejects the token.
     """
     files = local_files(Path(folder))
     repo_id = full_name(repo_id, token=token)
-    return _plan(files, repo_id, _read_remote(_api(token), repo_id, private=private))
+    return _plan(files, repo_id, _read_remote(token, repo_id, private=private))
 
 
 def push_folder(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     repo_id: str,
     *,
     private: bool = False,
@@ -208,22 +228,23 @@ def push_folder(
     message: str = 'Publish with timm_multiexit',
     token: str | None = None,
 ) -> PushResult:
-    """Make a repository hold a folder, by one commit or by none where it does already.
+    """Make a repository hold a folder, by one commit, or none if nothing has changed.
 
-    Changed files alone are sent. What is gone from the folder is deleted there if it is one of the files that a
-    publication writes (`hub_files.OWNED_FILES`); all others stay. Until the commit, which is the last step but the tag,
-    the repository stays as it was; after a break run again.
+    Only changed files are sent. Files that are missing in the folder are deleted in the repository if a publication
+    writes them (`files.OWNED_FILES`); all others stay. The commit is the last step before the tag: until then the
+    repository stays as it was, and an interrupted push can be run again.
 
     Args:
         folder: See `plan_push`.
-        repo_id: See `check_push`; the repository is made if there is none.
-        private: Make a private repository. One that is there stays as it is.
-        tag: Name that the commit gets as well; one that this commit has already is fine.
+        repo_id: See `check_push`; the repository is created if it does not exist.
+        private: Create a private repository. An existing one stays as it is.
+        tag: Tag of the commit; one that this commit already has is fine.
         message: Title of the commit.
         token: None for the one that is logged in.
 
     Raises:
-        MultiExitError: See `plan_push`; a tag that another commit has, or the name of a branch; someone else's commit
+        MultiExitError: See `files.local_files`.
+        HubError: See `plan_push`; a tag that is at another commit, or the name of a branch; someone else's commit
             in between; no right to write.
     """
     if tag is not None:
@@ -232,39 +253,34 @@ def push_folder(
     files = local_files(Path(folder))
     repo_id = full_name(repo_id, token=token)
     api = _api(token)
-    info = _read_remote(api, repo_id, private=private)
-    changes = _plan(files, repo_id, info).changes
-    has_changes = any(change.action != 'keep' for change in changes)
+    info = _read_remote(token, repo_id, private=private)
+    has_changes = set(_plan(files, repo_id, info).actions.values()) != {'keep'}
     has_tag = tag is not None and _find_tag(api, repo_id, tag, info, has_changes=has_changes)
     with explain_hub_errors(repo_id):
         if info is None:
-            # None leaves it to the organization, some of which allow private ones alone.
+            # None leaves it to the organization; some allow only private repositories.
             api.create_repo(repo_id, private=private or None)
             info = api.model_info(repo_id)
             if private and not info.private:
-                raise MultiExitError(f"'{repo_id}' was made public by {endpoint()}, so nothing was pushed: delete it.")
-        commit = _commit(api, repo_id, files, changes, info.sha, message) if has_changes else info.sha
+                raise HubError(f"{endpoint()} made '{repo_id}' public, so nothing was pushed: delete it.")
+        commit = parent = str(info.sha)
+        if has_changes:
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=Path(folder),
+                commit_message=message,
+                parent_commit=parent,
+                allow_patterns=list(files),  # checked names, without any signs of patterns
+                delete_patterns=list(OWNED_FILES),
+            ).oid
     if tag is not None and not has_tag:
-        with explain_hub_errors(repo_id, before=f'Commit {commit} is pushed, its tag is not. '):
+        with explain_hub_errors(repo_id, before=f'Commit {commit} was pushed, but not tagged. '):
             api.create_tag(repo_id, tag=tag, revision=commit)
-    return PushResult(repo_id, commit, f'{endpoint()}/{repo_id}/tree/{commit}', commit != info.sha)
-
-
-def _commit(
-    api: HfApi, repo_id: str, files: dict[str, Path], changes: tuple[Change, ...], parent: str, message: str
-) -> str:
-    """Send the changes as one commit after `parent` and return it."""
-    operations: list[CommitOperationAdd | CommitOperationDelete] = []
-    for path, action, _ in changes:
-        if action == 'delete':
-            operations.append(CommitOperationDelete(path, is_folder=False))
-        elif action != 'keep':
-            operations.append(CommitOperationAdd(path, files[path]))
-    return api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent).oid
+    return PushResult(repo_id, commit, f'{endpoint()}/{repo_id}/tree/{commit}', commit != parent)
 
 
 def _find_tag(api: HfApi, repo_id: str, tag: str, info: ModelInfo | None, *, has_changes: bool) -> bool:
-    """Return whether the tag is at the commit that the push will end at; one that is elsewhere is an error."""
+    """Return whether the commit that the push will end at has the tag already; anywhere else it is an error."""
     branches, tags = ['main'], {}
     if info is not None:
         with explain_hub_errors(repo_id):
@@ -272,52 +288,46 @@ def _find_tag(api: HfApi, repo_id: str, tag: str, info: ModelInfo | None, *, has
         branches += [ref.name for ref in refs.branches]
         tags = {ref.name: ref.target_commit for ref in refs.tags}
     if tag in branches or _COMMIT.fullmatch(tag):
-        raise MultiExitError(f"Tag '{tag}' would hide a branch or commit of '{repo_id}': choose another name.")
-    if tag in tags and (has_changes or tags[tag] != info.sha):
-        raise MultiExitError(
-            f"Tag '{tag}' of '{repo_id}' is at commit {tags[tag]} already, and nothing was pushed: choose another name,"
+        raise InvalidValueError(f"Tag '{tag}' is the name of a branch or commit of '{repo_id}': choose another name.")
+    if tag in tags and (has_changes or info is None or tags[tag] != info.sha):
+        raise HubError(
+            f"Tag '{tag}' of '{repo_id}' is already at commit {tags[tag]}, so nothing was pushed: choose another name,"
             ' or delete it there.'
         )
     return tag in tags
 
 
 def _plan(files: dict[str, Path], repo_id: str, info: ModelInfo | None) -> PushPlan:
-    remote = {}
-    for sibling in (info and info.siblings) or ():
-        digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-        remote[sibling.rfilename] = RemoteFile(sibling.size or 0, digest, bool(sibling.lfs))
+    remote = {
+        sibling.rfilename: sibling.lfs.sha256 if sibling.lfs else str(sibling.blob_id)
+        for sibling in (info.siblings if info else None) or ()
+    }
     with explain_hub_errors(repo_id):
-        changes = compare(files, remote)
-    return PushPlan(repo_id, endpoint(), info is not None, info and info.sha, changes)
+        return PushPlan(repo_id, f'{endpoint()}/{repo_id}', info.sha if info else None, compare(files, remote))
 
 
-def _read_remote(api: HfApi, repo_id: str, *, private: bool) -> ModelInfo | None:
-    """Return commit, visibility and files of a repository's main branch in one answer, or None if it is not seen.
+def _read_remote(token: str | None, repo_id: str, *, private: bool) -> ModelInfo | None:
+    """Return commit, visibility and files of a repository's main branch, or None if it is not visible.
 
     Raises:
-        MultiExitError: The Hub fails, or what is there must not be pushed to.
+        HubError: The Hub fails, or the repository must not be pushed to.
     """
-    check_token(api.token, repo_id)
+    check_token(token, repo_id)
     with explain_hub_errors(repo_id):
         try:
-            info = api.model_info(repo_id, files_metadata=True)
+            info = _api(token).model_info(repo_id, files_metadata=True)
         except RepositoryNotFoundError as error:
             if isinstance(error, GatedRepoError) or is_token_refused(error):
                 raise
             return None
     check_owned(repo_id, [sibling.rfilename for sibling in info.siblings or ()])
     if private and not info.private:
-        raise MultiExitError(
-            f"'{repo_id}' is public already, so it cannot be pushed to as private: make it private at"
-            f' {endpoint()}/{repo_id}/settings, or choose another name.'
+        raise HubError(
+            f"'{repo_id}' already exists and is public: make it private at {endpoint()}/{repo_id}/settings, or choose"
+            ' another name.'
         )
     return info
 
 
 def _api(token: str | None) -> HfApi:
-    return HfApi(token=token, **_library())
-
-
-def _library() -> dict[str, str]:
-    """Return how this package introduces itself to the server."""
-    return {'library_name': 'timm_multiexit', 'library_version': version('timm-multiexit')}
+    return HfApi(token=token, library_name=_LIBRARY, library_version=__version__)

@@ -1,15 +1,16 @@
-"""Which files may go to the Hugging Face Hub or come from it, and what tells two of them apart."""
+"""Which files may be exchanged with the Hugging Face Hub, and what a push changes."""
 
-import hashlib
 import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-from timm_multiexit.utils.errors import MultiExitError
+from huggingface_hub.utils.sha import git_hash
 
-# What a publication writes, and so may delete in a repository; everything else there is its owner's.
+from timm_multiexit.utils.errors import CheckpointError, HubError, InvalidValueError, MissingFileError
+from timm_multiexit.utils.files import sha256
+
+# What a publication writes, and may therefore delete in a repository; everything else belongs to its owner.
 OWNED_FILES = (
     'README.md',
     'args.yaml',
@@ -20,68 +21,45 @@ OWNED_FILES = (
     'model.safetensors',
 )
 
-# What each publication has, and together no repository of anybody else's.
+# Together these identify a publication.
 _MARKS = ('exits.safetensors', 'metrics.json')
 
-# What the website puts into a new repository.
+# What the website adds to a new repository.
 _OF_NEW = ('README.md', 'LICENSE')
 
-# Formats that can hold pickles, which run code where they are read.
+# Formats that can contain pickles, which run code when they are loaded.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.tar', '.npz')
+
+_GIVE = 'give a folder that a publication was written to'
 
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
 
 
-class RemoteFile(NamedTuple):
-    """A file of a repository.
-
-    Attributes:
-        size: Bytes.
-        digest: See `digest`.
-        is_large: Whether it is stored apart from git.
-    """
-
-    size: int
-    digest: str
-    is_large: bool
-
-
-class Change(NamedTuple):
-    """What a push does with one file.
-
-    Attributes:
-        path: Path in the repository, with slashes.
-        action: 'add', 'update', 'delete' or 'keep'.
-        size: Bytes; of a file to delete, those it has there.
-    """
-
-    path: str
-    action: str
-    size: int
-
-
 def check_file_name(name: str) -> None:
-    """Raise `MultiExitError` unless this is a plain file name, of a format that holds no code.
+    """Raise `InvalidValueError` unless this is a plain file name, of a format that cannot contain code.
 
     >>> check_file_name('model.safetensors')
     """
     if not _NAME.fullmatch(name):
-        raise MultiExitError(
-            f"File name {name!r} is not taken: allowed are letters and digits, and '.', '_', '-' after them."
+        raise InvalidValueError(
+            "File name must be made of letters, digits, '.', '_' and '-' and begin with a letter or digit,"
+            f' got {name!r}.'
         )
     if name.lower().endswith(PICKLES):
-        raise MultiExitError(f"'{name}' is of a format that may hold code: give or write safetensors.")
+        raise InvalidValueError(f"'{name}' has a format that can contain code: use safetensors.")
 
 
 def local_files(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder and its folders that are not hidden, by their path in it with slashes.
+    """Return the files in a folder and its subfolders that are not hidden, by relative path with slashes.
 
     Raises:
-        MultiExitError: There is no such folder or no publication in it, a file may hold code or has a name that is not
-            taken, a link leads out of the folder or to another folder, something cannot be read.
+        MissingFileError: There is no such folder.
+        CheckpointError: It holds no publication, a link leads out of it or to another folder, or something cannot be
+            read.
+        InvalidValueError: See `check_file_name`.
     """
     if not folder.is_dir():
-        raise MultiExitError(f'{folder} is no folder: give one that a publication was written to.')
+        raise MissingFileError(f'{folder} is not a folder: {_GIVE}.')
     root = folder.resolve()
     files = {}
     try:
@@ -91,50 +69,50 @@ def local_files(folder: Path) -> dict[str, Path]:
             for path in (Path(parent, name) for name in links + file_names if not name.startswith('.')):
                 files[path.relative_to(root).as_posix()] = _resolve(path, root)
     except (OSError, RuntimeError) as error:  # of links in a circle: RuntimeError before Python 3.13
-        raise MultiExitError(f'{folder} cannot be read: {error}.') from error
+        raise CheckpointError(f'Cannot read {folder}: {error}.') from error
     if not files:
-        raise MultiExitError(f'{folder} has no files to push: give one that a publication was written to.')
+        raise CheckpointError(f'{folder} has no files to push: {_GIVE}.')
     missing = [name for name in _MARKS if name not in files]
     if missing:
-        raise MultiExitError(f'{folder} has no {missing[0]}: give one that a publication was written to.')
+        raise CheckpointError(f'{folder} has no {missing[0]}: {_GIVE}.')
     return files
 
 
 def check_owned(repo_id: str, paths: Collection[str]) -> None:
-    """Raise `MultiExitError` unless a repository is new, or holds a publication.
+    """Raise `HubError` unless a repository is new or holds a publication.
 
     >>> check_owned('org/net', ['.gitattributes', 'LICENSE'])
     """
     others = sorted(path for path in paths if not path.startswith('.') and path not in _OF_NEW)
     if others and not set(_MARKS) <= set(others):
         more = f' and {len(others) - 3} more' if len(others) > 3 else ''
-        raise MultiExitError(
-            f"'{repo_id}' holds {', '.join(others[:3])}{more} and no model that timm_multiexit published, so nothing is"
-            ' pushed to it: choose another name, or empty it first.'
+        raise HubError(
+            f"'{repo_id}' holds {', '.join(others[:3])}{more}, not a model published by timm_multiexit, so nothing was"
+            ' pushed: choose another name, or empty it first.'
         )
 
 
-def compare(files: Mapping[str, Path], remote: Mapping[str, RemoteFile]) -> tuple[Change, ...]:
-    """Return what makes a repository hold the files of a folder, by path.
+def compare(files: Mapping[str, Path], remote: Mapping[str, str]) -> dict[str, str]:
+    """Return 'add', 'update', 'delete' or 'keep' for each file, by path.
+
+    The client leaves unchanged files out by itself, but only once the push has begun. Known before, an unchanged folder
+    sends nothing at all, a tag is refused in time, and a dry run says what would change.
 
     Args:
-        files: Of the folder, by their path in it.
-        remote: Of the repository, by path.
+        files: Files of the folder, by path.
+        remote: Path -> SHA-256 of large files (LFS), git's blob id of the others.
 
     Raises:
         OSError: A file cannot be read.
     """
-    gone = [path for path in OWNED_FILES if path in remote and path not in files]
-    changes = [Change(path, 'delete', remote[path].size) for path in gone]
+    actions = {path: 'delete' for path in OWNED_FILES if path in remote}
     for path, file in files.items():
-        action = 'add' if path not in remote else 'keep' if _is_same(file, remote[path]) else 'update'
-        changes.append(Change(path, action, file.stat().st_size))
-    return tuple(sorted(changes))
+        actions[path] = 'add' if path not in remote else 'keep' if _has_digest(file, remote[path]) else 'update'
+    return dict(sorted(actions.items()))
 
 
-def _is_same(file: Path, remote: RemoteFile) -> bool:
-    """Return whether a file has the bytes that the repository has; other sizes need no look at them."""
-    return file.stat().st_size == remote.size and digest(file, is_large=remote.is_large) == remote.digest
+def _has_digest(file: Path, digest: str) -> bool:
+    return digest == (git_hash(file.read_bytes()) if len(digest) == 40 else sha256(file))
 
 
 def _resolve(path: Path, root: Path) -> Path:
@@ -144,18 +122,9 @@ def _resolve(path: Path, root: Path) -> Path:
         check_file_name(part)
     check_file_name(target.name)
     if not target.is_relative_to(root) or not target.is_file():
-        raise MultiExitError(f'{path} leads out of {root} or to no file, so it is not pushed: copy or remove it.')
+        raise CheckpointError(f'{path} links to a file outside of {root} or to no file: copy or remove it.')
     return target
 
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def digest(file: Path, *, is_large: bool) -> str:
-    """Return what the Hub tells of a file's content: SHA-256 of a large one (LFS), git's blob id of the others."""
-    content = hashlib.sha256() if is_large else hashlib.sha1(b'blob %d\0' % file.stat().st_size)
-    with file.open('rb') as stream:
-        while chunk := stream.read(1 << 20):
-            content.update(chunk)
-    return content.hexdigest()

@@ -1,4 +1,4 @@
-"""Distances."""
+"""Distances of students to the outputs of a teacher, and in which precision they are computed."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError
 
 # Names of the output distances, and the weight that each has where none is given. The authors' script of the EED paper
 # has these for 'kl' and 'mse'; the divergences are multiplied by T^2 besides.
@@ -53,19 +53,19 @@ def checked_logits(outputs: Any) -> Sequence[torch.Tensor]:
         outputs: What a model returns with `exits=True`.
 
     Raises:
-        MultiExitError: There are none, or their shapes differ.
+        InvalidTypeError: They have no logits.
+        InvalidValueError: Their shapes differ.
     """
     logits = getattr(outputs, 'logits', None)
     if not isinstance(logits, (tuple, list)) or not logits:
-        raise MultiExitError(
-            f'Outputs of type {type(outputs).__name__} have no tuple of logits, allowed is what a multi-exit model'
-            ' returns for all its exits; call the model with exits=True.'
+        raise InvalidTypeError(
+            f'outputs must have a tuple of logits, got type {type(outputs).__name__}. Call the model with exits=True.'
         )
     if any(tensor.shape != logits[0].shape for tensor in logits):
         shapes = ', '.join(str(list(tensor.shape)) for tensor in logits)
-        raise MultiExitError(
-            f'Logits have the shapes {shapes}, allowed is one shape [B, C] for all classifiers;'
-            ' give every exit the same batch and num_classes as main.'
+        raise InvalidValueError(
+            f'Logits must have one shape [B, C] for all classifiers, got {shapes}. Give every exit the same batch and'
+            ' num_classes as main.'
         )
     return logits
 
@@ -75,7 +75,7 @@ def upcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def full_precision(device_type: str) -> AbstractContextManager:
+def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """Return a context without autocast."""
     # Not asked of torch.amp.is_autocast_available, which torch.compile does not trace in torch 2.8.
     return nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False)

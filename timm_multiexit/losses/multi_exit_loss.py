@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from timm_multiexit.losses.distances import (
     upcast,
 )
 from timm_multiexit.losses.teachers import DepthWeights, KDConfig, checked_teacher, resolve_teacher
-from timm_multiexit.utils.errors import MultiExitError, checked_number, checked_weights
+from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, checked_number, checked_weights
 
 # One row for each method. The names mean the forms that the EED paper (arXiv 2104.00299) compares; where an original
 # differs, the row says so. Every row can be changed by the keyword arguments of `create_loss`.
@@ -45,6 +45,26 @@ LOSSES: dict[str, dict[str, Any]] = {
         'depth_weights': DepthWeights(teacher=1.6, balance=1.15),
     },
 }
+
+
+class LossTerms(NamedTuple):
+    """The loss and its detached parts, one value per classifier [K+1], with all factors except `exit_weights`.
+
+    `loss` is exactly `(exit_weights * (task + output_distance + feature_distance + kd_distance)).sum()`.
+
+    Attributes:
+        loss: Scalar with gradient.
+        task: Task terms.
+        output_distance: Distances to the outputs of the teacher; zero where a classifier has none.
+        feature_distance: Distances to the features of the teacher; zero where a classifier has none.
+        kd_distance: Distances to an outside teacher; None without one.
+    """
+
+    loss: torch.Tensor
+    task: torch.Tensor
+    output_distance: torch.Tensor
+    feature_distance: torch.Tensor
+    kd_distance: torch.Tensor | None = None
 
 
 class MultiExitLoss(nn.Module):
@@ -85,7 +105,8 @@ class MultiExitLoss(nn.Module):
             so that projectors get a gradient, of zero, as distributed training wants.
 
     Raises:
-        MultiExitError: An argument is out of range, or arguments contradict each other.
+        InvalidValueError: An argument is out of range, or arguments contradict each other.
+        InvalidTypeError: An argument is of the wrong type.
 
     Source:
         arXiv 2104.00299, equations 2 to 8 and Table IV (teachers). The authors' script takes the soft cross-entropy
@@ -98,9 +119,9 @@ class MultiExitLoss(nn.Module):
         >>> outputs = SimpleNamespace(logits=(exit_logits, main_logits), features=None)
         >>> loss_fn = MultiExitLoss('all', 'mse')  # the teacher's logits are [[1.0, 1.0]]
         >>> terms = loss_fn.terms(outputs, torch.tensor([1]))
-        >>> terms['output']
+        >>> terms.output_distance
         tensor([1., 1.])
-        >>> [round(value, 4) for value in terms['task'].tolist()]
+        >>> [round(value, 4) for value in terms.task.tolist()]
         [0.1269, 2.1269]
         >>> round(loss_fn(outputs, torch.tensor([1])).item(), 4)
         4.2539
@@ -122,14 +143,12 @@ class MultiExitLoss(nn.Module):
         """Keep the settings, which the class describes."""
         super().__init__()
         if output_loss not in OUTPUT_WEIGHTS:
-            raise MultiExitError(
-                f"output_loss is {output_loss!r}, allowed are 'kl', 'mse' and 'bernoulli'; choose one of them."
-            )
+            raise InvalidValueError(f"output_loss must be 'kl', 'mse' or 'bernoulli', got {output_loss!r}.")
         if not isinstance(depth_weights, DepthWeights | None):
-            raise MultiExitError(f'depth_weights is {depth_weights!r}, allowed are a DepthWeights or None.')
+            raise InvalidTypeError(f'depth_weights must be a DepthWeights or None, got {depth_weights!r}.')
         if criterion is not None and not callable(criterion):
-            raise MultiExitError(
-                f'criterion is {criterion!r}, allowed is a callable (logits, target) -> scalar or None.'
+            raise InvalidTypeError(
+                f'criterion must be a callable (logits, target) -> scalar or None, got {criterion!r}.'
             )
         self.teacher = checked_teacher(teacher)
         self.output_loss = output_loss
@@ -151,14 +170,14 @@ class MultiExitLoss(nn.Module):
             settings.append(('depth_weights', self.depth_weights))
         for name, value in settings:
             if self.teacher is None and value:
-                raise MultiExitError(
-                    f"{name} is {value} but there is no teacher; name one (teacher='main', 'all' or a list of"
+                raise InvalidValueError(
+                    f"{name} is {value} but the loss has no teacher. Name one (teacher='main', 'all' or a list of"
                     f" classifiers; the losses 'phuong', 'byot', 'eed' and 'beed' have one) or leave {name} out."
                 )
         if self.multi_label and self.teacher is not None and self.output_loss == 'kl':
-            raise MultiExitError(
-                "output_loss is 'kl' with multi_label, but its softmax needs classes that exclude each other;"
-                " use output_loss='mse' or 'bernoulli'."
+            raise InvalidValueError(
+                "output_loss must be 'mse' or 'bernoulli' with multi_label, got 'kl', whose softmax needs classes that"
+                ' exclude each other.'
             )
 
     def forward(self, outputs: Any, target: torch.Tensor) -> torch.Tensor:
@@ -169,9 +188,10 @@ class MultiExitLoss(nn.Module):
             target: See `terms`.
 
         Raises:
-            MultiExitError: See `terms`.
+            InvalidValueError: See `terms`.
+            InvalidTypeError: See `terms`.
         """
-        return self.terms(outputs, target)['loss']
+        return self.terms(outputs, target).loss
 
     def terms(
         self,
@@ -179,8 +199,8 @@ class MultiExitLoss(nn.Module):
         target: torch.Tensor,
         outside: torch.Tensor | None = None,
         kd: KDConfig | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Return the total and its parts, for logs.
+    ) -> LossTerms:
+        """Return the loss and its parts.
 
         Args:
             outputs: What a model returns with `exits=True`: `logits`, one [B, C] float tensor per classifier, shallow
@@ -191,15 +211,10 @@ class MultiExitLoss(nn.Module):
                 student, by the 'kl' of the outputs, or by 'bernoulli' with `multi_label`.
             kd: How the outside teacher is weighed; None for timm's defaults.
 
-        Returns:
-            'loss', a scalar with gradient, and the detached 'task', 'output', 'feature' and, with an outside teacher,
-            'kd', each [K+1], one value per classifier with its factors in it, all but `exit_weights`; zero where a
-            classifier has no such term. 'loss' is exactly `(exit_weights * (task + output + feature + kd)).sum()`.
-
         Raises:
-            MultiExitError: Outputs without logits or with unequal shapes, features missing or of unequal widths,
-                settings that do not fit the number of classifiers, a criterion without a scalar, or an outside
-                teacher of another shape.
+            InvalidTypeError: Outputs without logits.
+            InvalidValueError: Logits of unequal shapes, features missing or of unequal widths, settings that do not
+                fit the number of classifiers, a criterion without a scalar, or an outside teacher of another shape.
         """
         logits = checked_logits(outputs)
         count = len(logits)
@@ -208,15 +223,15 @@ class MultiExitLoss(nn.Module):
         with full_precision(logits[0].device.type):
             logits = [upcast(tensor) for tensor in logits]
             task = self._task_rows(logits, target)  # [K+1]
-            parts = {
-                'task': scale_rows(task, [task_factor * factor for factor in self.depth_weights.task_factors(count)]),
-                'output': self._output_rows(torch.stack(logits)) if self.output_weight > 0 else torch.zeros_like(task),
-                'feature': self._feature_rows(outputs, count) if self.feature_weight > 0 else torch.zeros_like(task),
-            }
+            parts = [
+                scale_rows(task, [task_factor * factor for factor in self.depth_weights.task_factors(count)]),
+                self._output_rows(torch.stack(logits)) if self.output_weight > 0 else torch.zeros_like(task),
+                self._feature_rows(outputs, count) if self.feature_weight > 0 else torch.zeros_like(task),
+            ]
             if outside is not None:
-                parts['kd'] = kd_factor * self._outside_rows(torch.stack(logits), outside, kd or KDConfig())
-            rows = scale_rows(sum(parts.values()), self.exit_weights or [1.0] * count)
-        return {'loss': rows.sum(), **{name: part.detach() for name, part in parts.items()}}
+                parts.append(kd_factor * self._outside_rows(torch.stack(logits), outside, kd or KDConfig()))
+            rows = scale_rows(sum(parts[1:], parts[0]), self.exit_weights or [1.0] * count)
+        return LossTerms(rows.sum(), *(part.detach() for part in parts))
 
     def check_count(self, count: int) -> None:
         """Raise if the settings do not fit a model's number of classifiers.
@@ -225,16 +240,16 @@ class MultiExitLoss(nn.Module):
             count: Exits and main.
 
         Raises:
-            MultiExitError: A wrong number of exit weights or of the teacher's weights, a teacher that the model does
+            InvalidValueError: A wrong number of exit weights or of the teacher's weights, a teacher that the model does
                 not have, or a balance that turns a task term negative.
 
         Example:
             >>> create_loss('beed').check_count(5)
         """
         if self.exit_weights is not None and len(self.exit_weights) != count:
-            raise MultiExitError(
+            raise InvalidValueError(
                 f'exit_weights has {len(self.exit_weights)} values, but the model has {count} classifiers'
-                f' ({count - 1} exits and main); give one for each, exits shallow to deep, then main.'
+                f' ({count - 1} exits and main). Give one for each, exits shallow to deep, then main.'
             )
         self.depth_weights.task_factors(count)
         if self.teacher is not None:
@@ -247,7 +262,7 @@ class MultiExitLoss(nn.Module):
             widths: Number of features of each classifier, exits shallow to deep, then main.
 
         Raises:
-            MultiExitError: `feature_weight` is above 0 and an exit's width is not main's.
+            InvalidValueError: `feature_weight` is above 0 and an exit's width is not main's.
 
         Example:
             >>> MultiExitLoss('all').check_features([64, 512])  # no feature distillation: any width will do
@@ -257,34 +272,36 @@ class MultiExitLoss(nn.Module):
             return
         *exits, main = widths
         others = ', '.join(f'exit {exit_idx} has {width}' for exit_idx, width in enumerate(exits) if width != main)
-        raise MultiExitError(
-            f'Feature distillation needs features of one width, but {others} and main has {main};'
-            " use head='paper' (--exit-head paper), projectors (--exit-projectors), or feature_weight 0."
+        raise InvalidValueError(
+            f'Feature distillation needs features of one width, but {others} and main has {main}.'
+            " Use head='paper' (--exit-head paper), projectors (--exit-projectors), or feature_weight 0."
         )
 
     def extra_repr(self) -> str:
         """Return the settings that `print` shows."""
-        names = ('teacher', 'output_loss', 'output_weight', 'feature_weight', 'temperature', 'exit_weights')
-        names += ('depth_weights',) if self.depth_weights != DepthWeights() else ()
+        names = ['teacher', 'output_loss', 'output_weight', 'feature_weight', 'temperature', 'exit_weights']
+        names += ['depth_weights'] if self.depth_weights != DepthWeights() else []
         return ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
 
     def _split(self, stacked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the students [S, B, N], S at most K+1, and the detached teacher [B, N] of stacked [K+1, B, N]."""
+        assert self.teacher is not None  # a weight above 0 has one
         members = resolve_teacher(self.teacher, self.depth_weights, len(stacked))
         fixed = stacked.detach()
         if list(members) == [len(stacked) - 1]:
             return stacked[:-1], fixed[-1]
         # No tensor of indices or weights, which would be copied to the device at every call.
-        return stacked, sum(weight * fixed[idx] for idx, weight in members.items())
+        first, *others = (weight * fixed[idx] for idx, weight in members.items())
+        return stacked, sum(others, first)
 
     def _task_rows(self, logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         if target.is_floating_point():
             target = target.to(logits[0].dtype)
         rows = [self.criterion(tensor, target) for tensor in logits]
         if any(row.dim() != 0 for row in rows):
-            raise MultiExitError(
-                f'criterion returned a tensor of shape {list(rows[0].shape)}, allowed is a scalar;'
-                " use a criterion that averages over the batch (reduction='mean')."
+            raise InvalidValueError(
+                f'criterion must return a scalar, got a tensor of shape {list(rows[0].shape)}. Use one that averages'
+                " over the batch (reduction='mean')."
             )
         return torch.stack(rows)
 
@@ -295,9 +312,9 @@ class MultiExitLoss(nn.Module):
 
     def _outside_rows(self, logits: torch.Tensor, outside: torch.Tensor, kd: KDConfig) -> torch.Tensor:
         if outside.shape != logits[0].shape:
-            raise MultiExitError(
-                f'The outside teacher gives logits of shape {list(outside.shape)}, allowed is that of the model,'
-                f' {list(logits[0].shape)}; take a teacher of the same classes.'
+            raise InvalidValueError(
+                f"Logits of the outside teacher must have the model's shape {list(logits[0].shape)}, got"
+                f' {list(outside.shape)}. Use a teacher of the same classes.'
             )
         kind = 'bernoulli' if self.multi_label else 'kl'
         return output_distance(kind, logits, outside.detach().to(logits.dtype), kd.temperature)
@@ -305,9 +322,9 @@ class MultiExitLoss(nn.Module):
     def _feature_rows(self, outputs: Any, count: int) -> torch.Tensor:
         features = getattr(outputs, 'features', None)
         if features is None or len(features) != count or any(tensor is None for tensor in features):
-            raise MultiExitError(
-                f'Feature distillation needs the features of all {count} classifiers, but outputs.features lacks them;'
-                ' call the model with exits=True, or use feature_weight 0.'
+            raise InvalidValueError(
+                f'Feature distillation needs the features of all {count} classifiers, but outputs.features lacks them.'
+                ' Call the model with exits=True, or use feature_weight 0.'
             )
         self.check_features([tensor.shape[-1] for tensor in features])
         students, teacher = self._split(torch.stack([upcast(tensor) for tensor in features]))
@@ -324,7 +341,7 @@ def create_loss(name: str, **overrides: Any) -> MultiExitLoss:
             a command-line flag left unset keeps the method's value.
 
     Raises:
-        MultiExitError: The name is unknown, or the arguments contradict the method.
+        InvalidValueError: The name is unknown, or the arguments contradict the method.
 
     Example:
         >>> create_loss('eed', output_loss='mse', temperature=None)
@@ -334,7 +351,7 @@ exit_weights=None)
     if not isinstance(name, str) or name not in LOSSES:
         nearest = get_close_matches(str(name).lower(), LOSSES, n=1)
         hint = f"did you mean '{nearest[0]}'?" if nearest else 'timm_multiexit.losses.LOSSES describes them.'
-        raise MultiExitError(f'Unknown loss {name!r}, allowed are {", ".join(sorted(LOSSES))}; {hint}')
+        raise InvalidValueError(f'loss must be one of {", ".join(sorted(LOSSES))}, got {name!r}; {hint}')
     given = {key: value for key, value in overrides.items() if value is not None}
     return MultiExitLoss(**{**LOSSES[name], **given})
 

@@ -1,10 +1,10 @@
-"""Teachers: which classifiers teach and how they are weighed, and the distances of students to a teacher."""
+"""Teachers: which classifiers teach, and how they are weighed."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from timm_multiexit.utils.errors import MultiExitError, checked_number, checked_weights
+from timm_multiexit.utils.errors import InvalidValueError, checked_number, checked_weights
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class DepthWeights:
             from the labels; main has 1 and 1.
 
     Raises:
-        MultiExitError: A number is out of range.
+        InvalidValueError: A number is out of range.
 
     Example:
         >>> [round(factor, 4) for factor in DepthWeights(balance=1.15).output_factors(4)]
@@ -32,13 +32,14 @@ class DepthWeights:
     teacher: float | Sequence[float] = 1.0
     balance: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        weights: float | tuple[float, ...]
         if isinstance(self.teacher, Iterable):
             weights = checked_weights('DepthWeights.teacher', self.teacher)
             if sum(weights) == 0:
-                raise MultiExitError(
-                    f'DepthWeights.teacher is {list(weights)}, allowed are weights with a sum above 0;'
-                    ' give at least one classifier a weight.'
+                raise InvalidValueError(
+                    f'DepthWeights.teacher must have a sum > 0, got {list(weights)}. Give at least one classifier a'
+                    ' weight.'
                 )
         else:
             weights = checked_number('DepthWeights.teacher', self.teacher, is_positive=True)
@@ -53,15 +54,15 @@ class DepthWeights:
         """Return 2 - a^j for each of `count` classifiers, shallow to deep, main last.
 
         Raises:
-            MultiExitError: One is not above 0: that classifier would be rewarded for wrong answers.
+            InvalidValueError: One is not above 0: that classifier would be rewarded for wrong answers.
         """
         factors = [2 - factor for factor in self.output_factors(count)]
         if min(factors) <= 0:
             most = math.ceil(math.log(2) / math.log(self.balance))
-            raise MultiExitError(
+            raise InvalidValueError(
                 f'DepthWeights.balance is {self.balance} and gives the task term of the shallowest of {count}'
-                f' classifiers the factor {min(factors):.4f} (2 - {self.balance}^{count - 1}), allowed are factors'
-                f' above 0; use at most {most - 1} exits or a balance below {2 ** (1 / (count - 1)):.4f}.'
+                f' classifiers the factor {min(factors):.4f} (2 - {self.balance}^{count - 1}), which must be > 0. Use'
+                f' at most {most - 1} exits or a balance below {2 ** (1 / (count - 1)):.4f}.'
             )
         return factors
 
@@ -77,7 +78,7 @@ class KDConfig:
         temperature: T of these distances, above 0.
 
     Raises:
-        MultiExitError: A number is out of range.
+        InvalidValueError: A number is out of range.
 
     Example:
         >>> KDConfig().factors, KDConfig(task_loss_weight=0.25).factors, KDConfig(distill_loss_weight=3.0).factors
@@ -88,15 +89,15 @@ class KDConfig:
     distill_loss_weight: float | None = None
     temperature: float = 4.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ('task_loss_weight', 'distill_loss_weight'):
             if getattr(self, name) is not None:
                 checked_number(name, getattr(self, name))
         checked_number('temperature of the outside teacher', self.temperature, is_positive=True)
         if self.factors[1] < 0:
-            raise MultiExitError(
-                f'task_loss_weight is {self.task_loss_weight} and leaves {self.factors[1]:g} for the outside teacher;'
-                ' give 0 to 1, or distill_loss_weight besides.'
+            raise InvalidValueError(
+                f'task_loss_weight must be in [0, 1] without distill_loss_weight, got {self.task_loss_weight}, which'
+                f' leaves {self.factors[1]:g} for the outside teacher.'
             )
 
     @property
@@ -115,17 +116,17 @@ def checked_teacher(teacher: str | Sequence[int] | None) -> str | tuple[int, ...
         teacher: None, 'main', 'all', or 0-based indices of classifiers; main is -1.
 
     Raises:
-        MultiExitError: It is something else.
+        InvalidValueError: It is something else.
     """
     if teacher is None or (isinstance(teacher, str) and teacher in ('main', 'all')):
         return teacher
-    is_list = isinstance(teacher, Sequence) and not isinstance(teacher, str)
-    if not is_list or not teacher or not all(isinstance(idx, int) and not isinstance(idx, bool) for idx in teacher):
-        raise MultiExitError(
-            f"teacher is {teacher!r}, allowed are None, 'main', 'all' or a list of classifiers such as [0, -1];"
-            ' name classifiers by 0-based index, shallow to deep, main is -1.'
+    indices = tuple(teacher) if isinstance(teacher, Sequence) and not isinstance(teacher, str) else ()
+    if not indices or not all(isinstance(idx, int) and not isinstance(idx, bool) for idx in indices):
+        raise InvalidValueError(
+            f"teacher must be None, 'main', 'all' or a list of classifiers such as [0, -1], got {teacher!r}. Name"
+            ' classifiers by 0-based index, shallow to deep; main is -1.'
         )
-    return tuple(teacher)
+    return indices
 
 
 def resolve_teacher(teacher: str | tuple[int, ...], weights: DepthWeights, count: int) -> dict[int, float]:
@@ -137,31 +138,33 @@ def resolve_teacher(teacher: str | tuple[int, ...], weights: DepthWeights, count
         count: Number of classifiers, main included.
 
     Raises:
-        MultiExitError: A classifier is not there or is named twice, or there are not as many weights.
+        InvalidValueError: A classifier is not there or is named twice, or there are not as many weights.
 
     Example:
         >>> resolve_teacher((-1, 0), DepthWeights(3.0), 2), resolve_teacher((-1, 0), DepthWeights([3.0, 1.0]), 2)
         ({0: 0.25, 1: 0.75}, {0: 0.25, 1: 0.75})
     """
-    indices = {'all': tuple(range(count)), 'main': (-1,)}.get(teacher, teacher)
+    if isinstance(teacher, str):
+        indices = tuple(range(count)) if teacher == 'all' else (-1,)
+    else:
+        indices = teacher
     if not all(-count <= idx < count for idx in indices):
-        raise MultiExitError(
-            f'teacher is {list(indices)}, but the model has {count} classifiers;'
-            f' name them by 0 to {count - 1} (main), or from the end by -1 (main) to {-count}.'
+        raise InvalidValueError(
+            f'teacher must name classifiers by 0 to {count - 1} (main), or from the end by -1 (main) to {-count},'
+            f' since the model has {count} classifiers, got {list(indices)}.'
         )
     members = [idx % count for idx in indices]
     if len(set(members)) < len(members):
-        raise MultiExitError(
-            f'teacher is {list(indices)} and names a classifier of this model twice;'
-            f' name each once (main is -1 and {count - 1}).'
+        raise InvalidValueError(
+            f'teacher must name each classifier once, got {list(indices)}, which names one twice (main is -1 and'
+            f' {count - 1}).'
         )
-    numbers = weights.teacher
-    if isinstance(numbers, float):
-        numbers = tuple(numbers**idx for idx in members)
+    base = weights.teacher
+    numbers = tuple(base) if isinstance(base, Sequence) else tuple(base**idx for idx in members)
     if len(numbers) != len(members):
-        raise MultiExitError(
+        raise InvalidValueError(
             f'DepthWeights.teacher has {len(numbers)} weights, but {len(members)} classifiers teach'
-            f' (teacher is {teacher!r}); give one for each, or one number b for b^i.'
+            f' (teacher is {teacher!r}). Give one for each, or one number b for b^i.'
         )
     total = sum(numbers)
     return {idx: number / total for idx, number in sorted(zip(members, numbers))}

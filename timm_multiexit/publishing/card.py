@@ -1,30 +1,23 @@
-"""The model card of a published model, made of its metrics.json alone."""
+"""The model card of a published model, made only from its metrics.json."""
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_multiexit.checkpoints.config import FORMAT_VERSION
-from timm_multiexit.publishing.card_tables import (
-    COSTS,
-    describe_environment,
-    describe_picture,
-    describe_results,
-    exit_rows,
-    find_default,
-    find_main,
-    find_metric,
-    headline,
-    policy_rows,
-)
-from timm_multiexit.utils.errors import MultiExitError, is_number, one_line
-from timm_multiexit.utils.markdown import bullets, code, escape, fence, link, number, table
+from timm_multiexit.publishing import card_tables, results
+from timm_multiexit.publishing.results import add_row_keys, exit_rows, find_default, find_main, find_metric, policy_rows
+from timm_multiexit.utils import markdown
+from timm_multiexit.utils.errors import CheckpointError, is_number, one_line
 
 TAGS = ('image-classification', 'timm', 'timm_multiexit', 'multi-exit', 'early-exit', 'anytime-inference')
 
 REQUIRED = ('model_name', 'architecture', 'num_classes', 'input_size', 'needs_import', 'license', 'rows')
+
+_TEMPLATE = Path(__file__).with_name('card.md.jinja')
 
 PICTURE = 'assets/accuracy_vs_macs.png'
 
@@ -37,144 +30,71 @@ _MODEL_NAME = re.compile(rf'hf-hub:{REPO_ID.pattern}|local-dir:\w[\w ./-]*', re.
 
 DATASET_ID = re.compile(r'([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}', re.ASCII)
 
-_BUDGET = re.compile(r'budget ([0-9]{1,20}(?:\.[0-9]{1,20})? ?(?:%|[kKMGT]?MACs|ms))')
+_BUDGET = re.compile(r'[0-9]{1,20}(?:\.[0-9]{1,20})? ?(?:%|[kKMGT]?MACs|ms)')
 
 _IMAGENET = re.compile(r'imagenet|in(1|12|21|22)k')
 
-_LOSSES = {
-    'eed': 'Exit-Ensemble Distillation (EED)',
-    'beed': 'Exit-Ensemble Distillation by a weighted ensemble (BEED)',
-    'byot': 'distillation of outputs and features from main (BYOT)',
-    'phuong': 'distillation of outputs from main',
-    'ce': 'cross-entropy at every classifier',
-}
-
-_ALL_EXITS = """
-import timm
-import torch
-import timm_multiexit as tme
-
-model = tme.create_model('NAME', pretrained=True).eval()
-data_config = timm.data.resolve_model_data_config(model)
-transform = timm.data.create_transform(**data_config, is_training=False)
-images = torch.randn(4, SIZE)  # in place of yours: transform(pil_image).unsqueeze(0)
-with torch.inference_mode():
-    outputs = model(images, exits=True)  # outputs.logits: one [4, CLASSES] each, shallow to deep, main last
-    early = model(images, exit_idx=0)  # [4, CLASSES] of the first exit; nothing after it is computed
-for k, logits in enumerate(outputs.logits):
-    print(k, logits.argmax(-1))
-"""
-
-_ANYTIME = """
-import torch
-import timm_multiexit as tme
-
-model = tme.create_model('NAME', pretrained=True).eval()
-images = torch.randn(4, SIZE)  # in place of yours
-INFERfor k, logits in model.anytime(images):  # each exit as soon as it is known, main last
-    print(k, logits.shape)  # leaving the loop stops the work
-"""
-
-_INFER = """prediction = model.infer(images, HOW)
-print(prediction.logits.argmax(-1), prediction.exit_idx)  # in input order: the answer, and where each image left
-"""
-
-_PLAIN = """
-import timm
-import torch
-IMPORT
-
-model = timm.create_model('NAME', pretrained=True).eval()
-with torch.inference_mode():
-    logits = model(torch.randn(4, SIZE))  # [4, CLASSES], those of main
-"""
-
-_LIMITS = """
-## Limits
-
-- Thresholds hold for images like those they were chosen on. On others confidence drifts, and with it who leaves where,
-  the cost and the accuracy: `model.calibrate` on a sample of your own.
-- MACs are not time. What leaving early saves depends on batch, hardware and resolution; measure with your own.
-- Networks are too sure of what they have never seen: a confident early answer is no sign of a known class.
-"""
-
-_CITATION = """
-@article{lee2021students,
-  title = {Students are the Best Teacher: Exit-Ensemble Distillation with Multi-Exits},
-  author = {Lee, Hojung and Lee, Jong-Seok},
-  journal = {arXiv preprint arXiv:2104.00299},
-  year = {2021}
-}
-
-@misc{rw2019timm,
-  title = {PyTorch Image Models},
-  author = {Wightman, Ross},
-  year = {2019},
-  doi = {10.5281/zenodo.4414861},
-  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
-}
-"""
-
 
 def write_card(metrics: Mapping[str, Any]) -> str:
-    """Return the model card (README.md) that says what metrics.json has, and no more.
+    """Return the model card (README.md), which says what metrics.json says.
 
-    Names in it are data: none of them can end a table, a block of code or the metadata.
+    Names in it are untrusted: none of them can end a table, a block of code or the metadata.
 
     Args:
-        metrics: Contents of metrics.json. What is missing or None is left out, but for `REQUIRED`.
+        metrics: Contents of metrics.json. Missing or None parts are left out, except `REQUIRED` ones.
 
     Raises:
-        MultiExitError: Something required is missing or of another kind, or the format is a newer one.
+        CheckpointError: Something required is missing or malformed, or the format is a newer one.
     """
+    metrics = add_row_keys(metrics)
     _check(metrics)
-    parts = [
-        f'---\n{_write_metadata(metrics)}\n---',
-        f'# Model card for {code(_short_name(metrics))}',
-        f'{_introduce(metrics)} {headline(metrics)}',
-        f'![{describe_picture(metrics)}]({PICTURE})' if metrics.get('has_picture') else '',
-        *describe_results(metrics),
-        *_describe_use(metrics),
-        *_describe_training(metrics),
-        _LIMITS.strip(),
-        *_describe_license(metrics),
-        '## Citation',
-        fence(_CITATION, 'bibtex'),
-        *_describe_files(metrics),
-    ]
-    return '\n\n'.join(part for part in parts if part) + '\n'
+    # The template calls functions of these modules: `from_template` does not let it have filters.
+    modules: dict[str, Any] = {'md': markdown, 'tables': card_tables, 'results': results}
+    card = ModelCard.from_template(
+        _write_metadata(metrics),
+        template_path=str(_TEMPLATE),
+        **modules,
+        one_line=one_line,
+        metrics=metrics,
+        picture=PICTURE,
+        short_name=_short_name(metrics),
+        infer=_choose_infer(metrics),
+        is_imagenet=_uses_imagenet(metrics),
+    )
+    # Where optional parts are missing, several empty lines are left.
+    return re.sub(r'\n{3,}', '\n\n', str(card)).rstrip('\n') + '\n'
 
 
 def _check(metrics: Mapping[str, Any]) -> None:
     missing = [name for name in REQUIRED if metrics.get(name) is None]
     if missing:
-        raise MultiExitError(f'metrics.json lacks {", ".join(missing)}: publish the model again.')
+        raise CheckpointError(f'metrics.json lacks {", ".join(missing)}: publish the model again.')
     version = metrics.get('format_version', FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise MultiExitError(
-            f'metrics.json has the format {version!r}, this version reads {FORMAT_VERSION}: update timm_multiexit.'
+        raise CheckpointError(
+            f'format_version of metrics.json must be {FORMAT_VERSION}, got {version!r}: update timm_multiexit.'
         )
     if not isinstance(metrics['model_name'], str) or not _MODEL_NAME.fullmatch(metrics['model_name']):
-        raise MultiExitError(
-            f'The model is called {metrics["model_name"]!r}, allowed are names such as hf-hub:org/model and'
-            ' local-dir:folder/model.'
+        raise CheckpointError(
+            f'Model name must have the form hf-hub:org/model or local-dir:folder/model, got {metrics["model_name"]!r}.'
         )
     sizes = [metrics['num_classes'], *metrics['input_size']]
     if len(sizes) != 4 or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise MultiExitError(
-            f'num_classes and input_size are {sizes} in metrics.json, allowed are integers from 1, three for the size.'
+        raise CheckpointError(
+            'num_classes and input_size of metrics.json must be one and three positive integers, got'
+            f' {sizes[0]!r} and {sizes[1:]!r}.'
         )
     rows = metrics['rows']
-    is_whole = all(name in row for row in rows for name in COSTS) and exit_rows(rows) and find_main(rows)
-    costs = [row['GMACs fixed'] for row in (*exit_rows(rows), find_main(rows))] if is_whole else [None]
-    if not all(is_number(cost) and cost > 0 for cost in costs):
-        raise MultiExitError(
-            f'The rows of metrics.json must be of one exit or more and of main, each with {", ".join(COSTS)}, and their'
-            ' GMACs fixed above 0.'
+    is_complete = all(name in row for row in rows for name in card_tables.COSTS) and exit_rows(rows) and find_main(rows)
+    costs = [row['GMACs fixed'] for row in (*exit_rows(rows), find_main(rows))] if is_complete else []
+    if not costs or not all(is_number(cost) and cost > 0 for cost in costs):
+        raise CheckpointError(
+            f'rows of metrics.json must contain at least one exit and main, each with {", ".join(card_tables.COSTS)},'
+            ' and GMACs fixed > 0.'
         )
     defaults = [row['policy'] for row in metrics.get('dynamic') or () if row.get('is_default') is True]
     if len(defaults) > 1:
-        raise MultiExitError(f'metrics.json has the default policies {defaults}, allowed is one: measure it again.')
+        raise CheckpointError(f'metrics.json must have at most one default policy, got {defaults}: measure it again.')
 
 
 def _short_name(metrics: Mapping[str, Any]) -> str:
@@ -182,10 +102,9 @@ def _short_name(metrics: Mapping[str, Any]) -> str:
     return parts[-1] if parts[-1] != 'publication' else parts[-2]  # of a run that has the name
 
 
-def _write_metadata(metrics: Mapping[str, Any]) -> str:
-    """Return the YAML block, without its dashes."""
+def _write_metadata(metrics: Mapping[str, Any]) -> ModelCardData:
     terms, dataset = metrics['license'], metrics.get('dataset') or {}
-    results = _list_results(metrics)
+    found = _list_results(metrics)
     base = REPO_ID.fullmatch(str(metrics.get('base_model') or ''))
     hub_id = DATASET_ID.fullmatch(str(dataset.get('hub_id') or ''))
     return ModelCardData(
@@ -198,25 +117,24 @@ def _write_metadata(metrics: Mapping[str, Any]) -> str:
         datasets=[hub_id[0]] if hub_id else None,
         base_model=base[0] if base else None,
         base_model_relation='finetune' if base else None,
-        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        model_name=_short_name(metrics) if results else None,
-        eval_results=results or None,
-    ).to_yaml()
+        metrics=list(dict.fromkeys(result.metric_type for result in found)) or None,
+        model_name=_short_name(metrics) if found else None,
+        eval_results=found or None,
+    )
 
 
 def _list_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
-    """Return one result per classifier and per policy; none where it is not known what they are of."""
+    """Return one result per classifier and per policy; none if the data set is unknown."""
     dataset, metric = metrics.get('dataset') or {}, find_metric(metrics['rows'])
     if not dataset.get('name') or metric is None:
         return []
     name, kind = _HUB_METRICS[metric]
-    titles = {'main': 'main', 'ens': 'ensemble of all exits'}
+    titles: dict[int | str, str] = {'main': 'main', 'ens': 'ensemble of all exits'}
     found = []
     for row in metrics['rows']:
-        exit_name = one_line(row['exit'])
-        gmacs = row['GMACs sequential' if exit_name == 'ens' else 'GMACs fixed']
-        title = titles.get(exit_name, f'exit {exit_name}')
-        exit_idx = int(exit_name) if exit_name.isdecimal() else exit_name
+        exit_idx = row['exit_idx'] if isinstance(row['exit_idx'], int) else one_line(row['exit_idx'])
+        gmacs = row['GMACs sequential' if exit_idx == 'ens' else 'GMACs fixed']
+        title = titles.get(exit_idx, f'exit {exit_idx}')
         found.append((title, row.get(metric), {'exit': exit_idx, 'gmacs': gmacs}))
     for row in policy_rows(metrics) if metric == 'top-1' else ():
         policy = one_line(row['policy'])
@@ -238,84 +156,26 @@ def _list_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     ]
 
 
-def _introduce(metrics: Mapping[str, Any]) -> str:
-    """Return the sentence that says what this is."""
-    count = len(exit_rows(metrics['rows']))
-    dataset, training = metrics.get('dataset') or {}, metrics.get('training') or {}
-    data = f' ({code(dataset["name"])})' if dataset.get('name') else ''
-    text = f'An image classifier of {number(metrics["num_classes"])} classes{data}'
-    text += f' with {count} early exit{"s" if count > 1 else ""} in {code(metrics["architecture"])}'
-    if training.get('exit_loss'):
-        text += f', trained by {_LOSSES.get(training["exit_loss"]) or code(training["exit_loss"])}'
-    return f'{text}: one checkpoint that answers at {count + 1} costs with `timm_multiexit`, and a plain timm model.'
-
-
-def _describe_use(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the section of snippets; each runs as it is printed."""
-    values = {
-        'NAME': metrics['model_name'],
-        'SIZE': ', '.join(map(str, metrics['input_size'])),
-        'CLASSES': str(metrics['num_classes']),
-    }
-
-    def fill(snippet: str) -> str:
-        return fence(re.sub('|'.join(values), lambda match: values[match[0]], snippet), 'python')
-
-    parts = ['## Use', 'All exits, and one of them:', fill(_ALL_EXITS)]
-    if metrics['num_classes'] > 1:  # what the library's dynamic inference needs
-        how, infer = _choose_infer(metrics)
-        parts += [f'{how}ach exit as soon as it is known:', fill(_ANYTIME.replace('INFER', infer))]
-    if metrics['needs_import']:
-        note = (
-            f'Plain timm knows {code(metrics["architecture"])} only after `import timm_multiexit`, which the snippet'
-            ' that the Hub shows leaves out:'
-        )
-        return [*parts, note, fill(_PLAIN.replace('IMPORT', 'import timm_multiexit  # registers the architecture'))]
-    return [*parts, 'The main network with timm alone:', fill(_PLAIN.replace('IMPORT\n', ''))]
-
-
-def _choose_infer(metrics: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the words before and the lines of `infer` that suit: by budget, by threshold, none for several labels."""
-    if any('mAP' in row for row in metrics['rows']):
-        return 'E', ''
-    budgets = (_BUDGET.fullmatch(one_line(row['policy'])) for row in policy_rows(metrics))
-    budget = next((match[1] for match in budgets if match), None)
-    if budget:
-        return 'By a budget, the mean cost of an image; and e', _INFER.replace('HOW', f"budget='{budget}'")
-    if find_default(metrics):
-        return 'By the default policy; and e', _INFER.replace(', HOW', '')
-    return 'By the least confidence to leave with; and e', _INFER.replace('HOW', 'threshold=0.9')
-
-
-def _describe_training(metrics: Mapping[str, Any]) -> list[str]:
-    training, base = metrics.get('training') or {}, metrics.get('base_model')
-    lines = [f'Started from {code(base)}.'] if base else []
-    names = {'recipe': 'recipe', 'exit_loss': 'exit loss', 'epochs': 'epochs', 'seed': 'seed'}
-    known = ', '.join(
-        f'{title} {code(training[name])}' for name, title in names.items() if training.get(name) is not None
-    )
-    if training:
-        lines.append(f'All arguments are in `args.yaml`{": " if known else ""}{known}.')
-    environment = describe_environment(training.get('environment') or {})
-    if environment:
-        lines.append(f'Trained on {environment}.')
-    command = fence(one_line(training['command'], limit=10_000), 'shell') if training.get('command') else ''
-    return ['## Training', bullets(lines), command] if lines or command else []
-
-
-def _describe_license(metrics: Mapping[str, Any]) -> list[str]:
-    terms = metrics['license']
-    name = link(code(terms.get('name') or terms['id']), one_line(terms.get('link') or ''))
-    lines = [f'{name}. {escape(terms["note"])}' if terms.get('note') else f'{name}.']
+def _uses_imagenet(metrics: Mapping[str, Any]) -> bool:
     dataset = metrics.get('dataset') or {}
-    if dataset:
-        data = f' ({code(dataset["name"])})' if dataset.get('name') else ''
-        lines.append(f'The data{data} have terms of their own, which this license does not replace.')
-    if _IMAGENET.search(f'{metrics.get("base_model")} {dataset.get("name")} {dataset.get("hub_id")}'.lower()):
-        lines.append('ImageNet is for non-commercial research; what follows for weights trained on it is not settled.')
-    return ['## License', ' '.join(lines)]
+    names = f'{metrics.get("base_model")} {dataset.get("name")} {dataset.get("hub_id")}'
+    return bool(_IMAGENET.search(names.lower()))
 
 
-def _describe_files(metrics: Mapping[str, Any]) -> list[str]:
-    rows = [{'file': code(name), 'SHA-256': code(value)} for name, value in (metrics.get('weights') or {}).items()]
-    return ['## Weights', table(rows, left=('file', 'SHA-256'))] if rows else []
+class _Infer(NamedTuple):
+    """Introduction of the snippet of dynamic inference, and arguments of `infer` in it; None without it."""
+
+    introduction: str
+    arguments: str | None
+
+
+def _choose_infer(metrics: Mapping[str, Any]) -> _Infer:
+    if any('mAP' in row for row in metrics['rows']):  # several labels
+        return _Infer('E', None)
+    budgets = (one_line(row.get('budget')) for row in policy_rows(metrics) if row['kind'] == 'budget')
+    budget = next(filter(_BUDGET.fullmatch, budgets), None)
+    if budget:
+        return _Infer('By a budget, the mean cost of an image; and e', f", budget='{budget}'")
+    if find_default(metrics):
+        return _Infer('By the default policy; and e', '')
+    return _Infer('By a confidence threshold; and e', ', threshold=0.9')

@@ -1,32 +1,37 @@
-"""What a model card says of results: the headline and the tables, made of metrics.json."""
+"""The headline and the tables of a model card, computed from metrics.json."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from timm_multiexit.publishing.results import (
+    Row,
+    add_row_keys,
+    exit_rows,
+    find_default,
+    find_main,
+    find_metric,
+    measured_rows,
+    policy_rows,
+)
 from timm_multiexit.utils.errors import is_number
-from timm_multiexit.utils.markdown import bullets, code, escape, number, table
+from timm_multiexit.utils.markdown import code, escape, number, table
 
 COSTS = ('exit', 'tap', 'params', 'GMACs fixed', 'GMACs sequential')
 
-REFERENCES = ('plain timm', 'all exits')  # rows of `dynamic` that are no policy
-
-# What a card compares by, the first that was measured.
-MAIN_METRICS = ('top-1', 'mAP')
-
-_POINTS = 1.0  # what a headline may lose against main
+_POINTS = 1.0  # accuracy that a headline may lose against main
 
 
 class _Trade(NamedTuple):
-    """What a row gives against plain timm.
+    """An exit or a policy compared with plain timm.
 
     Attributes:
-        row: Of an exit or of a policy.
+        row: Its row.
         accuracy: In percent.
-        gain: In points.
-        percent: Of the MACs.
+        gain: In percentage points.
+        percent: Share of the MACs, in percent.
     """
 
-    row: Mapping[str, Any]
+    row: Row
     accuracy: float
     gain: float
     percent: float
@@ -39,18 +44,19 @@ class _Trade(NamedTuple):
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """Return in one sentence what answering early is worth, against plain timm, which is what main answers.
+    """Return one sentence on what early exits gain against plain timm, whose answer is that of main.
 
-    It is about the policy that costs least of those that lose no more than one point; if all lose more, about the one
-    that loses least. Where no policy costs less than main, it is about an exit, and where no exit does, about main.
+    It is about the cheapest policy that loses at most one point, or if all lose more, the one that loses least. If no
+    policy costs less than main, it is about an exit, and if no exit does, about main.
 
     Args:
         metrics: Contents of metrics.json.
     """
+    metrics = add_row_keys(metrics)
     rows = metrics['rows']
     metric, main = find_metric(rows), find_main(rows)
     if metric is None or not is_number(main.get(metric)):
-        return 'How accurate it is has not been measured.'
+        return 'Its accuracy has not been measured.'
     exits = [
         _Trade(row, row[metric], row[metric] - main[metric], 100 * row['GMACs fixed'] / main['GMACs fixed'])
         for row in exit_rows(rows)
@@ -70,7 +76,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
         f'{name} it has {best.accuracy:.2f} % {metric}, {best.compare()} ({main[metric]:.2f} %), at'
         f' {best.percent:.1f} % of its MACs'
     )
-    ratio = best.row.get('time_ratio')
+    ratio: Any = best.row.get('time_ratio')
     if is_number(ratio) and ratio > 0:
         text += f' and in {100 * ratio:.1f} % of its time'
     if cheap_policies and cheap_exits:
@@ -86,40 +92,18 @@ def _choose(trades: Sequence[_Trade]) -> _Trade:
     return min(trades, key=lambda trade: (-trade.gain, trade.percent))
 
 
-def exit_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows of the early exits, which are called by their numbers."""
-    return [row for row in rows if str(row['exit']).isdecimal()]
-
-
-def find_main(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the row of main."""
-    return next((row for row in rows if row['exit'] == 'main'), None)
-
-
-def policy_rows(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the rows of policies whose accuracy and cost are known, without those of plain timm and all exits."""
-    return [row for row in _measured_rows(metrics) if row['policy'] not in REFERENCES]
-
-
-def find_default(metrics: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the row of the policy that the checkpoint has as its own; None where that is not known."""
-    return next((row for row in policy_rows(metrics) if row.get('is_default') is True), None)
-
-
-def _measured_rows(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    needed = ('top-1', 'macs', 'macs_percent')
-    return [row for row in metrics.get('dynamic') or () if all(is_number(row.get(name)) for name in needed)]
-
-
-def find_metric(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the metric that a card compares by; None where nothing was measured."""
-    return next((name for name in MAIN_METRICS if any(is_number(row.get(name)) for row in rows)), None)
+def name_split(metrics: Mapping[str, Any], show: Callable[[Any], str]) -> str:
+    """Return split and name of the data set as far as they are known, each formatted by `show`."""
+    dataset = metrics.get('dataset') or {}
+    split = f'the {show(dataset["split"])} split' if dataset.get('split') else ''
+    name = show(dataset['name']) if dataset.get('name') else ''
+    return ' of '.join(part for part in (split, name) if part)
 
 
 def describe_picture(metrics: Mapping[str, Any]) -> str:
-    """Return in words what the picture shows, for those who do not see it."""
-    rows, split = metrics['rows'], _name_split(metrics.get('dataset') or {}, escape)
-    exits = ', '.join(escape(row['exit']) for row in exit_rows(rows))
+    """Return the alternative text of the picture."""
+    split = name_split(metrics, escape)
+    exits = ', '.join(escape(row['exit']) for row in exit_rows(metrics['rows']))
     shown = [f'exits {exits} and main', 'the ensemble of all exits', 'plain timm']
     if metrics.get('curve'):
         shown.insert(1, 'policies for budgets')
@@ -127,16 +111,10 @@ def describe_picture(metrics: Mapping[str, Any]) -> str:
     return f'Top-1 accuracy against mean MACs of an image{f" on {split}" if split else ""}: {", ".join(shown)}'
 
 
-def describe_results(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the parts of the sections of tables: exits, dynamic inference, static networks; what there is."""
-    return [*_describe_exits(metrics), *_describe_policies(metrics), *_describe_statics(metrics)]
-
-
-def _describe_exits(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the parts of the section on exits: one row per classifier, and what the numbers are of."""
-    rows, latency = metrics['rows'], metrics.get('latency') or {}
-    ms = latency.get('ms') or {}
-    measured = dict.fromkeys(name for row in rows for name in row if name not in COSTS)
+def table_exits(metrics: Mapping[str, Any]) -> str:
+    """Return the table of classifiers, with a row for plain timm if its latency is known."""
+    rows, ms = metrics['rows'], (metrics.get('latency') or {}).get('ms') or {}
+    measured = dict.fromkeys(name for row in rows for name in row if name not in (*COSTS, 'exit_idx'))
     lines = []
     for row in rows:
         line = {'exit': code(row['exit']), 'at': code(row['tap']), 'params': number(row['params'])}
@@ -146,73 +124,16 @@ def _describe_exits(metrics: Mapping[str, Any]) -> list[str]:
     if is_number(ms.get('plain timm')):
         plain = lines[rows.index(find_main(rows))] | {'exit': 'plain timm', 'p50, ms': number(ms['plain timm'])}
         lines.append(plain | {'GMACs sequential': '-'})
-    text = (
-        'Exits count from 0, shallow to deep; `main` is the classifier of plain timm, `ens` the mean of all logits.'
-        ' *Fixed* is the path to an exit and its own head, which is what `exit_idx=k` runs; *sequential* has all heads'
-        ' on the way too.'
-    )
-    if 'ECE' in measured:
-        text += ' ECE is the calibration error with 15 bins.'
-    if ms:
-        text += (
-            f' Latency is the median of {number(latency.get("rounds"))} rounds with a batch of'
-            f' {number(latency.get("batch_size"))} on {code(latency.get("device"))}.'
-        )
-    return ['## Exits', table(lines, left=('exit', 'at')), text, _describe_data(metrics)]
+    return table(lines, left=('exit', 'at'))
 
 
-def _describe_data(metrics: Mapping[str, Any]) -> str:
-    """Return what accuracies are of and what everything was measured on."""
-    lines, dataset = [], metrics.get('dataset') or {}
-    if find_metric(metrics['rows']):
-        count = f'{number(dataset["num_samples"])} images' if dataset.get('num_samples') else ''
-        places = ', '.join(part for part in (_name_split(dataset, code), count) if part)
-        where = f', on {places}' if places else ''
-        seed = (metrics.get('training') or {}).get('seed')
-        run = 'one run' if seed is None else f'one run (seed {number(seed)})'
-        lines.append(f'Accuracies are in percent{where}; {run}, no spread is known.')
-    epoch = metrics.get('epoch') or {}
-    if epoch.get('best') is not None:
-        text = f'Epoch {number(epoch["best"])} of {number(epoch.get("epochs"))}'
-        if epoch.get('chosen_by'):
-            text += f', chosen by {code(epoch["chosen_by"])}'
-        if epoch.get('chosen_on'):
-            text += f', on {escape(epoch["chosen_on"])}'
-        if epoch.get('is_reported_split'):
-            text += ': **the very split that is reported**, so the numbers are too good'
-        lines.append(f'{text}.')
-    environment = describe_environment({'precision': metrics.get('precision'), **(metrics.get('environment') or {})})
-    if environment:
-        lines.append(f'Measured on {environment}.')
-    return bullets(lines)
-
-
-def _name_split(dataset: Mapping[str, Any], show: Callable[[Any], str]) -> str:
-    """Return the split and the name of a data set as far as they are known, each shown so."""
-    split = f'the {show(dataset["split"])} split' if dataset.get('split') else ''
-    name = show(dataset['name']) if dataset.get('name') else ''
-    return ' of '.join(part for part in (split, name) if part)
-
-
-def describe_environment(environment: Mapping[str, Any]) -> str:
-    """Return hardware, threads, precision, versions and commit in one line; '' for none."""
-    names = ('hardware', 'threads', 'precision', 'versions', 'commit')
-    known = {name: escape(environment[name]) for name in names if environment.get(name)}
-    if 'commit' in known:
-        known['commit'] = f'timm_multiexit at {known["commit"]}'
-    return '; '.join(known.values())
-
-
-def _describe_policies(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the parts of the section on dynamic inference; none where no policy was measured."""
-    policies = policy_rows(metrics)
-    if not policies:
-        return []
+def table_policies(metrics: Mapping[str, Any]) -> str:
+    """Return the table of dynamic inference."""
     heads, default = _join(escape(row['exit']) for row in exit_rows(metrics['rows'])), find_default(metrics)
     lines = [
         {
             'policy': code(row['policy']) + (' (default)' if row is default else ''),
-            'criterion': _describe_criterion(row),
+            'criterion': _name_criterion(row),
             'thresholds': _join('-' if value is None else number(value) for value in row.get('thresholds') or ()),
             f'leave at {heads} / main, %': _join(f'{100 * share:.1f}' for share in row.get('shares') or ()),
             'GMACs': number(row['macs'] / 1e9),
@@ -220,80 +141,59 @@ def _describe_policies(metrics: Mapping[str, Any]) -> list[str]:
             'top-1': number(row.get('top-1'), 2),
             'time ratio': number(row.get('time_ratio')),
         }
-        for row in _measured_rows(metrics)
+        for row in measured_rows(metrics)
     ]
-    return [
-        '## Dynamic inference',
-        'An image that an exit is sure of leaves the network there. MACs are means per image.',
-        table(lines, left=('policy', 'criterion')),
-        bullets(_note_policies(metrics, policies)),
-    ]
+    return table(lines, left=('policy', 'criterion'))
 
 
 def _join(values: Iterable[str]) -> str:
     return ' / '.join(values) or '-'
 
 
-def _describe_criterion(row: Mapping[str, Any]) -> str:
+def _name_criterion(row: Row) -> str:
     if not row.get('criterion'):
         return '-'
     combine = f', {row["combine"]} of the exits so far' if row.get('combine') else ''
     return escape(f'{row["criterion"]}{combine}')
 
 
-def _note_policies(metrics: Mapping[str, Any], policies: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the notes under the table of policies."""
-    lines, default = [], find_default(metrics)
-    if default:
-        lines.append(f'`model.infer(x)` uses the default policy, {code(default["policy"])}.')
-    for source in dict.fromkeys(row['chosen_on'] for row in policies if row.get('chosen_on')):
-        names = ', '.join(code(row['policy']) for row in policies if row.get('chosen_on') == source)
-        reported = '; the numbers are of the split above' if (metrics.get('dataset') or {}).get('split') else ''
-        lines.append(f'Thresholds of {names} were chosen on {escape(source)}{reported}.')
-    given = ', '.join(code(row['policy']) for row in policies if not row.get('chosen_on'))
-    if given:
-        lines.append(f'Where thresholds of {given} come from is not recorded.')
-    timing = metrics.get('timing')
-    if timing:
-        # The medians of images/s are not those of the ratios, so plain timm's alone is shown.
-        speeds = (row.get('img/s') for row in _measured_rows(metrics) if row['policy'] == 'plain timm')
-        speed = ''.join(f' ({number(speed)} images/s)' for speed in speeds if is_number(speed))
-        lines.append(
-            f'Time ratios: medians of {number(timing.get("rounds"))} rounds, in each of which all take a batch of'
-            f' {number(timing.get("images"))} images on {code(timing.get("device"))} in turns; the ratio is to the time'
-            f' of plain timm{speed} in the same round, below 1 is faster.'
-        )
-    over = metrics.get('overthinking')
-    if over:
-        lines.append(
-            f'Right at an exit and wrong at main: {number(over.get("lost"), 2)} % of the images; the reverse:'
-            f' {number(over.get("gained"), 2)} %; right at some classifier: {number(over.get("right_somewhere"), 2)} %.'
-        )
-    return lines
-
-
-def _describe_statics(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the parts of the section on other networks; none where there are none."""
-    if not metrics.get('compare'):
-        return []
+def table_statics(metrics: Mapping[str, Any]) -> str:
+    """Return the table of static networks that were compared with main."""
     main = find_main(metrics['rows'])
-    rows = [
-        {'network': 'main of this one', 'image, px': number(metrics['input_size'][-1]), **_describe_static(main)},
-        *(
-            {
-                'network': code(row['static model']),
-                'image, px': number(row.get('image, px')),
-                **_describe_static(row | {'GMACs fixed': row.get('GMACs')}),
-            }
-            for row in metrics['compare']
-        ),
+    rows = [('main of this one', {**main, 'image, px': metrics['input_size'][-1], 'GMACs': main['GMACs fixed']})]
+    rows += [(code(row['static model']), row) for row in metrics['compare']]
+    lines = [
+        {
+            'network': name,
+            **{key: number(row.get(key)) for key in ('image, px', 'params', 'GMACs')},
+            **{key: number(row.get(key), 2) for key in ('top-1', 'top-5')},
+        }
+        for name, row in rows
     ]
-    return ['## Static networks on the same images', table(rows, left=('network',))]
+    return table(lines, left=('network',))
 
 
-def _describe_static(row: Mapping[str, Any]) -> dict[str, str]:
+def sources_of_thresholds(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return what thresholds were chosen on ('' if not recorded) -> names of the policies."""
+    policies = policy_rows(metrics)
+    sources = dict.fromkeys(row.get('chosen_on') or '' for row in policies)
     return {
-        'params': number(row.get('params')),
-        'GMACs': number(row.get('GMACs fixed')),
-        **{name: number(row.get(name), 2) for name in ('top-1', 'top-5')},
+        source: ', '.join(code(row['policy']) for row in policies if (row.get('chosen_on') or '') == source)
+        for source in sorted(sources, key=lambda source: not source)
     }
+
+
+def table_weights(metrics: Mapping[str, Any]) -> str:
+    """Return the table of weight files; '' for none."""
+    rows = [{'file': code(name), 'SHA-256': code(value)} for name, value in (metrics.get('weights') or {}).items()]
+    return table(rows, left=('file', 'SHA-256')) if rows else ''
+
+
+def format_environment(environment: Mapping[str, Any] | None, precision: Any = None) -> str:
+    """Return hardware, threads, precision, versions and commit in one line; '' for none."""
+    values = {**(environment or {}), 'precision': precision}
+    names = ('hardware', 'threads', 'precision', 'versions', 'commit')
+    known = {name: escape(values[name]) for name in names if values.get(name)}
+    if 'commit' in known:
+        known['commit'] = f'timm_multiexit at {known["commit"]}'
+    return '; '.join(known.values())

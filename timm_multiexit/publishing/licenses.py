@@ -1,11 +1,11 @@
-"""What weights started from, and the license that they are published under for that reason. No legal advice."""
+"""The license that weights are published under, which follows from what training started from. Not legal advice."""
 
 import re
 from typing import NamedTuple
 
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.publishing.card import DATASET_ID, REPO_ID
-from timm_multiexit.utils.errors import MultiExitError, brief
+from timm_multiexit.utils.errors import InvalidValueError, brief
 
 DEFAULT_LICENSE = 'apache-2.0'
 
@@ -17,8 +17,8 @@ class License(NamedTuple):
 
     Attributes:
         id: Of the Hub's list; 'other' for one that the Hub does not list, which has name and link.
-        name: What an 'other' license is called; else None.
-        link: Where an 'other' license can be read; else None.
+        name: Name of an 'other' license; else None.
+        link: Address of an 'other' license; else None.
         note: One line on why it is this one.
     """
 
@@ -32,16 +32,16 @@ class Terms(NamedTuple):
     """One row of `LICENSES`.
 
     Attributes:
-        kind: 'permissive': weights derived from it may take another license; 'non-commercial' and 'vendor': they keep
-            this one; 'unclear': nobody says what is allowed.
-        link: Where it can be read, for a license that the Hub does not list.
+        kind: 'permissive': derived weights may be relicensed; 'non-commercial' and 'vendor': they keep this license;
+            'unclear': the terms are unknown.
+        link: Address of a license that the Hub does not list.
     """
 
     kind: str
     link: str | None = None
 
 
-# All that timm 1.0.31 has in its registry. Links are those of timm's sources and of the repositories they name.
+# All licenses in the registry of timm 1.0.31. Links are from timm's sources and the repositories they name.
 LICENSES: dict[str | None, Terms] = {
     'apache-2.0': Terms('permissive'),
     'bsd-3-clause': Terms('permissive'),
@@ -89,14 +89,14 @@ def resolve_license(source: str | None, *, asked: str | None = None, base: str |
     """Return the license to publish weights under.
 
     Args:
-        source: License of the weights that training started from (`pretrained_cfg['license']` of timm); None with no
-            `base` either: trained from scratch.
-        asked: The license that the publisher wants.
-        base: Repository of the weights that training started from.
+        source: License of the base weights, which training started from (`pretrained_cfg['license']` of timm); None
+            without `base`: trained from scratch.
+        asked: License that the publisher wants.
+        base: Repository of the base weights.
 
     Raises:
-        MultiExitError: The weights that training started from have no known license and none is asked for, or one that
-            cannot be replaced and another is asked for; or there is no such license.
+        InvalidValueError: Unknown license of the base weights and none given, one that must be kept and another given,
+            or no such license.
 
     >>> resolve_license('mit', base='timm/repvgg_a0.rvgg_in1k')[:3]
     ('mit', None, None)
@@ -109,45 +109,43 @@ def resolve_license(source: str | None, *, asked: str | None = None, base: str |
     if source is None and base is None:
         why = 'chosen by the publisher' if asked else 'the default of timm_multiexit'
         return _make(asked or DEFAULT_LICENSE, f'Trained from scratch; the license is {why}.')
-    start = f'the weights that training started from ({base})' if base else 'the weights that training started from'
+    start = f'the base weights ({base})' if base else 'the base weights'
     kind = _find_kind(source)
-    if kind == 'unclear':
+    if source is None or kind == 'unclear':
         if asked is None:
-            raise MultiExitError(
-                f'The license of {start} is {source or "not given"}: find out what it is and name it: {_HOW}.'
+            raise InvalidValueError(
+                f'The license of {start} is {source or "unknown"}: look it up and give it by {_HOW}.'
             )
-        return _make(asked, f'Chosen by the publisher; {start} come without a known license.')
+        return _make(asked, f'Chosen by the publisher; the license of {start} is unknown.')
+    if asked in (None, source):
+        limits = {'permissive': '', 'vendor': ', which applies to derived weights'}
+        note = limits.get(kind, ', which applies to derived weights and forbids commercial use')
+        return _make(source, f'That of {start}{note}.', None if kind == 'permissive' else base)
     if kind == 'permissive':
-        if asked in (None, source):
-            return _make(source, f'That of {start}.')
-        return _make(asked, f'Chosen by the publisher; {start} are licensed {source}, whose notice is to be kept.')
-    if asked not in (None, source):
-        raise MultiExitError(
-            f'The license {asked} was asked for, {start} are licensed {source}, which what is derived from them keeps:'
-            f' ask for none, or for {source}.'
-        )
-    limits = ' and forbids commercial use' if kind == 'non-commercial' else ''
-    return _make(source, f'That of {start}, which is passed on with them{limits}.', base)
+        return _make(asked, f'Chosen by the publisher; {start} are licensed {source}, whose notice must be kept.')
+    raise InvalidValueError(
+        f'License must be {source}, under which {start} are licensed and which derived weights keep, got {asked}.'
+    )
 
 
 def _normalize(text: str | None) -> str | None:
-    # One line, and a short one: the text may be of anybody's config.json.
+    # One short line: the text may come from anyone's config.json.
     return ' '.join((text or '').lower().split())[:100] or None
 
 
 def _find_kind(license_id: str | None) -> str:
     if license_id in LICENSES:
         return LICENSES[license_id].kind
-    # What is not in the table is kept as it is, the careful choice.
-    return 'non-commercial' if license_id.startswith('cc-by-nc') else 'vendor'
+    # The cautious choice for licenses that are not in the table: keep them.
+    return 'non-commercial' if str(license_id).startswith('cc-by-nc') else 'vendor'
 
 
 def _check_asked(asked: str, source: str | None) -> None:
-    named = [name for name, terms in LICENSES.items() if terms.link]
+    named = [name for name, terms in LICENSES.items() if name and terms.link]
     if asked not in HUB_IDS and asked not in named and asked != source or asked in ('other', 'unknown'):
-        raise MultiExitError(
-            f'The license {brief(asked)} is unknown: allowed are those of'
-            f' https://huggingface.co/docs/hub/repositories-licenses and {", ".join(named)}.'
+        raise InvalidValueError(
+            'License must be one of https://huggingface.co/docs/hub/repositories-licenses or of'
+            f' {", ".join(named)}, got {brief(asked)}.'
         )
 
 
@@ -159,19 +157,19 @@ def _make(license_id: str, note: str, base: str | None = None) -> License:
     if link is None and base and re.fullmatch(r'[\w.-]+/[\w.-]+', base, re.ASCII):
         link = f'https://huggingface.co/{base}'
     if link is None or not re.fullmatch(r'[a-z0-9][a-z0-9._-]{0,63}', license_id):
-        raise MultiExitError(
-            f'The license of the weights that training started from is {brief(license_id)}, which is known neither to'
-            " the Hub nor to timm: name one of the Hub's list as 'license' in the pretrained_cfg of their config.json."
+        raise InvalidValueError(
+            f'The license of the base weights, {brief(license_id)}, is known neither to the Hub nor to timm: set one of'
+            " the Hub's list as 'license' in the pretrained_cfg of their config.json."
         )
     return License('other', license_id, link, note)
 
 
-class Labels(NamedTuple):
-    """What a run does not know of itself.
+class PublicationInfo(NamedTuple):
+    """What the publisher says about a run.
 
     Attributes:
-        license: Asked for; None for what the rules of `resolve_license` give.
-        base_model: Repository of the weights that training started from; None for what the run knows of them.
+        license: Of the weights; None for what `resolve_license` derives.
+        base_model: Repository of the base weights; None for what the run has recorded.
         dataset_id: Repository of the data set on the Hub.
     """
 
@@ -180,21 +178,21 @@ class Labels(NamedTuple):
     dataset_id: str | None = None
 
 
-NO_LABELS = Labels()
+NO_INFO = PublicationInfo()
 
 
-def find_license(origin: Origin, labels: Labels = NO_LABELS) -> tuple[str | None, License]:
-    """Return the repository that weights started from, None for none, and the license that follows.
+def find_license(origin: Origin, info: PublicationInfo = NO_INFO) -> tuple[str | None, License]:
+    """Return the repository of the base weights, None for none, and the license that follows.
 
     Raises:
-        MultiExitError: A label is no name of a repository; or see `resolve_license`.
+        InvalidValueError: Malformed name of a repository, or see `resolve_license`.
     """
     for what, name, pattern in (
-        ('The base model', labels.base_model, REPO_ID),
-        ('The data set', labels.dataset_id, DATASET_ID),
+        ('Base model', info.base_model, REPO_ID),
+        ('Data set', info.dataset_id, DATASET_ID),
     ):
         if name is not None and not pattern.fullmatch(name):
-            raise MultiExitError(f'{what} is {brief(name)}, allowed is the name of a repository, ORG/NAME.')
-    if labels.base_model:
-        origin = Origin(labels.base_model, origin.license)
-    return origin.repository, resolve_license(origin.license, asked=labels.license, base=origin.base)
+            raise InvalidValueError(f'{what} must be the name of a repository, ORG/NAME, got {brief(name)}.')
+    if info.base_model:
+        origin = Origin(info.base_model, origin.license)
+    return origin.repository, resolve_license(origin.license, asked=info.license, base=origin.base)

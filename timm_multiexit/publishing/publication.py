@@ -1,7 +1,7 @@
 """From a training run to the folder that is published.
 
 A publication holds what `save_pretrained` writes, `args.yaml`, `metrics.json` with all numbers, the picture, and the
-card, which is made of `metrics.json` alone. The same run gives the same bytes.
+card, which is made only from `metrics.json`. The same run gives the same bytes.
 """
 
 import json
@@ -22,9 +22,9 @@ from timm_multiexit.checkpoints.run_folder import ARGS_NAME, RunFolder, read_ori
 from timm_multiexit.data.datasets import is_same_split
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.publishing.card import PICTURE, write_card
-from timm_multiexit.publishing.licenses import NO_LABELS, Labels, License, find_license
+from timm_multiexit.publishing.licenses import NO_INFO, License, PublicationInfo, find_license
 from timm_multiexit.publishing.run_checks import has_policy, read_run
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import CheckpointError
 from timm_multiexit.utils.files import new_folder
 from timm_multiexit.utils.untrusted import read_json
 
@@ -40,35 +40,36 @@ _ENVIRONMENT = ('hardware', 'threads', 'versions', 'commit')
 
 _EED = 'arXiv:2104.00299'
 
-# Arguments that say where a run is and goes, which whoever repeats it does not want.
+# Arguments about the location of a run, which do not apply to a repetition.
 _OF_ITS_PLACE = ('output', 'experiment', 'resume', 'push_to_hub', 'hub_private', 'hub_license')
 
 
 def write_publication(
-    run: Path, folder: Path, repo_id: str | None, *, labels: Labels = NO_LABELS, validation: Path | None = None
+    run: Path, folder: Path, repo_id: str | None, *, info: PublicationInfo = NO_INFO, validation: Path | None = None
 ) -> dict[str, Any]:
-    """Write the folder that a run is published as, and return what `metrics.json` holds.
+    """Write the folder that a run is published as, and return the contents of `metrics.json`.
 
     Args:
         run: Folder of a run of `train.py`.
-        folder: Made anew; one that is there must be an earlier publication.
-        repo_id: Where it will be published, namespace/name; None for nowhere: the card is of the folder then.
-        labels: What the run does not know of itself.
-        validation: What `validate.py --results-file` wrote for the run's `best`, with what policies give; the run's
-            own `validation.json` where there is one, else what training measured of each exit.
+        folder: Replaced; an existing one must be an earlier publication.
+        repo_id: Where it will be published, namespace/name; None for a card that names the folder.
+        info: What the publisher says about the run.
+        validation: JSON results of `validate.py` for the run's `best`, with its policies; None for the run's
+            `validation.json` if it exists, else for the results of training.
 
     Raises:
-        MultiExitError: The run has no exits or no results, results are of other weights, or the license is not clear.
+        CheckpointError: The run has no exits or no results, or the results are of other weights.
+        InvalidValueError: The license is unclear, or see `find_license`.
     """
     best = RunFolder(run).best
     args, config, results, measured, picture = read_run(run, validation)
-    base_model, license_ = find_license(read_origin(args), labels)
+    base_model, license_ = find_license(read_origin(args), info)
     is_same = measured['dataset'] == results['dataset'] and is_same_split(results['epoch_chosen_on'], measured['split'])
     metrics = {
         **describe_model(config, _name_model(folder, repo_id), license_, base_model),
         'dataset': {
             'name': measured['dataset'],
-            'hub_id': labels.dataset_id,
+            'hub_id': info.dataset_id,
             'split': measured['split'],
             'num_samples': measured['num_samples'],
         },
@@ -96,16 +97,18 @@ def write_publication(
         for name in (BACKBONE_NAME, EXITS_NAME):
             shutil.copy2(best / name, draft / name)
         shutil.copy2(best / CONFIG_NAME, draft / CONFIG_NAME)
-        restamp(draft, re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}'), license_, repo_id)
+        write_publication_config(
+            draft, re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}'), license_, repo_id
+        )
         kept = {key: _relative(value) for key, value in args.items() if key not in _OF_ITS_PLACE}
         (draft / ARGS_NAME).write_text(yaml.safe_dump(kept))
-        write_papers(draft, metrics, picture)
-        load_pretrained(draft)  # what is refused when it is loaded is not published
+        write_card_files(draft, metrics, picture)
+        load_pretrained(draft)  # only what can be loaded is published
     return metrics
 
 
 def _name_model(folder: Path, repo_id: str | None) -> str:
-    """Return what `create_model` takes; of a folder outside of this one its name, for whoever has it elsewhere."""
+    """Return the name for `create_model`; of a folder outside of the working directory its last part."""
     if repo_id is not None:
         return f'hf-hub:{repo_id}'
     is_inside = folder.resolve().is_relative_to(Path.cwd())
@@ -113,23 +116,23 @@ def _name_model(folder: Path, repo_id: str | None) -> str:
 
 
 def _mark_default(metrics: dict[str, Any], config: ModelConfig) -> None:
-    """Mark the row of the policy that `create_model` gives with the network."""
+    """Mark the row of the policy that `create_model` loads with the network."""
     own = [row for row in metrics.get('dynamic', ()) if has_policy(row, config.policy)]
     for row in own[:1]:
         row['is_default'] = True
 
 
 def describe_model(config: ModelConfig, model_name: str, license_: License, base_model: str | None) -> dict[str, Any]:
-    """Return the part of `metrics.json` that is known without a measurement.
+    """Return the part of `metrics.json` that requires no measurement.
 
     Raises:
-        MultiExitError: The architecture is known to neither timm nor this package, so that nobody could load it.
+        CheckpointError: Neither timm nor this package has the architecture, so nobody else could load it.
     """
     package = timm.model_entrypoint(config.architecture).__module__.split('.')[0]
     if package not in ('timm', 'timm_multiexit'):
-        raise MultiExitError(
-            f'{config.architecture} is registered by {package}, allowed are architectures of timm and timm_multiexit:'
-            ' who loads it knows no others.'
+        raise CheckpointError(
+            f'Architecture must be one of timm or timm_multiexit to be loaded elsewhere, got {config.architecture}'
+            f' of {package}.'
         )
     return {
         'format_version': 1,
@@ -147,21 +150,21 @@ def _environment(results: Mapping[str, Any]) -> dict[str, Any]:
     return {name: results[name] for name in _ENVIRONMENT if name in results}
 
 
-def restamp(folder: Path, tag: str, license_: License, repo_id: str | None) -> None:
-    """Let `config.json` say of the weights what is true of them now, not of those they started from."""
+def write_publication_config(folder: Path, tag: str, license_: License, repo_id: str | None) -> None:
+    """Update `config.json` from the base weights to the published ones."""
     values = read_json(folder / CONFIG_NAME)
     old = ('origin_url', 'paper_name', 'description', 'notes', 'test_crop_pct', 'label_offset')
     kept = {name: value for name, value in values['pretrained_cfg'].items() if name not in old}
     values['pretrained_cfg'] = {**kept, 'tag': tag, 'license': license_.name or license_.id, 'paper_ids': _EED}
-    # What starts from these weights starts from this publication, wherever the folder is then.
+    # The origin of whatever is trained from these weights, wherever the folder is then.
     values[CONFIG_KEY]['origin'] = Origin(repo_id or 'a folder', license_.name or license_.id).to_dict()
     _write_json(folder / CONFIG_NAME, values)
 
 
-def write_papers(folder: Path, metrics: dict[str, Any], picture: Path | None) -> None:
+def write_card_files(folder: Path, metrics: dict[str, Any], picture: Path | None) -> None:
     """Write the picture, `metrics.json` and the card."""
     metrics['has_picture'] = picture is not None
-    if metrics['has_picture']:
+    if picture is not None:
         (folder / PICTURE).parent.mkdir()
         shutil.copy2(picture, folder / PICTURE)
     _write_json(folder / METRICS_NAME, metrics)
@@ -173,14 +176,14 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 def _relative(value: Any) -> Any:
-    """Return a value without folders of this machine: of an absolute path or an address its last part."""
+    """Return a value without local folders: absolute paths and addresses are cut to their last part."""
     if isinstance(value, list):
         return [_relative(item) for item in value]
     if isinstance(value, dict):
         return {key: _relative(item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
-    if '://' in value:  # an address may have names of buckets, tokens and signatures
+    if '://' in value:  # an address may contain names of buckets, tokens and signatures
         return Path(value.partition('?')[0]).name
     # local-dir:FOLDER, NAME:CHECKPOINT
     prefix, colon, path = ('', '', value) if Path(value).is_absolute() else value.rpartition(':')
@@ -190,9 +193,9 @@ def _relative(value: Any) -> Any:
 
 
 def _relative_command(command: list[str]) -> str:
-    """Return a command line for a shell, without folders of this machine."""
+    """Return a command line for a shell, without local folders."""
     pairs = [word.partition('=') for word in command]
-    # Of an address what comes before its first '=' may be one already.
+    # The part before the first '=' may be an address itself.
     is_flag = [bool(sign) and '://' not in name for name, sign, _ in pairs]
     words = [
         f'{name}={_relative(value)}' if has_value else _relative(word)

@@ -1,4 +1,4 @@
-"""What must hold before a run is published: its numbers are of its network, its policies those of its configuration."""
+"""Checks before a run is published: its results belong to its network, its policies to its configuration."""
 
 import json
 from collections.abc import Mapping
@@ -11,22 +11,21 @@ from timm_multiexit.checkpoints.config import ModelConfig, read_model_config
 from timm_multiexit.checkpoints.run_folder import RESULTS_NAME, VALIDATION_NAME, RunFolder
 from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.evaluation.stamp import describe_preparation
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.publishing.results import add_row_keys
+from timm_multiexit.utils.errors import CheckpointError, MissingFileError
 from timm_multiexit.utils.files import sha256
 from timm_multiexit.utils.untrusted import read_json
 
-_BUDGET = 'budget '
-
 
 class RunFiles(NamedTuple):
-    """What is read of a run, checked.
+    """Contents of a run, checked.
 
     Attributes:
-        args: Of the run.
-        config: Of the network in its folder `best`.
-        results: What training wrote at its end.
-        measured: What is published: results of `validate.py`, else those of training.
-        picture: Of `measured`; None for none.
+        args: Arguments of the run.
+        config: Configuration of the network in its folder `best`.
+        results: Results of training.
+        measured: Results to publish: those of `validate.py`, else those of training.
+        picture: Picture of `measured`; None for none.
     """
 
     args: dict[str, Any]
@@ -37,25 +36,26 @@ class RunFiles(NamedTuple):
 
 
 def read_run(run: Path, validation: Path | None) -> RunFiles:
-    """Return what a run left, if it is all of the network in its folder `best`.
+    """Return the files of a run, if all belong to the network in its folder `best`.
 
     Args:
         run: Folder of a run of `train.py`.
-        validation: What `validate.py --results-file` wrote; None for the run's own `validation.json`, if it has one.
+        validation: JSON results of `validate.py`; None for the run's `validation.json`, if it has one.
 
     Raises:
-        MultiExitError: Files are missing, or of other weights, other images or other policies.
+        CheckpointError: Files are missing, or of other weights, other preparation of images or other policies.
+        MissingFileError: `validation` does not exist.
     """
     folder = RunFolder(run)
     args, config = folder.read_args(), read_model_config(folder.best)
     if not config.exits:
-        raise MultiExitError(f'{run} is a run without exits: publish it with timm.models.push_to_hf_hub.')
+        raise CheckpointError(f'{run} is a run without exits: publish it with timm.models.push_to_hf_hub.')
     results = folder.read_results()
     if validation is None and folder.validation_path.is_file():
         validation = folder.validation_path
     if validation is not None and not validation.is_file():
-        raise MultiExitError(f'There is no {validation}: give the JSON that validate.py --results-file wrote.')
-    measured = results if validation is None else read_json(validation)
+        raise MissingFileError(f'{validation} does not exist: give a JSON file written by validate.py --results-file.')
+    measured = add_row_keys(results if validation is None else read_json(validation))
     where = validation or folder.results_path
     _check_weights(measured, where, folder.best)
     _check_preparation(measured, where, folder.best, config)
@@ -67,59 +67,60 @@ def read_run(run: Path, validation: Path | None) -> RunFiles:
 
 def _check_weights(measured: Mapping[str, Any], where: Path, best: Path) -> None:
     if measured.get('weights') != hash_weights(best):
-        raise MultiExitError(f'{where} is of other weights than {best}: {_again(where, best)}.')
+        raise CheckpointError(f'{where} has results of other weights than those of {best}: {_again(where, best)}.')
 
 
 def _check_preparation(measured: Mapping[str, Any], where: Path, best: Path, config: ModelConfig) -> None:
-    """Raise for numbers that whoever loads the network would not get."""
+    """Raise for results that the loaded network would not reproduce."""
     own = describe_preparation(resolve_data_config(pretrained_cfg=config.pretrained_cfg))
     found = measured.get('preparation')
     if not isinstance(found, dict):
-        raise MultiExitError(f'{where} does not say how its images were prepared: {_again(where, best)}.')
+        raise CheckpointError(f'{where} does not say how its images were prepared: {_again(where, best)}.')
     for name, value in own.items():
         if json.dumps(found.get(name)) != json.dumps(value):
-            raise MultiExitError(
-                f'{where} is of images prepared with {name} {found.get(name)}, the network is for {value}: measure it'
-                ' without the flag of it.'
+            raise CheckpointError(
+                f'{name} of the images in {where} must be {value}, as in the network, got {found.get(name)}: measure'
+                ' again without its flag.'
             )
 
 
 def _check_policy(row: Mapping[str, Any], where: Path, config: ModelConfig) -> None:
-    """Raise for a policy that whoever loads the network would not get by its name."""
-    name = row['policy']
-    if name.startswith(_BUDGET):
-        if config.budgets is None:
-            raise MultiExitError(f'{where} has budgets, the network none: run validate.py again with --save-policy.')
-        policy = config.budgets.select(name.removeprefix(_BUDGET)).policy
-    elif name == "the model's own":
-        policy = config.policy
-    else:
+    """Raise for a policy that the loaded network would not have by its name."""
+    if row['kind'] not in ('budget', 'own'):
         return
+    policy = config.policy
+    if row['kind'] == 'budget':
+        if config.budgets is None:
+            raise CheckpointError(
+                f'{where} has budgets, the network has none: run validate.py again with --save-policy.'
+            )
+        policy = config.budgets.select(row['budget']).policy
     if not has_policy(row, policy):
-        raise MultiExitError(
-            f"{where} has {name} with other thresholds than the network's: run validate.py again with --save-policy."
+        raise CheckpointError(
+            f"{row['policy']} of {where} has other thresholds than the network's: run validate.py again with"
+            ' --save-policy.'
         )
 
 
 def has_policy(row: Mapping[str, Any], policy: Any) -> bool:
-    """Return whether a row of results is of a policy."""
+    """Return whether a row of results belongs to a policy."""
     return policy is not None and all(row.get(key) == value for key, value in policy.to_dict().items())
 
 
 def _find_picture(measured: Mapping[str, Any], validation: Path) -> Path | None:
-    """Return the picture that was drawn of the numbers, if it is there."""
-    drawn = measured.get('picture')
-    path = validation.parent / drawn['path'] if drawn else None
-    if path is None or not path.is_file():
+    """Return the picture that was drawn with the results, if it exists."""
+    drawn = measured.get('picture') or {}
+    path = validation.parent / str(drawn.get('path'))
+    if not drawn or not path.is_file():
         return None
     if sha256(path) != drawn['sha256']:
-        raise MultiExitError(f'{path} is not the picture of {validation}: run validate.py again, or remove it.')
+        raise CheckpointError(f'{path} is not the picture of {validation}: run validate.py again, or remove it.')
     return path
 
 
 def _again(where: Path, best: Path) -> str:
     name = where if where.name != RESULTS_NAME else where.with_name(VALIDATION_NAME)
     return (
-        f'measure these with validate.py --model local-dir:{best} --data-dir DIR --results-format json --results-file'
+        f'evaluate it by validate.py --model local-dir:{best} --data-dir DIR --results-format json --results-file'
         f' {name}'
     )

@@ -1,8 +1,7 @@
-"""What a run notes of its steps and epochs: table, curves, trackers, one line per epoch."""
+"""The log of a run: table, curves, trackers, one line per epoch."""
 
 import logging
 import time
-from argparse import Namespace
 from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.evaluation.metrics import default_metric
 from timm_multiexit.training.summary import Summary, draw_curves
-from timm_multiexit.training.trackers import log_epoch, log_step, start_trackers
+from timm_multiexit.training.trackers import TrackerConfig, log_epoch, log_step, start_trackers
 from timm_multiexit.training.trainer import Trainer
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
@@ -24,29 +24,38 @@ _logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_CURVES = 30.0
 
 
-class Journal:
-    """The notes of a run.
+class EpochLog:
+    """Table, curves, trackers and log lines of a run.
 
     Args:
-        args: Of the run.
         accelerator: Its trackers are started by `open`.
         num_exits: Of the model, 0 without.
-        epochs: The run's last epoch, as the line's denominator.
+        num_epochs: Epochs after which the run ends.
+        multi_label: Targets are [B, C] labels.
+        log_interval: Updates that are sent to trackers together.
     """
 
-    def __init__(self, args: Namespace, accelerator: Accelerator, *, num_exits: int, epochs: int):
-        self.args, self.accelerator, self.epochs = args, accelerator, epochs
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        num_exits: int,
+        num_epochs: int,
+        multi_label: bool = False,
+        log_interval: int = 50,
+    ):
+        self.accelerator, self.num_epochs, self.log_interval = accelerator, num_epochs, log_interval
         self.names = (*exit_names(num_exits), ENSEMBLE) if num_exits else exit_names(0)
-        self.metric = default_metric(args.task == 'multilabel')
+        self.metric = default_metric(multi_label)
         self.summary, self._eta = Summary(), Eta()
         self._pending: list[tuple[int, float, torch.Tensor]] = []
         self._started = time.perf_counter()
         self._drawn = -_SECONDS_BETWEEN_CURVES
 
-    def open(self, folder: Path, step: int) -> None:
-        """Start the trackers; `step` updates were done before."""
+    def open(self, folder: Path, trackers: TrackerConfig, *, record: Mapping[str, Any], step: int) -> None:
+        """Start the trackers; see `start_trackers`."""
         self.folder = folder
-        start_trackers(self.accelerator, self.args, folder, folder.name, step=step)
+        start_trackers(self.accelerator, trackers, folder, record=record, step=step)
 
     def begin_epoch(self) -> None:
         """Start the clock of an epoch."""
@@ -54,14 +63,14 @@ class Journal:
 
     def note_step(self, trainer: Trainer) -> None:
         """Note the numbers of a step, if there is a tracker for them."""
-        if self.accelerator.trackers:
+        if self.accelerator.trackers and trainer.batch_metrics is not None:
             self._pending.append((trainer.num_updates, trainer.learning_rate, trainer.batch_metrics))
-            if len(self._pending) >= self.args.log_interval:
+            if len(self._pending) >= self.log_interval:
                 self.flush(trainer)
 
     def flush(self, trainer: Trainer) -> None:
         """Send what was noted to the trackers, read from the device in one go."""
-        if not self._pending:
+        if not self._pending or trainer.progress is None:
             return
         rows = torch.stack([numbers for *_, numbers in self._pending]).tolist()
         speed = {'img_per_s': trainer.images_per_second, 'data_share': trainer.data_share}
@@ -77,13 +86,14 @@ class Journal:
         """Write `summary.csv`, and `curves.png` twice a minute at the most and at the end: to draw it takes a while."""
         if not self.summary.rows:
             return
-        self.summary.write(self.folder / 'summary.csv')
-        is_last = self.summary.rows[-1]['epoch'] + 1 >= self.epochs
+        self.summary.write(RunFolder(self.folder).summary_path)
+        is_last = self.summary.rows[-1]['epoch'] + 1 >= self.num_epochs
         if not is_last and time.perf_counter() - self._drawn < _SECONDS_BETWEEN_CURVES:
             return
         self._drawn = time.perf_counter()
-        if not draw_curves(self.folder / 'curves.png', self.summary.rows, self.names, self.folder.name):
-            _logger.debug('matplotlib is not installed: no curves.png.')
+        is_drawn = draw_curves(self.folder / 'curves.png', self.summary.rows, self.names, self.folder.name)
+        if is_last and not is_drawn:
+            _logger.warning('No curves.png without matplotlib. Install it with pip install "timm-multiexit[plots]".')
 
     def end_epoch(self, trainer: Trainer, rate: float) -> None:
         """Log the last epoch's row and its line.
@@ -97,15 +107,16 @@ class Journal:
         seconds = time.perf_counter() - self._started
         self._eta.add(seconds)
         accuracy = {name: row[key] for name, key in self._columns().items() if key in row}
+        epoch = int(row['epoch'])
         line = format_epoch_line(
-            row['epoch'],
-            self.epochs,
+            epoch,
+            self.num_epochs,
             train_loss=row['train_loss'],
             accuracy=accuracy,
             lr=row['lr'],
             rate=rate,
             seconds=seconds,
-            eta=self._eta.estimate(self.epochs - row['epoch'] - 1),
+            eta=self._eta.estimate(self.num_epochs - epoch - 1),
         )
         _logger.info(line)
 

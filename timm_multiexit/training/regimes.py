@@ -82,7 +82,7 @@ class RegimeControl:
 
     def __init__(self, regime: Regime, task: TrainingTask, optimizer: torch.optim.Optimizer):
         self.regime = regime
-        self.task = task
+        self.task: Any = task
         self.optimizer = optimizer
         self.model = unwrap_model(task.get_trainable_module())
         self.phase = 'joint'
@@ -134,8 +134,8 @@ def split_exit_groups(
     """
     if not isinstance(model, MultiExitModel):
         return
-    heads = [*model.exits.parameters(), *(model.classifier_parameters() if trains_classifier else ())]
-    heads = {id(param) for param in heads}
+    trained = [*model.exits.parameters(), *(model.classifier_parameters() if trains_classifier else ())]
+    heads = {id(param) for param in trained}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         for is_exit in (False, True):

@@ -1,24 +1,24 @@
-"""What a run keeps of itself in its folder, and how it goes on from there."""
+"""The state of a run: saved in checkpoints, and restored to resume it."""
 
 import logging
 import os
-from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from timm.scheduler import PlateauLRScheduler
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import unwrap_model
 
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
-from timm_multiexit.training.epoch_log import Journal
-from timm_multiexit.training.running_metrics import Progress
+from timm_multiexit.training.epoch_log import EpochLog
+from timm_multiexit.training.running_metrics import RunningMetrics
 from timm_multiexit.training.saver import RunSaver
 from timm_multiexit.training.trainer import Trainer
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import CheckpointError, MultiExitError, StateError
 from timm_multiexit.utils.files import RESUME, explain_disk_errors, write_text
 
 _logger = logging.getLogger(__name__)
@@ -34,36 +34,37 @@ class _ScalerState:
         self.load_state_dict = scaler.load_state_dict
 
 
-class Checkpointing:
+class RunState:
     """Saves and restores a run: weights, averages, optimizer, schedule, place in the epoch, sums, table.
 
     Args:
-        args: Of the run.
-        accelerator: Of the run; its main process alone writes.
         task: What is trained.
-        optimizer: The optimizer itself, not what Accelerate made of it.
-        trainer: Knows where the run stands, and its schedule.
-        journal: Holds the table.
+        trainer: Knows where the run stands, its optimizer and its schedule.
+        epoch_log: Holds the table.
+        record: Stored in `args.yaml` and in checkpoints.
         num_batches: In an epoch.
-        is_decreasing: Whether a lower `--eval-metric` is better.
+        is_decreasing: Whether a lower metric is better.
+        checkpoint_hist: Checkpoints of single epochs that are kept.
+        save_epochs: Numbers of completed epochs whose checkpoints are kept in any case.
     """
 
     def __init__(
         self,
-        args: Namespace,
-        accelerator: Accelerator,
-        *,
         task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
         trainer: Trainer,
-        journal: Journal,
+        *,
+        epoch_log: EpochLog,
+        record: Any,
         num_batches: int,
-        is_decreasing: bool,
+        is_decreasing: bool = False,
+        checkpoint_hist: int = 10,
+        save_epochs: Sequence[int] = (),
     ):
-        self.args, self.accelerator = args, accelerator
-        self.task, self.optimizer, self.trainer, self.journal = task, optimizer, trainer, journal
+        self.task, self.trainer, self.epoch_log, self.record = task, trainer, epoch_log, record
         self.num_batches, self.is_decreasing = num_batches, is_decreasing
-        self.scaler = _ScalerState(accelerator.scaler) if accelerator.scaler else None
+        self.checkpoint_hist, self.save_epochs = checkpoint_hist, save_epochs
+        self.accelerator, self.optimizer = trainer.accelerator, trainer.raw_optimizer
+        self.scaler = _ScalerState(self.accelerator.scaler) if self.accelerator.scaler else None
         self.saver: RunSaver | None = None
         self._progress_state: dict[str, Any] | None = None
 
@@ -82,49 +83,53 @@ class Checkpointing:
             run_state=self._state,
             model=unwrap_model(self.task.get_trainable_module()),
             optimizer=self.optimizer,
-            args=self.args,
+            args=self.record,
             task=self.task,
             amp_scaler=self.scaler,
             checkpoint_dir=str(folder),
             recovery_dir=str(folder),
             decreasing=self.is_decreasing,
-            max_history=self.args.checkpoint_hist,
+            max_history=self.checkpoint_hist,
         )
         self.saver.clean()
 
-    def restore(self, path: Path) -> tuple[int, int]:
-        """Load a checkpoint and return the epoch and the batch to go on with.
+    def restore(self, path: Path, *, with_optimizer: bool = True) -> tuple[int, int]:
+        """Load a checkpoint and return the epoch and the batch to continue with.
+
+        Args:
+            path: The checkpoint.
+            with_optimizer: Load the optimizer's state too.
 
         Raises:
-            MultiExitError: It is of another optimizer, or from the middle of an epoch of other batches.
+            CheckpointError: It is of another optimizer, or from the middle of an epoch of other batches.
         """
-        args = self.args
         checkpoint = read_training_checkpoint(path)
         epoch, batch = read_position(checkpoint)
         run = (checkpoint.get('saver') or {}).get('run') or {}
         if batch:
             self._check_same_epoch(run, path)
         resume_task_checkpoint(self.task, str(path), log_info=False)
-        if not args.no_resume_opt:
+        if with_optimizer:
             self._restore_optimizer(checkpoint, path)
             if self.scaler and self.scaler.state_dict_key in checkpoint:
                 self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
-        if args.model_ema:
+        if self.task.has_ema():
             load_task_ema_checkpoint(self.task, str(path))
-        is_own = self.saver and path.parent.resolve() == Path(self.saver.checkpoint_dir).resolve()
+        saver = self.saver
+        is_own = saver is not None and path.parent.resolve() == Path(saver.checkpoint_dir).resolve()
         if run:
             self._restore_run(run)
-        elif is_own and (path.parent / 'summary.csv').exists():
-            self.journal.summary.read(path.parent / 'summary.csv', before=epoch)  # of timm's own script
-        if is_own:
+        elif is_own and RunFolder(path.parent).summary_path.exists():
+            self.epoch_log.summary.read(RunFolder(path.parent).summary_path, before=epoch)  # of timm's own script
+        if saver is not None and is_own:
             self.trainer.epoch, self.trainer.batch = epoch, batch
-            self.saver.load_state_dict(checkpoint.get('saver') or {})
+            saver.load_state_dict(checkpoint.get('saver') or {})
             if not batch:
                 self._save_milestone(epoch)  # a kill may have come before it
         return epoch, batch
 
     def _restore_optimizer(self, checkpoint: dict[str, Any], path: Path) -> None:
-        # The rate that the schedule is reckoned from is this run's.
+        # The schedule starts from this run's rate.
         initial = [group.get('initial_lr') for group in self.optimizer.param_groups]
         load_optimizer(self.optimizer, checkpoint, path)
         for group, lr in zip(self.optimizer.param_groups, initial):
@@ -133,19 +138,20 @@ class Checkpointing:
 
     def _check_same_epoch(self, run: dict[str, Any], path: Path) -> None:
         """Raise if the rest of an epoch that was begun would be of other batches."""
+        config = self.trainer.config
         for key, flag, now in (
             ('num_batches', 'the data, --batch-size and number of processes', self.num_batches),
-            ('seed', '--seed', self.args.seed),
-            ('grad_accum_steps', '--grad-accum-steps', self.args.grad_accum_steps),
+            ('seed', '--seed', config.seed),
+            ('grad_accum_steps', '--grad-accum-steps', config.grad_accum_steps),
         ):
             if run[key] != now:
-                raise MultiExitError(
-                    f'{path} is from the middle of an epoch with {key} {run[key]}, here it is {now}: give {flag} it'
-                    ' was trained with, or go on from a whole epoch.'
+                raise CheckpointError(
+                    f'{path} is from the middle of an epoch: {key} must be {run[key]}, got {now}. Give {flag} it was'
+                    ' trained with, or resume from the end of an epoch.'
                 )
 
     def _restore_run(self, run: dict[str, Any]) -> None:
-        self.journal.summary.load_state_dict(run['summary'])
+        self.epoch_log.summary.load_state_dict(run['summary'])
         scheduler = self.trainer.scheduler
         if isinstance(scheduler, PlateauLRScheduler) and run['plateau']:
             scheduler.lr_scheduler.load_state_dict(run['plateau']['counters'])
@@ -153,16 +159,16 @@ class Checkpointing:
             for group, lr in zip(self.optimizer.param_groups, run['plateau']['rates']):
                 group['lr'] = lr
         if run['batch']:
-            self.trainer.progress = Progress(
+            self.trainer.progress = RunningMetrics(
                 len(run['progress']['correct']),
                 self.accelerator.device,
-                multi_label=self.args.task == 'multilabel',
+                multi_label=self.trainer.config.multi_label,
             )
             if self.accelerator.is_main_process:
                 self.trainer.progress.load_state_dict(run['progress'])
 
     def _state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs besides weights and optimizer for the run to go on."""
+        """Return what a checkpoint needs besides weights and optimizer to resume the run."""
         trainer, plateau = self.trainer, None
         if isinstance(trainer.scheduler, PlateauLRScheduler):  # whose own state_dict leaves its counters out
             plateau = {
@@ -174,18 +180,18 @@ class Checkpointing:
             'epoch': trainer.epoch,
             'batch': trainer.batch,
             'num_batches': self.num_batches,
-            'seed': self.args.seed,
-            'grad_accum_steps': self.args.grad_accum_steps,
+            'seed': trainer.config.seed,
+            'grad_accum_steps': trainer.config.grad_accum_steps,
             'progress': self._progress_state if trainer.batch else None,
-            'summary': self.journal.summary.state_dict(),
+            'summary': self.epoch_log.summary.state_dict(),
             'plateau': plateau,
         }
 
     def save_args(self) -> None:
-        """Write `args.yaml`, as the run resolved them."""
+        """Write `args.yaml`."""
         if self.saver:
-            text = yaml.safe_dump(vars(self.args), default_flow_style=False)
-            write_text(Path(self.saver.checkpoint_dir, 'args.yaml'), text, advice=RESUME)
+            text = yaml.safe_dump(vars(self.record), default_flow_style=False)
+            write_text(RunFolder(Path(self.saver.checkpoint_dir)).args_path, text, advice=RESUME)
 
     def save_epoch(self, epoch: int, model: torch.nn.Module, metric: float | None, **described: Any) -> None:
         """Keep the end of an epoch, and the network as a folder if it is the best so far.
@@ -202,35 +208,37 @@ class Checkpointing:
             self.saver.save_best(model, **described)
         self.saver.save_checkpoint(epoch, metric=metric)
         self._save_milestone(epoch + 1)
-        self.journal.write()
+        self.epoch_log.write()
 
     def save_unmeasured_epoch(self, epoch: int) -> None:
-        """Keep the end of an epoch that was not evaluated, so that the run goes on from there."""
+        """Keep the end of an epoch that was not evaluated, so that the run can be resumed there."""
         if self.saver:
             self.saver.save_last(epoch)
             self._save_milestone(epoch + 1)
 
     def _save_milestone(self, completed_epochs: int) -> None:
-        if self.args.save_epochs and completed_epochs in self.args.save_epochs:
+        if self.saver is not None and completed_epochs in self.save_epochs:
             self.saver.save_milestone(completed_epochs)
 
     def save_recovery(self) -> None:
         """Keep the middle of an epoch; all processes take part."""
         trainer = self.trainer
+        if trainer.progress is None:
+            raise StateError('There was no batch yet to keep.')
         trainer.progress.check_finite(self.accelerator)
         self._progress_state = trainer.progress.state_dict(self.accelerator)
         if self.saver:
             self.saver.save_recovery(trainer.epoch, trainer.batch)
 
 
-def find_resume(folder: str | os.PathLike) -> Path | None:
+def find_resume(folder: str | os.PathLike[str]) -> Path | None:
     """Return the checkpoint of a run's folder that is furthest, None if there is none.
 
-    Files that cannot be read are passed over with a warning. Only where neither the last checkpoint nor one from the
-    middle of an epoch can be had, the kept ones of single epochs count.
+    Files that cannot be read are skipped with a warning. Checkpoints of single epochs count only where neither the last
+    one nor one from the middle of an epoch can be read.
 
     Raises:
-        MultiExitError: There are checkpoints, and none can be read.
+        CheckpointError: There are checkpoints, and none can be read.
     """
     folder = Path(folder)
     errors: list[MultiExitError] = []
@@ -240,21 +248,22 @@ def find_resume(folder: str | os.PathLike) -> Path | None:
             try:
                 found[path] = read_position(read_training_checkpoint(path))
             except MultiExitError as error:
-                _logger.warning(f'Passed over: {error}')
+                _logger.warning(f'Skipped: {error}')
                 errors.append(error)
         if found:
             return max(found, key=lambda path: (found[path], path.name))
     if errors:
-        raise MultiExitError(
-            f'{errors[0]} None of the {len(errors)} in {folder} can be gone on with: name another --experiment.'
+        raise CheckpointError(
+            f'{errors[0]} Cannot resume from any of the {len(errors)} checkpoints in {folder}: name another'
+            ' --experiment.'
         )
     return None
 
 
 def read_position(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """Return the epoch and the batch that a run goes on from, given `read_training_checkpoint`'s dict.
+    """Return the epoch and the batch that a run is resumed at, given `read_training_checkpoint`'s dict.
 
-    A checkpoint that timm's own script wrote goes on with the next epoch.
+    A checkpoint that timm's own script wrote is resumed at the next epoch.
     """
     run = (checkpoint.get('saver') or {}).get('run')
     if run:
@@ -265,20 +274,20 @@ def read_position(checkpoint: dict[str, Any]) -> tuple[int, int]:
     return int(epoch) + (1 if checkpoint.get('version', 0) > 1 else 0), 0
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Load a checkpoint's optimizer state.
 
     Raises:
-        MultiExitError: There is none, or it is of another optimizer or of other parameters.
+        CheckpointError: There is none, or it is of another optimizer or of other parameters.
     """
     if 'optimizer' not in checkpoint:
-        raise MultiExitError(f'{path} has no optimizer state: go on without it by --no-resume-opt.')
+        raise CheckpointError(f'{path} has no optimizer state: resume without it by --no-resume-opt.')
     own = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
         _check_settings(own, optimizer.param_groups)
     except (KeyError, ValueError) as error:
-        raise MultiExitError(
+        raise CheckpointError(
             f"The optimizer in {path} does not fit this run's: {str(error).splitlines()[0].rstrip('.')}. Give the flags"
             ' it was trained with, or --no-resume-opt.'
         ) from error

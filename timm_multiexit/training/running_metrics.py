@@ -7,14 +7,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.losses.multi_exit_loss import LossTerms
+from timm_multiexit.utils.errors import StateError
 from timm_multiexit.utils.text import exit_names
 
-# What a task may give besides its loss, one value per classifier.
-_PARTS = ('task', 'output_distance', 'feature_distance', 'kd_distance')
+_PARTS = LossTerms._fields[1:]
 
 
-class Progress:
+class RunningMetrics:
     """Loss, its parts and top-1 of every classifier in training, over the part of an epoch that is done.
 
     Args:
@@ -54,8 +54,8 @@ class Progress:
             labels = target.argmax(-1) if target.ndim > 1 else target
             # Augmentation splits have the batch's targets once for each split.
             correct = logits.argmax(-1).eq(labels).float().mean(-1)
-        parts = {'task': loss.expand(len(logits)), **result}
-        parts = [parts[key].detach().float() if key in parts else self._nothing for key in _PARTS]
+        given = {'task': loss.expand(len(logits)), **result}
+        parts = [given[key].detach().float() if key in given else self._nothing for key in _PARTS]
         numbers = torch.cat((loss, correct, *parts))
         self.num_samples += size
         self._totals.add_(numbers, alpha=size)
@@ -76,7 +76,7 @@ class Progress:
         first = float(first_bad.min())
         if math.isfinite(first):
             culprits = [name for name, at in zip(self.names, first_bad.tolist()) if at == first]
-            raise MultiExitError(
+            raise StateError(
                 f'The loss of {", ".join(culprits)} is NaN or infinite at batch {int(first)} of this epoch. Training'
                 ' stops, the checkpoints so far are kept: lower --lr, or set --clip-grad, and resume.'
             )

@@ -25,7 +25,7 @@ class RunSaver(CheckpointSaver):
     """timm's saver, with files that are there whole or not at all, and with where the run stands.
 
     Args:
-        run_state: Returns what the run needs to go on besides weights and optimizer: plain values and tensors.
+        run_state: Returns what the run needs to be resumed besides weights and optimizer: plain values and tensors.
         **kwargs: For timm's `CheckpointSaver`.
     """
 
@@ -80,7 +80,7 @@ class RunSaver(CheckpointSaver):
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """See timm; recovery checkpoints of the epoch are removed, the run has gone past them."""
-        best = super().save_checkpoint(epoch, metric)
+        best: tuple[float | None, int | None] = super().save_checkpoint(epoch, metric)
         self._drop_recovery_files()
         return best
 

@@ -1,4 +1,4 @@
-"""What a run writes for people: summary.csv, curves.png, trackers, one line per epoch, a progress bar."""
+"""The table of a run, and its curves: summary.csv and curves.png."""
 
 import csv
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_multiexit.checkpoints.run_folder import read_summary
+from timm_multiexit.utils.figures import depth_shades, encode_png, new_figure, show_epochs
 from timm_multiexit.utils.files import RESUME, replacing
 from timm_multiexit.utils.text import ENSEMBLE
 
@@ -24,7 +25,7 @@ class Summary:
     ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'lr', 'train_exit0_loss', 'eval_exit0_top1')
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
 
     @property
@@ -88,13 +89,9 @@ def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Se
         False, and nothing is written, where matplotlib is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        figure = new_figure(11, 4.5, title)
     except ImportError:
         return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout='constrained')
-    FigureCanvasAgg(figure)
     # The first metric that was evaluated; without evaluation there is only a panel of losses.
     metric = next((name for name in ('top1', 'map') if any(f'eval_{name}' in row for row in rows)), None)
     if metric is None:
@@ -108,22 +105,18 @@ def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Se
     ):
         _draw_line(loss_axes, rows, key, label=label, color='black', linestyle=style)
     _finish_axes(loss_axes, 'loss')
-    figure.suptitle(title)
     with replacing(path, advice=RESUME) as draft:
-        figure.savefig(draft, dpi=150, format='png')
+        draft.write_bytes(encode_png(figure))
     return True
 
 
 def _draw_accuracy(axes: Any, rows: Sequence[Mapping[str, float]], names: Sequence[str], metric: str) -> None:
-    from matplotlib import colormaps
-
     singles = [name for name in names if name != ENSEMBLE]
+    colors = dict(zip(singles, depth_shades(len(singles))))
     for name in names:
-        # Viridis gets lighter evenly, so order shows in grey too; its last fifth is too pale on white.
-        style = dict(color='black', linestyle='--')
+        style: dict[str, Any] = {'color': 'black', 'linestyle': '--'}
         if name != ENSEMBLE:
-            shade = 0.8 * (1 - singles.index(name) / max(len(singles) - 1, 1))
-            style = dict(color=colormaps['viridis'](shade), linewidth=3 if name == 'main' else 1.5)
+            style = {'color': colors[name], 'linewidth': 3 if name == 'main' else 1.5}
         key = f'eval_{metric}' if name == 'main' else f'eval_{name}_{metric}'
         _draw_line(axes, rows, key, label='ensemble' if name == ENSEMBLE else name, **style)
     _finish_axes(axes, {'top1': 'top-1 accuracy, %', 'map': 'mean average precision, %'}[metric])
@@ -136,10 +129,7 @@ def _draw_line(axes: Any, rows: Sequence[Mapping[str, float]], key: str, **style
 
 
 def _finish_axes(axes: Any, label: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set(xlabel='epochs trained', ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
-    axes.grid(alpha=0.3)
+    show_epochs(axes)
+    axes.set(ylabel=label)
     if axes.lines:
         axes.legend()

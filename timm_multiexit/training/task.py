@@ -16,7 +16,7 @@ from timm_multiexit.losses.multi_exit_loss import MultiExitLoss
 from timm_multiexit.losses.teachers import KDConfig
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.outputs import ExitOutputs
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
 
 
 class MultiExitTask(TrainingTask):
@@ -42,11 +42,11 @@ class MultiExitTask(TrainingTask):
         trains_main_alone: Run the backbone and its own classifier only, by their task term.
 
     Raises:
-        MultiExitError: The loss does not fit the model's classifiers, it distils features and the widths of the heads
-            do not allow it, or the teacher has other classes.
+        InvalidValueError: The loss does not fit the model's classifiers, it distils features and the widths of the
+            heads do not allow it, or the teacher has other classes.
 
     >>> import torch
-    >>> from timm_multiexit.attach import attach_exits
+    >>> from timm_multiexit.models.attach import attach_exits
     >>> from timm_multiexit.losses import create_loss
     >>> model = attach_exits(__import__('timm').create_model('test_resnet', num_classes=10))
     >>> result = MultiExitTask(model, create_loss('eed'))(torch.randn(2, 3, 32, 32), torch.tensor([1, 7]))
@@ -61,7 +61,7 @@ class MultiExitTask(TrainingTask):
         *,
         teacher: DistillationTeacher | nn.Module | str | None = None,
         kd: KDConfig | None = None,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -70,7 +70,7 @@ class MultiExitTask(TrainingTask):
         loss.check_count(len(model.exits) + 1)
         if loss.feature_weight > 0:
             loss.check_features(model.feature_widths())
-        self.trainable_module = model
+        self.trainable_module: Any = model
         self.loss = loss.to(self.device)
         self._main_loss = MultiExitLoss(criterion=loss.criterion, multi_label=loss.multi_label)
         self.trains_main_alone = False
@@ -80,7 +80,7 @@ class MultiExitTask(TrainingTask):
         if teacher is not None:
             self._set_teacher(teacher)
         elif kd is not None:
-            raise MultiExitError(f'kd is {kd}, but there is no outside teacher to weigh; give one or leave kd out.')
+            raise InvalidValueError(f'kd needs an outside teacher to weigh, got {kd} without one.')
 
     def _set_teacher(self, teacher: DistillationTeacher | nn.Module | str) -> None:
         model = self.trainable_module
@@ -91,15 +91,15 @@ class MultiExitTask(TrainingTask):
             made = DistillationTeacher(
                 teacher, num_classes=model.num_classes, in_chans=model.in_chans, device=self.device, dtype=self.dtype
             )
-        inner = unwrap_model(made.model)
+        inner: Any = unwrap_model(made.model)
         num_classes = getattr(inner, 'num_classes', model.num_classes)
         if isinstance(teacher, str):
             # timm gives it the student's classes, with a fresh classifier where the weights have others.
             num_classes = inner.pretrained_cfg.get('num_classes', num_classes)
         if num_classes != model.num_classes:
-            raise MultiExitError(
-                f'The outside teacher {name} knows {num_classes} classes and the model has {model.num_classes};'
-                ' take a teacher that was trained on these classes.'
+            raise InvalidValueError(
+                f'The outside teacher must have the {model.num_classes} classes of the model, got {name} with'
+                f' {num_classes}. Use one that was trained on these classes.'
             )
         self.teacher = made.to(self.device).eval().requires_grad_(False)
         # timm's normalize_input compares values, which waits for a GPU; the map to the teacher's pixels is fixed here.
@@ -107,19 +107,23 @@ class MultiExitTask(TrainingTask):
             torch.tensor(model.pretrained_cfg.get(key, default), device=self.device).view(1, -1, 1, 1)
             for key, default in (('mean', IMAGENET_DEFAULT_MEAN), ('std', IMAGENET_DEFAULT_STD))
         )
-        pairs = ((mean, made.mean_kd), (std, made.std_kd))
-        same = all(torch.equal(ours.to(theirs.dtype), theirs) for ours, theirs in pairs)
-        self.register_buffer('teacher_scale', None if same else std / made.std_kd, persistent=False)
-        self.register_buffer('teacher_shift', None if same else (mean - made.mean_kd) / made.std_kd, persistent=False)
+        own: tuple[Any, Any] = (made.mean_kd, made.std_kd)
+        same = all(torch.equal(ours.to(theirs.dtype), theirs) for ours, theirs in zip((mean, std), own))
+        self.register_buffer('teacher_scale', None if same else std / own[1], persistent=False)
+        self.register_buffer('teacher_shift', None if same else (mean - own[0]) / own[1], persistent=False)
+
+    teacher_scale: Tensor | None
+    teacher_shift: Tensor | None
 
     @torch.no_grad()
     def _outside_logits(self, images: Tensor) -> Tensor | None:
         if self.teacher is None:
             return None
-        if self.teacher_scale is not None:
+        if self.teacher_scale is not None and self.teacher_shift is not None:
             images = images * self.teacher_scale + self.teacher_shift
         with self.autocast():
-            return self.teacher(images.to(next(self.teacher.parameters()).dtype))
+            logits: Tensor = self.teacher(images.to(next(self.teacher.parameters()).dtype))
+            return logits
 
     def train(self, mode: bool = True) -> 'MultiExitTask':
         """Set the mode; an outside teacher stays in eval mode."""
@@ -136,36 +140,32 @@ class MultiExitTask(TrainingTask):
             target: Class indices [B] or soft targets [B, C].
 
         Returns:
-            loss: scalar to call backward on; output: main's logits [B, C]; logits: all, shallow to deep, main last;
-            and, detached and one value per classifier [K+1], the parts of the loss: task, output_distance,
-            feature_distance, and with an outside teacher kd_distance. While main trains alone K is 0.
+            output: main's logits [B, C]; logits: all, shallow to deep, main last; and the fields of `LossTerms`, all
+            that there are: loss, to call backward on, task, output_distance, feature_distance, kd_distance. While main
+            trains alone there is one classifier.
         """
         if self.trains_main_alone:
             outputs, loss = ExitOutputs((self.trainable_module(input),), ()), self._main_loss
         else:
             outputs, loss = self.trainable_module(input, exits=True), self.loss
         terms = loss.terms(outputs, target, self._outside_logits(input), self.kd)
-        return {
-            'loss': terms['loss'],
-            'output': outputs.logits[-1],
-            'logits': outputs.logits,
-            'task': terms['task'],
-            'output_distance': terms['output'],
-            'feature_distance': terms['feature'],
-            **({'kd_distance': terms['kd']} if 'kd' in terms else {}),
-        }
+        given = {name: term for name, term in terms._asdict().items() if term is not None}
+        return {'output': outputs.logits[-1], 'logits': outputs.logits, **given}
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'MultiExitTask':
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> 'MultiExitTask':
         """Wrap the model for distributed training without Accelerate."""
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]  # timm returns the module
+        self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
         """Compile the model in place, so that its keys and its type stay, the teacher too, and return the model."""
-        self.trainable_module.compile(backend=backend, mode=mode, **compile_kwargs)
+        module: nn.Module = self.trainable_module
+        module.compile(backend=backend, mode=mode, **compile_kwargs)
         if self.teacher is not None:
             self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
-        return self.trainable_module
+        return module
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return the parameters to clip; without every classifier's linear layer if `exclude_head` (for agc)."""

@@ -1,8 +1,8 @@
-"""Trackers."""
+"""Trackers that numbers of a run are logged to: TensorBoard and Weights & Biases."""
 
 import importlib
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,41 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError, StateError, one_line
 
 TRACKERS = {'tensorboard': is_tensorboard_available, 'wandb': is_wandb_available}
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """Where numbers of a run are logged.
+
+    Attributes:
+        names: Keys of `TRACKERS`.
+        project: Of Weights & Biases.
+        tags: Of the run there.
+        resume_id: Of a run there that is resumed.
+    """
+
+    names: Sequence[str] = ()
+    project: str | None = None
+    tags: Sequence[str] = ()
+    resume_id: str | None = None
 
 
 def check_trackers(names: Sequence[str] | None) -> None:
     """Check that every tracker of `--log-with` is known and installed.
 
     Raises:
-        MultiExitError: One is not.
+        InvalidValueError: One is not.
     """
     for name in names or ():
         if name not in TRACKERS:
-            raise MultiExitError(f"--log-with is '{name}', allowed are {', '.join(TRACKERS)}.")
+            raise InvalidValueError(f"--log-with must be {' or '.join(TRACKERS)}, got '{name}'.")
         if not TRACKERS[name]():
-            raise MultiExitError(f'--log-with {name} needs the package {name}: pip install {name}')
+            raise InvalidValueError(
+                f'--log-with {name} needs {name}. Install it with pip install "timm-multiexit[{name}]".'
+            )
 
 
 def flatten_config(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
@@ -38,46 +57,49 @@ def flatten_config(values: Mapping[str, Any]) -> dict[str, bool | int | float | 
 
 
 def start_trackers(
-    accelerator: Accelerator, args: Namespace, output_dir: Path | str, run_name: str, *, step: int = 0
+    accelerator: Accelerator,
+    config: TrackerConfig,
+    folder: Path | str,
+    *,
+    record: Mapping[str, Any],
+    step: int = 0,
 ) -> None:
-    """Start the trackers of `args.log_with` on the main process; `accelerator.end_training` finishes them.
+    """Start the trackers on the main process; `accelerator.end_training` finishes them.
 
-    TensorBoard writes into `output_dir/tensorboard`, Weights & Biases beside it into `output_dir/wandb`.
+    TensorBoard writes into `folder/tensorboard`, Weights & Biases beside it into `folder/wandb`.
 
     Args:
         accelerator: Made without `log_with`: there, TensorBoard would have to know its folder at once.
-        args: The arguments of the run, with `log_with`, `wandb_project`, `wandb_tags` and `wandb_resume_id`; all of
-            them are stored as the configuration.
-        output_dir: Folder of the run.
-        run_name: Its name at Weights & Biases.
-        step: Updates before this start, of a run that goes on; TensorBoard hides what was logged after them.
+        config: Which trackers.
+        folder: Of the run; its name is that of the run at Weights & Biases.
+        record: Stored as the configuration of the run.
+        step: Updates before this start, of a resumed run; TensorBoard hides what was logged after them.
 
     Raises:
-        MultiExitError: A tracker is unknown, not installed, or Weights & Biases does not start.
+        InvalidValueError: A tracker is unknown or not installed.
+        StateError: Weights & Biases does not start.
     """
-    check_trackers(args.log_with)
-    if not args.log_with or not accelerator.is_main_process:
+    check_trackers(config.names)
+    if not config.names or not accelerator.is_main_process:
         return
+    run_name = Path(folder).name
     trackers: list[GeneralTracker] = []
     startup_errors: tuple[type[Exception], ...] = ()
-    if 'tensorboard' in args.log_with:
+    if 'tensorboard' in config.names:
         # Steps from `purge_step` on are hidden; the epoch that ended with `step` was logged with that number.
         purge_step = step + 1 if step else None
-        trackers.append(TensorBoardTracker('tensorboard', str(output_dir), purge_step=purge_step))
-    if 'wandb' in args.log_with:
+        trackers.append(TensorBoardTracker('tensorboard', str(folder), purge_step=purge_step))
+    if 'wandb' in config.names:
         startup_errors = (importlib.import_module('wandb').Error,)
-        resume = dict(id=args.wandb_resume_id, resume='must') if args.wandb_resume_id else {}
-        trackers.append(
-            WandBTracker(args.wandb_project, name=run_name, tags=args.wandb_tags, dir=str(output_dir), **resume)
-        )
+        resume = dict(id=config.resume_id, resume='must') if config.resume_id else {}
+        trackers.append(WandBTracker(config.project, name=run_name, tags=config.tags, dir=str(folder), **resume))
     accelerator.log_with = trackers
     try:
-        accelerator.init_trackers(run_name, config=flatten_config(vars(args)))
+        accelerator.init_trackers(run_name, config=flatten_config(record))
     except startup_errors as error:
         accelerator.trackers.clear()  # `end_training` would finish what never started
-        reason = ' '.join(str(error).split()).rstrip('.')
-        raise MultiExitError(
-            f'--log-with wandb did not start: {reason}. Without an account set WANDB_MODE=offline.'
+        raise StateError(
+            f'--log-with wandb did not start: {one_line(error)}. Without an account set WANDB_MODE=offline.'
         ) from error
 
 

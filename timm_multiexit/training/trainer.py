@@ -1,4 +1,4 @@
-"""One epoch of training, and one pass over a data set: the loops that the scripts share."""
+"""The training loop: one epoch of a task."""
 
 import logging
 import math
@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_multiexit.data.seeding import SeededLoader, Stream, seed_generators
+from timm_multiexit.losses.multi_exit_loss import LossTerms
 from timm_multiexit.training.regimes import RegimeControl
-from timm_multiexit.training.running_metrics import Progress
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.training.running_metrics import RunningMetrics
+from timm_multiexit.utils.errors import DataError, InvalidValueError
 
 _logger = logging.getLogger(__name__)
 
@@ -75,12 +76,13 @@ class Trainer:
         on_update: Called after every optimizer step with the trainer.
 
     Attributes:
+        raw_optimizer: The optimizer itself, not what Accelerate made of it.
         epoch: The epoch at work, from 0.
         batch: Batches of it that are done.
         num_updates: Optimizer steps of the run so far.
         progress: Running sums of the epoch, None before its first batch.
         images: The last batch's images.
-        batch_metrics: Its numbers, see `Progress.update`.
+        batch_metrics: Its numbers, see `RunningMetrics.update`.
         data_seconds: Time that the epoch waited for data.
     """
 
@@ -92,7 +94,7 @@ class Trainer:
         accelerator: Accelerator,
         config: TrainerConfig,
         scheduler: Any | None = None,
-        mixup_fn: Callable | None = None,
+        mixup_fn: Any | None = None,
         regime: RegimeControl | None = None,
         on_update: Callable[['Trainer'], None] | None = None,
     ):
@@ -104,14 +106,15 @@ class Trainer:
         self.mixup_fn = mixup_fn
         self.regime = regime
         self.on_update = on_update
-        raw = getattr(optimizer, 'optimizer', optimizer)
-        # Accelerate's wrapper searches the disk for a package at every step; it is of use to loss scaling alone.
+        self.raw_optimizer = raw = getattr(optimizer, 'optimizer', optimizer)
+        # Accelerate's wrapper searches the disk for a package at every step; only loss scaling needs it.
         self._stepping = optimizer if accelerator.scaler else raw
         self._is_second_order = bool(getattr(raw, 'is_second_order', False))
         self._sync_lookahead = getattr(raw, 'sync_lookahead', None)
-        self._dtype = next(task.get_trainable_module().parameters()).dtype
+        module: Any = task.get_trainable_module()
+        self._dtype = next(module.parameters()).dtype
         self.epoch = self.batch = self.num_updates = 0
-        self.progress: Progress | None = None
+        self.progress: RunningMetrics | None = None
         self.images: Tensor | None = None
         self.batch_metrics: Tensor | None = None
         self.data_seconds = 0.0
@@ -128,8 +131,9 @@ class Trainer:
             Means over the epoch and all ranks: loss and its parts, top-1 of each classifier in percent.
 
         Raises:
-            MultiExitError: A loss became NaN or infinite, the message names the classifier it began with; or there
-                was no batch.
+            StateError: A loss became NaN or infinite; the message names the classifier it began with.
+            DataError: There was no batch.
+            InvalidValueError: A batch is too small for the batch norms.
         """
         config, accelerator = self.config, self.accelerator
         self.task.train()
@@ -158,47 +162,45 @@ class Trainer:
             seed_generators(config.seed, Stream.STEP, epoch, batch_idx, accelerator.process_index, all_devices=True)
             with nullcontext() if is_step else accelerator.no_sync(self.task.trainable_module):
                 result, target = self._forward_backward(images, target, window)
-            self._note(result, target)
+            progress = self._note(result, target)
             self.batch += 1
             if is_last or (batch_idx and batch_idx % config.log_interval == 0):
-                self.progress.check_finite(accelerator)
+                progress.check_finite(accelerator)
             if is_step:
                 self._step()
                 if self.on_update:
                     self.on_update(self)
             if batch_idx and batch_idx % config.log_interval == 0 and not is_last:
-                self._log(num_batches)
+                self._log(progress, num_batches)
         if self._sync_lookahead:
             self._sync_lookahead()
         if self.progress is None:
-            raise MultiExitError(
-                f'The training data gave no batch in epoch {epoch + 1}: see --batch-size and --workers.'
-            )
+            raise DataError(f'The training data gave no batch in epoch {epoch + 1}: see --batch-size and --workers.')
         if self.batch < num_batches:
             self.progress.check_finite(accelerator)
         return self.progress.metrics(self.progress.state_dict(accelerator))
 
     def _set_mixing(self, epoch: int) -> None:
-        if hasattr(self.mixup_fn, 'mixup_enabled'):
+        if self.mixup_fn is not None and hasattr(self.mixup_fn, 'mixup_enabled'):
             self.mixup_fn.mixup_enabled = not 0 < self.config.mixup_off_epoch <= epoch
 
     @property
     def images_per_second(self) -> float:
         """Images of all ranks per second, in this epoch."""
-        return self._seen * self.accelerator.num_processes / (time.perf_counter() - self._started)
+        return float(self._seen * self.accelerator.num_processes / (time.perf_counter() - self._started))
 
     @property
     def learning_rate(self) -> float:
         """Mean over the optimizer's groups."""
         groups = self.optimizer.param_groups
-        return sum(group['lr'] for group in groups) / len(groups)
+        return float(sum(group['lr'] for group in groups) / len(groups))
 
     @property
     def data_share(self) -> float:
         """Share of the epoch's time spent waiting for data, 0 to 1."""
         return self.data_seconds / (time.perf_counter() - self._started)
 
-    def _timed(self, batches: Iterable) -> Iterator:
+    def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
         batches = iter(batches)
         while True:
             started = time.perf_counter()
@@ -226,7 +228,7 @@ class Trainer:
             except ValueError as error:
                 if 'more than 1 value per channel' not in str(error):
                     raise
-                raise MultiExitError(
+                raise InvalidValueError(
                     f'A batch of {len(images)} is too small for the batch norms: give a larger --batch-size.'
                 ) from error
         kwargs = {'create_graph': True} if self._is_second_order else {}
@@ -234,11 +236,12 @@ class Trainer:
         self._seen += len(images)
         return result, target
 
-    def _note(self, result: dict[str, Any], target: Tensor) -> None:
+    def _note(self, result: dict[str, Any], target: Tensor) -> RunningMetrics:
         if self.progress is None:
             count = len(result.get('logits', [0]))
-            self.progress = Progress(count, self.accelerator.device, multi_label=self.config.multi_label)
+            self.progress = RunningMetrics(count, self.accelerator.device, multi_label=self.config.multi_label)
         self.batch_metrics = self.progress.update(result, target, self.batch)
+        return self.progress
 
     def _step(self) -> None:
         config = self.config
@@ -257,14 +260,13 @@ class Trainer:
         if config.synchronize and self.accelerator.device.type == 'cuda':
             torch.cuda.synchronize()
 
-    def _log(self, num_batches: int) -> None:
-        means = self.progress.metrics()
+    def _log(self, progress: RunningMetrics, num_batches: int) -> None:
+        means = progress.metrics()
         parts = [f'loss {means["loss"]:.3f}']
-        added = {'distillation': 'output_distance', 'features': 'feature_distance', 'teacher': 'kd_distance'}
-        added = ', '.join(f'{name} {means[key]:.3f}' for name, key in added.items() if means[key])
+        added = [f'{name} {means[name]:.3f}' for name in LossTerms._fields[2:] if means[name]]
         if added:
-            parts[0] += f' (task {means["task"]:.3f}, {added})'
-        for name in self.progress.names:
+            parts[0] += f' (task {means["task"]:.3f}, {", ".join(added)})'
+        for name in progress.names:
             top1 = '' if self.config.multi_label else f' {means[f"{name}_top1"]:.1f}%'
             parts.append(f'{name} {means[f"{name}_loss"]:.3f}{top1}')
         parts += [f'lr {self.learning_rate:.2e}']
@@ -274,18 +276,20 @@ class Trainer:
         )
 
 
-def show_progress(batches: Iterable, *, is_shown: bool, total: int | None = None, description: str = '') -> Iterable:
+def show_progress(
+    batches: Iterable[Any], *, is_shown: bool, total: int | None = None, description: str = ''
+) -> Iterable[Any]:
     """Return the batches, which draw a bar on stderr while they are used if `is_shown`; log lines go above it.
 
     Args:
         batches: What to go through.
-        is_shown: False returns `batches` itself; ask for it on the main process only.
+        is_shown: False returns `batches` itself, as it should be on all processes but the main one.
         total: How many there are, if `batches` has no length.
         description: Text before the bar.
     """
     return _draw_bar(batches, total, description) if is_shown else batches
 
 
-def _draw_bar(batches: Iterable, total: int | None, description: str) -> Iterator:
+def _draw_bar(batches: Iterable[Any], total: int | None, description: str) -> Iterator[Any]:
     with logging_redirect_tqdm():
         yield from tqdm(batches, desc=description, total=total, leave=False, unit='batch', dynamic_ncols=True)

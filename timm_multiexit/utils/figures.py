@@ -9,7 +9,7 @@ COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#00
 
 MARKERS = 'osD^vP*X<>hp'
 
-MATPLOTLIB_MISSING = 'matplotlib is not installed: pip install "timm-multiexit[plots]"'
+MATPLOTLIB_MISSING = 'matplotlib is not installed. Install it with pip install "timm-multiexit[plots]".'
 
 _DASHES = ('-', '--', ':', '-.')
 

@@ -7,7 +7,7 @@ from timm_multiexit.utils.errors import is_integer
 
 ENSEMBLE = 'ens'
 
-_MACS_UNITS = ((1e9, 'GMACs'), (1e6, 'MMACs'))
+_MACS_UNITS = ((1e9, 'GMACs'), (1e6, 'MMACs'), (1e3, 'kMACs'))
 
 
 def exit_names(num_exits: int) -> tuple[str, ...]:

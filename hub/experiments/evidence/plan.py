@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from timm_multiexit.cli.flags.train_args import parse_train_args
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError, MissingFileError, one_line
 
 METHODS_FILE = 'methods.yaml'
 
@@ -17,7 +17,7 @@ _KEYS = {'title', 'protocol', 'data', 'networks', 'methods', 'seeds'}
 
 _NAME = re.compile(r'\w[\w.+-]*')
 
-# What is of no use to a network without exits.
+# Flags that a network without exits has no use for.
 _EXIT_FLAGS = ('exit-', 'exits')
 
 
@@ -87,17 +87,18 @@ def read_plan(path: Path | str) -> Plan:
     those over the recipe's. A method without `exits` trains the plain network.
 
     Raises:
-        MultiExitError: The file cannot be read or is no plan, or a flag is unknown or has a wrong value.
+        MissingFileError: The plan, its recipe or methods.yaml cannot be read.
+        InvalidValueError: A file is not what it should be, or a flag is unknown or has a wrong value.
     """
     path = Path(path)
     content = read_yaml(path)
     if set(content) != _KEYS:
         odd = sorted(set(content) ^ _KEYS)
-        raise MultiExitError(f'{path} must have the keys {", ".join(sorted(_KEYS))}; missing or unknown: {odd}.')
+        raise InvalidValueError(f'{path} must have the keys {", ".join(sorted(_KEYS))}; missing or unknown: {odd}.')
     methods = read_yaml(path.parent.parent / METHODS_FILE)
     for method in content['methods']:
         if method not in methods:
-            raise MultiExitError(f"{path} names the method '{method}', allowed are {', '.join(methods)}.")
+            raise InvalidValueError(f"{path}: a method must be one of {', '.join(methods)}, got '{method}'.")
     recipe = path.parents[2] / 'recipes' / f'{content["protocol"]}.yaml'
     basis = read_yaml(recipe)
     data, networks = _as_mapping(content['data']), _as_mapping(content['networks'])
@@ -129,20 +130,22 @@ def _plan_run(
     flags = {key.replace('_', '-'): value for key, value in basis.items()}
     for flag, value in overrides.items():
         if value in (None, False) and flags.get(flag, value) != value:
-            raise MultiExitError(
-                f'{flag} is {flags[flag]} in {recipe.name}, and no command line sets it to {value}: write a recipe'
+            raise InvalidValueError(
+                f'{flag} is {flags[flag]} in {recipe.name}, and no command line sets it to {value}. Write a recipe'
                 ' without it.'
             )
     flags |= overrides
     run = PlannedRun(recipe.stem, recipe=recipe, overrides=overrides, flags=flags, **names)
     if not _NAME.fullmatch(run.name):
-        raise MultiExitError(f"'{run.name}' is no name of a file, allowed are letters, digits, '.', '_', '+' and '-'.")
+        raise InvalidValueError(
+            f"The name of a run must be of letters, digits, '.', '_', '+' and '-', got '{run.name}'."
+        )
     if not is_checked:
         return run
     try:
         parse_train_args(run.arguments('data'))
     except SystemExit:
-        raise MultiExitError(f'{run.name} has a flag that train.py does not take, see the line above.') from None
+        raise InvalidValueError(f'{run.name} has a flag that train.py does not take, see the line above.') from None
     return run
 
 
@@ -150,14 +153,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping of a YAML file.
 
     Raises:
-        MultiExitError: The file cannot be read or holds something else.
+        MissingFileError: The file cannot be read.
+        InvalidValueError: It is not a mapping in YAML.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise MultiExitError(f'{path} cannot be read: {" ".join(str(error).split())}.') from error
+    except OSError as error:
+        raise MissingFileError(f'Cannot read {path}: {one_line(error)}.') from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise InvalidValueError(f'{path} must be a YAML file: {one_line(error)}.') from error
     if not isinstance(content, dict):
-        raise MultiExitError(f'{path} must be a mapping.')
+        raise InvalidValueError(f'{path} must be a mapping.')
     return content
 
 
@@ -188,10 +194,10 @@ def find_data(parent: Path | str, name: str) -> Path:
     The name is checked because results say it.
 
     Raises:
-        MultiExitError: There is none.
+        MissingFileError: Neither exists.
     """
     parent = Path(parent).absolute()
     for folder in (parent / name, parent):
         if folder.name == name and folder.is_dir():
             return folder
-    raise MultiExitError(f"--data-dir {parent} is not, and does not hold, a folder '{name}': rename or link the data.")
+    raise MissingFileError(f"--data-dir must be or contain a folder '{name}', got {parent}. Rename or link the data.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from evidence.plan import PlannedRun, to_command_line
 from timm_multiexit.checkpoints.run_folder import RunFolder
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, one_line
 from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, write_text
 
 FORMAT = 1
@@ -34,7 +34,7 @@ def collect_result(run: PlannedRun, folder: Path, *, seconds: float, extra: Sequ
         the epoch; `selection` says how; `flags` are all.
 
     Raises:
-        MultiExitError: The files are missing or of another run.
+        CheckpointError: The files are missing or of another run.
     """
     try:
         files = RunFolder(folder)
@@ -52,9 +52,9 @@ def collect_result(run: PlannedRun, folder: Path, *, seconds: float, extra: Sequ
         }
         is_same = (results['seed'], results['dataset']) == (run.seed, run.data)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MultiExitError(f'{folder} has no results of a finished run: {type(error).__name__} {error}.') from error
+        raise CheckpointError(f'{folder} has no results of a finished run: {type(error).__name__} {error}.') from error
     if not is_same:
-        raise MultiExitError(f'{folder} is of seed {results["seed"]} and {results["dataset"]}, not {run.name}.')
+        raise CheckpointError(f'{folder} must be of {run.name}, got seed {results["seed"]} and {results["dataset"]}.')
     return {
         'format': FORMAT,
         **{key: getattr(run, key) for key in ('name', 'protocol', 'data', 'network', 'method', 'seed')},
@@ -97,10 +97,10 @@ def _without_folder(word: str) -> str:
     return f'{flag}{equals}{os.path.basename(value.rstrip("/"))}' if os.path.isabs(value) else word
 
 
-def telling(extra: Iterable[str]) -> list[str]:
+def flags_that_matter(extra: Iterable[str]) -> list[str]:
     """Return what of the extra flags can change what is measured: how images are loaded cannot.
 
-    >>> telling(['--workers', '4', '--amp', '--pin-mem', '--lr', '0.2', '-j', '2', '--workers=3'])
+    >>> flags_that_matter(['--workers', '4', '--amp', '--pin-mem', '--lr', '0.2', '-j', '2', '--workers=3'])
     ['--amp', '--lr', '0.2']
     """
     kept, words = [], iter(extra)
@@ -121,7 +121,7 @@ def write_result(folder: Path, run: PlannedRun, result: dict[str, Any]) -> None:
     """Write the file, whole or not at all.
 
     Raises:
-        MultiExitError: The disk is full or cannot be written.
+        DiskError: The disk is full or cannot be written.
     """
     path = result_path(folder, run)
     with explain_disk_errors(path, advice=RUN_AGAIN):
@@ -133,15 +133,17 @@ def read_result(path: Path) -> dict[str, Any]:
     """Return the content of a file of results.
 
     Raises:
-        MultiExitError: It is not one, or a newer version's.
+        CheckpointError: It is not one, or a newer version's.
     """
     try:
         result = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
-        raise MultiExitError(f'{path} cannot be read: {error}.') from error
+        raise CheckpointError(f'Cannot read {path}: {one_line(error)}.') from error
     missing = [key for key in _KEYS if not isinstance(result, dict) or key not in result]
     if missing or result.get('format') != FORMAT:
-        raise MultiExitError(f'{path} is no file of results of format {FORMAT}: remove it, or update timm_multiexit.')
+        raise CheckpointError(
+            f'{path} must be a file of results of format {FORMAT}. Remove it, or update timm_multiexit.'
+        )
     return result
 
 
@@ -149,7 +151,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """Return the content of all files of results, in order of their names.
 
     Raises:
-        MultiExitError: A file is not one.
+        CheckpointError: A file is not one.
     """
     return [read_result(path) for path in sorted(folder.glob('*.json'))]
 
@@ -158,13 +160,13 @@ def check_same_flags(run: PlannedRun, flags: dict[str, Any], where: Path) -> Non
     """Check that what was done is what is planned: names alone do not say it once a recipe has changed.
 
     Raises:
-        MultiExitError: A flag differs.
+        InvalidValueError: A flag differs.
     """
     for flag in sorted({*flags, *run.flags}):
         was, planned = flags.get(flag), run.flags.get(flag)
         if was != planned:
-            raise MultiExitError(
-                f'{where} was made with {flag} {was}, the plan says {planned}: remove it, or give the changed recipe'
+            raise InvalidValueError(
+                f'{where} was made with {flag} {was}, the plan says {planned}. Remove it, or give the changed recipe'
                 ' a name of its own.'
             )
 
@@ -173,12 +175,12 @@ def check_extra_flags(extra: Iterable[str], was: Iterable[str], where: Path) -> 
     """Check that flags beyond the plan's are those of what is there.
 
     Raises:
-        MultiExitError: They are not.
+        InvalidValueError: They are not.
     """
-    if telling(extra) != telling(was):
-        raise MultiExitError(
-            f'{where} was made with the extra flags {telling(was)}, now they are {telling(extra)}: remove it, or give'
-            ' the same.'
+    now, before = flags_that_matter(extra), flags_that_matter(was)
+    if now != before:
+        raise InvalidValueError(
+            f'{where} was made with the extra flags {before}, now they are {now}. Remove it, or give the same.'
         )
 
 
@@ -191,7 +193,7 @@ def is_done(run: PlannedRun, folder: Path, extra: Sequence[str] | None = None) -
         extra: Flags beyond the plan's; None for any.
 
     Raises:
-        MultiExitError: They are of other flags.
+        InvalidValueError: They are of other flags.
     """
     path = result_path(folder, run)
     if not path.exists():

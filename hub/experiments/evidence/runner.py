@@ -167,7 +167,7 @@ class Runner:
             flags, extra, seconds = notes['flags'], notes['extra'], float(notes['seconds'])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f'{path} does not say which flags {folder} was made with: remove that folder.'
+                f'{path} does not say which flags {folder} was made with. Remove that folder.'
             ) from error
         check_same_flags(run, flags, folder)
         check_extra_flags(self.config.extra, extra, folder)
@@ -217,7 +217,7 @@ def describe_state(run: PlannedRun, config: RunnerConfig) -> str:
     """Return 'done', 'running', 'begun' or 'planned'.
 
     Raises:
-        CheckpointError: Its results are of other flags.
+        InvalidValueError: Its results are of other flags.
     """
     if is_done(run, config.results):
         return 'done'

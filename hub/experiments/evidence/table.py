@@ -8,8 +8,8 @@ from typing import Any
 from scipy.stats import t
 
 from evidence.plan import Plan
-from evidence.results import telling
-from timm_multiexit.utils.errors import MultiExitError
+from evidence.results import flags_that_matter
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError
 from timm_multiexit.utils.markdown import code, escape, table
 from timm_multiexit.utils.text import ENSEMBLE
 
@@ -106,7 +106,7 @@ def format_group(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> s
         methods: All methods, in the order of the rows.
 
     Raises:
-        MultiExitError: Results of one group are not of the same images or flags beyond the plan's.
+        CheckpointError: Results of one group are not of the same images or flags beyond the plan's.
     """
     _check_comparable(results)
     present = [method for method in methods if any(result['method'] == method for result in results)]
@@ -156,11 +156,11 @@ def _mean_and_sd(numbers: Sequence[float]) -> str:
 def _check_comparable(results: Sequence[dict[str, Any]]) -> None:
     for key in ('split', 'num_samples', 'extra'):
         seen = {
-            str(telling(result.get(key, ())) if key == 'extra' else result.get(key)): result['name']
+            str(flags_that_matter(result.get(key, ())) if key == 'extra' else result.get(key)): result['name']
             for result in results
         }
         if len(seen) > 1:
-            raise MultiExitError(
+            raise CheckpointError(
                 f'Results of one table differ in {key}: '
                 + ', '.join(f'{name} has {value}' for value, name in sorted(seen.items())[:3])
                 + '. Remove those that do not belong, and run them again.'
@@ -178,7 +178,7 @@ def format_tables(plans: Sequence[Plan], results: Sequence[dict[str, Any]], meth
         methods: All methods, in order.
 
     Raises:
-        MultiExitError: Results of one table do not fit together.
+        CheckpointError: Results of one table do not fit together.
     """
     by_name = {result['name']: result for result in results}
     parts = []
@@ -222,11 +222,11 @@ def place_in(text: str, tables: str) -> str:
     r"""Return a Markdown file's text with the tables between its two comments.
 
     Raises:
-        MultiExitError: The comments are not there, once each and in order.
+        InvalidValueError: The comments are not there, once each and in order.
 
     >>> place_in(f'a\n{START}\nold\n{END}\nb', 'new\n').split('\n')
     ['a', '<!-- evidence -->', 'new', '<!-- /evidence -->', 'b']
     """
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise MultiExitError(f'The file must have {START} and {END} once each, in this order: put them in.')
+        raise InvalidValueError(f'The file must have {START} and {END} once each, in this order.')
     return f'{text[: text.index(START)]}{START}\n{tables}{text[text.index(END) :]}'

@@ -1,155 +1,121 @@
-"""Reads `--config`: a YAML file of flag values, each of which must be what the flag itself would take."""
+"""Reads `--config`: a YAML file of flag values, which the parser itself reads like those of a command line."""
 
 import argparse
-from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.utils import ParseKwargs
 
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.cli.flags.parser import Choice, KwargsAction, Number, ScriptParser, format_error
+from timm_multiexit.utils.errors import InvalidValueError, MissingFileError, brief, one_line
 
-_KINDS = {int: ('an integer', 'integers'), float: ('a number', 'numbers'), str: ('a string', 'strings')}
+# What a run writes into its args.yaml beside its flags, and finds out anew.
+RUN_KEYS = ('is_demo', 'origin')
 
 
-def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Return the flag values of a YAML file as dest -> value, as the parser would have made them.
+def read_config(path: str, parser: ScriptParser) -> dict[str, Any]:
+    """Return the flag values of a YAML file as dest -> value, as the parser makes them.
 
     Keys are names of flags, with dashes or underscores. An `args.yaml` that a run wrote is such a file.
 
     Args:
         path: The file.
-        parser: Knows the flags; its defaults are untouched.
+        parser: Knows the flags and their defaults.
 
     Raises:
-        MultiExitError: The file cannot be read, or has unknown keys or values that the flag does not take.
+        MissingFileError: The file cannot be read.
+        InvalidValueError: It has unknown keys, or values that their flags do not take.
     """
-    try:
-        with open(path, encoding='utf-8') as file:
-            content = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise MultiExitError(f'--config {path} cannot be read: {" ".join(str(error).split())}.') from error
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise MultiExitError(f'--config {path} must be a mapping of flag names to values.')
-    # What a run writes beside its flags, and finds out anew.
-    kept = {key: value for key, value in content.items() if key not in ('is_demo', 'origin')}
-    values = [(str(key).replace('-', '_'), value) for key, value in kept.items()]
-    actions = _actions_by_key(parser)
-    unknown = [key for key, _ in values if key not in actions]
+    content = _read_mapping(path)
+    names = {
+        name.removeprefix('--').replace('-', '_'): action
+        for action in parser._actions
+        if not isinstance(action, argparse._HelpAction)
+        for name in (action.dest, *action.option_strings)
+        if not name.startswith('-') or name.startswith('--')
+    }
+    values = [(str(key).replace('-', '_'), value) for key, value in content.items() if key not in RUN_KEYS]
+    unknown = sorted(key for key, _ in values if key not in names)
     if unknown:
-        names = ', '.join(_with_nearest(key, actions) for key in sorted(unknown)[:10])
-        raise MultiExitError(f'--config {path} has unknown keys: {names}. See --help for the flags.')
+        nearest = [get_close_matches(key, names, n=1) for key in unknown[:10]]
+        listed = ', '.join(f'{key} (nearest is {best[0]})' if best else key for key, best in zip(unknown, nearest))
+        raise InvalidValueError(f'--config {path} has unknown keys: {listed}. See --help for the flags.')
     config: dict[str, Any] = {}
     for key, value in values:
-        action = actions[key]
+        action = names[key]
         if action.dest in config:
-            raise MultiExitError(f"--config {path} has two keys for one flag, one of them '{key}': leave one out.")
+            raise InvalidValueError(f"--config {path} has two keys for one flag, one of them '{key}': leave one out.")
         try:
-            config[action.dest] = convert(action, value)
-        except (ValueError, TypeError, OverflowError, argparse.ArgumentTypeError):
-            raise MultiExitError(f'--config {path}: {key} is {value!r}, allowed is {describe(action)}.') from None
+            config[action.dest] = _parse(parser, action, value)
+        except argparse.ArgumentError as error:
+            raise InvalidValueError(f'--config {path}: {format_error(error, key)}') from None
     return config
 
 
-def convert(action: argparse.Action, value: Any) -> Any:
+def _read_mapping(path: str) -> dict[Any, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise MissingFileError(f'Cannot read --config {path}: {one_line(error)}.') from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise InvalidValueError(f'--config {path} must be a YAML file: {one_line(error)}.') from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise InvalidValueError(f'--config {path} must be a mapping of flag names to values.')
+    return content
+
+
+def _parse(parser: ScriptParser, action: argparse.Action, value: Any) -> Any:
     """Return a YAML value as the flag would have made it.
 
     Raises:
-        ValueError: It is not what the flag takes (or `ArgumentTypeError`, from the flag's own type).
-
-    >>> action = argparse.ArgumentParser().add_argument('--lr', type=float)
-    >>> convert(action, '1e-3'), convert(action, 1), convert(action, None)  # YAML reads 1e-3 as a string
-    (0.001, 1.0, None)
+        ArgumentError: The flag does not take it.
     """
     if value == action.default and type(value) is type(action.default):
-        return value  # what an args.yaml holds for a flag that was not given
-    if isinstance(action, argparse._StoreTrueAction):
-        return _checked(value, isinstance(value, bool))
-    if isinstance(action, ParseKwargs):
-        return _checked(value, isinstance(value, dict) and all(isinstance(key, str) for key in value))
-    if action.nargs in ('+', '*') or isinstance(action.nargs, int):
-        least = {'+': 1, '*': 0}.get(action.nargs, action.nargs)
-        most = action.nargs if isinstance(action.nargs, int) else len(_checked(value, isinstance(value, list)))
-        _checked(value, isinstance(value, list) and least <= len(value) <= most)
-        return [_convert_one(action, item) for item in value]
+        return value  # what an args.yaml has for a flag that was not given
+    if isinstance(action, KwargsAction) and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return value
     if value is True and action.const is not None:
         return action.const
-    return _convert_one(action, value)
+    items = value if isinstance(value, list) and action.nargs else [value]
+    kinds = (str,) if action.type in (None, str) else (str, int, float, list)
+    if action.nargs != 0 and all(isinstance(item, kinds) and not isinstance(item, bool) for item in items):
+        words = [_to_text(item) for item in items]
+        if action.option_strings:
+            option = action.option_strings[-1]
+            words = [option, *words] if action.nargs else [f'{option}={words[0]}']
+        parsed = getattr(parser.parse_known_args(words)[0], action.dest)
+        if not action.nargs or action.nargs == '?' or len(parsed) == len(items):  # else an item was taken for a flag
+            return parsed
+    raise argparse.ArgumentError(action, f'must be {_describe(action)}, got {brief(value)}')
 
 
-def describe(action: argparse.Action) -> str:
-    """Return what a flag takes, in words.
+def _to_text(value: Any) -> str:
+    """Return a value as it would be written on the command line.
 
-    >>> describe(argparse.ArgumentParser().add_argument('--mean', nargs='+', type=float))
-    'a list of numbers or null'
-    """
-    one, several = _KINDS.get(action.type or str, ('what the flag takes', 'what the flag takes'))
-    if isinstance(action, argparse._StoreTrueAction):
-        text = 'true or false'
-    elif isinstance(action, ParseKwargs):
-        text = 'a mapping of names to values'
-    elif action.nargs in ('+', '*'):
-        text = f'a list of {several}'
-    elif isinstance(action.nargs, int):
-        text = f'a list of {action.nargs} {several}'
-    else:
-        text = one
-    if action.choices:
-        text += ' out of ' + ', '.join(map(str, action.choices))
-    elif one == 'what the flag takes' and action.help:
-        text += f' ({action.help})'
-    elif text == 'a string':
-        text += ' (numbers and dates in quotes)'
-    return text + (' or null' if action.default is None else '')
-
-
-def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Return every name that a key may have, dests before other names of flags."""
-    actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
-    names = {
-        option.removeprefix('--').replace('-', '_'): action
-        for action in actions
-        for option in action.option_strings
-        if option.startswith('--')
-    }
-    return names | {action.dest: action for action in actions}
-
-
-def _with_nearest(key: str, names: Iterable[str]) -> str:
-    nearest = get_close_matches(key, names, n=1)
-    return f'{key} (nearest is {nearest[0]})' if nearest else key
-
-
-def _checked(value: Any, is_right: bool) -> Any:
-    if not is_right:
-        raise ValueError
-    return value
-
-
-def _convert_one(action: argparse.Action, value: Any) -> Any:
-    kind = action.type or str
-    if isinstance(value, bool):
-        raise ValueError
-    if kind is str:
-        _checked(value, isinstance(value, str))
-    elif kind in (int, float):
-        _checked(value, isinstance(value, (str, int) if kind is int else (str, int, float)))
-    else:
-        value = _as_text(value)
-    converted = kind(value)
-    return _checked(converted, action.choices is None or converted in action.choices)
-
-
-def _as_text(value: Any) -> str:
-    """Return a value as it would be written on the command line, for flags with a type of ours.
-
-    >>> _as_text(3), _as_text([3]), _as_text([[64, 128], [128]])
+    >>> _to_text(3), _to_text([3]), _to_text([[64, 128], [128]])
     ('3', '[3]', '[64-128,128]')
     """
-    if isinstance(value, list):
-        items = ['-'.join(map(str, item)) if isinstance(item, list) else str(item) for item in value]
-        _checked(items, all(isinstance(item, (str, int, float, list)) for item in value))
-        return f'[{",".join(items)}]'
-    return str(_checked(value, isinstance(value, (str, int, float))))
+    if not isinstance(value, list):
+        return str(value)
+    return f'[{",".join("-".join(map(str, item)) if isinstance(item, list) else str(item) for item in value)}]'
+
+
+def _describe(action: argparse.Action) -> str:
+    """Return what a flag takes, in words.
+
+    >>> _describe(argparse.ArgumentParser().add_argument('--amp', action='store_true'))
+    'true or false'
+    """
+    if action.nargs == 0:
+        return 'true or false'
+    if isinstance(action, KwargsAction):
+        return 'a mapping of names to values'
+    if isinstance(action.type, (Number, Choice)):
+        one = str(action.type)
+    elif action.type in (None, str):
+        one = 'a string (numbers and dates in quotes)'
+    else:
+        one = f'a value of {action.option_strings[-1]} ({action.help})'
+    return f'a list, each item {one}' if action.nargs and action.nargs != '?' else one

@@ -1,11 +1,15 @@
-"""Exit flags."""
+"""Flags of exits, of their training and of runs, beside timm's; and what their values mean."""
 
 import argparse
+from collections.abc import Callable
+from typing import TypeVar
 
-from timm_multiexit.cli.flags.parser import Flag, switch, value
+from timm_multiexit.cli.flags.parser import Flag, choices, non_negative, positive, positive_int, switch, value
 from timm_multiexit.exits.heads import HEADS
 from timm_multiexit.losses.distances import OUTPUT_WEIGHTS
 from timm_multiexit.losses.multi_exit_loss import LOSSES
+
+_T = TypeVar('_T')
 
 
 def parse_exits(text: str) -> str | int | list[int] | list[str]:
@@ -19,9 +23,9 @@ def parse_exits(text: str) -> str | int | list[int] | list[str]:
         return bare
     if bare.isdecimal():
         return int(bare)
-    items = [item.strip() for item in bare.removeprefix('[').removesuffix(']').split(',') if item.strip()]
+    items = [item.strip() for item in _items(bare) if item.strip()]
     if not items:
-        raise argparse.ArgumentTypeError(f"'{text}' names no exit; allowed are auto, 3, [3], 1,2 or layer1,layer2")
+        raise argparse.ArgumentTypeError(f'must be auto, 3, [3], 1,2 or layer1,layer2, got {text!r}')
     if all(item.removeprefix('-').isdecimal() for item in items):
         return [int(item) for item in items]
     return items
@@ -33,10 +37,9 @@ def parse_widths(text: str) -> list[list[int]]:
     >>> parse_widths('64-128,128')
     [[64, 128], [128]]
     """
-    try:
-        return [[int(width) for width in part.split('-')] for part in _items(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of widths such as 64-128-512,128-512") from error
+    return _parse_items(
+        text, lambda item: [int(width) for width in item.split('-')], 'widths such as 64-128-512,128-512'
+    )
 
 
 def parse_weights(text: str) -> list[float]:
@@ -45,10 +48,7 @@ def parse_weights(text: str) -> list[float]:
     >>> parse_weights('1,0.5,2')
     [1.0, 0.5, 2.0]
     """
-    try:
-        return [float(item) for item in _items(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of weights such as 1,0.5,2") from error
+    return _parse_items(text, non_negative, 'weights >= 0 such as 1,0.5,2')
 
 
 def parse_teacher(text: str) -> str | list[int]:
@@ -57,12 +57,7 @@ def parse_teacher(text: str) -> str | list[int]:
     >>> parse_teacher('main'), parse_teacher('0,-1')
     ('main', [0, -1])
     """
-    if text in ('main', 'all'):
-        return text
-    try:
-        return [int(item) for item in _items(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no teacher, allowed are main, all, or 0,-1: indices") from error
+    return text if text in ('main', 'all') else _parse_items(text, int, 'main, all, or indices such as 0,-1')
 
 
 def parse_thresholds(text: str) -> list[float | None]:
@@ -71,14 +66,22 @@ def parse_thresholds(text: str) -> list[float | None]:
     >>> parse_thresholds('0.9'), parse_thresholds('0.9,none,0.8')
     ([0.9], [0.9, None, 0.8])
     """
-    try:
-        return [None if item.strip().lower() == 'none' else float(item) for item in _items(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no threshold, allowed are 0.9 or 0.9,none,0.8") from error
+    return _parse_items(
+        text,
+        lambda item: None if item.strip().lower() == 'none' else float(item),
+        'thresholds such as 0.9 or 0.9,none,0.8',
+    )
 
 
 def _items(text: str) -> list[str]:
     return text.strip().removeprefix('[').removesuffix(']').split(',')
+
+
+def _parse_items(text: str, parse: Callable[[str], _T], allowed: str) -> list[_T]:
+    try:
+        return [parse(item) for item in _items(text)]
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f'must be {allowed}, got {text!r}') from None
 
 
 # What names exits and makes their heads: for training and for evaluation.
@@ -90,7 +93,7 @@ EXIT_FLAGS: tuple[Flag, ...] = (
         'E',
         'auto; 3: that many; [3] or 3, or 1,2: feature_info indices; layer1,layer2: module names',
     ),
-    value('--exit-head', str, 'conv', None, 'type of the heads', choices=tuple(HEADS)),
+    value('--exit-head', choices(*HEADS), 'conv', None, 'type of the heads'),
     value(
         '--exit-widths', parse_widths, None, 'W', 'widths of the heads, 64-128,128: a list per exit', dest='head_widths'
     ),
@@ -99,37 +102,45 @@ EXIT_FLAGS: tuple[Flag, ...] = (
 # How exits are trained.
 EXIT_TRAIN_FLAGS: tuple[Flag, ...] = (
     switch('--eed', 'Exit-Ensemble Distillation, the same as --exit-loss eed'),
-    value('--exit-loss', str, None, None, 'ce, where there are exits and none is named', choices=tuple(LOSSES)),
+    value('--exit-loss', choices(*LOSSES), None, None, 'ce, where there are exits and none is named'),
     value('--exit-weights', parse_weights, None, 'W', "weights of the classifiers' losses, 1,0.5,2: main last"),
     value('--exit-teacher', parse_teacher, None, 'T', "main, all, or 0,-1: indices, if not the loss's"),
-    value('--exit-output-loss', str, None, None, 'distance of outputs, kl if not given', choices=tuple(OUTPUT_WEIGHTS)),
-    value('--exit-output-weight', float, None, 'W', "its weight, if not the loss's"),
-    value('--exit-feature-weight', float, None, 'W', "weight of the distance of features, if not the loss's"),
+    value('--exit-output-loss', choices(*OUTPUT_WEIGHTS), None, None, 'distance of outputs, kl if not given'),
+    value('--exit-output-weight', non_negative, None, 'W', "its weight, if not the loss's"),
+    value('--exit-feature-weight', non_negative, None, 'W', "weight of the distance of features, if not the loss's"),
     switch('--exit-projectors', "bring narrow features to main's width in training"),
-    value('--exit-temperature', float, None, 'T', 'temperature of the distance, 3 if not given'),
-    value('--exit-warmup-epochs', float, 0.0, 'N', "epochs in which the teacher's weight rises from 0"),
-    value('--exit-lr-scale', float, 1.0, 'F', "factor of the heads' learning rate"),
+    value('--exit-temperature', positive, None, 'T', 'temperature of the distance, 3 if not given'),
+    value('--exit-warmup-epochs', non_negative, 0.0, 'N', "epochs in which the teacher's weight rises from 0"),
+    value('--exit-lr-scale', non_negative, 1.0, 'F', "factor of the heads' learning rate"),
     switch('--freeze-backbone', 'the same as --regime frozen'),
-    value('--regime', str, None, None, 'what trains; mixed: first the backbone', choices=('joint', 'frozen', 'mixed')),
-    value('--backbone-epochs', int, None, 'N', 'epochs of the backbone alone in mixed, half of all if not given'),
-    value('--head-warmup-epochs', float, None, 'N', 'epochs of fresh heads alone, if not chosen by the model'),
+    value('--regime', choices('joint', 'frozen', 'mixed'), None, None, 'what trains; mixed: first the backbone'),
+    value(
+        '--backbone-epochs', positive_int, None, 'N', 'epochs of the backbone alone in mixed, half of all if not given'
+    ),
+    value('--head-warmup-epochs', non_negative, None, 'N', 'epochs of fresh heads alone, if not chosen by the model'),
 )
 
-_DATA_FLAGS = (
+DATA_FLAGS = (
     value('--test-split', str, None, 'NAME', 'split of the final table, if not --val-split'),
-    value('--val-from-train', int, None, 'N', 'hold so many training images out to choose the epoch on'),
-    value('--bad-images', str, 'skip', None, 'what to do with unreadable ones', choices=('skip', 'stop')),
+    value('--val-from-train', positive_int, None, 'N', 'hold so many training images out to choose the epoch on'),
+    value('--bad-images', choices('skip', 'stop'), 'skip', None, 'what to do with unreadable ones'),
     switch('--cache-images', 'keep decoded images in memory, in every loading process'),
 )
 
-_AUGMENTATION_FLAGS = (
-    value('--crop-padding', int, None, 'N', 'crop at random from images padded by N zero pixels, 4 for CIFAR'),
+AUGMENTATION_FLAGS = (
+    value('--crop-padding', positive_int, None, 'N', 'crop at random from images padded by N zero pixels, 4 for CIFAR'),
 )
 
-_RUN_FLAGS = (
-    value('--log-with', str, [], None, 'write curves for these', nargs='+', choices=('tensorboard', 'wandb')),
+RUN_FLAGS = (
+    value('--log-with', choices('tensorboard', 'wandb'), [], None, 'write curves for these', nargs='+'),
     switch('--progress', 'show a bar'),
-    value('--push-to-hub', str, '', 'ORG/NAME', 'publish the best network there at the end, as hub/publish.py does'),
+    value(
+        '--push-to-hub',
+        str,
+        '',
+        'ORG/NAME',
+        'publish the best network there at the end, as `timm-multiexit publish` does',
+    ),
     switch('--hub-private', 'into a private repository'),
     value('--hub-license', str, None, 'ID', 'of the weights, if not that of those that training started from'),
 )

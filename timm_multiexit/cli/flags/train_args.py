@@ -1,6 +1,6 @@
-"""Command lines: timm's flag names and defaults, and the few that exits add.
+"""The command line of training: timm's flags and defaults, and those for exits.
 
-Parsers are made by functions, so that importing a script parses nothing and tests can call `main([...])`.
+The parser is made by a function, so that importing a command parses nothing and tests can call `main([...])`.
 """
 
 import argparse
@@ -9,18 +9,12 @@ from copy import deepcopy
 from typing import Any
 
 from timm_multiexit.cli.flags.config_file import read_config
-from timm_multiexit.cli.flags.exit_flags import (
-    _AUGMENTATION_FLAGS,
-    _DATA_FLAGS,
-    _RUN_FLAGS,
-    EXIT_FLAGS,
-    EXIT_TRAIN_FLAGS,
-)
-from timm_multiexit.cli.flags.parser import ScriptParser, add_flags
+from timm_multiexit.cli.flags.exit_flags import AUGMENTATION_FLAGS, DATA_FLAGS, EXIT_FLAGS, EXIT_TRAIN_FLAGS, RUN_FLAGS
+from timm_multiexit.cli.flags.parser import ScriptParser, add_flags, option_name
 from timm_multiexit.cli.flags.timm_flags import TIMM_FLAGS
 from timm_multiexit.cli.flags.train_rules import check_args
 from timm_multiexit.data.digits import DIGITS, DIGITS_SIZE
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError
 
 # What `train.py` does where no data is named: a small real network on the digits, in under two minutes on two cores.
 DIGITS_DEFAULTS: dict[str, Any] = {
@@ -56,16 +50,16 @@ _ALIASES: tuple[tuple[str, str, Any], ...] = (
 )
 
 
-def create_train_parser() -> ScriptParser:
-    """Return the parser of `train.py`: every flag of timm's, and ours."""
+def create_train_parser(prog: str = 'train.py') -> ScriptParser:
+    """Return the parser of training: every flag of timm's, and ours."""
     parser = ScriptParser(
-        prog='train.py',
+        prog=prog,
         description='Train a timm model, with --eed or --exits a multi-exit one. Without data: handwritten digits.',
     )
     parser.add_argument(
         '-c', '--config', default='', metavar='FILE', help='YAML file of flag values; flags given here win'
     )
-    ours = {'Data': _DATA_FLAGS, 'Augmentation and regularization': _AUGMENTATION_FLAGS, 'Run': _RUN_FLAGS}
+    ours = {'Data': DATA_FLAGS, 'Augmentation and regularization': AUGMENTATION_FLAGS, 'Run': RUN_FLAGS}
     for title, flags in TIMM_FLAGS.items():
         add_flags(parser, title, (*flags, *ours.get(title, ())))
         if title == 'Model':
@@ -73,16 +67,21 @@ def create_train_parser() -> ScriptParser:
     return parser
 
 
-def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_train_args(argv: Sequence[str] | None = None, prog: str = 'train.py') -> argparse.Namespace:
     """Return the arguments of a training run: flags over `--config` over the digits' defaults over timm's.
 
     `is_demo` says whether no data was named, so that the run is on the digits. Errors of a single flag end the program
     with code 2 and one line, as argparse does.
 
+    Args:
+        argv: The words, by default those of the process.
+        prog: What the program is called in help and errors.
+
     Raises:
-        MultiExitError: The configuration file is of no use, values are out of range, or flags contradict each other.
+        MissingFileError: The configuration file cannot be read.
+        InvalidValueError: It has unknown keys or wrong values, or flags contradict each other.
     """
-    parser = create_train_parser()
+    parser = create_train_parser(prog)
     actions = [action for action in parser._actions if action.dest != 'help']
     defaults = {action.dest: action.default for action in actions}
     for action in actions:
@@ -125,8 +124,8 @@ def _resolve(args: argparse.Namespace) -> None:
         if meaning is None:
             meaning = own if dest == 'drop_connect' else str(own)
         if now not in (None, meaning):
-            flags = [f'--{name.replace("_", "-")}' for name in (dest, target)]
-            raise MultiExitError(f'{flags[0]} and {flags[1]} {now} contradict each other: give one of them.')
+            flags = [option_name(name) for name in (dest, target)]
+            raise InvalidValueError(f'{flags[0]} and {flags[1]} {now} contradict each other. Give one of them.')
         setattr(args, target, meaning)
     if args.log_wandb and 'wandb' not in args.log_with:
         args.log_with = [*args.log_with, 'wandb']

@@ -1,4 +1,4 @@
-"""Whether the flags of `validate.py` fit the model, the processes and each other, and its results can be written."""
+"""The command line of evaluation, and whether its flags fit the model, the processes and each other."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -13,41 +13,54 @@ from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.checkpoints.config import read_model_config
 from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.cli.flags.exit_flags import EXIT_FLAGS, parse_thresholds
-from timm_multiexit.cli.flags.parser import Flag, ScriptParser, add_flags, option_name, switch, value
+from timm_multiexit.cli.flags.parser import (
+    Flag,
+    ScriptParser,
+    add_flags,
+    choices,
+    non_negative_int,
+    option_name,
+    positive_int,
+    share_between,
+    switch,
+    value,
+)
 from timm_multiexit.cli.flags.timm_flags import TIMM_FLAGS
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.budgets import BudgetTable, PolicyResult, parse_budget
 from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
-from timm_multiexit.utils.errors import MultiExitError, one_line
+from timm_multiexit.utils.errors import DiskError, InvalidValueError, StateError, one_line
 
 _VALIDATE_FLAGS = (
     value('--checkpoint', str, '', 'PATH', 'training checkpoint (*.pth.tar) to evaluate'),
     switch('--use-ema', "take the checkpoint's averaged weights"),
-    value('-b --batch-size', int, 256, 'N', 'batch size'),
-    value('-j --workers', int, 4, 'N', 'data loading processes'),
+    value('-b --batch-size', positive_int, 256, 'N', 'batch size'),
+    value('-j --workers', non_negative_int, 4, 'N', 'data loading processes'),
     switch('--pin-mem', 'pin host memory for transfers'),
     switch('--no-prefetcher', 'leave out the prefetcher'),
     value('--results-file', str, '', 'FILE', 'write the results to this file'),
-    value('--results-format', str, 'csv', None, 'csv: the table; json: all of it', choices=('csv', 'json')),
+    value('--results-format', choices('csv', 'json'), 'csv', None, 'csv: the table; json: all of it'),
 )
 
 # What `validate.py` reports of dynamic inference.
 _DYNAMIC_FLAGS = (
     value('--calib-split', str, None, 'NAME', 'choose thresholds on this split, not the reported one'),
-    value('--calib-from-train', int, None, 'N', 'choose them on what train.py --val-from-train N held out'),
+    value('--calib-from-train', positive_int, None, 'N', 'choose them on what train.py --val-from-train N held out'),
     value('--threshold', parse_thresholds, None, 'T', '0.9: of every exit; 0.9,none,0.8: of each, none: not used'),
-    value('--criterion', str, 'confidence', None, 'what a threshold is compared with', choices=tuple(CRITERIA)),
-    value('--combine', str, None, None, 'answer with the exits seen so far, together', choices=COMBINATIONS),
+    value('--criterion', choices(*CRITERIA), 'confidence', None, 'what a threshold is compared with'),
+    value('--combine', choices(*COMBINATIONS), None, None, 'answer with the exits seen so far, together'),
     value('--budget', str, [], 'B', 'mean cost of an image: 60%, 1.2GMACs or 5ms', nargs='+', action='extend'),
     value(
         '--max-drop',
-        float,
+        share_between,
         None,
         'F',
         "0.01: keep main's accuracy to a point; not on images that chose the epoch",
     ),
-    value('--delta', float, None, 'P', 'chance that --max-drop is broken, 0.1 if not given'),
-    value('--time-rounds', int, 5, 'N', 'rounds in which policies and plain timm are timed in turns, 0: none'),
+    value('--delta', share_between, None, 'P', 'chance that --max-drop is broken, 0.1 if not given'),
+    value(
+        '--time-rounds', non_negative_int, 5, 'N', 'rounds in which policies and plain timm are timed in turns, 0: none'
+    ),
     switch(
         '--save-policy',
         "write the first --budget's policy, else --max-drop's, and all budgets into the model folder's config.json",
@@ -65,10 +78,10 @@ _DYNAMIC_FLAGS = (
 )
 
 
-def create_validate_parser() -> ScriptParser:
-    """Return the parser of `validate.py`."""
+def create_validate_parser(prog: str = 'validate.py') -> ScriptParser:
+    """Return the parser of evaluation."""
     parser = ScriptParser(
-        prog='validate.py',
+        prog=prog,
         description='Accuracy and cost of every exit of a model name, a model folder or a training checkpoint.',
     )
     split = value('--split', str, 'validation', 'NAME', 'split to evaluate')
@@ -107,12 +120,6 @@ def asked_flags(args: Namespace) -> list[str]:
     return [option_name(dest) for dest, value in given.items() if value not in (None, [], '') and value is not False]
 
 
-def asks_for_policies(args: Namespace, model: MultiExitModel) -> bool:
-    """Return whether there are policies to measure."""
-    asked = args.threshold is not None or args.budget or args.max_drop is not None
-    return bool(asked or model.policy is not None)
-
-
 def chooses_thresholds(args: Namespace) -> bool:
     """Return whether there are data to choose thresholds on."""
     return args.calib_split is not None or args.calib_from_train is not None
@@ -131,7 +138,7 @@ def given_policy(args: Namespace, num_exits: int) -> ExitPolicy:
     """Return the policy of `--threshold`.
 
     Raises:
-        MultiExitError: A threshold is out of range, or there is another number of them than exits.
+        MultiExitError: A threshold is out of range, or there are more or fewer than exits.
     """
     thresholds = args.threshold * num_exits if len(args.threshold) == 1 else args.threshold
     policy = ExitPolicy(args.criterion, tuple(thresholds), combine=args.combine)
@@ -139,106 +146,84 @@ def given_policy(args: Namespace, num_exits: int) -> ExitPolicy:
     return policy
 
 
-def check_flags(args: Namespace, model: MultiExitModel, num_processes: int) -> None:
+def check_validate_args(args: Namespace, model: MultiExitModel, num_processes: int) -> None:
     """Raise where flags of dynamic inference do not fit the model, the processes or each other.
 
     Raises:
-        MultiExitError: One line with the flag.
+        InvalidValueError: One line with the flag.
+        StateError: A flag needs a single process.
     """
     if args.save_policy:
         _check_saving(args, model)
     asked = asked_flags(args)
     if asked and num_processes > 1:
-        raise MultiExitError(
-            f'{asked[0]} needs all logits in one process: start validate.py without accelerate launch.'
-        )
+        raise StateError(f'{asked[0]} needs all logits in one process. Start it without accelerate launch.')
     if asked and not len(model.exits):
-        raise MultiExitError(f'{asked[0]} needs a model with exits, {args.model} has none: see --exits.')
+        raise InvalidValueError(f'{asked[0]} needs a model with exits, {args.model} has none. See --exits.')
     if args.threshold is not None:
         given_policy(args, len(model.exits))
-    _check_numbers(args)
     has_data = chooses_thresholds(args)
     if args.calib_split is not None and args.calib_from_train is not None:
-        raise MultiExitError('--calib-split and --calib-from-train exclude each other: give one of them.')
+        raise InvalidValueError('--calib-split and --calib-from-train exclude each other. Give one of them.')
     for budget in args.budget:
         parse_budget(budget)
-    where = f'{_DATA} to choose thresholds on'
     if args.budget and not has_data and model.budgets is None:
-        raise MultiExitError(f'--budget {args.budget[0]} needs data to keep it on: {where}.')
+        raise InvalidValueError(f'--budget {args.budget[0]} needs data to choose thresholds on: {_DATA}.')
     if args.max_drop is not None and not has_data:
-        raise MultiExitError(f'--max-drop {args.max_drop} needs data to prove it on: {where}.')
-    _check_effect(args, has_data, where)
+        raise InvalidValueError(f'--max-drop {args.max_drop} needs data to choose thresholds on: {_DATA}.')
+    _check_effect(args, has_data)
     if args.plot and find_spec('matplotlib') is None:
-        raise MultiExitError('--plot needs matplotlib, which is not installed: pip install matplotlib.')
+        raise StateError('--plot needs matplotlib. Install it with pip install "timm-multiexit[plots]".')
 
 
 def _check_saving(args: Namespace, model: MultiExitModel) -> None:
     """Raise where `--save-policy` has no policy, or no folder whose model it is of."""
     if parse_model_name(args.model)[0] != 'local-dir':
-        raise MultiExitError(
-            f'--save-policy writes to a model folder, {args.model} is none: give --model local-dir:FOLDER.'
-        )
+        raise InvalidValueError(f'--save-policy needs --model local-dir:FOLDER, got {args.model}.')
     for dest in ('checkpoint', 'exits', 'gp'):
         if getattr(args, dest):
-            raise MultiExitError(
-                f'--save-policy and {option_name(dest)} exclude each other, the policy would be of another model than'
-                " the folder's: give one of them."
+            raise InvalidValueError(
+                f"--save-policy and {option_name(dest)} exclude each other: the policy would be another model's."
+                ' Give one of them.'
             )
     if not len(model.exits):
-        raise MultiExitError(f'--save-policy needs a folder with exits, {args.model} holds a plain timm model.')
+        raise InvalidValueError(f'--save-policy needs a folder with exits, {args.model} holds a plain timm model.')
     if find_own_folder(args, model) is None:
-        raise MultiExitError(
-            f"--save-policy needs the folder's own classes, not {model.num_classes} others: leave --num-classes out."
+        raise InvalidValueError(
+            f"--save-policy needs the folder's own classes, got {model.num_classes} others. Leave out --num-classes."
         )
     if not chooses_thresholds(args):
-        raise MultiExitError(f'--save-policy needs data to choose thresholds on: {_DATA}.')
+        raise InvalidValueError(f'--save-policy needs data to choose thresholds on: {_DATA}.')
     if not args.budget and args.max_drop is None:
-        raise MultiExitError('--save-policy needs a policy to save: give --budget B or --max-drop F.')
+        raise InvalidValueError('--save-policy needs a policy to save. Give --budget B or --max-drop F.')
 
 
 def check_preparation(args: Namespace, model: MultiExitModel, data_config: dict[str, Any]) -> None:
-    """Raise for a policy that is to be saved for images made ready in another way than its folder says.
+    """Raise for a policy that is to be saved for images preprocessed in another way than its folder says.
 
     Raises:
-        MultiExitError: One line with what is there and here.
+        InvalidValueError: One line with both ways.
     """
     if not args.save_policy:
         return
     for name, own in resolve_data_config(model=model).items():
         texts = [str(list(value) if isinstance(value, (list, tuple)) else value) for value in (own, data_config[name])]
         if texts[0] != texts[1]:
-            raise MultiExitError(
-                f'--save-policy saves for images as the folder has them, with {name} {texts[0]}, not {texts[1]}: leave'
-                ' the flag of it out.'
+            raise InvalidValueError(
+                f"--save-policy needs the folder's own {name} {texts[0]}, got {texts[1]}. Leave out the flag for it."
             )
 
 
-def _check_effect(args: Namespace, has_data: bool, where: str) -> None:
+def _check_effect(args: Namespace, has_data: bool) -> None:
     """Raise for a flag that would change nothing."""
     if (args.criterion != 'confidence' or args.combine) and not has_data and args.threshold is None:
         name = '--combine' if args.combine else '--criterion'
-        raise MultiExitError(f'{name} is of no effect without thresholds: give --threshold, or {where}.')
+        raise InvalidValueError(f'{name} needs thresholds: give --threshold, or {_DATA} to choose them on.')
     if args.delta is not None and args.max_drop is None:
-        raise MultiExitError('--delta is of no effect without --max-drop: give --max-drop F, or leave it out.')
+        raise InvalidValueError('--delta needs --max-drop F.')
     for dest in ('seed', 'train_split'):
         if getattr(args, dest) is not None and args.calib_from_train is None:
-            name = option_name(dest)
-            raise MultiExitError(
-                f'{name} is of no effect without --calib-from-train: give --calib-from-train N, or leave it out.'
-            )
-
-
-def _check_numbers(args: Namespace) -> None:
-    for dest, is_right, allowed in (
-        ('max_drop', lambda number: 0 < number < 1, 'numbers above 0 and below 1: 0.01 is a point of accuracy'),
-        ('delta', lambda number: 0 < number < 1, 'numbers above 0 and below 1'),
-        ('time_rounds', lambda number: number >= 0, 'integers from 0'),
-        ('calib_from_train', lambda number: number >= 1, 'integers from 1'),
-        ('seed', lambda number: 0 <= number < 2**32, 'integers from 0 to 4294967295'),
-    ):
-        number = getattr(args, dest)
-        if number is not None and not is_right(number):
-            raise MultiExitError(f'{option_name(dest)} is {number}, allowed are {allowed}.')
+            raise InvalidValueError(f'{option_name(dest)} needs --calib-from-train N.')
 
 
 def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> None:
@@ -246,7 +231,7 @@ def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> 
 
     Args:
         args: Of the command line.
-        model: Its own table of budgets says it all where no data is given to choose thresholds on.
+        model: Its own table of budgets decides where no data is given to choose thresholds on.
         costs: Of its exits, in MACs.
 
     Raises:
@@ -260,28 +245,29 @@ def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> 
         point = PolicyResult(unused, 0.0, (0.0,) * num_exits + (1.0,), macs=lowest)
         table = BudgetTable((point,), total_macs=costs.total, max_macs=costs.largest)
     for budget in args.budget:
-        if table is not model.budgets and parse_budget(budget).unit == 'ms':
+        if table is None or (table is not model.budgets and parse_budget(budget).unit == 'ms'):
             continue
         table.select(budget)
 
 
 def picture_path(args: Namespace) -> Path | None:
-    """Return where the picture goes; None if nobody asked for files."""
+    """Return where the picture goes; None if there are no files."""
     if args.plot:
         return Path(args.plot)
     return Path(args.results_file).with_name(PICTURE_NAME) if args.results_file else None
 
 
 def policy_path(args: Namespace) -> Path | None:
-    """Return the file that the policy is written into; None if nobody asked for that."""
+    """Return the file that the policy is written into; None if no flag names one."""
     return Path(parse_model_name(args.model)[1], CONFIG_NAME) if args.save_policy else None
 
 
 def check_outputs(args: Namespace) -> None:
-    """Raise where a result could not be written, so that this is known before the evaluation; makes the folders.
+    """Raise where a result could not be written, so that this is known before the evaluation; creates the folders.
 
     Raises:
-        MultiExitError: One line with the path.
+        InvalidValueError: Two results have one path, or a path is a folder.
+        DiskError: A file cannot be written.
     """
     named = {
         'the results': Path(args.results_file) if args.results_file else None,
@@ -292,7 +278,7 @@ def check_outputs(args: Namespace) -> None:
     for what, path in named.items():
         other = owners.setdefault(path.absolute(), what) if path else what
         if other != what:
-            raise MultiExitError(f'{path} is the name of {what} too: give {other} another one.')
+            raise InvalidValueError(f'{path} is the path of {what} too. Give {other} another one.')
     for path in filter(None, named.values()):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -302,6 +288,6 @@ def check_outputs(args: Namespace) -> None:
                 draft.touch()
                 draft.unlink()
         except OSError as error:
-            raise MultiExitError(f'{path} cannot be written: {one_line(error)}. Give another path.') from error
+            raise DiskError(f'Cannot write {path}: {one_line(error)}. Give another path.') from error
         if is_folder:
-            raise MultiExitError(f'{path} is a folder, allowed is the path of a file: give one in it.')
+            raise InvalidValueError(f'{path} must be the path of a file, got a folder.')

@@ -1,0 +1,164 @@
+"""Statistics and tables of results."""
+
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from evidence.plan import read_plan
+from evidence.table import (
+    END,
+    START,
+    baselines,
+    describe_difference,
+    format_tables,
+    interval,
+    paired,
+    place_in,
+)
+from helpers.experiments import EXPERIMENTS, METHODS, PLANS, ROOT, SMALL, load_script
+
+from timm_multiexit.utils.errors import MultiExitError
+
+
+def make_result(method, seed, extra=(), **top1):
+    """A result as hub/experiments/run.py writes it, of plan small."""
+    run = next(run for run in SMALL.runs if (run.method, run.seed) == (method, seed))
+    return {
+        'format': 1,
+        **{key: getattr(run, key) for key in ('name', 'protocol', 'data', 'network', 'method', 'seed', 'flags')},
+        'split': 'val',
+        'num_samples': 10000,
+        'classifiers': [{'exit': name.strip('_'), 'top-1': value, 'ECE': 0.05} for name, value in top1.items()],
+        'selection': {'by': 'top1', 'on': '5000 images held out of train', 'is_reported_split': False},
+        'seconds': 600.0,
+        'commit': 'abc',
+        'hardware': '2 x cpu',
+        'threads': '1 torch threads',
+        'versions': 'torch 2',
+        'extra': list(extra),
+    }
+
+
+# Main and ensemble of three seeds.
+NUMBERS = {
+    'plain': [(80.0,), (81.0,), (80.5,)],
+    'ce': [(60.0, 80.2, 80.0), (61.0, 81.1, 80.9), (62.0, 80.7, 80.4)],
+    'eed-kl': [(61.0, 80.7, 80.9), (62.0, 81.7, 81.7), (63.0, 81.15, 81.3)],
+}
+
+
+@pytest.fixture
+def results():
+    names = {1: ('main',), 3: ('_0', 'main', 'ens')}
+    return [
+        make_result(method, seed, **dict(zip(names[len(values)], values)))
+        for method, runs in NUMBERS.items()
+        for seed, values in enumerate(runs)
+    ]
+
+
+def test_interval_holds_the_mean_in_nineteen_of_twenty_samples():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(4000, 3, generator=generator, dtype=torch.float64) * 0.7 + 1.5
+    hits = sum(abs(mean - 1.5) <= half for mean, half in (interval(sample.tolist()) for sample in samples))
+    # Four standard deviations of the binomial distribution.
+    assert abs(hits / 4000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def test_interval_is_smaller_than_that_of_unpaired_runs_where_seeds_move_both(results):
+    differences = paired(results, 'eed-kl', 'ce', 'main')
+    assert differences == pytest.approx([0.5, 0.6, 0.45])
+    mean, half = interval(differences)
+    assert mean == pytest.approx(0.5167, abs=1e-4)
+    assert half == pytest.approx(4.303 * statistics.stdev([0.5, 0.6, 0.45]) / math.sqrt(3))
+    assert half < 0.2 < 4.303 * statistics.stdev([80.2, 81.1, 80.7]) / math.sqrt(3)
+
+
+def test_pairs_are_of_one_seed(results):
+    without = [result for result in results if (result['method'], result['seed']) not in (('ce', 1), ('eed-kl', 0))]
+    assert paired(without, 'eed-kl', 'ce', 'main') == pytest.approx([0.45])
+    assert paired(without, 'eed-kl', 'plain', 'ens') == []
+
+
+@pytest.mark.parametrize(
+    ('differences', 'reading'),
+    [
+        ([0.3, 0.5, 0.4], 'above 0'),
+        ([-0.3, -0.5, -0.4], 'below 0'),
+        ([0.1, -0.1, 0.0], 'no difference seen'),
+        ([1.0, 1.5, 1.1], 'not resolved'),  # above 0, but by how much is not known to 0.4 points
+    ],
+)
+def test_reading_says_what_the_interval_says(differences, reading):
+    assert describe_difference(differences).endswith(f', {reading}')
+
+
+def test_distances_are_compared_with_their_like():
+    assert baselines('eed-kl', METHODS) == ['plain', 'ce', 'phuong-kl', 'byot-kl']
+    assert baselines('eed-mse-teacher-0-main', METHODS) == ['plain', 'ce', 'phuong-mse', 'byot-mse', 'eed-mse']
+    assert baselines('eed-kl-narrow', METHODS) == ['plain', 'eed-kl', 'ce-narrow', 'phuong-kl-narrow', 'byot-kl-narrow']
+    assert baselines('eed-mse-bottleneck', METHODS) == ['plain', 'eed-mse', 'ce-bottleneck']
+    assert baselines('beed-kl', METHODS) == ['plain', 'ce', 'phuong-kl', 'byot-kl', 'eed-kl']
+    assert baselines('eed-kl-weight-1', METHODS) == ['plain', 'ce', 'phuong-kl', 'byot-kl', 'eed-kl']
+    assert [baselines(name, METHODS) for name in ('plain', 'ce', 'phuong-kl', 'ce-narrow')] == [[], [], [], ['ce']]
+
+
+def test_table_has_means_deviations_differences_and_what_is_missing(results):
+    text = format_tables([SMALL], results, list(METHODS))
+    assert '9 of the 15 runs of plan `small`' in text
+    assert '| method | n | exit 0 | main | ensemble | main ECE |' in text
+    assert '| `plain` | 3 | - | 80.50 ± 0.50 | - | 0.050 |' in text
+    assert '| `ce` | 3 | 61.00 ± 1.00 | 80.67 ± 0.45 | 80.43 ± 0.45 | 0.050 |' in text
+    assert '| `eed-kl` - `ce` | 3 | +0.52 ± 0.19, above 0 | +0.87 ± 0.14, above 0 |' in text
+    assert '| `eed-kl` - `plain` | 3 | +0.68 ± 0.07, above 0 | - |' in text
+    assert '5000 images held out of train' in text
+    missing = [f'{method} seed {seed}' for seed in range(3) for method in ('phuong-kl', 'eed-mse')]
+    assert f'Planned and missing: {", ".join(missing)}.' in text
+
+
+def test_plan_without_results_takes_one_line():
+    assert format_tables([SMALL], [], list(METHODS)).count('\n') == 1
+
+
+def test_results_of_other_images_or_flags_do_not_come_into_one_table(results):
+    results[0]['num_samples'] = 5000
+    with pytest.raises(MultiExitError, match='differ in num_samples'):
+        format_tables([SMALL], results, list(METHODS))
+    results[0] = make_result('plain', 0, extra=['--amp'], main=80.0)
+    with pytest.raises(MultiExitError, match='differ in extra'):
+        format_tables([SMALL], results, list(METHODS))
+
+
+@pytest.mark.parametrize('text', ['', START, f'{END}{START}', f'{START}{END}{START}'])
+def test_file_without_the_two_comments_is_refused(text):
+    with pytest.raises(MultiExitError, match='once each'):
+        place_in(text, 'tables')
+
+
+def test_script_prints_and_writes_the_tables(tmp_path, results, run_script):
+    table = load_script('table')
+    (tmp_path / 'results').mkdir()
+    for result in results:
+        (tmp_path / 'results' / f'{result["name"]}.json').write_text(json.dumps(result))
+    expected = format_tables([SMALL], results, list(METHODS))
+    flags = ('--results', tmp_path / 'results')
+    assert run_script(table.main, EXPERIMENTS / 'plans/small.yaml', *flags) == (0, expected, '')
+    readme = tmp_path / 'README.md'
+    readme.write_text(f'# A\n{START}\nold\n{END}\nrest\n')
+    others = [read_plan(path) for path in PLANS if path.stem != 'small']
+    assert len(others) == 8
+    expected = format_tables([SMALL, *others], results, list(METHODS))  # what was measured comes first
+    assert run_script(table.main, *flags, '--readme', readme) == (0, '', '')
+    assert readme.read_text() == f'# A\n{START}\n{expected}{END}\nrest\n'
+    results[0]['flags'] = results[0]['flags'] | {'lr': 0.7}
+    (tmp_path / 'results' / f'{results[0]["name"]}.json').write_text(json.dumps(results[0]))
+    code, out, err = run_script(table.main, *flags)
+    assert (code, out) == (2, '')
+    assert 'was made with lr 0.7, the plan says 0.1' in err
+
+
+def test_readme_has_the_tables_that_the_script_gives():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert place_in(text, load_script('table').make_tables([], EXPERIMENTS / 'results')) == text
