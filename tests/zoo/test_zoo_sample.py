@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def collect(*options):
     """Return the ids of the zoo's tests that a run with these options has, and all that it prints."""
-    command = [sys.executable, '-m', 'pytest', '-n', '0', '-m', 'zoo', '--collect-only', '-q', 'tests/zoo', *options]
+    command = [sys.executable, '-m', 'pytest', '-n', '0', '-m', 'zoo', '--collect-only', 'tests/zoo', *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     ids = [line for line in done.stdout.splitlines() if '::' in line]
     return ids, done.stdout + done.stderr
