@@ -4,10 +4,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 from torch import nn
 
-from timm_multiexit.checkpoints.source import ModelSource, create_empty_backbone, find_source
+from timm_multiexit.checkpoints.source import ModelSource, create_backbone, create_empty_backbone, find_source
 from timm_multiexit.exits.placement import ExitsArg, resolve_input_size, stage_points
 from timm_multiexit.exits.survey import ExitPoint, survey_backbone
 from timm_multiexit.models.attach import attach_exits
@@ -19,8 +18,7 @@ _logger = logging.getLogger(__name__)
 
 
 def exit_points(
-    backbone: nn.Module | str | ModelSource,
-    input_size: tuple[int, int, int] | None = None,
+    backbone: nn.Module | str | ModelSource, input_size: tuple[int, int, int] | None = None
 ) -> tuple[ExitPoint, ...]:
     """Return the places that `feature_info` names where an exit can be attached, shallow to deep.
 
@@ -81,10 +79,7 @@ def create_model(
         return model
     if input_size is not None:
         kwargs.setdefault('in_chans', input_size[0])
-    if source is None:
-        backbone = timm.create_model(str(model_name), pretrained=pretrained, **kwargs)
-    else:
-        backbone = source.create_backbone(pretrained=pretrained, **kwargs)
+    backbone = create_backbone(source or model_name, pretrained=pretrained, **kwargs)
     model = attach_exits(
         backbone,
         'auto' if exits is None else exits,

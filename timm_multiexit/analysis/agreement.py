@@ -10,25 +10,17 @@ from timm_multiexit.utils.errors import DataError
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
 _MAX_CLASSES = 100  # of a confusion matrix that is written and drawn
-
 _NUM_PAIRS = 10
 
 
 def predict_classes(logits: Sequence[Tensor]) -> Tensor:
-    """Return the predictions of every classifier and of their ensemble, [K + 1, N] class indices.
-
-    Args:
-        logits: One [N, C] tensor per classifier, shallow to deep, main last; the ensemble's are their mean.
-    """
+    """Return the classes that classifiers of logits [N, C] predict, and then their ensemble, the mean, [K + 1, N]."""
     mean = sum(logits[1:], logits[0]) / len(logits)
     return torch.stack([single.argmax(-1) for single in (*logits, mean)])
 
 
 def agreement_matrix(predictions: Tensor) -> Tensor:
-    """Return the share of images for which each two classifiers predict the same class, [K, K] in 0 to 1.
-
-    Args:
-        predictions: Class indices, [K, N].
+    """Return the share of images for which each two rows of predictions [K, N] are the same class, [K, K] in 0 to 1.
 
     >>> agreement_matrix(torch.tensor([[0, 1, 2, 2], [0, 1, 1, 1]])).tolist()
     [[1.0, 0.5], [0.5, 1.0]]
@@ -37,13 +29,10 @@ def agreement_matrix(predictions: Tensor) -> Tensor:
 
 
 def outcome_confusion(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return the shares of images by whether each of two classifiers is right, [K, K, 2, 2] in 0 to 1.
+    """Return the shares of images by whether each two rows of predictions [K, N] are right, [K, K, 2, 2] in 0 to 1.
 
-    Entry [i, j, a, b] is the share for which classifier i is right (a = 0) or wrong (a = 1) and j is b.
-
-    Args:
-        predictions: Class indices, [K, N].
-        targets: Class indices, [N].
+    Entry [i, j, a, b] is the share for which classifier i is right (a = 0) or wrong (a = 1) and j is b; `targets` are
+    class indices, [N].
 
     >>> outcome_confusion(torch.tensor([[0, 1, 2, 2], [0, 0, 2, 0]]), torch.tensor([0, 1, 2, 0]))[0, 1].tolist()
     [[0.5, 0.25], [0.25, 0.0]]
@@ -54,12 +43,7 @@ def outcome_confusion(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def prediction_confusion(rows: Tensor, columns: Tensor, num_classes: int) -> Tensor:
-    """Return the shares of images by what two classifiers predict, [C, C] in 0 to 1.
-
-    Args:
-        rows: Class indices that the first predicts, [N].
-        columns: Those that the second predicts, [N].
-        num_classes: C.
+    """Return the shares of images by what two classifiers predict, [C, C] in 0 to 1, of their class indices, [N].
 
     >>> prediction_confusion(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), 2).tolist()
     [[0.25, 0.25], [0.0, 0.5]]
@@ -81,11 +65,7 @@ def frequent_pairs(rows: Tensor, columns: Tensor, num: int = _NUM_PAIRS) -> list
 
 
 def describe_agreement(logits: Sequence[Tensor], targets: Tensor) -> dict[str, Any]:
-    """Return the numbers of the figure.
-
-    Args:
-        logits: One [N, C] tensor per classifier, main last.
-        targets: Class indices, [N].
+    """Return the numbers of the figure, of one tensor of logits [N, C] per classifier, main last, and targets [N].
 
     Returns:
         `classifiers` (the ensemble last), `same_prediction` [K, K], `outcomes` [K, K, 2, 2], and against main of every

@@ -12,11 +12,7 @@ from timm_multiexit.utils.text import ENSEMBLE, exit_names, format_macs
 
 
 def describe_architecture(model: MultiExitModel, input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """Return what the figure shows, for one image.
-
-    Args:
-        model: The network.
-        input_size: (channels, height, width).
+    """Return what the figure shows, for one image of `input_size` (channels, height, width).
 
     Returns:
         `stages`: from one tap to the next, the last one to the end with main's classifier: `to` (tap), `channels` and
@@ -65,12 +61,8 @@ def accuracy_over_macs(
 ) -> list[dict[str, Any]]:
     """Return MACs of one image, `fixed` and `sequential`, and top-1 of every classifier and the ensemble.
 
-    The ensemble runs everything and has no fixed path, see `evaluate`.
-
-    Args:
-        model: The network.
-        top1: Classifier -> top-1 in percent, shallow to deep, then the ensemble if there are exits.
-        input_size: (channels, height, width).
+    `top1` is in percent, shallow to deep, then the ensemble if there are exits, which runs everything and has no fixed
+    path, see `evaluate`.
     """
     costs = model.cost(input_size)
     return [
@@ -85,17 +77,11 @@ def accuracy_over_macs(
 
 
 _STEP, _WIDTH, _HEIGHT = 3.0, 2.2, 1.5
-
 _SIZE = (_WIDTH, _HEIGHT)
 
 
 def draw_architecture(numbers: Mapping[str, Any], title: str) -> Any:
-    """Return the stages as a row of boxes, with the exit after each below it, and MACs of an image in all of them.
-
-    Args:
-        numbers: What `describe_architecture` returned.
-        title: Heading.
-    """
+    """Return the stages of `describe_architecture` as a row of boxes, the exit after each below it, and MACs in all."""
     stages, exits = numbers['stages'], numbers['exits']
     columns = len(stages) + 2
     figure = new_figure(1.6 * columns, 4.2, title)

@@ -11,9 +11,7 @@ from timm_multiexit.utils.text import ENSEMBLE
 def read_curve(rows: Sequence[Mapping[str, float]], metric: str = 'top1') -> dict[str, list]:
     """Return the accuracy of main, and where there are exits of the ensemble, after each epoch that was evaluated.
 
-    Args:
-        rows: Of `summary.csv`; epochs whose number is missing or not finite are left out.
-        metric: Its name without `eval_`.
+    `rows` are those of `summary.csv`; epochs whose number is missing or not finite are left out.
 
     Returns:
         `epochs` trained, from 1, `main` and `ensemble` in percent; the last one is empty without exits.
@@ -66,17 +64,10 @@ def instability(values: Sequence[float]) -> float | None:
     return statistics.pstdev(last) if len(last) > 1 else None
 
 
-def last_half_mean(values: Sequence[float]) -> float | None:
-    """Return the mean of the last half, rounded up; None of nothing."""
-    return statistics.fmean(values[len(values) // 2 :]) if values else None
-
-
 def describe_curve(curve: Mapping[str, list], target: float | None) -> dict[str, Any]:
-    """Return a run's curve with its numbers.
+    """Return a run's curve, as `read_curve` returns it, with its numbers.
 
-    Args:
-        curve: As `read_curve` returns it.
-        target: Final accuracy of the reference's main, in percent; None for no reference.
+    `target` is the final accuracy of the reference's main, in percent; None for no reference.
 
     Returns:
         The curve, and `gap` (ensemble less main, per epoch, in points), `final_gap`, `mean_gap` (of the last half),
@@ -88,7 +79,7 @@ def describe_curve(curve: Mapping[str, list], target: float | None) -> dict[str,
         **curve,
         'gap': gap,
         'final_gap': gap[-1] if gap else None,
-        'mean_gap': last_half_mean(gap),
+        'mean_gap': statistics.fmean(gap[len(gap) // 2 :]) if gap else None,
         'final_main': main[-1] if main else None,
         'epochs_to_reach': None if target is None else epochs_to_reach(epochs, main, target),
         'epochs_to_keep': None if target is None else epochs_to_keep(epochs, main, target),

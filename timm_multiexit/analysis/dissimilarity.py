@@ -9,20 +9,14 @@ from torch import Tensor
 from timm_multiexit.utils.text import exit_names
 
 _PER_CLASS = 10  # images at least, or there would be too few pairs within classes
-
 _MAX_CLASSES = 100  # of the matrix of classes that is written
 
 
 def choose_samples(targets: Tensor, num: int, *, seed: int = 0) -> list[int]:
     """Return places of images sorted by class: as many of each class, and ten or more of each if possible.
 
-    Where that would leave fewer than two classes, there are two. The choice depends on targets and seed alone, so it
-    is the same for all runs.
-
-    Args:
-        targets: Class indices, [N].
-        num: At most so many images, 2 or more.
-        seed: Of the choice of classes and images.
+    There are `num` images at most, 2 or more, of two classes at least. The choice depends on targets and seed alone, so
+    it is the same for all runs.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(targets), generator=generator)
@@ -35,12 +29,9 @@ def choose_samples(targets: Tensor, num: int, *, seed: int = 0) -> list[int]:
 
 
 def dissimilarity_matrix(vectors: Tensor) -> Tensor:
-    """Return 1 - Pearson's correlation between each two samples, [N, N] in 0 to 2.
+    """Return 1 - Pearson's correlation between each two rows, one per sample, [N, N] in 0 to 2; features are flattened.
 
     A sample whose numbers are all the same correlates with nothing: 1 to all others, 0 to itself.
-
-    Args:
-        vectors: One row per sample, [N, D]; features of more dimensions are flattened.
 
     Source: Lee and Lee, arXiv 2104.00299, figure 4, after Kriegeskorte et al. 2008.
 
@@ -59,14 +50,10 @@ def dissimilarity_matrix(vectors: Tensor) -> Tensor:
 
 
 def block_means(matrix: Tensor, targets: Tensor) -> dict[str, float | None]:
-    """Return the mean dissimilarity within classes and between them, and `ratio`, between over within.
+    """Return the means of a dissimilarity matrix [N, N] within and between classes, and `ratio`, between over within.
 
     A sample is not paired with itself. The larger the ratio, the clearer the classes. A mean without pairs is None, and
     so is a ratio without both means.
-
-    Args:
-        matrix: [N, N].
-        targets: Class indices, [N].
 
     >>> block_means(torch.tensor([[0.0, 0.2, 0.9], [0.2, 0.0, 0.7], [0.9, 0.7, 0.0]]), torch.tensor([0, 0, 1]))
     {'within': 0.2, 'between': 0.8, 'ratio': 4.0}
@@ -85,11 +72,7 @@ def block_means(matrix: Tensor, targets: Tensor) -> dict[str, float | None]:
 def class_means(matrix: Tensor, targets: Tensor) -> Tensor:
     """Return the mean dissimilarity between each two classes that there are, [C, C], classes in order of their index.
 
-    A sample is not paired with itself; a class of one sample has NaN to itself.
-
-    Args:
-        matrix: [N, N].
-        targets: Class indices, [N].
+    A sample of the matrix [N, N] is not paired with itself; a class of one sample has NaN to itself.
     """
     _, places = targets.unique(return_inverse=True)
     members = torch.nn.functional.one_hot(places).double()  # [N, C]
@@ -103,10 +86,8 @@ def describe_dissimilarity(
 ) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
     """Return the numbers of the figure, and its matrices [N, N] by `before` and `after`, main last.
 
-    Args:
-        features: What enters the linear layer of each classifier, [N, D_k].
-        logits: What leaves it, [N, C].
-        targets: Class indices, [N], sorted.
+    `features`, [N, D_k], enter the linear layer of each classifier, `logits`, [N, C], leave it; samples are sorted by
+    their targets, [N].
     """
     matrices = {
         'before': [dissimilarity_matrix(single) for single in features],

@@ -7,19 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_multiexit.analysis.runs import member_names
+from timm_multiexit.utils.text import exit_names
 
 _CHUNK = 4096  # images whose probabilities are in memory at once
 
 
 def pairwise_disagreement(predictions: Tensor) -> float | None:
-    """Return the share of images for which two members predict different classes, the mean over all pairs.
+    """Return the share of images for which two members predict different classes, the mean over all pairs, in 0 to 1.
 
-    Args:
-        predictions: Class indices, [M, N].
-
-    Returns:
-        In 0 to 1; None with fewer than two members.
+    None with fewer than two rows of predictions, [M, N].
 
     >>> pairwise_disagreement(torch.tensor([[0, 0], [0, 1], [0, 0]]))  # pairs differ by 1/2, 0 and 1/2
     0.3333333333333333
@@ -31,13 +27,8 @@ def pairwise_disagreement(predictions: Tensor) -> float | None:
 def softmax_variance(logits: Sequence[Tensor]) -> float | None:
     """Return the variance over members of the softmax probabilities, summed over classes, the mean over images.
 
-    The variance is divided by the number of members, so it is 0 where they agree and below 1.
-
-    Args:
-        logits: One [N, C] tensor per member.
-
-    Returns:
-        None with fewer than two members.
+    The variance is divided by the number of members, so it is 0 where they agree and below 1; None with fewer than two
+    members, of logits [N, C] each.
 
     >>> softmax_variance([torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]])])
     0.5
@@ -54,16 +45,14 @@ def softmax_variance(logits: Sequence[Tensor]) -> float | None:
 def describe_members(logits: Sequence[Tensor], targets: Tensor, members: Mapping[int, float]) -> dict[str, Any]:
     """Return the diversity of some classifiers and the top-1 of the weighted mean of their logits, in percent.
 
-    Args:
-        logits: One [N, C] tensor per classifier of the network, main last.
-        targets: Class indices, [N].
-        members: Which, 0-based -> weight in the mean; at least one.
+    `logits` are those of all classifiers, [N, C] each, main last; `members` are index -> weight in the mean, at least
+    one.
     """
-    chosen = [logits[idx] for idx in members]
+    chosen, names = [logits[idx] for idx in members], exit_names(len(logits) - 1)
     first, *rest = (weight * logits[idx] for idx, weight in members.items())
     mean = sum(rest, first)
     return {
-        'members': member_names(tuple(members), len(logits) - 1),
+        'members': [names[idx] for idx in members],
         'disagreement': pairwise_disagreement(torch.stack([single.argmax(-1) for single in chosen])),
         'softmax_variance': softmax_variance(chosen),
         'top1': 100 * mean.argmax(-1).eq(targets).double().mean().item(),
@@ -72,10 +61,6 @@ def describe_members(logits: Sequence[Tensor], targets: Tensor, members: Mapping
 
 def describe_gain(top1: Mapping[str, float], reference: Mapping[str, float] | None) -> dict[str, float | None]:
     """Return by how many points main and ensemble are better than the reference's; None if one of the two is missing.
-
-    Args:
-        top1: Classifier -> top-1 in percent.
-        reference: The same of the reference; None without one.
 
     >>> describe_gain({'main': 71.0, 'ens': 72.5}, {'main': 70.0, 'ens': 70.5})
     {'main': 1.0, 'ens': 2.0}

@@ -12,12 +12,7 @@ _PANELS_PER_ROW = 3
 
 
 def draw_main_and_ensemble(curves: Mapping[str, Mapping[str, Any]], label: str) -> Any:
-    """Return figure 3: a panel per run, all on one scale, with the gap between the two at the end.
-
-    Args:
-        curves: Run -> what `describe_curve` returned, with an ensemble.
-        label: What is measured.
-    """
+    """Return figure 3: a panel per run that `describe_curve` described, all on one scale, with the gap at the end."""
     columns = min(len(curves), _PANELS_PER_ROW)
     rows = math.ceil(len(curves) / columns)
     figure = new_figure(max(6, 4.5 * columns), 0.5 + 3.6 * rows, 'Main and the ensemble of all classifiers in training')
@@ -39,10 +34,7 @@ def draw_main_and_ensemble(curves: Mapping[str, Mapping[str, Any]], label: str) 
 def draw_training(curves: Mapping[str, Mapping[str, Any]], label: str, reference: str | None) -> Any:
     """Return figure 5: main of all runs over the epochs; how fast and how stable each is stands in the legend.
 
-    Args:
-        curves: Run -> what `describe_curve` returned.
-        label: What is measured.
-        reference: The run whose final accuracy is drawn as a line; None for none.
+    The final accuracy of the reference is drawn as a line.
     """
     figure = new_figure(9, 5.5 + 0.2 * len(curves), 'Main in training')
     axes = figure.subplots()
@@ -78,9 +70,7 @@ def _describe_run(name: str, curve: Mapping[str, Any], reference: str | None) ->
 def draw_accuracy_over_macs(points: Mapping[str, list[Mapping[str, Any]]], title: str) -> Any:
     """Return accuracy over MACs: a line of all exits in sequence, a dotted one of each alone, a star for the ensemble.
 
-    Args:
-        points: Run -> what `accuracy_over_macs` returned; a run without exits is one point.
-        title: Heading.
+    `points` are run -> what `accuracy_over_macs` returned; a run without exits is one point.
     """
     lines = []
     for idx, (name, line) in enumerate(points.items()):
@@ -107,9 +97,7 @@ def draw_accuracy_over_macs(points: Mapping[str, list[Mapping[str, Any]]], title
 def draw_diversity(rows: Mapping[str, Mapping[str, Any]], reference: str) -> Any:
     """Return table IV as a picture: gain over the reference against two measures of how diverse the teacher is.
 
-    Args:
-        rows: Run -> `teacher` (`describe_members`, of two or more members) and `gain` (`describe_gain`).
-        reference: Name of the run that gains are over.
+    `rows` are run -> `teacher` (`describe_members`, of two or more members) and `gain` (`describe_gain`).
     """
     figure = new_figure(10, 4.6 + 0.2 * len(rows), f'Diversity of the teacher and gain over {reference}')
     panels = figure.subplots(1, 2, sharey=True)
@@ -122,15 +110,7 @@ def draw_diversity(rows: Mapping[str, Mapping[str, Any]], reference: str) -> Any
             members = '+'.join(row['teacher']['members'])
             for kind, marker, filling in (('main', 'o', color), (ENSEMBLE, '^', 'white')):
                 text = f'{name} ({members}): {"main" if kind == "main" else "ensemble"}' if axes is panels[0] else None
-                axes.plot(
-                    x,
-                    row['gain'][kind],
-                    marker,
-                    color=color,
-                    markerfacecolor=filling,
-                    markersize=8,
-                    label=text,
-                )
+                axes.plot(x, row['gain'][kind], marker, color=color, markerfacecolor=filling, markersize=8, label=text)
         axes.axhline(0, color='0.5', linewidth=1)
         axes.set_xlabel(label)
         axes.margins(0.15)

@@ -9,17 +9,13 @@ from timm_multiexit.utils.figures import annotate_cells, new_figure
 from timm_multiexit.utils.text import ENSEMBLE
 
 _MAX_NAMED = 12  # classes that fit beside a matrix
-
 _MAX_DISSIMILARITY = 1.2  # of the scale of colours, the same for all runs
 
 
 def draw_agreement(numbers: Mapping[str, Any], title: str, class_names: Sequence[str] | None = None) -> Any:
     """Return figure 2: who predicts the same, main against each exit by right and wrong, and by class.
 
-    Args:
-        numbers: What `describe_agreement` returned.
-        title: Heading.
-        class_names: In order of their index, for a confusion of a few classes.
+    `numbers` are those of `describe_agreement`; names of the classes are for a confusion of a few.
     """
     names = [{ENSEMBLE: 'ensemble'}.get(name, name) for name in numbers['classifiers']]
     main = len(names) - 2
@@ -70,10 +66,7 @@ def _draw_confusions(
 def draw_dissimilarity(numbers: Mapping[str, Any], matrices: Mapping[str, Sequence[Tensor]], title: str) -> Any:
     """Return figure 4: a matrix per classifier before and after its linear layer, samples sorted by class.
 
-    Args:
-        numbers: What `describe_dissimilarity` returned.
-        matrices: The same's matrices, [N, N].
-        title: Heading.
+    Numbers and matrices are those of `describe_dissimilarity`.
     """
     names = list(numbers['before'])
     figure = new_figure(2.9 * len(names) + 1, 6.8, title)

@@ -23,19 +23,15 @@ from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
 _logger = logging.getLogger(__name__)
 
-
 _TOLERANCE = 1.0  # points between what the run reported and what is measured: precision does not explain more
 
 
 @dataclass(frozen=True)
 class AnalysisData:
-    """The images that runs are measured on.
+    """The images that runs are measured on: data set, split, and how they are read.
 
-    Attributes:
-        name: Name of the data set.
-        split: Name of the split.
-        create_dataset: Number of channels -> data set.
-        create_loader: Data set, timm's data configuration -> loader that gives every image once, in order.
+    `create_dataset` is called with the number of channels, `create_loader` with data set and timm's data configuration;
+    its loader gives every image once, in order.
     """
 
     name: str
@@ -47,11 +43,7 @@ class AnalysisData:
 class Measurer:
     """Measures the networks of runs on the same images, each prepared as its network expects them.
 
-    Args:
-        data: The images.
-        device: Where networks run.
-        num_samples: Images of the dissimilarity matrices, at most.
-        seed: Of the choice of these.
+    The dissimilarity matrices are of `num_samples` images at most, which `seed` chooses.
     """
 
     def __init__(self, data: AnalysisData, device: torch.device, *, num_samples: int, seed: int):
@@ -123,12 +115,7 @@ def _describe_diversity(run: Run, model: MultiExitModel, collected: LogitSet) ->
 
 
 def measure_top1(logits: tuple[Tensor, ...], targets: Tensor) -> dict[str, float]:
-    """Return the top-1 of each classifier, and with exits of the ensemble, in percent.
-
-    Args:
-        logits: One [N, C] tensor per classifier, main last.
-        targets: Class indices, [N].
-    """
+    """Return the top-1 of each classifier's logits [N, C], main last, and with exits of the ensemble, in percent."""
     names = (*exit_names(len(logits) - 1), ENSEMBLE)
     shares = predict_classes(logits).eq(targets).double().mean(-1).tolist()
     found = dict(zip(names, (100 * share for share in shares)))

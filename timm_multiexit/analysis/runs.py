@@ -11,24 +11,14 @@ from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.losses.multi_exit_loss import LOSSES
 from timm_multiexit.losses.teachers import DepthWeights, checked_teacher, resolve_teacher
 from timm_multiexit.utils.errors import CheckpointError, InvalidValueError
-from timm_multiexit.utils.text import exit_names
 
 PLAIN = 'plain'
-
 _NEEDED_ARGS = {'model', 'exits', 'exit_loss', 'task', 'model_kwargs', 'train_split', 'val_split', 'test_split'}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run.
-
-    Attributes:
-        name: What it is called in figures; no two runs that are read together have the same.
-        folder: Where it is.
-        args: Flags of `train.py`, from `args.yaml`.
-        rows: Of `summary.csv`, one per epoch.
-        results: `results.json`; empty if the run has not ended.
-    """
+    """A run: its unique name in figures, flags, rows of `summary.csv`, and `results.json`, empty until it ends."""
 
     name: str
     folder: Path
@@ -59,12 +49,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Return the runs in these folders, named by what tells their paths apart.
-
-    Raises:
-        CheckpointError: A folder is not a run.
-        InvalidValueError: A folder is named twice.
-    """
+    """Return the runs in these folders, named by what tells their paths apart."""
     paths = [Path(folder).resolve() for folder in folders]
     twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
@@ -135,12 +120,7 @@ def name_method(args: Mapping[str, Any]) -> str:
 def teacher_members(args: Mapping[str, Any], num_exits: int) -> dict[int, float]:
     """Return the classifiers that teach, 0-based, shallow to deep, with their weights; none if nothing is distilled.
 
-    Args:
-        args: Of the run.
-        num_exits: Of its network, without main.
-
-    Raises:
-        InvalidValueError: A classifier does not exist.
+    `num_exits` is without main.
 
     >>> teacher_members({'exits': 'auto', 'exit_loss': 'eed', 'exit_teacher': [0, -1]}, 3)
     {0: 0.5, 3: 0.5}
@@ -152,25 +132,10 @@ def teacher_members(args: Mapping[str, Any], num_exits: int) -> dict[int, float]
     return {} if teacher is None else resolve_teacher(teacher, row.get('depth_weights', DepthWeights()), num_exits + 1)
 
 
-def member_names(members: Sequence[int], num_exits: int) -> list[str]:
-    """Return what the classifiers are called.
-
-    >>> member_names((0, 3), 3)
-    ['exit0', 'main']
-    """
-    names = exit_names(num_exits)
-    return [names[idx] for idx in members]
-
-
 def find_reference(runs: Sequence[Run], name: str | None) -> Run | None:
     """Return the run that others are measured against: the first one of this name, method or loss, else of 'ce'.
 
-    Args:
-        runs: All.
-        name: Name, method or loss; None for a run of 'ce', which need not exist.
-
-    Raises:
-        InvalidValueError: No run has that name, method or loss.
+    Without a name there need not be a run of 'ce'.
     """
     wanted = name or 'ce'
     found = [run for run in runs if wanted in (run.name, run.folder.name)]

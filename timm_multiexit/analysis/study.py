@@ -32,25 +32,16 @@ from timm_multiexit.utils.untrusted import read_json
 
 _logger = logging.getLogger(__name__)
 
-
 _LABELS = {'top1': 'top-1 accuracy, %', 'map': 'mean average precision, %'}
-
 _JSON_DIGITS = 6
-
 _ROW = re.compile(r'\[\s+(?:[-\d]|null)[^][{}"]*\]')  # a list of numbers
 
 
 class Study:
-    """Measures runs and draws them.
+    """Measures runs on some images and draws them into the folder `out`, where files of the same names are replaced.
 
-    Args:
-        runs: As `read_runs` returned them.
-        data: The images that they are measured on.
-        out: Folder of what is written; files of the same names are replaced.
-        device: Where networks run.
-        reference: Name or method of the run that gains are over; None for the first of 'ce', if there is one.
-        num_samples: Images of the dissimilarity matrices, at most.
-        seed: Of the choice of these.
+    Gains are over the run that has the name or method `reference`; None for the first of 'ce', if there is one. The
+    dissimilarity matrices are of `num_samples` images at most, which `seed` chooses.
 
     Raises:
         InvalidValueError: No run has the name or method of the reference, or runs are of different tasks.
@@ -155,11 +146,8 @@ class Study:
             self._save('fig3_main_and_ensemble', lambda: draw_main_and_ensemble(pairs, label))
         if curves:
             self._save('fig5_training', lambda: draw_training(curves, label, reference))
-        taught = {
-            name: values['diversity']
-            for name, values in numbers.items()
-            if values.get('diversity', {}).get('teacher') and _can_place(values['diversity'])
-        }
+        diversities = {name: values['diversity'] for name, values in numbers.items() if 'diversity' in values}
+        taught = {name: values for name, values in diversities.items() if values['teacher'] and _can_place(values)}
         if taught:
             self._save('table4_diversity', lambda: draw_diversity(taught, reference))
         points = {

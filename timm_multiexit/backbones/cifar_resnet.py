@@ -48,12 +48,7 @@ class CifarResNet(ResNet):
         # timm's own layers have other types.
         bn1: Any = self.bn1
         conv1: Any = nn.Conv2d(
-            in_chans,
-            bn1.num_features,
-            kernel_size=3,
-            padding=1,
-            bias=False,
-            **get_device_dtype(self),
+            in_chans, bn1.num_features, kernel_size=3, padding=1, bias=False, **get_device_dtype(self)
         )
         init_convs(conv1)
         maxpool: Any = nn.Identity()

@@ -11,10 +11,7 @@ from timm_multiexit.backbones.staged import StagedNet, cifar_cfg
 
 
 class PadShortcut(nn.Module):
-    """The shortcut without parameters: every second pixel of the input, padded with channels of zeros.
-
-    Args:
-        extra_chs: Channels of zeros.
+    """The shortcut without parameters: every second pixel of the input, padded with `extra_chs` channels of zeros.
 
     Source: He et al., arXiv 1512.03385, option A.
 
@@ -49,22 +46,12 @@ class SmallCifarResNet(StagedNet):
     Source: He et al., arXiv 1512.03385, Section 4.2 and Table 6.
     """
 
-    def __init__(
-        self,
-        num_blocks: int,
-        channels: tuple[int, ...] = (16, 32, 64),
-        *,
-        in_chans: int = 3,
-        **kwargs: Any,
-    ):
+    def __init__(self, num_blocks: int, channels: tuple[int, ...] = (16, 32, 64), *, in_chans: int = 3, **kwargs: Any):
         stages = []
         in_chs = channels[0]
         for idx, out_chs in enumerate(channels):
             first = BasicBlock(
-                in_chs,
-                out_chs,
-                stride=2 if idx else 1,
-                downsample=PadShortcut(out_chs - in_chs) if idx else None,
+                in_chs, out_chs, stride=2 if idx else 1, downsample=PadShortcut(out_chs - in_chs) if idx else None
             )
             stages.append(nn.Sequential(first, *(BasicBlock(out_chs, out_chs) for _ in range(num_blocks - 1))))
             in_chs = out_chs

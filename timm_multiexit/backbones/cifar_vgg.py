@@ -70,9 +70,4 @@ default_cfgs = generate_default_cfgs({'cifar_vgg19_bn': cifar_cfg(first_conv='st
 @register_model
 def cifar_vgg19_bn(pretrained: bool = False, **kwargs: Any) -> CifarVgg:
     """Return VGG19 with batch norm for 32x32 images: 20.1M parameters, 0.40 GMACs."""
-    return build_model_with_cfg(
-        CifarVgg,
-        'cifar_vgg19_bn',
-        pretrained,
-        **{'layers': (2, 2, 4, 4, 4), **kwargs},
-    )
+    return build_model_with_cfg(CifarVgg, 'cifar_vgg19_bn', pretrained, **{'layers': (2, 2, 4, 4, 4), **kwargs})

@@ -12,12 +12,8 @@ from timm_multiexit.backbones.staged import StagedNet, cifar_cfg
 class PyramidBlock(nn.Module):
     """Norm, 3x3 convolution, norm, ReLU, 3x3 convolution, norm, plus the input, padded with channels of zeros.
 
-    The output is a tensor of its own, and the next block's norm reads it without changing it: a tap may keep it.
-
-    Args:
-        in_chs: Channels of the input.
-        out_chs: Channels of the output, no fewer.
-        stride: Stride of the first convolution; the input is average-pooled to the same size.
+    The first convolution has the stride; the input is average-pooled to its size. The output is a tensor of its own,
+    and the next block's norm reads it without changing it: a tap may keep it.
     """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int = 1):
@@ -65,10 +61,7 @@ class PyramidNet(StagedNet):
         ]
         ends = [num_blocks, 2 * num_blocks, 3 * num_blocks]
         super().__init__(
-            stem=nn.Sequential(
-                nn.Conv2d(in_chans, 16, kernel_size=3, padding=1, bias=False),
-                nn.BatchNorm2d(16),
-            ),
+            stem=nn.Sequential(nn.Conv2d(in_chans, 16, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(16)),
             stages=[nn.Sequential(*blocks[end - num_blocks : end]) for end in ends],
             channels=[widths[end] for end in ends],
             tail=nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True)),

@@ -16,9 +16,7 @@ CIFAR100_STD = (0.2673, 0.2564, 0.2762)
 def cifar_cfg(*, first_conv: str, pool_size: int) -> dict[str, Any]:
     """Return the configuration timm keeps for a network: CIFAR-100's classes, size and statistics, no weights.
 
-    Args:
-        first_conv: Name of the convolution that reads the image.
-        pool_size: Height and width of the map that is pooled for the classifier, of a 32x32 image.
+    The map that is pooled for the classifier is of `pool_size` x `pool_size`, of a 32x32 image.
     """
     return {
         'num_classes': 100,
@@ -38,10 +36,6 @@ def paper_exits(num_stages: int, num_features: int) -> dict[str, Any]:
 
     There is one exit after each stage but the last. Its head brings the map to the last stage's size by 3x3
     convolutions of stride 2, whose widths count backwards from the last: `num_features`, 256, 128.
-
-    Args:
-        num_stages: Stages of the network.
-        num_features: Channels of the last stage.
 
     Source: Lee and Lee, arXiv 2104.00299, Section III. That rule gives the costs of its ResNets (Table III); of its
     networks with three stages the paper prints neither widths nor costs.
@@ -138,12 +132,7 @@ class StagedNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one, on the device of the rest.
-
-        Args:
-            num_classes: Its outputs; 0 for none.
-            global_pool: Type of pooling; as it is if not given.
-        """
+        """Replace the classifier by a fresh one with so many outputs, 0 for none, on the device of the rest."""
         self.num_classes = num_classes
         if global_pool is None:
             global_pool = self.global_pool.pool_type

@@ -9,15 +9,10 @@ from timm_multiexit.backbones.staged import StagedNet, cifar_cfg
 
 
 class WideBlock(nn.Module):
-    """Norm, ReLU and 3x3 convolution, twice, plus the shortcut.
+    """Norm, ReLU and 3x3 convolution, the first one with the stride, twice, plus the shortcut.
 
     Where the number of channels changes the shortcut is a 1x1 convolution of the first activation. The output is a
     tensor of its own, and the next block's norm reads it without changing it: a tap may keep it.
-
-    Args:
-        in_chs: Channels of the input.
-        out_chs: Channels of the output.
-        stride: Stride of the first convolution.
     """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int = 1):

@@ -90,12 +90,7 @@ def _check(config: dict[str, Any], overridden: set[str]) -> ModelConfig:
         saved = {**saved, 'label_names': saved['labels']}
     model_args = _check_model_args(config.get('model_args'), overridden)
     cleaned = {'input_size': [3, 224, 224], **_pick(saved, _PRETRAINED_CFG)}
-    clean = {
-        'architecture': architecture,
-        'model_args': model_args,
-        'pretrained_cfg': cleaned,
-        **_pick(config, _ROOT),
-    }
+    clean = {'architecture': architecture, 'model_args': model_args, 'pretrained_cfg': cleaned, **_pick(config, _ROOT)}
     pretrained_cfg, architecture, model_args = _parse_model_cfg(clean, {})
     return ModelConfig(
         architecture, model_args, _complete(pretrained_cfg, architecture, model_args), **_read_section(config)

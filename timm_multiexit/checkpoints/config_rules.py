@@ -7,21 +7,13 @@ from typing import Any, NamedTuple
 from timm_multiexit.utils.errors import CheckpointError, brief, is_integer, is_number
 
 CONFIG_NAME = 'config.json'
-
 BACKBONE_NAME = 'model.safetensors'
-
 EXITS_NAME = 'exits.safetensors'
-
 CONFIG_KEY = 'multiexit'
-
 _MAX_EXITS = 64
-
 _MAX_CLASSES = 100_000
-
 _MAX_WIDTH = 16_384
-
 _MAX_PIXELS = 2048
-
 _MAX_TEXT = 10_000
 
 
@@ -61,11 +53,8 @@ def _words(pattern: str, text: str) -> Rule:
 
 
 _BOOL = Rule(lambda value: isinstance(value, bool), 'true or false')
-
 _NULL = Rule(lambda value: value is None, 'null')
-
 _TEXT = Rule(lambda value: isinstance(value, str) and len(value) <= _MAX_TEXT, f'text of up to {_MAX_TEXT} characters')
-
 _TEXTS = _either(_TEXT, _lists(_TEXT, range(_MAX_CLASSES + 1)))
 
 _TEXT_TABLE = Rule(
@@ -74,21 +63,13 @@ _TEXT_TABLE = Rule(
 )
 
 _PIXELS = _integers(1, _MAX_PIXELS)
-
 _SIZE = _either(_PIXELS, _lists(_PIXELS, range(2, 3)))
-
 _RATE = _numbers(0, 1)
-
 _CLASSES = _integers(0, _MAX_CLASSES)
-
 _CHANNELS = _integers(1, 1024)
-
 _PATHS = _words(r'[A-Za-z0-9_.]{1,200}', 'names of modules')
-
 _MODULES = _either(_NULL, _PATHS, _lists(_PATHS, range(9)))
-
 _NAMES = _words(r'[A-Za-z0-9_-]{0,40}', 'short names')
-
 _COLORS = _lists(_numbers(-1e4, 1e4), range(1, 1025))
 
 _IMAGE = Rule(

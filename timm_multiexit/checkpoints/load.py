@@ -21,17 +21,12 @@ from timm_multiexit.utils.untrusted import TensorInfo, read_header
 
 _logger = logging.getLogger(__name__)
 
-
 # Keywords of timm.create_model that are not the architecture's.
 _FACTORY_KEYWORDS = ('pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'device', 'dtype')
 
 
 def load_pretrained(
-    directory: str | os.PathLike[str],
-    *,
-    config: ModelConfig | None = None,
-    pretrained: bool = True,
-    **kwargs: Any,
+    directory: str | os.PathLike[str], *, config: ModelConfig | None = None, pretrained: bool = True, **kwargs: Any
 ) -> MultiExitModel:
     """Return the multi-exit model that a folder holds.
 
@@ -77,13 +72,8 @@ def load_pretrained(
 def load_backbone(config: ModelConfig, directory: Path, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
     """Return the timm model that a folder holds, as `timm.create_model('local-dir:...')` does for one that is trusted.
 
-    timm gets the checked configuration and one safetensors file, nothing else of the folder.
-
-    Args:
-        config: What `read_model_config` returned for the folder.
-        directory: The folder.
-        pretrained: Load the weights; otherwise the architecture alone.
-        **kwargs: For `timm.create_model`; they take precedence over the file.
+    timm gets the checked configuration and one safetensors file, nothing else of the folder. The keywords are those of
+    `timm.create_model`; they take precedence over the file.
 
     Raises:
         CheckpointError: timm cannot create the architecture, or the weights do not match it.
@@ -112,11 +102,7 @@ def _create_empty_backbone(config: ModelConfig, directory: Path, given: dict[str
 
 
 def _create_empty(config: ModelConfig, directory: Path, given: dict[str, Any]) -> MultiExitModel:
-    """Return the model on the meta device.
-
-    Raises:
-        CheckpointError: The exits do not match the backbone.
-    """
+    """Return the model on the meta device, if its exits match the backbone."""
     specs = config.exits or ()
     backbone = _create_empty_backbone(config, directory, given).eval()
     modules = dict(backbone.named_modules())
@@ -182,13 +168,10 @@ def _check_finite(module: nn.Module, path: Path) -> None:
 
 
 def create_architecture(config: ModelConfig, directory: Path, given: dict[str, Any], **kwargs: Any) -> nn.Module:
-    """Return the timm model that a checked configuration describes.
+    """Return the timm model that a checked configuration describes; `directory` is for the message alone.
 
-    Args:
-        config: The configuration.
-        directory: Its folder, for the message.
-        given: The caller's keywords of `timm.create_model`, which take precedence over the configuration.
-        **kwargs: More of them, `pretrained` and `pretrained_cfg`.
+    `given` are the caller's keywords of `timm.create_model`, which take precedence over the configuration; `kwargs` are
+    more of them, `pretrained` and `pretrained_cfg`.
 
     Raises:
         CheckpointError: timm cannot create it.
@@ -202,12 +185,7 @@ def create_architecture(config: ModelConfig, directory: Path, given: dict[str, A
 
 
 def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor | TensorInfo], path: Any) -> None:
-    """Raise one line that says how a checkpoint differs from the model.
-
-    Args:
-        own: The model's state dict; it may be on the meta device.
-        given: The tensors of a checkpoint, or what its header says of them.
-        path: Of the checkpoint.
+    """Raise one line that says how a checkpoint or its header differs from the model, which may be on the meta device.
 
     Raises:
         CheckpointError: Weights are missing or unexpected, or have another shape or kind of dtype.
@@ -237,11 +215,7 @@ def _first(names: list[str]) -> str:
 
 @torch.no_grad()
 def _order_exits(model: MultiExitModel, images: torch.Tensor) -> list[int]:
-    """Return the exits in the order in which a forward of images [B, C, H, W] reaches them; each head is run.
-
-    Raises:
-        CheckpointError: A tap is not reached, or a head does not take what is there.
-    """
+    """Return the exits in the order in which a forward of images [B, C, H, W] reaches them; each head is run."""
     order: list[int] = []
     run_head = model._head_runner(images.shape[-2:])
 

@@ -16,25 +16,16 @@ from timm_multiexit.utils.errors import CheckpointError, one_line
 from timm_multiexit.utils.untrusted import read_json
 
 ARGS_NAME = 'args.yaml'
-
 BEST_NAME = 'best'
-
 RESULTS_NAME = 'results.json'
-
 SUMMARY_NAME = 'summary.csv'
-
 VALIDATION_NAME = 'validation.json'
-
 _NEEDED_ARGS = ('model', 'seed', 'exit_loss')
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run.
-
-    Attributes:
-        path: The folder.
-    """
+    """The folder of a run."""
 
     path: Path
 
@@ -136,9 +127,5 @@ def read_summary(path: Path | str) -> list[dict[str, float]]:
 
 
 def read_origin(args: Mapping[str, Any]) -> Origin:
-    """Return what a run of `train.py` started from, as its arguments say.
-
-    Args:
-        args: Of the run; those of timm's own script do not say it, so that its weights are 'a file'.
-    """
+    """Return what a run started from, as its arguments say; 'a file' for timm's own script, whose arguments do not."""
     return Origin(**args['origin']) if args.get('origin') else Origin('a file')

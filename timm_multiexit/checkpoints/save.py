@@ -30,7 +30,6 @@ from timm_multiexit.version import __version__
 TRAINING_ONLY = ('.projector.', '.aux_bn.')
 
 PREFIX = 'exits.'
-
 _LABELS = ('label_names', 'label_descriptions')
 
 
@@ -61,18 +60,15 @@ def save_pretrained(
     backbone = model.backbone if isinstance(model, MultiExitModel) else model
     config = _describe_labels(backbone, label_names)
     if isinstance(model, MultiExitModel):
-        exits = [spec.to_dict() for spec in model.exits.specs]
         config[CONFIG_KEY] = {
             'format_version': FORMAT_VERSION,
             'library_version': __version__,
             'weights': EXITS_NAME,
-            'exits': exits,
+            'exits': [spec.to_dict() for spec in model.exits.specs],
         }
-        for name in ('policy', 'budgets'):
+        for name in ('policy', 'budgets', 'origin'):
             if getattr(model, name) is not None:
                 config[CONFIG_KEY][name] = getattr(model, name).to_dict()
-        if model.origin is not None:
-            config[CONFIG_KEY]['origin'] = model.origin.to_dict()
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=directory.parent) as temporary:
         path = Path(temporary, CONFIG_NAME)
         save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
@@ -146,11 +142,7 @@ def save_policy(directory: str | os.PathLike[str], policy: ExitPolicy | None, bu
 
 
 def hash_weights(directory: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the SHA-256 of the weights in a model folder, name of the file -> 64 hexadecimal digits.
-
-    Raises:
-        OSError: A file cannot be read.
-    """
+    """Return the SHA-256 of the weights in a model folder, name of the file -> 64 hexadecimal digits."""
     paths = [Path(directory, name) for name in (BACKBONE_NAME, EXITS_NAME)]
     return {path.name: sha256(path) for path in paths if path.is_file()}
 

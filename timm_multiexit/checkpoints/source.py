@@ -118,11 +118,7 @@ def find_source(model: str | ModelSource, **kwargs: Any) -> ModelSource | None:
 
 
 def create_empty_backbone(model: str | ModelSource) -> nn.Module:
-    """Return the timm model that a name means, without data, on the meta device.
-
-    Raises:
-        MultiExitError: See `find_source` and `create_architecture`.
-    """
+    """Return the timm model that a name means, without data, on the meta device."""
     source = find_source(model)
     with torch.device('meta'):
         if source is None:
@@ -131,11 +127,7 @@ def create_empty_backbone(model: str | ModelSource) -> nn.Module:
 
 
 def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Return a plain timm model: `timm.create_model`, except that folders and repositories are not trusted.
-
-    Raises:
-        MultiExitError: See `find_source` and `load_backbone`.
-    """
+    """Return a plain timm model: `timm.create_model`, except that folders and repositories are not trusted."""
     source = find_source(model, **kwargs)
     if source is None:
         return timm.create_model(str(model), pretrained=pretrained, **kwargs)

@@ -66,10 +66,7 @@ def _read(reader: Callable[..., Any], path: str | os.PathLike[str], **kwargs: An
 def restore_exits(backbone: nn.Module, checkpoint: dict[str, Any], **kwargs: Any) -> MultiExitModel:
     """Return the backbone with the exits that a training checkpoint was written with, or fresh 'auto' ones.
 
-    Args:
-        backbone: A timm model of the checkpoint's architecture.
-        checkpoint: What `read_training_checkpoint` returned.
-        **kwargs: `drop_rate` and `input_size` of `MultiExitModel`.
+    `checkpoint` is what `read_training_checkpoint` returned; the keywords are those of `MultiExitModel`.
     """
     values = (checkpoint.get('task_state') or {}).get('exits')
     if values is None:

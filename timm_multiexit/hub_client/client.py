@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -31,8 +31,7 @@ from timm_multiexit.hub_client.files import OWNED_FILES, check_file_name, check_
 from timm_multiexit.utils.errors import HubError, InvalidValueError
 from timm_multiexit.version import __version__
 
-_LIBRARY = 'timm_multiexit'  # as the server is told
-
+_CLIENT: dict[str, Any] = {'library_name': 'timm_multiexit', 'library_version': __version__}  # as the server is told
 _COMMIT = re.compile(r'[0-9a-f]{40}')
 
 
@@ -51,11 +50,8 @@ class Snapshot(NamedTuple):
 class PushPlan(NamedTuple):
     """What a push would do.
 
-    Attributes:
-        repo_id: namespace/name.
-        url: Page of the repository.
-        parent: Commit that the push would follow; None without a repository.
-        actions: Path -> 'add', 'update', 'delete' or 'keep'; files of others in the repository are not listed.
+    `parent` is the commit that it would follow, None without a repository; `actions` are path -> 'add', 'update',
+    'delete' or 'keep', without files of others in the repository.
     """
 
     repo_id: str
@@ -128,16 +124,7 @@ def fetch_files(
 
 def _fetch_file(repo_id: str, name: str, revision: str | None, cache_dir: Path | None) -> Path:
     try:
-        return Path(
-            hf_hub_download(
-                repo_id,
-                name,
-                revision=revision,
-                cache_dir=cache_dir,
-                library_name=_LIBRARY,
-                library_version=__version__,
-            )
-        )
+        return Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache_dir, **_CLIENT))
     except HTTPError as error:
         # The client falls back to its cache where no connection can be made, but not where one breaks.
         cached = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision)
@@ -181,12 +168,7 @@ def check_push(repo_id: str, *, token: str | None = None, private: bool = False)
 
 
 def full_name(repo_id: str, *, token: str | None = None) -> str:
-    """Return namespace/name; a bare name gets the namespace of the logged-in user from the server.
-
-    Raises:
-        InvalidValueError: Malformed name.
-        HubError: A bare name and no valid login.
-    """
+    """Return namespace/name; a bare name gets the namespace of the logged-in user from the server."""
     check_repo_id(repo_id)
     if '/' in repo_id:
         return repo_id
@@ -203,11 +185,8 @@ def plan_push(
 ) -> PushPlan:
     """Return what `push_folder` would do with a folder; changes nothing.
 
-    Args:
-        folder: A publication. All its files are pushed, those of its subfolders included, except hidden ones.
-        repo_id: See `check_push`.
-        token: None for the one that is logged in; a private repository is not visible without.
-        private: See `push_folder`.
+    All files of the publication are pushed, those of its subfolders included, except hidden ones. A private repository
+    is not visible without a token.
 
     Raises:
         MultiExitError: See `files.local_files`.
@@ -309,8 +288,7 @@ def _plan(files: dict[str, Path], repo_id: str, info: ModelInfo | None) -> PushP
 def _read_remote(token: str | None, repo_id: str, *, private: bool) -> ModelInfo | None:
     """Return commit, visibility and files of a repository's main branch, or None if it is not visible.
 
-    Raises:
-        HubError: The Hub fails, or the repository must not be pushed to.
+    A repository that must not be pushed to is a `HubError`.
     """
     check_token(token, repo_id)
     with explain_hub_errors(repo_id):
@@ -330,4 +308,4 @@ def _read_remote(token: str | None, repo_id: str, *, private: bool) -> ModelInfo
 
 
 def _api(token: str | None) -> HfApi:
-    return HfApi(token=token, library_name=_LIBRARY, library_version=__version__)
+    return HfApi(token=token, **_CLIENT)

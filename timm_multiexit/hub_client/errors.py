@@ -22,11 +22,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from timm_multiexit.utils.errors import HubError, InvalidValueError, MultiExitError, one_line
 
 _REVISION = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)*')
-
 _TOKEN = re.compile(r'[!-~]+')
-
 _FAILURES = (HTTPError, OSError, RuntimeError, ValueError, KeyError, XetDownloadError)
-
 _LOG_IN = 'log in with `hf auth login`'
 
 _HUB_LINES: dict[type[Exception], str] = {
@@ -68,13 +65,7 @@ def check_revision(revision: str, kind: str = 'Revision') -> None:
 
 
 def check_token(token: str | None, repo_id: str, *, is_required: bool = False) -> None:
-    """Raise `HubError` for a missing or malformed token; the client's own message would show it.
-
-    Args:
-        token: None for the one that is logged in.
-        repo_id: What it is for.
-        is_required: Raise without a token as well.
-    """
+    """Raise `HubError` for a malformed token, or none where one is required; the client's own message would show it."""
     with explain_hub_errors(repo_id):
         token = token or get_token()
     if token is None and is_required:
@@ -92,17 +83,7 @@ def is_token_refused(error: HfHubHTTPError) -> bool:
 def explain_hub_errors(
     repo_id: str, revision: str = 'main', file_name: str = 'file', *, before: str = ''
 ) -> Iterator[None]:
-    """Turn what the client raises into one line.
-
-    Args:
-        repo_id: Repository of the request.
-        revision: Its revision.
-        file_name: Its file.
-        before: Text in front of the line.
-
-    Raises:
-        HubError: The line, from the client's error.
-    """
+    """Turn what the client raises into a `HubError` of one line, with the text `before` in front of it."""
     try:
         yield
     except MultiExitError:

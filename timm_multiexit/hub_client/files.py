@@ -31,7 +31,6 @@ _OF_NEW = ('README.md', 'LICENSE')
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.tar', '.npz')
 
 _GIVE = 'give a folder that a publication was written to'
-
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
 
 
@@ -98,12 +97,7 @@ def compare(files: Mapping[str, Path], remote: Mapping[str, str]) -> dict[str, s
     The client leaves unchanged files out by itself, but only once the push has begun. Known before, an unchanged folder
     sends nothing at all, a tag is refused in time, and a dry run says what would change.
 
-    Args:
-        files: Files of the folder, by path.
-        remote: Path -> SHA-256 of large files (LFS), git's blob id of the others.
-
-    Raises:
-        OSError: A file cannot be read.
+    `remote` is path -> SHA-256 of large files (LFS), git's blob id of the others.
     """
     actions = {path: 'delete' for path in OWNED_FILES if path in remote}
     for path, file in files.items():

@@ -14,24 +14,17 @@ from timm_multiexit.utils import markdown
 from timm_multiexit.utils.errors import CheckpointError, is_number, one_line
 
 TAGS = ('image-classification', 'timm', 'timm_multiexit', 'multi-exit', 'early-exit', 'anytime-inference')
-
 REQUIRED = ('model_name', 'architecture', 'num_classes', 'input_size', 'needs_import', 'license', 'rows')
-
 _TEMPLATE = Path(__file__).with_name('card.md.jinja')
-
 PICTURE = 'assets/accuracy_vs_macs.png'
 
 # Metric of the rows -> how the Hub names it and its type.
 _HUB_METRICS = {'top-1': ('Top-1', 'accuracy'), 'mAP': ('mAP', 'mean_average_precision')}
 
 REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}', re.ASCII)
-
 _MODEL_NAME = re.compile(rf'hf-hub:{REPO_ID.pattern}|local-dir:\w[\w ./-]*', re.ASCII)
-
 DATASET_ID = re.compile(r'([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}', re.ASCII)
-
 _BUDGET = re.compile(r'[0-9]{1,20}(?:\.[0-9]{1,20})? ?(?:%|[kKMGT]?MACs|ms)')
-
 _IMAGENET = re.compile(r'imagenet|in(1|12|21|22)k')
 
 

@@ -17,19 +17,11 @@ from timm_multiexit.utils.errors import is_number
 from timm_multiexit.utils.markdown import code, escape, number, table
 
 COSTS = ('exit', 'tap', 'params', 'GMACs fixed', 'GMACs sequential')
-
 _POINTS = 1.0  # accuracy that a headline may lose against main
 
 
 class _Trade(NamedTuple):
-    """An exit or a policy compared with plain timm.
-
-    Attributes:
-        row: Its row.
-        accuracy: In percent.
-        gain: In percentage points.
-        percent: Share of the MACs, in percent.
-    """
+    """An exit or a policy compared with plain timm: accuracy and share of the MACs in percent, gain in points."""
 
     row: Row
     accuracy: float
@@ -48,9 +40,6 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
     It is about the cheapest policy that loses at most one point, or if all lose more, the one that loses least. If no
     policy costs less than main, it is about an exit, and if no exit does, about main.
-
-    Args:
-        metrics: Contents of metrics.json.
     """
     metrics = add_row_keys(metrics)
     rows = metrics['rows']

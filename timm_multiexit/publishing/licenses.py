@@ -8,18 +8,13 @@ from timm_multiexit.publishing.card import DATASET_ID, REPO_ID
 from timm_multiexit.utils.errors import InvalidValueError, brief
 
 DEFAULT_LICENSE = 'apache-2.0'
-
 _HOW = 'train.py --hub-license, hub/publish.py --license, push_to_hub(license=...)'
 
 
 class License(NamedTuple):
-    """A license as a model card names it.
+    """A license as a model card names it: by an id of the Hub's list, or as 'other' with name and link.
 
-    Attributes:
-        id: Of the Hub's list; 'other' for one that the Hub does not list, which has name and link.
-        name: Name of an 'other' license; else None.
-        link: Address of an 'other' license; else None.
-        note: One line on why it is this one.
+    `note` is one line on why it is this one.
     """
 
     id: str
@@ -29,12 +24,10 @@ class License(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """One row of `LICENSES`.
+    """One row of `LICENSES`; `link` is the address of a license that the Hub does not list.
 
-    Attributes:
-        kind: 'permissive': derived weights may be relicensed; 'non-commercial' and 'vendor': they keep this license;
-            'unclear': the terms are unknown.
-        link: Address of a license that the Hub does not list.
+    Weights derived from 'permissive' ones may be relicensed, from 'non-commercial' and 'vendor' ones they keep the
+    license; the terms of 'unclear' ones are unknown.
     """
 
     kind: str
@@ -86,13 +79,10 @@ HUB_IDS = frozenset(
 
 
 def resolve_license(source: str | None, *, asked: str | None = None, base: str | None = None) -> License:
-    """Return the license to publish weights under.
+    """Return the license to publish weights under, `asked` if the publisher may choose it.
 
-    Args:
-        source: License of the base weights, which training started from (`pretrained_cfg['license']` of timm); None
-            without `base`: trained from scratch.
-        asked: License that the publisher wants.
-        base: Repository of the base weights.
+    `source` is the license of the base weights, which training started from (`pretrained_cfg['license']` of timm), and
+    `base` their repository; None for both if they were trained from scratch.
 
     Raises:
         InvalidValueError: Unknown license of the base weights and none given, one that must be kept and another given,
@@ -165,12 +155,9 @@ def _make(license_id: str, note: str, base: str | None = None) -> License:
 
 
 class PublicationInfo(NamedTuple):
-    """What the publisher says about a run.
+    """What the publisher says about a run: license of the weights, repositories of the base weights and the data set.
 
-    Attributes:
-        license: Of the weights; None for what `resolve_license` derives.
-        base_model: Repository of the base weights; None for what the run has recorded.
-        dataset_id: Repository of the data set on the Hub.
+    None for what `resolve_license` derives and the run has recorded.
     """
 
     license: str | None = None
@@ -187,10 +174,7 @@ def find_license(origin: Origin, info: PublicationInfo = NO_INFO) -> tuple[str |
     Raises:
         InvalidValueError: Malformed name of a repository, or see `resolve_license`.
     """
-    for what, name, pattern in (
-        ('Base model', info.base_model, REPO_ID),
-        ('Data set', info.dataset_id, DATASET_ID),
-    ):
+    for what, name, pattern in (('Base model', info.base_model, REPO_ID), ('Data set', info.dataset_id, DATASET_ID)):
         if name is not None and not pattern.fullmatch(name):
             raise InvalidValueError(f'{what} must be the name of a repository, ORG/NAME, got {brief(name)}.')
     if info.base_model:

@@ -29,15 +29,10 @@ from timm_multiexit.utils.files import new_folder
 from timm_multiexit.utils.untrusted import read_json
 
 CARD_NAME = 'README.md'
-
 METRICS_NAME = 'metrics.json'
-
 PUBLICATION_NAME = 'publication'
-
 _MEASURED = ('rows', 'dynamic', 'timing', 'latency', 'compare', 'overthinking', 'curve', 'calibrated_on', 'precision')
-
 _ENVIRONMENT = ('hardware', 'threads', 'versions', 'commit')
-
 _EED = 'arXiv:2104.00299'
 
 # Arguments about the location of a run, which do not apply to a repetition.
@@ -94,12 +89,10 @@ def write_publication(
     }
     _mark_default(metrics, config)
     with new_folder(folder, METRICS_NAME) as draft:
-        for name in (BACKBONE_NAME, EXITS_NAME):
+        for name in (BACKBONE_NAME, EXITS_NAME, CONFIG_NAME):
             shutil.copy2(best / name, draft / name)
-        shutil.copy2(best / CONFIG_NAME, draft / CONFIG_NAME)
-        write_publication_config(
-            draft, re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}'), license_, repo_id
-        )
+        tag = re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}')
+        write_publication_config(draft, tag, license_, repo_id)
         kept = {key: _relative(value) for key, value in args.items() if key not in _OF_ITS_PLACE}
         (draft / ARGS_NAME).write_text(yaml.safe_dump(kept))
         write_card_files(draft, metrics, picture)

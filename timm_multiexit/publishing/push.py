@@ -33,16 +33,13 @@ def publish_run(run: Path, repo_id: str, *, info: PublicationInfo = NO_INFO, pri
     """
     folder = run / PUBLICATION_NAME
     repo_id = check_push(repo_id, private=private)
-    # A resumed run may hold a validation of its earlier weights.
     files = RunFolder(run)
-    is_current = files.read_results()['weights'] == _measured_weights(files.validation_path)
+    measured = read_json(files.validation_path) if files.validation_path.is_file() else {}
+    # A resumed run may hold a validation of its earlier weights.
+    is_current = files.read_results()['weights'] == measured.get('weights')
     validation = None if is_current else files.results_path
     write_publication(run, folder, repo_id, info=info, validation=validation)
     return push_folder(folder, repo_id, private=private)
-
-
-def _measured_weights(path: Path) -> dict[str, str] | None:
-    return read_json(path).get('weights') if path.is_file() else None
 
 
 def push_to_hub(

@@ -18,14 +18,9 @@ from timm_multiexit.utils.untrusted import read_json
 
 
 class RunFiles(NamedTuple):
-    """Contents of a run, checked.
+    """Contents of a run, checked: its arguments, the configuration of the network in its folder `best`, and results.
 
-    Attributes:
-        args: Arguments of the run.
-        config: Configuration of the network in its folder `best`.
-        results: Results of training.
-        measured: Results to publish: those of `validate.py`, else those of training.
-        picture: Picture of `measured`; None for none.
+    `measured` are the results to publish: those of `validate.py`, else those of training; `picture` is theirs.
     """
 
     args: dict[str, Any]
@@ -36,11 +31,9 @@ class RunFiles(NamedTuple):
 
 
 def read_run(run: Path, validation: Path | None) -> RunFiles:
-    """Return the files of a run, if all belong to the network in its folder `best`.
+    """Return the files of a run of `train.py`, if all belong to the network in its folder `best`.
 
-    Args:
-        run: Folder of a run of `train.py`.
-        validation: JSON results of `validate.py`; None for the run's `validation.json`, if it has one.
+    `validation` has JSON results of `validate.py`; None for the run's `validation.json`, if it has one.
 
     Raises:
         CheckpointError: Files are missing, or of other weights, other preparation of images or other policies.

@@ -58,12 +58,7 @@ class DiskError(MultiExitError, OSError):
 
 
 def checked_number(name: str, value: float, is_positive: bool = False) -> float:
-    """Return a finite number of 0 or more, or above 0, as float.
-
-    Args:
-        name: What it is called in the message.
-        value: The number.
-        is_positive: 0 is not allowed.
+    """Return a finite number of 0 or more, or above 0, as float; `name` is what the message calls it.
 
     Raises:
         InvalidValueError: It is something else.
@@ -75,11 +70,7 @@ def checked_number(name: str, value: float, is_positive: bool = False) -> float:
 
 
 def checked_weights(name: str, weights: Iterable[float]) -> tuple[float, ...]:
-    """Return a list of finite numbers of 0 or more as floats.
-
-    Args:
-        name: What it is called in the message.
-        weights: The numbers.
+    """Return a list of finite numbers of 0 or more as floats; `name` is what the message calls it.
 
     Raises:
         InvalidTypeError: It is not a list.
@@ -113,12 +104,9 @@ LIBRARY_ERRORS = (TypeError, ValueError, AssertionError, IndexError, RuntimeErro
 
 
 def one_line(text: object, limit: int | None = 200) -> str:
-    r"""Return a text on one line, without control and invisible characters.
+    r"""Return a text on one line, without control and invisible characters, cut to `limit` characters if there is one.
 
-    Args:
-        text: Any text; or an error, whose message comes without the period at its end, or as the name of its type
-            where it is empty.
-        limit: Maximum number of characters, None for all.
+    Of an error it is the message without the period at its end, or the name of its type where that is empty.
 
     >>> one_line('a\n---\tb.'), one_line(OSError('No space left\non device.')), one_line(KeyError())
     ('a --- b.', 'No space left on device', 'KeyError')

@@ -8,23 +8,12 @@ from typing import Any
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
 MARKERS = 'osD^vP*X<>hp'
-
 MATPLOTLIB_MISSING = 'matplotlib is not installed. Install it with pip install "timm-multiexit[plots]".'
-
 _DASHES = ('-', '--', ':', '-.')
 
 
 def new_figure(width: float, height: float, title: str = '') -> Any:
-    """Return an empty figure, without pyplot.
-
-    Args:
-        width: In inches.
-        height: In inches.
-        title: Heading.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Return an empty figure of so many inches, without pyplot."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -21,12 +21,7 @@ RUN_AGAIN = 'free disk space, then run it again'
 def explain_disk_errors(
     path: str | os.PathLike[str], draft: str | os.PathLike[str] | None = None, *, advice: str = RESUME
 ) -> Iterator[None]:
-    """Turn errors of writing into one line.
-
-    Args:
-        path: What is written.
-        draft: A partly written file, which is removed on an error.
-        advice: What to do on an error.
+    """Turn errors of writing `path` into one line with advice; a partly written `draft` is removed.
 
     Raises:
         DiskError: The disk is full or not writable.
@@ -53,10 +48,6 @@ def explain_disk_errors(
 def replacing(path: str | os.PathLike[str], *, advice: str = RUN_AGAIN) -> Iterator[Path]:
     """Yield a hidden name beside `path`; what is written there replaces `path` at the end, if nothing was raised.
 
-    Args:
-        path: What is written.
-        advice: What to do on an error.
-
     Raises:
         DiskError: The disk is full or not writable.
     """
@@ -72,11 +63,7 @@ def replacing(path: str | os.PathLike[str], *, advice: str = RUN_AGAIN) -> Itera
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, advice: str = RUN_AGAIN) -> None:
-    """Write a text file, whole or not at all; see `replacing`.
-
-    Raises:
-        DiskError: The disk is full or not writable.
-    """
+    """Write a text file, whole or not at all; see `replacing`."""
     with replacing(path, advice=advice) as draft:
         draft.write_text(text, encoding='utf-8')
 
@@ -85,9 +72,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, advice: str = RUN_AGA
 def new_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
     """Yield an empty folder beside `path`, which replaces `path` at the end, if nothing was raised.
 
-    Args:
-        path: An existing folder must be empty or have the file `mark`, which says that it may be replaced.
-        mark: Name of a file.
+    An existing folder must be empty or have a file of the name `mark`, which says that it may be replaced.
 
     Raises:
         InvalidValueError: There is something else at `path`.
@@ -110,21 +95,13 @@ def new_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Write a result, whole or not at all.
-
-    Raises:
-        DiskError: The disk is full or not writable.
-    """
+    """Write a result, whole or not at all."""
     with replacing(path, advice='the results are printed above; free disk space or give another path') as draft:
         draft.write_bytes(content)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while chunk := file.read(2**20):

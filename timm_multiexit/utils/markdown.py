@@ -1,7 +1,7 @@
 """Markdown from untrusted names and numbers: text that is shown as it is."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -46,17 +46,10 @@ def fence(text: str, language: str = '') -> str:
     return f'{marks}{language}\n{text.strip()}\n{marks}'
 
 
-def bullets(lines: Iterable[str]) -> str:
-    """Return lines of Markdown as a list."""
-    return '\n'.join(f'- {line}' for line in lines)
-
-
 def table(rows: Sequence[Mapping[str, str]], *, left: Sequence[str] = ()) -> str:
-    """Return rows of Markdown as a table, without the columns that are '-' or missing in every row.
+    """Return rows of Markdown (column -> cell) as a table, without the columns that are '-' or missing in every row.
 
-    Args:
-        rows: Column -> cell, in order.
-        left: Columns that are aligned to the left; the others are to the right.
+    Columns in `left` are aligned to the left, the others to the right.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     columns = [column for column in columns if any(row.get(column, '-') != '-' for row in rows)]

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 
 _logger = logging.getLogger(__name__)
 
-
 # Updates between checks of whether a process got a signal; processes must agree, which costs a message.
 _INTERVAL = 10
 
@@ -32,11 +31,7 @@ def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 class Stopped(Exception):
-    """The run got a signal and has saved its state.
-
-    Attributes:
-        signal: The number of the signal.
-    """
+    """The run got a signal, of this number, and has saved its state."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal_number)
@@ -46,11 +41,7 @@ class Stopped(Exception):
 class Stopper:
     """Notes SIGTERM and the first SIGINT, so that a run can save and stop after the step; a second one interrupts.
 
-    Args:
-        accelerator: Of the run, whose processes stop together.
-
-    Attributes:
-        signal: The number of the signal that came, 0 for none.
+    `signal` is the number of the signal that came, 0 for none. The processes of the accelerator stop together.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -76,8 +67,7 @@ class Stopper:
     def is_asked(self, num_updates: int | None = None) -> bool:
         """Return whether to stop now, the same in all processes.
 
-        Args:
-            num_updates: Of the run so far; several processes look only at every tenth. None to look in any case.
+        Several processes look only at every tenth of `num_updates`, the updates of the run so far, or if it is None.
         """
         if self.accelerator.num_processes > 1:
             if num_updates is not None and num_updates % _INTERVAL:

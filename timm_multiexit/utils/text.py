@@ -6,7 +6,6 @@ from typing import Any
 from timm_multiexit.utils.errors import is_integer
 
 ENSEMBLE = 'ens'
-
 _MACS_UNITS = ((1e9, 'GMACs'), (1e6, 'MMACs'), (1e3, 'kMACs'))
 
 

@@ -38,12 +38,6 @@ def time_interleaved(
 
     Every variant takes one turn per round, in an order that changes from round to round, so that a busy machine slows
     all of them alike.
-
-    Args:
-        variants: Name -> what is timed, called without arguments.
-        rounds: Turns of each variant that count, 1 or more.
-        device: Where the work is done.
-        clock: Which time counts.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)

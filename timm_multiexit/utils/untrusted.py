@@ -14,18 +14,12 @@ import safetensors
 from timm_multiexit.utils.errors import CheckpointError, brief, one_line
 
 _MAX_JSON_BYTES = 4 * 2**20  # Python's objects take many times that
-
 _LFS_POINTER = b'version https://git-lfs.github.com/spec/'
-
 _MAX_HEADER_BYTES = 4 * 2**20  # some 30,000 tensors
 
 
 def check_contained(path: Path) -> None:
-    """Raise for a link that leaves the file's folder, or, in the Hub's cache, the repository's blobs.
-
-    Raises:
-        CheckpointError: It is one.
-    """
+    """Raise `CheckpointError` for a link that leaves the file's folder, or, in the Hub's cache, the repository."""
     try:
         folder, target = path.parent.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
@@ -89,12 +83,7 @@ def _parse_float(text: str) -> float:
 
 
 class TensorInfo(NamedTuple):
-    """A tensor in a file.
-
-    Attributes:
-        shape: Its shape.
-        dtype: As safetensors names it: 'F32', 'BF16', 'I64', ...
-    """
+    """Shape and dtype of a tensor in a file, the dtype as safetensors names it: 'F32', 'BF16', 'I64', ..."""
 
     shape: tuple[int, ...]
     dtype: str
