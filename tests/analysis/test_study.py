@@ -258,8 +258,8 @@ def test_reference_is_named_by_run_or_method(folder):
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        (['--split', 'test'], "has no split 'test', allowed are train, val."),
-        (['--data-dir', 'nothing'], "There is no data folder 'nothing'"),
+        (['--split', 'test'], "must be one of train, val, got 'test'."),
+        (['--data-dir', 'nothing'], "Data folder 'nothing' does not exist"),
         (['--reference', 'byot'], "got 'byot'"),
     ],
     ids=['split', 'folder', 'reference'],

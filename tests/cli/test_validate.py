@@ -320,7 +320,7 @@ def test_saved_policy_is_the_one_that_was_measured(flags, saved, run_script, dig
     ('flags', 'message'),
     [
         (('--calib-split', 'test'), 'and --split test are the same images'),
-        (('--calib-split', 'train[:3]'), "no split 'train[:3]'"),
+        (('--calib-split', 'train[:3]'), "test, validation, train, got 'train[:3]'"),
         (('--threshold', '0.5', '--criterion', 'hope'), '--criterion must be one of'),
         (('--threshold', 'high'), "--threshold must be thresholds such as 0.9 or 0.9,none,0.8, got 'high'."),
         (('--budget', '3%', '--calib-split', 'validation'), 'got 3%, which is below the cheapest policy'),
@@ -356,7 +356,7 @@ def test_what_was_found_is_printed_before_an_error(run_script, digits_net):
         (('--results-file', 'net/config.json/rows.csv'), 'Cannot write net/config.json/rows.csv'),
         (('--budget', '1%', '--calib-split', 'validation'), 'got 1%, which is below'),
         (('--save-policy', '--budget', '90%'), '--save-policy needs data'),
-        (('--save-policy', '--budget', '90%', '--calib-split', 'validation'), 'Cannot write net/config.json'),
+        (('--save-policy', '--budget', '90%', '--calib-split', 'validation'), 'net/config.json: Is a directory'),
     ],
 )
 def test_what_cannot_be_is_known_before_evaluation(flags, message, run_script, digits_net, monkeypatch):

@@ -30,7 +30,9 @@ def test_commit_is_that_of_the_file_or_unknown(tmp_path, monkeypatch):
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv('PATH', '')
+    _find_commit.cache_clear()
     assert describe_environment()['commit'] == 'unknown'
+    _find_commit.cache_clear()
 
 
 def test_environment_names_every_library_that_results_hang_on():

@@ -48,7 +48,7 @@ def draw_training(curves: Mapping[str, Mapping[str, Any]], label: str, reference
             markersize=3,
             **line_style(idx),
         )
-    if reference in curves:
+    if reference is not None and reference in curves:
         target = curves[reference]['final_main']
         axes.axhline(target, color='0.5', linewidth=1, label=f'{reference} at the end: {target:.2f}')
     show_epochs(axes)

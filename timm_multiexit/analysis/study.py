@@ -139,7 +139,7 @@ class Study:
         self._save(f'fig4_dissimilarity_{name}', lambda: draw_dissimilarity(numbers['dissimilarity'], matrices, title))
 
     def _draw_together(self, numbers: Mapping[str, dict[str, Any]]) -> None:
-        label, reference = _LABELS[self.metric], self.reference and self.reference.name
+        label, reference = _LABELS[self.metric], self.reference.name if self.reference else None
         curves = {name: values['curve'] for name, values in numbers.items() if values['curve']['epochs']}
         pairs = {name: curve for name, curve in curves.items() if curve['ensemble']}
         if pairs:
@@ -148,7 +148,7 @@ class Study:
             self._save('fig5_training', lambda: draw_training(curves, label, reference))
         diversities = {name: values['diversity'] for name, values in numbers.items() if 'diversity' in values}
         taught = {name: values for name, values in diversities.items() if values['teacher'] and _can_place(values)}
-        if taught:
+        if taught and reference is not None:  # gains are over it
             self._save('table4_diversity', lambda: draw_diversity(taught, reference))
         points = {
             name: values['accuracy_over_macs'] for name, values in numbers.items() if 'accuracy_over_macs' in values
