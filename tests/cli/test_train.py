@@ -336,7 +336,7 @@ BAD_INPUT = {
     'byot': (('--exit-loss', 'byot', '--exit-widths', '16-32-48-64,32-48-64,48-64'), 'exit 0 has 64'),
     'widths': (('--eed', '--exit-widths', '16-32,16-32,16-32'), 'takes 4 widths, got 2'),
     'contradiction': (('--eed', '--exit-loss', 'ce'), '--eed and --exit-loss ce contradict'),
-    'no-teacher': (('--exit-loss', 'ce', '--exit-output-weight', '1'), 'there is no teacher'),
+    'no-teacher': (('--exit-loss', 'ce', '--exit-output-weight', '1'), 'the loss has no teacher'),
     'temperature': (('--eed', '--exit-temperature', '0'), '--exit-temperature must be > 0, got 0.'),
     'classes': (('--num-classes', '1'), 'The data has 2 classes, the model 1'),
     'metric': (('--eval-metric', 'exit7_top1', '--eed'), '--eval-metric must be one of loss, top1'),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import constants, get_token
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
+from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionNotFoundError,
     XetDownloadError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id
 
 from timm_multiexit.utils.errors import HubError, InvalidValueError, MultiExitError, one_line
 
@@ -108,7 +108,8 @@ def _explain(error: Exception, facts: dict[str, str]) -> str:
             return line.format(**facts) + suffix
     # That a file is not cached, or was not uploaded, says less than the server's answer behind it.
     reasons = [each for each in chain if not isinstance(each, LocalEntryNotFoundError)] or [error]
-    root = next((each for each in reasons if isinstance(each, HfHubHTTPError)), reasons[0])
+    is_said = isinstance(error, ValueError)  # about the files that were sent, in more words than the server's
+    root = error if is_said else next((each for each in reasons if isinstance(each, HfHubHTTPError)), reasons[0])
     return f"{endpoint()} failed for '{facts['repo_id']}': {_describe(root)}{suffix}"
 
 
