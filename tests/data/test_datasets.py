@@ -87,7 +87,7 @@ def test_splits_that_number_their_classes_otherwise_are_refused(image_folder):
     (image_folder / 'val' / 'cat').rename(image_folder / 'val' / 'emu')
     train = create_dataset('', root=str(image_folder), split='train')
     val = create_dataset('', root=str(image_folder), split='validation')
-    with pytest.raises(MultiExitError, match="2 classes and the other 2, 'cat' is not the same"):
+    with pytest.raises(MultiExitError, match="got 2 in the training split and 2 in the other; 'cat' differs"):
         check_classes(train, val)
 
 
@@ -191,7 +191,7 @@ def test_unreadable_image_stops_where_asked(image_folder, how, reason, mode):
         dataset[3]
     message = str(error.value)
     assert message.startswith(f'Cannot read image {bad}: ')
-    assert message.endswith('; remove or mend it, or --bad-images skip.')
+    assert message.endswith('. Remove or repair it, or use --bad-images skip.')
     assert reason in message
     assert '\n' not in message
 

@@ -1,19 +1,26 @@
 """The line that an epoch leaves in the log, and the time that is left."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 
-from timm_multiexit.training.epoch_log import Eta, format_epoch_line
+from timm_multiexit.training import epoch_log
+from timm_multiexit.training.epoch_log import EpochLog, format_epoch_line
 
 
-def test_eta_is_the_mean_of_the_last_epochs_times_those_left():
-    eta = Eta(window=3)
-    assert eta.estimate(10) is None
-    estimates = []
-    for seconds in (100.0, 10.0, 20.0, 30.0):
-        eta.add(seconds)
-        estimates.append(eta.estimate(2))
-    assert estimates == [200.0, 110.0, pytest.approx(2 * 130 / 3), 40.0]
-    assert eta.estimate(0) == 0.0
+def test_eta_is_the_mean_of_the_last_epochs_times_those_left(caplog, monkeypatch):
+    monkeypatch.setattr(epoch_log, '_ETA_WINDOW', 3)
+    clock = iter((0.0, 0.0, 100.0, 100.0, 110.0, 110.0, 130.0, 130.0, 160.0, 160.0, 160.0))
+    monkeypatch.setattr(epoch_log.time, 'perf_counter', lambda: next(clock))
+    log = EpochLog(SimpleNamespace(trackers=[]), num_exits=1, num_epochs=5, log_interval=50)
+    caplog.set_level(logging.INFO)
+    for epoch in range(5):  # they take 100, 10, 20, 30 and 0 seconds
+        log.begin_epoch()
+        log.note_epoch(epoch, {'loss': 1.0}, {}, 0.1)
+        log.end_epoch(SimpleNamespace(num_updates=epoch), 10.0)
+    expected = ['0:06:40', '0:02:45', '0:01:27', '0:00:20', '0:00:00']
+    assert [message.rpartition('ETA ')[2] for message in caplog.messages] == expected
 
 
 ACCURACY = {'exit0': 61.2, 'exit1': 70.1, 'main': 74.0, 'ens': 75.1}
@@ -24,17 +31,21 @@ ACCURACY = {'exit0': 61.2, 'exit1': 70.1, 'main': 74.0, 'ens': 75.1}
     [
         (
             {},
-            'Epoch   3/200  loss 1.234  exit0 61.2 exit1 70.1 main 74.0 ens 75.1  lr 1.0e-01  1234 img/s  12 s  ETA 0:41:10',
+            'Epoch   3/200  loss 1.234  exit0 61.2 exit1 70.1 main 74.0 ens 75.1  lr 1.0e-01  1234 img/s  12 s  ETA 0:40:03',
         ),
-        ({'accuracy': {}}, 'Epoch   3/200  loss 1.234  lr 1.0e-01  1234 img/s  12 s  ETA 0:41:10'),
+        ({'accuracy': {}}, 'Epoch   3/200  loss 1.234  lr 1.0e-01  1234 img/s  12 s  ETA 0:40:03'),
         (
-            {'accuracy': {'main': 5.0}, 'seconds': 0.44, 'eta': None},
-            'Epoch   3/200  loss 1.234  main 5.0  lr 1.0e-01  1234 img/s  0.4 s',
+            {'accuracy': {'main': 5.0}, 'durations': [0.44]},
+            'Epoch   3/200  loss 1.234  main 5.0  lr 1.0e-01  1234 img/s  0.4 s  ETA 0:01:27',
         ),
-        ({'accuracy': {}, 'eta': 93784.0}, 'Epoch   3/200  loss 1.234  lr 1.0e-01  1234 img/s  12 s  ETA 1 day, 2:03:04'),
+        (
+            {'accuracy': {}, 'durations': [940.0, 12.2]},
+            'Epoch   3/200  loss 1.234  lr 1.0e-01  1234 img/s  12 s  ETA 1 day, 2:03:12',
+        ),
     ],
     ids=['all', 'not evaluated', 'short', 'long'],
 )  # fmt: skip
 def test_epoch_line(changes, expected):
-    values = dict(train_loss=1.2344, accuracy=ACCURACY, lr=0.1, rate=1234.4, seconds=12.2, eta=2470.0)
-    assert format_epoch_line(2, 200, **values | changes) == expected
+    row = {'epoch': 2, 'train_loss': 1.2344, 'lr': 0.1}
+    values = dict(accuracy=ACCURACY, rate=1234.4, durations=[12.2])
+    assert format_epoch_line(row, 200, **values | changes) == expected

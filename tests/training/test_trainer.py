@@ -348,7 +348,8 @@ def test_epoch_without_a_batch_is_named(model):
 
 def test_the_bar_is_drawn_only_if_it_should_be(capsys):
     batches = [1, 2, 3]
-    assert show_progress(batches, is_shown=False) is batches
+    assert list(show_progress(batches, is_shown=False)) == batches
+    assert capsys.readouterr() == ('', '')
     assert list(show_progress(batches, is_shown=True, description='Epoch 1')) == batches
     captured = capsys.readouterr()
     assert captured.out == ''

@@ -15,7 +15,6 @@ from timm_multiexit.utils.errors import DataError, InvalidValueError, MissingFil
 
 _logger = logging.getLogger(__name__)
 
-
 BAD_IMAGES = ('skip', 'stop')
 
 # What Pillow raises for damaged files, found by damaging 24,000 of them in seven formats.
@@ -52,15 +51,8 @@ class CheckedImages(ImageDataset):
         if bad_images not in BAD_IMAGES:
             raise InvalidValueError(f"--bad-images must be {' or '.join(BAD_IMAGES)}, got '{bad_images}'.")
         self._cache = cache
-        super().__init__(
-            '',
-            reader=dataset.reader,
-            load_bytes=dataset.load_bytes,
-            input_img_mode=dataset.input_img_mode,
-            transform=dataset.transform,
-            target_transform=dataset.target_transform,
-            additional_features=dataset.additional_features,
-        )
+        same = ('reader', 'load_bytes', 'input_img_mode', 'transform', 'target_transform', 'additional_features')
+        super().__init__('', **{name: getattr(dataset, name) for name in same})
         self.bad_images = bad_images
         self._named: set[str] = set()
 
@@ -123,19 +115,12 @@ class CheckedImages(ImageDataset):
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return 'it is not an image'  # Pillow's own words name an address in memory
-    return one_line(error)
+    # Pillow's own words name an address in memory.
+    return 'it is not an image' if isinstance(error, UnidentifiedImageError) else one_line(error)
 
 
 def create_checked_dataset(
-    name: str,
-    *,
-    root: str | None,
-    split: str,
-    bad_images: str = 'skip',
-    cache: bool = False,
-    **kwargs: Any,
+    name: str, *, root: str | None, split: str, bad_images: str = 'skip', cache: bool = False, **kwargs: Any
 ) -> Any:
     """Return a data set: 'digits', or what `timm.data.create_dataset` makes of the name.
 
@@ -219,14 +204,10 @@ def _check_split(root: Path, split: str) -> None:
 
 def class_to_idx(dataset: Any) -> dict[str, int] | None:
     """Return class name -> index of a data set, None where it does not say."""
-    reader = getattr(dataset, 'reader', None)
-    for mapping in (
-        getattr(dataset, 'class_to_idx', None),
-        getattr(reader, 'class_to_idx', None),
-        getattr(reader, 'class_name_to_idx', None),  # timm's reader of tar files
-    ):
-        if mapping:
-            return dict(mapping)
+    for owner in (dataset, getattr(dataset, 'reader', None)):
+        for name in ('class_to_idx', 'class_name_to_idx'):  # the second is that of timm's reader of tar files
+            if getattr(owner, name, None):
+                return dict(getattr(owner, name))
     return None
 
 

@@ -9,7 +9,6 @@ from timm.data.readers.reader import Reader
 from timm_multiexit.utils.errors import DataError
 
 DIGITS = 'digits'
-
 DIGITS_SIZE = 32
 
 # Places in a fixed shuffle of the 1,797 images. The epoch is chosen on 'validation' and 'test' is reported.

@@ -21,10 +21,6 @@ class SubsetReader(Reader):
 
     An `ImageDataset` that skips an unreadable image takes the next one of its reader, which is so never one of the
     other part.
-
-    Args:
-        reader: The reader of all images.
-        indices: Places in it.
     """
 
     def __init__(self, reader: Any, indices: Iterable[int]):
@@ -46,12 +42,7 @@ class SubsetReader(Reader):
 
 
 class TransformSubset(Subset[Any]):
-    """Some of the images of a data set that is not timm's; its transform is that of the data set.
-
-    Args:
-        dataset: A map-style data set, to which no other subset hands its transform.
-        indices: Places in it.
-    """
+    """Some of the images of a map-style data set that is not timm's, whose transform no other subset sets."""
 
     dataset: Any
 

@@ -84,9 +84,12 @@ def create_train_loader(
             use_multi_epochs_loader=multi_epochs,
             num_workers=num_workers,
             worker_seeding=worker_seeding,
+            pin_memory=pin_memory,
+            use_prefetcher=uses_prefetcher,
+            img_dtype=dtype,
             **augmentation,
             **(sizes or {}),
-            **_common(data_config, accelerator, pin_memory, uses_prefetcher, dtype),
+            **_common(data_config, accelerator),
         )
     except (ValueError, AssertionError) as error:
         raise InvalidValueError(f'Cannot load the training data: {error}'.rstrip('.') + '.') from error
@@ -122,15 +125,7 @@ def create_eval_loader(
 ) -> Any:
     """Return a loader that gives every image once, in order, this rank's share of them.
 
-    Args:
-        dataset: Its transform is set.
-        data_config: What `timm.data.resolve_data_config` returned.
-        batch_size: Of one process.
-        accelerator: Gives device and processes.
-        num_workers: Processes that load data.
-        pin_memory: Load into pinned memory.
-        uses_prefetcher: Use timm's prefetcher, which normalizes on the device.
-        dtype: Of the prefetcher's images.
+    The arguments are those of `create_train_loader`.
     """
     if accelerator.num_processes > 1 and isinstance(dataset, IterableDataset):
         num_workers = min(2, num_workers)  # as timm does: fewer shards, less padding
@@ -140,26 +135,15 @@ def create_eval_loader(
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
         num_workers=num_workers,
-        **_common(data_config, accelerator, pin_memory, uses_prefetcher, dtype),
+        pin_memory=pin_memory,
+        use_prefetcher=uses_prefetcher,
+        img_dtype=dtype,
+        **_common(data_config, accelerator),
     )
 
 
-def _common(
-    data_config: Mapping[str, Any],
-    accelerator: Accelerator,
-    pin_memory: bool,
-    uses_prefetcher: bool,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
+def _common(data_config: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
     # Accelerate does not prepare the loaders: it does nothing to timm's prefetcher, and would shard a second time what
     # timm's samplers have sharded.
-    return {
-        'input_size': data_config['input_size'],
-        'mean': data_config['mean'],
-        'std': data_config['std'],
-        'pin_memory': pin_memory,
-        'device': accelerator.device,
-        'distributed': accelerator.num_processes > 1,
-        'use_prefetcher': uses_prefetcher,
-        'img_dtype': dtype,
-    }
+    images = {name: data_config[name] for name in ('input_size', 'mean', 'std')}
+    return {**images, 'device': accelerator.device, 'distributed': accelerator.num_processes > 1}

@@ -26,13 +26,9 @@ class Stream(IntEnum):
 
 
 def seed_generators(seed: int, stream: Stream, *place: int, all_devices: bool = False) -> None:
-    """Seed Python's, NumPy's and torch's global generators.
+    """Seed Python's, NumPy's and torch's global generators, with `all_devices` those of accelerators too.
 
-    Args:
-        seed: Of the run, at least 0.
-        stream: What the numbers are for.
-        *place: Epoch, place in it, rank: integers from 0.
-        all_devices: Seed the generators of accelerators too.
+    The place is the epoch, the place in it and the rank: integers from 0, as the seed is.
 
     >>> seed_generators(42, Stream.STEP, 0, 7)
     >>> first = torch.rand(1), random.random(), np.random.rand()
@@ -53,13 +49,7 @@ def seed_generators(seed: int, stream: Stream, *place: int, all_devices: bool = 
 
 
 class Place(NamedTuple):
-    """Where a sample comes in a run.
-
-    Attributes:
-        epoch: From 0.
-        position: In the order of the epoch, over all ranks, from 0.
-        sample: Index of the sample in the data set.
-    """
+    """Where a sample comes in a run: its position is that in the order of the epoch, over all ranks, from 0."""
 
     epoch: int
     position: int
@@ -70,26 +60,11 @@ class PlaceSampler(Sampler[Place]):
     """The places of one epoch's samples, this rank's share of them.
 
     The order is torch's `DistributedSampler`'s, for one process too: two processes see together, batch for batch, what
-    one with twice the batch sees.
-
-    Args:
-        dataset: Needs a length.
-        seed: Of the order.
-        num_replicas: Processes that share the samples.
-        rank: Of this process.
-        sampler: In place of the shuffled order, another sampler with `set_epoch`, e.g. timm's for repeated
-            augmentation.
+    one with twice the batch sees. In place of the shuffled order the sampler may be another one with `set_epoch`, e.g.
+    timm's for repeated augmentation.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        *,
-        seed: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        sampler: Any | None = None,
-    ):
+    def __init__(self, dataset: Any, *, seed: int, num_replicas: int = 1, rank: int = 0, sampler: Any | None = None):
         self.sampler = sampler or DistributedSampler(dataset, num_replicas, rank, seed=seed)
         self.num_replicas = num_replicas
         self.rank = rank
@@ -112,13 +87,9 @@ class PlaceSampler(Sampler[Place]):
 
 
 class SeededDataset(Dataset[Any]):
-    """A data set that takes a `Place` for an index, and seeds what follows with it.
+    """A map-style data set that takes a `Place` for an index, and seeds what follows with it.
 
-    A sample gets its place as a further last element, for `SeededCollate`.
-
-    Args:
-        dataset: A map-style data set; its transform may be set through this one.
-        seed: Of the run.
+    A sample gets its place as a further last element, for `SeededCollate`. Its transform is the data set's own.
     """
 
     def __init__(self, dataset: Any, seed: int):
@@ -146,11 +117,8 @@ class SeededDataset(Dataset[Any]):
 class SeededCollate:
     """A collate function for the samples of a `SeededDataset`: mixing is seeded, and ends when it should.
 
-    Args:
-        collate_fn: Of samples without their place.
-        seed: Of the run.
-        mixup_off_epoch: Epoch from which a mixing collate function mixes no more; 0 for never. Told here and not to
-            the loader, whose persistent workers hold a copy that nothing reaches.
+    The epoch from which it mixes no more, 0 for never, is told here and not to the loader, whose persistent workers
+    hold a copy that nothing reaches.
     """
 
     def __init__(self, collate_fn: Callable[..., Any], seed: int, mixup_off_epoch: int = 0):
@@ -168,13 +136,7 @@ class SeededCollate:
 
 
 class SeededErasing:
-    """timm's random erasing of whole batches, seeded batch by batch.
-
-    Args:
-        erasing: Images [B, C, H, W] -> images.
-        seed: Of the run.
-        rank: Of this process.
-    """
+    """timm's random erasing of whole batches [B, C, H, W], seeded batch by batch."""
 
     def __init__(self, erasing: Callable[[torch.Tensor], torch.Tensor], seed: int, rank: int):
         self.erasing = erasing

@@ -82,11 +82,8 @@ def measure_overthinking(logits: Sequence[Tensor], targets: Tensor) -> Overthink
 def measure_falls(logits: Sequence[Tensor], targets: Tensor, drops: Sequence[float] = DROPS) -> dict[float, float]:
     """Return for each drop the percentage of samples whose true class loses that much probability at deeper exits.
 
-    Args:
-        logits: One [N, C] tensor per classifier, main last.
-        targets: Class indices [N].
-        drops: Falls of the probability, 0 to 1. A sample counts if the probability of its true class falls by at
-            least that much from some classifier to any deeper one.
+    A sample counts for a drop, 0 to 1, if the probability of its true class falls by at least that much from some
+    classifier to any deeper one. Logits are one [N, C] tensor per classifier, main last; targets class indices [N].
 
     Source: Jazbec et al., Towards Anytime Classification in Early-Exit Architectures by Enforcing Conditional
     Monotonicity, 2023, section 3.

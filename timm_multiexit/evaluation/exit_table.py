@@ -21,18 +21,8 @@ from timm_multiexit.utils.text import ENSEMBLE, format_table
 CreateLoader = Callable[[Any, Mapping[str, Any]], Iterable[Any]]
 
 
-def evaluate_logits(
-    logits: Sequence[Tensor],
-    targets: Tensor,
-    batch_size: int = 256,
-) -> dict[str, dict[str, float]]:
-    """Return the metrics of `ExitEvaluator` for these logits.
-
-    Args:
-        logits: One [N, C] tensor per classifier, main last.
-        targets: Class indices [N].
-        batch_size: Samples per update.
-    """
+def evaluate_logits(logits: Sequence[Tensor], targets: Tensor, batch_size: int = 256) -> dict[str, dict[str, float]]:
+    """Return the metrics of `ExitEvaluator` for logits, one [N, C] tensor per classifier, and class indices [N]."""
     evaluator = ExitEvaluator(len(logits) - 1)
     for target, *batch in zip(*(torch.split(part, batch_size) for part in (targets, *logits))):
         evaluator.update(batch, target)
@@ -81,13 +71,8 @@ def evaluate_loader(
     """
     num_exits = len(model.exits) if isinstance(model, MultiExitModel) else 0
     device = torch.device(device or (accelerator.device if accelerator else next(model.parameters()).device))
-    evaluator = ExitEvaluator(
-        num_exits,
-        device=device,
-        max_samples=evaluation_sample_limit(loader),
-        multi_label=multi_label,
-        threshold=threshold,
-    )
+    limit = evaluation_sample_limit(loader)
+    evaluator = ExitEvaluator(num_exits, device=device, max_samples=limit, multi_label=multi_label, threshold=threshold)
     evaluation = Evaluation()
     dtype = next(model.parameters()).dtype
     training = [module.training for module in model.modules()]
@@ -110,8 +95,7 @@ def evaluate_loader(
     distributed = accelerator is not None and accelerator.num_processes > 1
     evaluation.metrics = evaluator.compute(distributed)
     if accelerator is not None and distributed:
-        count = torch.tensor(evaluator.num_samples, device=device)
-        evaluation.num_samples = int(accelerator.reduce(count))
+        evaluation.num_samples = int(accelerator.reduce(torch.tensor(evaluator.num_samples, device=device)))
     return evaluation
 
 
@@ -132,10 +116,9 @@ class ExitTable:
     """Cost and accuracy of every classifier; `str()` formats it as a table.
 
     Attributes:
-        rows: One dict per classifier, shallow to deep, then the ensemble: exit (its name), exit_idx (0, 1, ...,
-            'main' or 'ens'), tap, params (of the path to the exit
-            and its head), GMACs fixed, GMACs sequential, then in percent top-1, top-5 and ECE, or of several labels
-            per image mAP, micro-F1, macro-F1 and sample-F1.
+        rows: One dict per classifier, shallow to deep, then the ensemble: exit (its name), exit_idx (0, 1, ..., 'main'
+            or 'ens'), tap, params (of the path to the exit and its head), GMACs fixed, GMACs sequential, then in
+            percent top-1, top-5 and ECE, or of several labels per image mAP, micro-F1, macro-F1 and sample-F1.
         num_samples: Images that were counted.
     """
 
@@ -170,20 +153,9 @@ def evaluate(
 
 
 def make_table(
-    model: MultiExitModel,
-    metrics: dict[str, dict[str, float]],
-    *,
-    input_size: tuple[int, int, int],
-    num_samples: int,
+    model: MultiExitModel, metrics: dict[str, dict[str, float]], *, input_size: tuple[int, int, int], num_samples: int
 ) -> ExitTable:
-    """Return the table of costs and metrics.
-
-    Args:
-        model: Gives costs and taps.
-        metrics: As `ExitEvaluator.compute` returns them.
-        input_size: (channels, height, width) that MACs are computed for.
-        num_samples: Images that were counted.
-    """
+    """Return the table of a model's costs at an input size (channels, height, width), and of its metrics."""
     costs = model.cost(input_size)
     taps = {f'exit{idx}': spec.module for idx, spec in enumerate(model.exits.specs)}
     rows = []
@@ -210,11 +182,8 @@ def evaluate_static(
 ) -> list[dict[str, Any]]:
     """Return one row per model: its name, the side of its images, params, GMACs, top-1 and top-5.
 
-    Args:
-        models: Name -> model; one at a time is on the accelerator's device.
-        dataset: What all are evaluated on; its transform stays.
-        create_loader: Called with the dataset and each model's own data configuration.
-        accelerator: Device and precision.
+    One model at a time is on the accelerator's device. Each has loaders of its own data configuration; the transform
+    of the data set stays.
     """
     rows = []
     for name, model in models.items():

@@ -11,18 +11,12 @@ from torch import Tensor
 from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
-MEAN = 'mean'
-
 
 class CalibrationError:
     """Expected calibration error (ECE): the mean gap between confidence and accuracy, in percent.
 
     Samples are binned by their largest softmax probability, in bins of equal width; the gap of a bin is weighted by
     the number of its samples.
-
-    Args:
-        num_bins: Number of bins.
-        device: Device of the running sums.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017, equation 3, with 15 bins as there.
     """
@@ -82,8 +76,7 @@ class ExitEvaluator:
         if not 0 < threshold < 1:
             raise InvalidValueError(f'threshold must be in (0, 1), got {threshold}.')
         self.names = (*exit_names(num_exits), ENSEMBLE) if num_exits else exit_names(0)
-        self.max_samples = max_samples
-        self.multi_label = multi_label
+        self.max_samples, self.multi_label = max_samples, multi_label
         self.default_metric = default_metric(multi_label)
         self.num_samples = 0
         # Batches are cut to max_samples before they reach timm's evaluators.
@@ -162,7 +155,7 @@ def flatten_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, flo
             columns |= {f'{name}_{key}': value for key, value in values.items()}
     single = [values for name, values in metrics.items() if name != ENSEMBLE]
     if len(single) > 1:
-        columns |= {f'{MEAN}_{key}': sum(values[key] for values in single) / len(single) for key in metrics['main']}
+        columns |= {f'mean_{key}': sum(values[key] for values in single) / len(single) for key in metrics['main']}
     return columns
 
 

@@ -11,13 +11,9 @@ Point = tuple[float, float]
 
 
 class Line(NamedTuple):
-    """Points of one color and label.
+    """Points of one label in the legend, joined in their order and drawn by matplotlib's `plot` with `style`.
 
-    Attributes:
-        points: In the order in which they are joined.
-        label: In the legend; None for none.
-        style: Keywords of matplotlib's `plot`.
-        names: Written at the points; none for none.
+    Names, if there are any, are written at the points.
     """
 
     points: Sequence[Point]
@@ -34,14 +30,7 @@ def plot_accuracy_over_macs(
     width: float = 8,
     height: float = 6,
 ) -> Any:
-    """Return a figure of top-1 accuracy over MACs.
-
-    Args:
-        lines: What is drawn, in this order.
-        title: Heading.
-        xlabel: Label of the cost, without its unit.
-        width: In inches.
-        height: In inches.
+    """Return a figure of top-1 accuracy over MACs, width and height in inches, with the unit added to `xlabel`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -64,10 +53,7 @@ def plot_accuracy_over_macs(
 def draw_validation(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, Any], title: str) -> bytes | None:
     """Return a PNG: cost and accuracy of classifiers, policies and static models; None without matplotlib.
 
-    Args:
-        rows: Of `ExitTable`, of a model with exits.
-        sections: Of `Validation`, of which `curve` and `compare` are drawn if they are there.
-        title: Heading of the figure.
+    The rows are those of an `ExitTable`; of the sections of `Validation`, `curve` and `compare` are drawn if present.
     """
     try:
         return encode_png(plot_accuracy_over_macs(validation_lines(rows, sections), title=title))

@@ -14,12 +14,7 @@ from timm_multiexit.utils.text import exit_names, format_table
 
 
 class Calibration(NamedTuple):
-    """The images that thresholds are chosen on.
-
-    Attributes:
-        collected: Their logits.
-        source: Their description.
-    """
+    """The logits of the images that thresholds are chosen on, and a description of the images."""
 
     collected: LogitSet
     source: str
@@ -54,13 +49,8 @@ def format_order(sections: Mapping[str, Any]) -> str:
 def report_curve(meter: PolicyMeter, calibration: Calibration, costs: StageCosts, table: BudgetTable) -> dict[str, Any]:
     """Return the budgeted curve: the field's 39 policies, and those of the search for the same budgets.
 
-    Budgets are costs on the images that thresholds are chosen on; cost and accuracy are those of the reported split.
-
-    Args:
-        meter: Of the reported split.
-        calibration: The images that all thresholds are chosen on.
-        costs: In MACs.
-        table: Policies that the search found on the same images.
+    Budgets are costs on the images that thresholds are chosen on, where the search found its policies too; cost and
+    accuracy are those of the reported split, which is the meter's.
 
     Raises:
         InvalidValueError: The costs are not in MACs.
@@ -130,13 +120,9 @@ def format_latency(latency: Mapping[str, Any]) -> str:
 
 
 def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mapping[str, Any] | None) -> str:
-    """Return the table of policies.
+    """Return the table of policies: what `describe_result` returns, with 'policy' (its name) and 'chosen_on'.
 
-    Args:
-        rows: As `describe_result` returns them, with 'policy' (its name), 'chosen_on', and if timed 'img/s' and
-            'time_ratio'.
-        split: Name of the split that accuracies are of.
-        timing: 'images', 'rounds' and 'device' of the times; None if nothing was timed.
+    If they were timed, rows have 'img/s' and 'time_ratio' too, and `timing` 'images', 'rounds' and 'device'.
     """
     lines = [
         {

@@ -27,14 +27,9 @@ def time_policies(
 ) -> dict[str, dict[str, Any]]:
     """Return img/s and time_ratio, the time relative to plain timm's, of each policy on a batch.
 
-    'plain timm' and 'all exits' are timed with the policies, in turns.
-
-    Args:
-        model: In eval mode.
-        images: A batch [B, C, H, W] on the model's device, of mixed classes: images of one class leave alike.
-        policies: Name -> policy.
-        rounds: How often each is timed; medians are reported.
-        accelerator: Precision; default: that of the model.
+    'plain timm' and 'all exits' are timed with the policies, in turns; numbers are medians of the rounds. The model is
+    in eval mode, the batch [B, C, H, W] on its device and of mixed classes: images of one class leave alike. The
+    precision is the accelerator's, else the model's.
     """
     plain = truncate(model, -1).backbone
     variants: dict[str, Callable[[], object]] = {
@@ -59,19 +54,15 @@ def time_exits(
 ) -> dict[str, Any]:
     """Return the latency of one image to each classifier alone: batch_size, rounds, device, and ms, name -> median.
 
-    Names are 'plain timm', the exits' indices as text, and 'main'. All are timed in turns.
-
-    Args:
-        model: In eval mode.
-        images: [B, C, H, W] on the model's device; the first is timed.
-        rounds: How often each is timed.
-        accelerator: Precision; default: that of the model.
+    Names are 'plain timm', the exits' indices as text, and 'main'. All are timed in turns. The model is in eval mode,
+    the images [B, C, H, W] are on its device, and the first is timed.
     """
-    image, plain = images[:1], truncate(model, -1).backbone
-    variants: dict[str, Callable[[], object]] = {'plain timm': partial(plain, image)}
-    for idx in range(len(model.exits)):
-        variants[str(idx)] = partial(model, image, exit_idx=idx)
-    variants['main'] = partial(model, image)
+    image = images[:1]
+    variants: dict[str, Callable[[], object]] = {
+        'plain timm': partial(truncate(model, -1).backbone, image),
+        **{str(idx): partial(model, image, exit_idx=idx) for idx in range(len(model.exits))},
+        'main': partial(model, image),
+    }
     with accelerator.autocast() if accelerator else nullcontext():
         times = time_interleaved(variants, rounds, image.device)
     ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}

@@ -8,7 +8,6 @@ from timm_multiexit.models.multi_exit import MultiExitModel
 
 # timm's prefixes of names of data sets.
 _READERS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
-
 _FOLDER_READERS = ('image_folder', 'folder')
 
 # Accelerate's names of mixed precision.
@@ -25,12 +24,8 @@ def describe_inputs(
 ) -> dict[str, Any]:
     """Return what results are of, JSON-ready: dataset, input_size, preparation, precision, and weights if given.
 
-    Args:
-        model: The model that was evaluated.
-        data_config: timm's data configuration.
-        dataset: Name of the data set, see `name_dataset`.
-        precision: `mixed_precision` of the accelerator.
-        weights: SHA-256 of the files of weights, see `hash_weights`.
+    The data set is named by `name_dataset`, the precision is `mixed_precision` of the accelerator, and weights are
+    those of `hash_weights`.
     """
     dtype = str(next(model.parameters()).dtype).removeprefix('torch.')
     return {
@@ -61,10 +56,6 @@ def fit_channels(data_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def name_dataset(dataset: str, data_dir: str | None) -> str:
     """Return the name of a data set without timm's prefix, or that of its folder, without folders of this machine.
-
-    Args:
-        dataset: timm's name of the data set; '' for a folder of images.
-        data_dir: The folder of the data.
 
     >>> name_dataset('torch/cifar10', 'data'), name_dataset('', '/data/imagenet/')
     ('cifar10', 'imagenet')

@@ -290,11 +290,7 @@ class Validator:
         return policy
 
     def _add_dynamic(
-        self,
-        validation: Validation,
-        meter: PolicyMeter,
-        policies: Mapping[str, _NamedPolicy],
-        images: Tensor | None,
+        self, validation: Validation, meter: PolicyMeter, policies: Mapping[str, _NamedPolicy], images: Tensor | None
     ) -> None:
         """Add accuracy and cost of policies, and their times if there are images to time."""
         total, main = self.costs.total, validation.table.rows[-2]

@@ -47,15 +47,7 @@ def scale_rows(rows: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
 
 
 def checked_logits(outputs: Any) -> Sequence[torch.Tensor]:
-    """Return the logits of all classifiers.
-
-    Args:
-        outputs: What a model returns with `exits=True`.
-
-    Raises:
-        InvalidTypeError: They have no logits.
-        InvalidValueError: Their shapes differ.
-    """
+    """Return the logits of all classifiers, or raise if they are missing or their shapes differ."""
     logits = getattr(outputs, 'logits', None)
     if not isinstance(logits, (tuple, list)) or not logits:
         raise InvalidTypeError(

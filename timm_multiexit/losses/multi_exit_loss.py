@@ -140,7 +140,6 @@ class MultiExitLoss(nn.Module):
         criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         multi_label: bool = False,
     ):
-        """Keep the settings, which the class describes."""
         super().__init__()
         if output_loss not in OUTPUT_WEIGHTS:
             raise InvalidValueError(f"output_loss must be 'kl', 'mse' or 'bernoulli', got {output_loss!r}.")
@@ -181,24 +180,11 @@ class MultiExitLoss(nn.Module):
             )
 
     def forward(self, outputs: Any, target: torch.Tensor) -> torch.Tensor:
-        """Return the total loss, a scalar with gradient.
-
-        Args:
-            outputs: See `terms`.
-            target: See `terms`.
-
-        Raises:
-            InvalidValueError: See `terms`.
-            InvalidTypeError: See `terms`.
-        """
+        """Return the total loss, a scalar with gradient; see `terms` for arguments and errors."""
         return self.terms(outputs, target).loss
 
     def terms(
-        self,
-        outputs: Any,
-        target: torch.Tensor,
-        outside: torch.Tensor | None = None,
-        kd: KDConfig | None = None,
+        self, outputs: Any, target: torch.Tensor, outside: torch.Tensor | None = None, kd: KDConfig | None = None
     ) -> LossTerms:
         """Return the loss and its parts.
 
@@ -234,10 +220,7 @@ class MultiExitLoss(nn.Module):
         return LossTerms(rows.sum(), *(part.detach() for part in parts))
 
     def check_count(self, count: int) -> None:
-        """Raise if the settings do not fit a model's number of classifiers.
-
-        Args:
-            count: Exits and main.
+        """Raise if the settings do not fit a model's number of classifiers, exits and main.
 
         Raises:
             InvalidValueError: A wrong number of exit weights or of the teacher's weights, a teacher that the model does

@@ -110,14 +110,7 @@ class KDConfig:
 
 
 def checked_teacher(teacher: str | Sequence[int] | None) -> str | tuple[int, ...] | None:
-    """Return the teacher that a user names, with a list as tuple.
-
-    Args:
-        teacher: None, 'main', 'all', or 0-based indices of classifiers; main is -1.
-
-    Raises:
-        InvalidValueError: It is something else.
-    """
+    """Return the teacher that a user names: None, 'main', 'all', or 0-based indices of classifiers as tuple."""
     if teacher is None or (isinstance(teacher, str) and teacher in ('main', 'all')):
         return teacher
     indices = tuple(teacher) if isinstance(teacher, Sequence) and not isinstance(teacher, str) else ()
@@ -130,24 +123,15 @@ def checked_teacher(teacher: str | Sequence[int] | None) -> str | tuple[int, ...
 
 
 def resolve_teacher(teacher: str | tuple[int, ...], weights: DepthWeights, count: int) -> dict[int, float]:
-    """Return the classifiers that teach, as index from 0 -> weight, shallow to deep; the weights sum to 1.
-
-    Args:
-        teacher: As `checked_teacher` returns it, not None.
-        weights: Gives their weights.
-        count: Number of classifiers, main included.
+    """Return who of `count` classifiers teaches, as index from 0 -> weight, shallow to deep; the weights sum to 1.
 
     Raises:
         InvalidValueError: A classifier is not there or is named twice, or there are not as many weights.
 
-    Example:
-        >>> resolve_teacher((-1, 0), DepthWeights(3.0), 2), resolve_teacher((-1, 0), DepthWeights([3.0, 1.0]), 2)
-        ({0: 0.25, 1: 0.75}, {0: 0.25, 1: 0.75})
+    >>> resolve_teacher((-1, 0), DepthWeights(3.0), 2), resolve_teacher((-1, 0), DepthWeights([3.0, 1.0]), 2)
+    ({0: 0.25, 1: 0.75}, {0: 0.25, 1: 0.75})
     """
-    if isinstance(teacher, str):
-        indices = tuple(range(count)) if teacher == 'all' else (-1,)
-    else:
-        indices = teacher
+    indices = {'all': tuple(range(count)), 'main': (-1,)}[teacher] if isinstance(teacher, str) else teacher
     if not all(-count <= idx < count for idx in indices):
         raise InvalidValueError(
             f'teacher must name classifiers by 0 to {count - 1} (main), or from the end by -1 (main) to {-count},'

@@ -72,12 +72,9 @@ class Regime:
 
 
 class RegimeControl:
-    """Applies a regime to a task and its optimizer.
+    """Applies a regime to a task and its optimizer, whose groups of heads are marked by `split_exit_groups`.
 
-    Args:
-        regime: What trains when.
-        task: A `MultiExitTask`, or one without exits, which is left alone.
-        optimizer: Its groups of heads are marked by `split_exit_groups`.
+    A task without exits is left alone.
     """
 
     def __init__(self, regime: Regime, task: TrainingTask, optimizer: torch.optim.Optimizer):
@@ -124,13 +121,10 @@ class RegimeControl:
 def split_exit_groups(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, lr_scale: float = 1.0, *, trains_classifier: bool = False
 ) -> None:
-    """Put the heads' parameters into groups of their own, marked 'is_exit'.
+    """Put the heads' parameters into groups of their own, marked 'is_exit', with `lr_scale` times the learning rate.
 
-    Args:
-        optimizer: Fresh; its groups are changed in place.
-        model: Nothing happens without exits.
-        lr_scale: Factor of the heads' learning rate.
-        trains_classifier: Main's own classifier goes with the heads.
+    The groups of the optimizer, which must be fresh, are changed in place; without exits nothing happens. With
+    `trains_classifier` main's own classifier goes with the heads.
     """
     if not isinstance(model, MultiExitModel):
         return

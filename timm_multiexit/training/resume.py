@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,14 +25,8 @@ from timm_multiexit.utils.files import RESUME, explain_disk_errors, write_text
 _logger = logging.getLogger(__name__)
 
 
-class _ScalerState:
-    """Accelerate's gradient scaler under the name that timm's checkpoints give it."""
-
-    state_dict_key = 'amp_scaler'
-
-    def __init__(self, scaler: Any):
-        self.state_dict = scaler.state_dict
-        self.load_state_dict = scaler.load_state_dict
+# timm's name of a gradient scaler in checkpoints.
+_SCALER_KEY = 'amp_scaler'
 
 
 class RunState:
@@ -43,9 +38,8 @@ class RunState:
         epoch_log: Holds the table.
         record: Stored in `args.yaml` and in checkpoints.
         num_batches: In an epoch.
-        is_decreasing: Whether a lower metric is better.
-        checkpoint_hist: Checkpoints of single epochs that are kept.
         save_epochs: Numbers of completed epochs whose checkpoints are kept in any case.
+        **saver_options: For timm's `CheckpointSaver`.
     """
 
     def __init__(
@@ -56,15 +50,12 @@ class RunState:
         epoch_log: EpochLog,
         record: Any,
         num_batches: int,
-        is_decreasing: bool = False,
-        checkpoint_hist: int = 10,
         save_epochs: Sequence[int] = (),
+        **saver_options: Any,
     ):
         self.task, self.trainer, self.epoch_log, self.record = task, trainer, epoch_log, record
-        self.num_batches, self.is_decreasing = num_batches, is_decreasing
-        self.checkpoint_hist, self.save_epochs = checkpoint_hist, save_epochs
+        self.num_batches, self.save_epochs, self.saver_options = num_batches, save_epochs, saver_options
         self.accelerator, self.optimizer = trainer.accelerator, trainer.raw_optimizer
-        self.scaler = _ScalerState(self.accelerator.scaler) if self.accelerator.scaler else None
         self.saver: RunSaver | None = None
         self._progress_state: dict[str, Any] | None = None
 
@@ -79,26 +70,22 @@ class RunState:
             return
         with explain_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        scaler = self.accelerator.scaler
         self.saver = RunSaver(
             run_state=self._state,
             model=unwrap_model(self.task.get_trainable_module()),
             optimizer=self.optimizer,
             args=self.record,
             task=self.task,
-            amp_scaler=self.scaler,
+            amp_scaler=scaler and SimpleNamespace(state_dict=scaler.state_dict, state_dict_key=_SCALER_KEY),
             checkpoint_dir=str(folder),
             recovery_dir=str(folder),
-            decreasing=self.is_decreasing,
-            max_history=self.checkpoint_hist,
+            **self.saver_options,
         )
         self.saver.clean()
 
     def restore(self, path: Path, *, with_optimizer: bool = True) -> tuple[int, int]:
         """Load a checkpoint and return the epoch and the batch to continue with.
-
-        Args:
-            path: The checkpoint.
-            with_optimizer: Load the optimizer's state too.
 
         Raises:
             CheckpointError: It is of another optimizer, or from the middle of an epoch of other batches.
@@ -110,9 +97,9 @@ class RunState:
             self._check_same_epoch(run, path)
         resume_task_checkpoint(self.task, str(path), log_info=False)
         if with_optimizer:
-            self._restore_optimizer(checkpoint, path)
-            if self.scaler and self.scaler.state_dict_key in checkpoint:
-                self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
+            load_optimizer(self.optimizer, checkpoint, path)
+            if self.accelerator.scaler and _SCALER_KEY in checkpoint:
+                self.accelerator.scaler.load_state_dict(checkpoint[_SCALER_KEY])
         if self.task.has_ema():
             load_task_ema_checkpoint(self.task, str(path))
         saver = self.saver
@@ -127,14 +114,6 @@ class RunState:
             if not batch:
                 self._save_milestone(epoch)  # a kill may have come before it
         return epoch, batch
-
-    def _restore_optimizer(self, checkpoint: dict[str, Any], path: Path) -> None:
-        # The schedule starts from this run's rate.
-        initial = [group.get('initial_lr') for group in self.optimizer.param_groups]
-        load_optimizer(self.optimizer, checkpoint, path)
-        for group, lr in zip(self.optimizer.param_groups, initial):
-            if lr is not None:
-                group['initial_lr'] = lr
 
     def _check_same_epoch(self, run: dict[str, Any], path: Path) -> None:
         """Raise if the rest of an epoch that was begun would be of other batches."""
@@ -160,9 +139,7 @@ class RunState:
                 group['lr'] = lr
         if run['batch']:
             self.trainer.progress = RunningMetrics(
-                len(run['progress']['correct']),
-                self.accelerator.device,
-                multi_label=self.trainer.config.multi_label,
+                len(run['progress']['correct']), self.accelerator.device, multi_label=self.trainer.config.multi_label
             )
             if self.accelerator.is_main_process:
                 self.trainer.progress.load_state_dict(run['progress'])
@@ -194,13 +171,9 @@ class RunState:
             write_text(RunFolder(Path(self.saver.checkpoint_dir)).args_path, text, advice=RESUME)
 
     def save_epoch(self, epoch: int, model: torch.nn.Module, metric: float | None, **described: Any) -> None:
-        """Keep the end of an epoch, and the network as a folder if it is the best so far.
+        """Keep the end of an epoch, and the measured network as a folder if it is the best so far.
 
-        Args:
-            epoch: The epoch that ended, from 0.
-            model: The network that was measured.
-            metric: What it reached; None where nothing was measured.
-            **described: data_config and label_names of `save_pretrained`.
+        The metric is None where nothing was measured; data_config and label_names are for `save_pretrained`.
         """
         if not self.saver:
             return
@@ -275,7 +248,7 @@ def read_position(checkpoint: dict[str, Any]) -> tuple[int, int]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Load a checkpoint's optimizer state.
+    """Load a checkpoint's optimizer state, but for the rate that this run's schedule starts from.
 
     Raises:
         CheckpointError: There is none, or it is of another optimizer or of other parameters.
@@ -285,18 +258,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any],
     own = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
-        _check_settings(own, optimizer.param_groups)
+        for before, after in zip(own, optimizer.param_groups):
+            # torch takes the settings of another optimizer with as many parameters. The schedule may be another one.
+            missing = sorted(before.keys() - after.keys() - {'initial_lr'})
+            if missing:
+                raise ValueError(f'it has no {", ".join(missing)}')
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"The optimizer in {path} does not fit this run's: {str(error).splitlines()[0].rstrip('.')}. Give the flags"
             ' it was trained with, or --no-resume-opt.'
         ) from error
-
-
-def _check_settings(own: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
-    """Raise where torch has loaded the settings of another optimizer: with as many parameters it does not mind."""
-    for before, after in zip(own, loaded):
-        # A schedule, which may be another one now, notes its highest rate there.
-        missing = sorted(before.keys() - after.keys() - {'initial_lr'})
-        if missing:
-            raise ValueError(f'it has no {", ".join(missing)}')
+    for before, after in zip(own, optimizer.param_groups):
+        if before.get('initial_lr') is not None:
+            after['initial_lr'] = before['initial_lr']

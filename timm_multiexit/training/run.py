@@ -83,11 +83,8 @@ class RunData:
         val_loader: Images that the best epoch is chosen on; None for none.
         test_loader: Images of the table at the end; None for none.
         data_config: How images are prepared, as `timm.data.resolve_data_config` returned it.
-        label_names: Names of the classes, None where they are not known.
-        name: Of the data set.
         split: Name of the test images' split.
         chosen_on: Name of the validation images' split, or words for images held out of the training split.
-        is_held_out: Whether they are held out.
     """
 
     train_loader: SeededLoader
@@ -107,26 +104,14 @@ class TrainingRun:
     Args:
         task: What is trained.
         trainer: Trains it; its `on_update` is taken.
-        data: See `RunData`.
-        config: See `RunConfig`.
+        data: What it is trained and evaluated on.
+        config: Settings beside those of the trainer.
         record: What `args.yaml` and timm's checkpoints store of how the run was started.
         folder: Of the run.
-
-    Attributes:
-        num_epochs: Epochs after which the run ends.
-        start_epoch: The first epoch, from 0.
-        start_batch: The first batch of it.
     """
 
     def __init__(
-        self,
-        task: TrainingTask,
-        trainer: Trainer,
-        *,
-        data: RunData,
-        config: RunConfig,
-        record: Any,
-        folder: Path,
+        self, task: TrainingTask, trainer: Trainer, *, data: RunData, config: RunConfig, record: Any, folder: Path
     ):
         self.task, self.trainer, self.data, self.config = task, trainer, data, config
         self.record, self.folder = record, folder
@@ -148,9 +133,9 @@ class TrainingRun:
             epoch_log=self.epoch_log,
             record=record,
             num_batches=len(data.train_loader),
-            is_decreasing=config.is_decreasing,
-            checkpoint_hist=config.checkpoint_hist,
             save_epochs=config.save_epochs,
+            decreasing=config.is_decreasing,
+            max_history=config.checkpoint_hist,
         )
         self.stopper = Stopper(self.accelerator)
         self.start_epoch = self.start_batch = 0
@@ -165,9 +150,8 @@ class TrainingRun:
         config = self.config
         self.state.open(self.folder)
         if config.resume:
-            self.start_epoch, self.start_batch = self.state.restore(
-                config.resume, with_optimizer=config.resumes_optimizer
-            )
+            place = self.state.restore(config.resume, with_optimizer=config.resumes_optimizer)
+            self.start_epoch, self.start_batch = place
         if config.start_epoch is not None:
             self.start_epoch, self.start_batch = config.start_epoch, 0
         updates_done = self.start_epoch * self.updates_per_epoch
@@ -279,12 +263,7 @@ class TrainingRun:
             print('--result\n[' + ',\n '.join(json.dumps(row) for row in rows) + ']', flush=True)
 
     def _report_best(self, files: RunFolder, best_epoch: int | None) -> None:
-        """Print the table of the best network and write it to the folder of the run; all ranks take part.
-
-        Args:
-            files: Of the run.
-            best_epoch: From 0; None where no epoch was chosen.
-        """
+        """Print the table of the best network and write it to the folder of the run; all ranks take part."""
         config, data = self.config, self.data
         best = files.load_best(**self.record.model_kwargs).to(self.accelerator.device)
         result = self._measure(best, data.test_loader)

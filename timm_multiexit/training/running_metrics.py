@@ -15,13 +15,7 @@ _PARTS = LossTerms._fields[1:]
 
 
 class RunningMetrics:
-    """Loss, its parts and top-1 of every classifier in training, over the part of an epoch that is done.
-
-    Args:
-        num_classifiers: Exits and main.
-        device: Where the sums live.
-        multi_label: Targets are [B, C] labels, which have no top-1.
-    """
+    """Loss, its parts and, of single labels, top-1 of every classifier in training, over the epoch so far."""
 
     def __init__(self, num_classifiers: int, device: torch.device, *, multi_label: bool = False):
         self.names = exit_names(num_classifiers - 1)
@@ -36,15 +30,10 @@ class RunningMetrics:
 
     @torch.no_grad()
     def update(self, result: dict[str, Any], target: Tensor, batch_idx: int) -> Tensor:
-        """Add a batch.
+        """Add a batch, given what the task returned (timm's own tasks have one loss and no parts).
 
-        Args:
-            result: What the task returned; timm's own tasks have one loss and no parts.
-            target: Class indices [B], or probabilities or labels [B, C].
-            batch_idx: Of the batch in its epoch.
-
-        Returns:
-            The batch's own numbers on the device, in the order of `columns`: [1 + 5 K] for K classifiers.
+        Targets are class indices [B], or probabilities or labels [B, C]. The batch's own numbers are returned on the
+        device, in the order of `columns`: [1 + 5 K] for K classifiers.
         """
         size = len(target)
         logits = torch.stack([single.detach() for single in result.get('logits', [result['output']])])  # [K, B, C]
@@ -96,16 +85,10 @@ class RunningMetrics:
             value.copy_(state[key])
 
     def metrics(self, state: dict[str, Any] | None = None) -> dict[str, float]:
-        """Return means: loss, the parts of it that were there, top-1 in percent and loss per classifier.
-
-        Args:
-            state: What `state_dict` returned; without it this rank's sums.
-        """
+        """Return means of a state or of this rank: loss, its parts, top-1 in percent and loss per classifier."""
         sums = state or self.sums
         count = max(int(sums['num_samples']) if state else self.num_samples, 1)
-        means = {'loss': float(sums['loss']) / count}
-        for key in _PARTS:
-            means[key] = float(sums[key].sum()) / count
+        means = {key: float(sums[key].sum()) / count for key in ('loss', *_PARTS)}
         for name, correct in zip(self.names, [] if self.multi_label else sums['correct'].tolist()):
             means[f'{name}_top1'] = 100.0 * correct / count
         for name, task in zip(self.names, sums['task'].tolist()):

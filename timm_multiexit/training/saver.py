@@ -17,16 +17,13 @@ from timm_multiexit.evaluation.stamp import fit_channels
 from timm_multiexit.utils.files import explain_disk_errors
 
 _OLD_BEST_NAME = '.best-old'
-
 _NEW_BEST_NAME = '.best-new'
 
 
 class RunSaver(CheckpointSaver):
     """timm's saver, with files that are there whole or not at all, and with where the run stands.
 
-    Args:
-        run_state: Returns what the run needs to be resumed besides weights and optimizer: plain values and tensors.
-        **kwargs: For timm's `CheckpointSaver`.
+    `run_state` returns what the run needs to be resumed besides weights and optimizer: plain values and tensors.
     """
 
     def __init__(self, *, run_state: Callable[[], dict[str, Any]], **kwargs: Any):
@@ -60,13 +57,7 @@ class RunSaver(CheckpointSaver):
     def save_best(
         self, model: nn.Module, *, data_config: dict[str, Any] | None = None, label_names: list[str] | None = None
     ) -> None:
-        """Write a network to the folder `best` in one move; before `save_checkpoint`, which says that it was the best.
-
-        Args:
-            model: The network.
-            data_config: For `save_pretrained`.
-            label_names: For `save_pretrained`.
-        """
+        """Write a network to the folder `best` in one move; call it before `save_checkpoint`, which notes the best."""
         best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
         shutil.rmtree(new, ignore_errors=True)
         with explain_disk_errors(best):

@@ -45,11 +45,7 @@ class Summary:
     def add(self, epoch: int, train: Mapping[str, float], eval: Mapping[str, float], lr: float) -> None:
         """Add the row of an epoch; rows of this epoch and of later ones, left by an earlier run, are dropped.
 
-        Args:
-            epoch: From 0.
-            train: Metric -> number over the epoch, main's or the whole's under bare names (`loss`, `exit0_top1`).
-            eval: The same of the evaluation (`loss`, `top1`, `exit0_top1`); empty if there was none.
-            lr: Learning rate of the epoch's last step.
+        Metrics of main or the whole have bare names (`loss`, `exit0_top1`); `eval` is empty if there was no evaluation.
         """
         row = {'epoch': int(epoch), 'lr': float(lr)}
         row |= {f'train_{key}': float(value) for key, value in train.items()}
@@ -76,17 +72,16 @@ class Summary:
         self._rows = [dict(row) for row in state['rows']]
 
 
+def eval_column(name: str, metric: str) -> str:
+    """Return the column of a classifier's metric; main's has timm's name."""
+    return f'eval_{metric}' if name == 'main' else f'eval_{name}_{metric}'
+
+
 def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Sequence[str], title: str = '') -> bool:
-    """Draw accuracy of every classifier, and both losses, over the epochs.
+    """Draw accuracy of every classifier that is named, shallow to deep, and both losses, over the epochs.
 
-    Args:
-        path: The PNG file, replaced as a whole.
-        rows: As `Summary.rows` gives them; numbers that are missing or not finite are left out.
-        names: Classifiers, shallow to deep, with main and, if it is to be drawn, the ensemble.
-        title: Heading of the figure.
-
-    Returns:
-        False, and nothing is written, where matplotlib is not installed.
+    Numbers that are missing or not finite are left out. The PNG file is replaced as a whole; where matplotlib is not
+    installed nothing is written, and the answer is False.
     """
     try:
         figure = new_figure(11, 4.5, title)
@@ -99,11 +94,8 @@ def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Se
     else:
         accuracy_axes, loss_axes = figure.subplots(1, 2, width_ratios=(2, 1))
         _draw_accuracy(accuracy_axes, rows, names, metric)
-    for key, label, style in (
-        ('train_loss', 'training, all classifiers', '-'),
-        ('eval_loss', 'evaluation, main', '--'),
-    ):
-        _draw_line(loss_axes, rows, key, label=label, color='black', linestyle=style)
+    _draw_line(loss_axes, rows, 'train_loss', label='training, all classifiers', color='black', linestyle='-')
+    _draw_line(loss_axes, rows, 'eval_loss', label='evaluation, main', color='black', linestyle='--')
     _finish_axes(loss_axes, 'loss')
     with replacing(path, advice=RESUME) as draft:
         draft.write_bytes(encode_png(figure))
@@ -117,8 +109,7 @@ def _draw_accuracy(axes: Any, rows: Sequence[Mapping[str, float]], names: Sequen
         style: dict[str, Any] = {'color': 'black', 'linestyle': '--'}
         if name != ENSEMBLE:
             style = {'color': colors[name], 'linewidth': 3 if name == 'main' else 1.5}
-        key = f'eval_{metric}' if name == 'main' else f'eval_{name}_{metric}'
-        _draw_line(axes, rows, key, label='ensemble' if name == ENSEMBLE else name, **style)
+        _draw_line(axes, rows, eval_column(name, metric), label='ensemble' if name == ENSEMBLE else name, **style)
     _finish_axes(axes, {'top1': 'top-1 accuracy, %', 'map': 'mean average precision, %'}[metric])
 
 

@@ -17,14 +17,7 @@ TRACKERS = {'tensorboard': is_tensorboard_available, 'wandb': is_wandb_available
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """Where numbers of a run are logged.
-
-    Attributes:
-        names: Keys of `TRACKERS`.
-        project: Of Weights & Biases.
-        tags: Of the run there.
-        resume_id: Of a run there that is resumed.
-    """
+    """Where numbers of a run are logged: keys of `TRACKERS`, and settings of Weights & Biases."""
 
     names: Sequence[str] = ()
     project: str | None = None
@@ -33,11 +26,7 @@ class TrackerConfig:
 
 
 def check_trackers(names: Sequence[str] | None) -> None:
-    """Check that every tracker of `--log-with` is known and installed.
-
-    Raises:
-        InvalidValueError: One is not.
-    """
+    """Raise if a tracker of `--log-with` is unknown or not installed."""
     for name in names or ():
         if name not in TRACKERS:
             raise InvalidValueError(f"--log-with must be {' or '.join(TRACKERS)}, got '{name}'.")
@@ -57,23 +46,13 @@ def flatten_config(values: Mapping[str, Any]) -> dict[str, bool | int | float | 
 
 
 def start_trackers(
-    accelerator: Accelerator,
-    config: TrackerConfig,
-    folder: Path | str,
-    *,
-    record: Mapping[str, Any],
-    step: int = 0,
+    accelerator: Accelerator, config: TrackerConfig, folder: Path | str, *, record: Mapping[str, Any], step: int = 0
 ) -> None:
     """Start the trackers on the main process; `accelerator.end_training` finishes them.
 
-    TensorBoard writes into `folder/tensorboard`, Weights & Biases beside it into `folder/wandb`.
-
-    Args:
-        accelerator: Made without `log_with`: there, TensorBoard would have to know its folder at once.
-        config: Which trackers.
-        folder: Of the run; its name is that of the run at Weights & Biases.
-        record: Stored as the configuration of the run.
-        step: Updates before this start, of a resumed run; TensorBoard hides what was logged after them.
+    TensorBoard writes into `folder/tensorboard`, Weights & Biases beside it into `folder/wandb`, where the run has the
+    name of the folder. The accelerator must be made without `log_with`: TensorBoard would have to know its folder at
+    once. A resumed run starts after `step` updates; TensorBoard hides what was logged after them.
 
     Raises:
         InvalidValueError: A tracker is unknown or not installed.
@@ -87,8 +66,7 @@ def start_trackers(
     startup_errors: tuple[type[Exception], ...] = ()
     if 'tensorboard' in config.names:
         # Steps from `purge_step` on are hidden; the epoch that ended with `step` was logged with that number.
-        purge_step = step + 1 if step else None
-        trackers.append(TensorBoardTracker('tensorboard', str(folder), purge_step=purge_step))
+        trackers.append(TensorBoardTracker('tensorboard', str(folder), purge_step=step + 1 if step else None))
     if 'wandb' in config.names:
         startup_errors = (importlib.import_module('wandb').Error,)
         resume = dict(id=config.resume_id, resume='must') if config.resume_id else {}
@@ -104,25 +82,13 @@ def start_trackers(
 
 
 def log_step(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:
-    """Log numbers of a batch under `train_step/`; without trackers nothing happens.
-
-    Args:
-        accelerator: Whose trackers were started.
-        values: Name -> number, e.g. `loss`, `output_distance`, `exit0_loss`, `main_top1`, `lr`, `img_per_s`.
-        step: Updates so far.
-    """
+    """Log numbers of a batch under `train_step/` after so many updates; without trackers nothing happens."""
     if accelerator.trackers:
         accelerator.log({f'train_step/{key}': float(value) for key, value in values.items()}, step=step)
 
 
 def log_epoch(accelerator: Accelerator, row: Mapping[str, float], step: int) -> None:
-    """Log a row of the summary under `train/` and `eval/`, `epoch` and `lr` under `train/`.
-
-    Args:
-        accelerator: Whose trackers were started.
-        row: One of `Summary.rows`.
-        step: Updates so far.
-    """
+    """Log a row of the summary under `train/` and `eval/`, `epoch` and `lr` under `train/`, after so many updates."""
     if not accelerator.trackers:
         return
     parts = {key: ('eval' if key.startswith('eval_') else 'train') for key in row}

@@ -98,14 +98,8 @@ class Trainer:
         regime: RegimeControl | None = None,
         on_update: Callable[['Trainer'], None] | None = None,
     ):
-        self.task = task
-        self.optimizer = optimizer
-        self.accelerator = accelerator
-        self.config = config
-        self.scheduler = scheduler
-        self.mixup_fn = mixup_fn
-        self.regime = regime
-        self.on_update = on_update
+        self.task, self.optimizer, self.accelerator, self.config = task, optimizer, accelerator, config
+        self.scheduler, self.mixup_fn, self.regime, self.on_update = scheduler, mixup_fn, regime, on_update
         self.raw_optimizer = raw = getattr(optimizer, 'optimizer', optimizer)
         # Accelerate's wrapper searches the disk for a package at every step; only loss scaling needs it.
         self._stepping = optimizer if accelerator.scaler else raw
@@ -218,10 +212,8 @@ class Trainer:
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         self.images = images
-        scale = 1.0
-        if config.loss_scale != 'none':
-            scale = len(images) / config.batch_size
-            scale = math.sqrt(scale) if config.loss_scale == 'sqrt' else scale
+        size = len(images) / config.batch_size
+        scale = {'none': 1.0, 'sqrt': math.sqrt(size), 'linear': size}[config.loss_scale]
         with self.accelerator.autocast():
             try:
                 result = self.task(images, target)
@@ -269,8 +261,8 @@ class Trainer:
         for name in progress.names:
             top1 = '' if self.config.multi_label else f' {means[f"{name}_top1"]:.1f}%'
             parts.append(f'{name} {means[f"{name}_loss"]:.3f}{top1}')
-        parts += [f'lr {self.learning_rate:.2e}']
-        parts += [f'{self.images_per_second:.0f} img/s, {100 * self.data_share:.0f}% of it waiting for data']
+        parts.append(f'lr {self.learning_rate:.2e}')
+        parts.append(f'{self.images_per_second:.0f} img/s, {100 * self.data_share:.0f}% of it waiting for data')
         _logger.info(
             f'Train {self.epoch + 1:>3}/{self.config.epochs} [{self.batch:>4}/{num_batches}]  {" | ".join(parts)}'
         )
@@ -278,18 +270,10 @@ class Trainer:
 
 def show_progress(
     batches: Iterable[Any], *, is_shown: bool, total: int | None = None, description: str = ''
-) -> Iterable[Any]:
-    """Return the batches, which draw a bar on stderr while they are used if `is_shown`; log lines go above it.
-
-    Args:
-        batches: What to go through.
-        is_shown: False returns `batches` itself, as it should be on all processes but the main one.
-        total: How many there are, if `batches` has no length.
-        description: Text before the bar.
-    """
-    return _draw_bar(batches, total, description) if is_shown else batches
-
-
-def _draw_bar(batches: Iterable[Any], total: int | None, description: str) -> Iterator[Any]:
-    with logging_redirect_tqdm():
-        yield from tqdm(batches, desc=description, total=total, leave=False, unit='batch', dynamic_ncols=True)
+) -> Iterator[Any]:
+    """Yield the batches; if `is_shown`, as on the main process alone, with a bar on stderr and log lines above it."""
+    if is_shown:
+        with logging_redirect_tqdm():
+            yield from tqdm(batches, desc=description, total=total, leave=False, unit='batch', dynamic_ncols=True)
+    else:
+        yield from batches
