@@ -35,7 +35,7 @@ def test_logits_are_of_eval_mode(model):
     loader = DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4)))
     with pytest.raises(MultiExitError, match='model.eval'):
         collect_logits(model.train(), loader)
-    with pytest.raises(MultiExitError, match='no batch'):
+    with pytest.raises(MultiExitError, match='loader is empty'):
         collect_logits(model.eval(), [])
 
 
