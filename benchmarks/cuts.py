@@ -67,13 +67,7 @@ def _find_paths(plain: nn.Module, spec: ExitSpec, images: Tensor) -> Iterator[Ne
                     # The index as a default, since the loop continues.
                     yield lambda x, idx=idx: plain.forward_intermediates(x, indices=[idx], stop_early=True, **kwargs)[0]
     layers = nn.Sequential(*_layers_up_to(plain, spec.module.split('.')))
-    yield lambda x: to_map(
-        layers(x),
-        spec.layout,
-        image_size=(x.shape[-2], x.shape[-1]),
-        reduction=spec.reduction,
-        num_prefix_tokens=spec.num_prefix_tokens,
-    )
+    yield lambda x: to_map(layers(x), spec, x.shape[-2:])
 
 
 def _layers_up_to(module: nn.Module, path: list[str]) -> Iterator[nn.Module]:

@@ -15,6 +15,7 @@ from torch import nn
 
 import timm_multiexit as tme
 from timm_multiexit.exits.layouts import to_map
+from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.models.attach import attach_exits
 
 
@@ -179,7 +180,8 @@ def test_tokens_become_a_map_with_rows_from_top_to_bottom_and_columns_from_left_
     height, width = grid
     places = [[-1.0, -1.0]] * num_prefix_tokens + [[row, col] for row in range(height) for col in range(width)]
     tokens = torch.tensor([places, [[-1.0 - row, 100.0 + col] for row, col in places]])  # [2, L, 2]
-    result = to_map(tokens, 'NLC', num_prefix_tokens=num_prefix_tokens, image_size=(16 * height, 16 * width))
+    spec = ExitSpec('blocks', 2, 1, 'conv', layout='NLC', num_prefix_tokens=num_prefix_tokens)
+    result = to_map(tokens, spec, (16 * height, 16 * width))
     assert result.shape == (2, 2, height, width)
     for row in range(height):
         for col in range(width):

@@ -63,7 +63,7 @@ class Exits:
         return [*(self.run_head(idx, tensor) for idx, tensor in enumerate(tensors)), output]
 
     @torch.no_grad()
-    def infer(self, x, policy, *, can_leave=(True,) * NUM_EXITS, bucket_sizes=None):
+    def infer(self, x, policy, *, can_leave=(True,) * NUM_EXITS, bucket_sizes=()):
         route = Route(policy, self.run_head, can_leave=can_leave, bucket_sizes=bucket_sizes)
         route.begin(len(x), x.device)
         return route.finish(self.taps.visit(self.chain, x, route.visit))
@@ -73,7 +73,7 @@ def make_images(count):
     return torch.randn(count, 6, 1, 1) * torch.rand(count, 1, 1, 1) * 3
 
 
-@pytest.mark.parametrize('bucket_sizes', [None, (4, 16, 32), (1, 2, 4, 8, 16, 32, 64)], ids=['exact', 'few', 'powers'])
+@pytest.mark.parametrize('bucket_sizes', [(), (4, 16, 32), (1, 2, 4, 8, 16, 32, 64)], ids=['exact', 'few', 'powers'])
 @pytest.mark.parametrize('can_leave', [(True, True, True), (False, True, True), (True, False, True), (False,) * 3])
 def test_route_equals_simulation_for_random_policies_and_batches(can_leave, bucket_sizes):
     draw = random.Random(0)

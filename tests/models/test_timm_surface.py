@@ -121,7 +121,7 @@ def test_vit_of_flexible_size_answers_at_several_sizes_one_after_the_other():
         grid = model.backbone.patch_embed.dynamic_feat_size(size)
         assert grid == (size[0] // 16, size[1] // 16)
         spec = model.exits.specs[0]
-        tapped = to_map(tokens, spec.layout, num_prefix_tokens=spec.num_prefix_tokens, image_size=size)
+        tapped = to_map(tokens, spec, size)
         assert tapped.shape == (1, 64, *grid)
         logits, _ = model.exits[0](tapped)
         assert_close(model(images, exit_idx=0), logits)

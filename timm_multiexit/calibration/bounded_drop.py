@@ -18,9 +18,7 @@ def find_path(policies: Sequence[ExitPolicy], logits: Sequence[Tensor]) -> list[
     The most accurate policy on some samples may leave early already. Before it come those by which only the surest
     eighth, two eighths, ... of the samples leave that leave by it at each exit.
 
-    Args:
-        policies: Dearest first.
-        logits: Of the samples that they were found on.
+    The policies come dearest first, the logits are of the samples that they were found on.
     """
     policies = [policy for policy in policies if policy.used]
     if not policies or policies[0].criterion == 'patience':
@@ -44,13 +42,7 @@ def find_path(policies: Sequence[ExitPolicy], logits: Sequence[Tensor]) -> list[
 def measure_drops(
     path: Sequence[ExitPolicy], chosen_on: PolicyMeter, tested_on: PolicyMeter
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each policy the losses of the tested samples and of those it was chosen on, as `last_safe` takes them.
-
-    Args:
-        path: The policies.
-        chosen_on: Of the samples that the path was chosen on.
-        tested_on: Of others.
-    """
+    """Yield for each policy its losses on the tested samples and on those it was chosen on, for `last_safe`."""
     for policy in path:
         main = ExitPolicy(thresholds=(None,) * len(policy.thresholds))
         tested, past = (drop_losses(meter.is_right(policy), meter.is_right(main)) for meter in (tested_on, chosen_on))
@@ -97,12 +89,7 @@ def p_value(losses: Tensor, limit: float, *, past: Tensor, delta: float = 0.1) -
 
 
 def drop_losses(correct: Tensor, reference: Tensor) -> Tensor:
-    """Return losses in [0, 1] whose mean is (1 + drop in accuracy) / 2.
-
-    Args:
-        correct: [N] bool, whether the policy answers right.
-        reference: [N] bool, whether main does.
-    """
+    """Return losses in [0, 1] whose mean is (1 + drop in accuracy) / 2, of whether policy and main are right [N]."""
     return (1 + reference.double() - correct.double()) / 2
 
 

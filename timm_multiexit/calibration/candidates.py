@@ -18,9 +18,7 @@ from timm_multiexit.policies.leaving import walk
 from timm_multiexit.policies.policy import CRITERIA, ExitPolicy
 
 _RIDGE = 20.0  # as if so many samples spoke against another classifier's confidence
-
 _ALL_SETS = 4  # exits up to which all sets of them are tried
-
 _RELUCTANCE = 0.01  # right answers that a policy without temperatures must be ahead, so that it wins no tie
 
 
@@ -31,10 +29,7 @@ def rank_scores(eagerness: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_geometrically(ranks: Tensor) -> Tensor:
-    """Return the cuts of the field's 39 policies, [39, E] int64, -1 for an exit that is not used.
-
-    Args:
-        ranks: [E, N] int64, as in `HeldOut`.
+    """Return the cuts of the field's 39 policies, [39, E] int64, -1 for an exit not used; ranks as in `HeldOut`.
 
     Source: see `timm_multiexit.calibration.thresholds.solve_budgeted_batch`.
     """
@@ -75,18 +70,10 @@ def list_used_sets(policy: ExitPolicy) -> list[tuple[int, ...]]:
 
 
 class Candidates:
-    """The policies that use one set of exits, on held-out samples.
+    """The policies that use one set of exits, on held-out samples: logits [N, C] per classifier, targets [N] int64.
 
-    Args:
-        base: Criterion, temperatures and combination; its thresholds do not matter.
-        used: The exits.
-        logits: One [N, C] float tensor per classifier, main last.
-        targets: [N] int64 class indices.
-        worth: [U + 1, N] float tensor, the probability that each classifier is right if that is known.
-        is_bare: Whether the field's policies are all there are.
-
-    Raises:
-        InvalidValueError: Temperatures of another number of classifiers.
+    Of `base` the thresholds do not matter. `worth`, a [U + 1, N] float tensor, is the probability that each classifier
+    is right if that is known; with `is_bare` the field's policies are all there are.
     """
 
     def __init__(
@@ -117,6 +104,7 @@ class Candidates:
         self.correct = torch.stack(correct)
         self.worth = _expect(torch.stack(odds, 1), self.correct) if worth is None else worth
         self.ranks, self.cuts = torch.cat(ranks), tuple(cuts)
+        self.lowest = torch.tensor([-1 if base.is_memoryless else int(each[0]) for each in cuts], dtype=torch.int64)
 
     def without_temperatures(self, logits: Sequence[Tensor], targets: Tensor) -> 'Candidates':
         """Return the field's policies alone, on logits as they are; arguments as above."""
@@ -128,9 +116,7 @@ class Candidates:
     def _make_thresholds(self, values: Tensor, place: int) -> tuple[Tensor, int, int]:
         """Return the threshold of every cut of an exit, and the smallest and the largest cut that are allowed.
 
-        Args:
-            values: [D], its distinct scores, the most eager first, times the sign.
-            place: Its place among the used exits.
+        The values are its distinct scores [D] times the sign, the most eager first; the place is among the used exits.
         """
         if self.base.criterion == 'patience':
             nobody, everybody = place + 1.0, 1.0
@@ -148,22 +134,17 @@ class Candidates:
     def search(self, costs: StageCosts) -> tuple[Tensor, ...]:
         """Return the policies that were found for costs of one unit.
 
-        Args:
-            costs: What leaving costs.
-
         Returns:
             Cuts [P, U]; how many leave at each classifier [P, E + 1]; right answers [P]; those expected [P]; mean cost
             as a share of the plain backbone [P]; which ones are the field's [P].
         """
-        may_skip = self.base.is_memoryless
-        held_out = HeldOut(self.ranks, self.correct, self.worth, costs.relative(self.used), self.cuts, may_skip)
+        shares = costs.relative(self.used)
+        held_out = HeldOut(self.ranks, self.correct, self.worth, shares, self.cuts, self.base.is_memoryless)
         field = self._field_cuts()
         if self.is_bare:
             pool = field
         elif self.used:
-            careful = [-1 if may_skip else int(cuts[0]) for cuts in self.cuts]
-            pool = search(held_out, torch.cat([torch.tensor([careful]), field]))
-            pool = torch.cat([field, pool])
+            pool = torch.cat([field, search(held_out, torch.cat([self.lowest[None], field]))])
         else:
             pool = field.new_zeros(1, 0)
         used_counts, right, expected = held_out.outcome(pool)
@@ -178,8 +159,7 @@ class Candidates:
         if self.base.criterion == 'patience' or len(self.used) < self.num_exits:
             return torch.zeros(0, len(self.used), dtype=torch.int64)
         cuts = split_geometrically(self.ranks)
-        lowest = torch.tensor([-1 if self.base.is_memoryless else int(each[0]) for each in self.cuts])
-        return cuts.clamp(min=lowest, max=torch.tensor([int(each[-1]) for each in self.cuts]))
+        return cuts.clamp(min=self.lowest, max=torch.tensor([int(each[-1]) for each in self.cuts]))
 
     def to_policy(self, cuts: Tensor) -> ExitPolicy:
         """Return the policy of some cuts [U]."""
@@ -193,9 +173,7 @@ class Candidates:
 def _expect(odds: Tensor, correct: Tensor) -> Tensor:
     """Return the probability that each classifier is right on each sample, [K, N] float32.
 
-    Args:
-        odds: [N, K] float64, log-odds of each classifier's confidence.
-        correct: [K, N] bool.
+    The odds are the log-odds of each classifier's confidence, [N, K] float64; `correct` is [K, N] bool.
     """
     odds = (odds - odds.mean(0)) / odds.std(0, correction=0).clamp(min=1e-6)
     features = torch.cat([odds, torch.ones_like(odds[:, :1])], 1)  # [N, K + 1]

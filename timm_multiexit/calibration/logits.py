@@ -44,10 +44,7 @@ class LogitSet(NamedTuple):
 def fingerprint(images: Tensor) -> Tensor:
     """Return a number per image, [B] int64 on the CPU: equal for equal images, else equal by a chance of about 2^-64.
 
-    It does not depend on the rest of the batch nor on the device, as sums of floats would.
-
-    Args:
-        images: [B, C, H, W], of floats.
+    It does not depend on the rest of the batch [B, C, H, W] of floats nor on the device, as sums of floats would.
     """
     bits = images.contiguous().flatten(1)
     bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])  # [B, C * H * W]

@@ -27,7 +27,8 @@ class PolicyMeter:
         costs: What leaving costs.
 
     Raises:
-        InvalidValueError: The logits are NaN, empty or of different shapes, or there is not one target for each sample.
+        InvalidValueError: The logits are NaN, empty or of different shapes, or there is not one target for each sample;
+            by the methods, the policy is for another number of exits.
     """
 
     def __init__(self, logits: Sequence[Tensor], targets: Tensor, costs: StageCosts):
@@ -36,11 +37,7 @@ class PolicyMeter:
         self._visits: dict[ExitPolicy, list[Visit]] = {}
 
     def visits(self, policy: ExitPolicy) -> list[Visit]:
-        """Return (classifier, whether its answer is right [N], score [N]) of what the policy looks at.
-
-        Raises:
-            InvalidValueError: The policy is for another number of exits.
-        """
+        """Return (classifier, whether its answer is right [N], score [N]) of what the policy looks at."""
         main = len(self._logits) - 1
         policy.check_exits(main)
         is_seen = [policy.is_memoryless or idx in policy.used for idx in range(main)]
@@ -52,22 +49,14 @@ class PolicyMeter:
         return [visit for visit in self._visits[key] if visit[0] in (*policy.used, main)]
 
     def is_right(self, policy: ExitPolicy) -> Tensor:
-        """Return which samples a policy answers right, [N] bool.
-
-        Raises:
-            InvalidValueError: The policy is for another number of exits.
-        """
+        """Return which samples a policy answers right, [N] bool."""
         right = torch.zeros_like(self._targets, dtype=torch.bool)
         for _, is_right, leaves in assign(policy, self.visits(policy)):
             right |= is_right & leaves
         return right
 
     def measure(self, policy: ExitPolicy) -> PolicyResult:
-        """Return accuracy, shares and cost of a policy.
-
-        Raises:
-            InvalidValueError: The policy is for another number of exits.
-        """
+        """Return accuracy, shares and cost of a policy."""
         counts, num_right = [0] * len(self._logits), 0
         for idx, is_right, leaves in assign(policy, self.visits(policy)):
             counts[idx] = int(leaves.sum())

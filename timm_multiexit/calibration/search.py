@@ -15,9 +15,7 @@ from timm_multiexit.calibration.stage_costs import StageCosts
 _NUM_CUTS = 100  # candidates per exit; twice as many gained nothing on fresh samples
 
 _NUM_PRICES = 40
-
 _MAX_SWEEPS = 12
-
 _MAX_ELEMENTS = 4_000_000  # of one [policies, samples] tensor; more policies are done in parts
 
 
@@ -42,10 +40,7 @@ class HeldOut:
     may_skip: bool = True
 
     def outcome(self, policies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what policies give.
-
-        Args:
-            policies: [P, E] int64, one cut per exit.
+        """Return what policies [P, E] give.
 
         Returns:
             How many leave at each classifier [P, E + 1] and right answers [P], int64; and how many of those are
@@ -92,11 +87,6 @@ class HeldOut:
 def choose_cuts(ranks: Tensor, lowest: int, highest: int) -> Tensor:
     """Return the cuts to try at an exit: the smallest and the largest allowed and quantiles between, [M] int64, rising.
 
-    Args:
-        ranks: [N] int64, as in `HeldOut`.
-        lowest: Smallest cut that is allowed.
-        highest: Largest cut that is allowed, not below `lowest`.
-
     >>> choose_cuts(torch.tensor([2, 0, 1, 1]), lowest=1, highest=3)
     tensor([1, 2, 3])
     """
@@ -106,15 +96,11 @@ def choose_cuts(ranks: Tensor, lowest: int, highest: int) -> Tensor:
 
 
 def search(held_out: HeldOut, starts: Tensor) -> Tensor:
-    """Return policies with good trade-offs, [P, E] int64, the `starts` among them.
+    """Return policies with good trade-offs, [P, E] int64, the `starts` [S, E] among them.
 
     For a range of prices of cost, coordinate ascent in the expected right answers less what they cost, first from the
     first start and the best one, then from the best of all that was found; in the end every policy that differs from
     a good one at one exit is looked at, to fill the gaps that a price cannot reach.
-
-    Args:
-        held_out: The samples.
-        starts: [S, E] int64, policies to start from.
     """
     prices = torch.cat([torch.zeros(1), torch.logspace(-2.5, 1, _NUM_PRICES)])
     pool, begin = starts, starts[:1].expand(len(prices), -1)
@@ -138,10 +124,6 @@ def _best(held_out: HeldOut, pool: Tensor, prices: Tensor) -> Tensor:
 def front(right: Tensor, cost: Tensor) -> Tensor:
     """Return the places of those that nothing as cheap equals in right answers, cheapest first.
 
-    Args:
-        right: [Q], more is better.
-        cost: [Q].
-
     >>> front(torch.tensor([5, 7, 6, 7]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
     tensor([0, 1])
     """
@@ -152,12 +134,9 @@ def front(right: Tensor, cost: Tensor) -> Tensor:
 
 
 def ascend(held_out: HeldOut, policies: Tensor, prices: Tensor) -> Tensor:
-    """Return policies that no other cut of a single exit betters, [P, E] int64.
+    """Return policies that no other cut of a single exit betters, [P, E] int64, starting from these.
 
-    Args:
-        held_out: The samples.
-        policies: [P, E] int64, to start from.
-        prices: [P] float32, right answers that one unit of cost is worth.
+    A price, [P] float32, is how many right answers one unit of cost is worth.
     """
     bins, parts = held_out.bins(), []
     for part, price in zip(policies.split(held_out.part_size), prices.split(held_out.part_size)):
@@ -200,14 +179,9 @@ def _sum_bins(values: Tensor, bins: Tensor, num_cuts: int) -> Tensor:
 
 
 def neighbours(held_out: HeldOut, policies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all policies that differ from one of these at one exit, found as in `ascend`.
+    """Return all policies that differ from one of these [P, E] at one exit, found as in `ascend`.
 
-    Args:
-        held_out: The samples.
-        policies: [P, E] int64.
-
-    Returns:
-        The policies [Q, E], right answers that are expected [Q], and mean cost per sample [Q], float64.
+    The policies are [Q, E]; with them come expected right answers [Q] and mean cost per sample [Q], float64.
     """
     parts = [_neighbours(held_out, part) for part in policies.split(held_out.part_size)]
     others, expected, cost = (torch.cat(part) for part in zip(*parts))

@@ -59,11 +59,7 @@ class StageCosts:
 
     @classmethod
     def from_exit_costs(cls, costs: Sequence[ExitCost]) -> 'StageCosts':
-        """Return the costs in MACs.
-
-        Args:
-            costs: `model.cost()`: one per classifier, main last.
-        """
+        """Return the costs in MACs of `model.cost()`: one per classifier, main last."""
         paths = tuple(cost.fixed.macs - cost.head.macs for cost in costs)
         return cls(paths, tuple(cost.head.macs for cost in costs[:-1]))
 
@@ -78,28 +74,15 @@ class StageCosts:
         return self.paths[-1] + sum(self.heads)
 
     def leaving(self, used: Sequence[int]) -> tuple[float, ...]:
-        """Return the cost of leaving at each classifier, main last.
-
-        Args:
-            used: The exits that a policy uses; the others are neither run nor charged.
-        """
+        """Return the cost of leaving at each classifier, main last; exits not used are neither run nor charged."""
         return tuple(add_heads(self.paths, self.heads, used))
 
     def average(self, used: Sequence[int], counts: Sequence[int]) -> float:
-        """Return the mean cost per image.
-
-        Args:
-            used: The exits that a policy uses.
-            counts: How many images leave at each classifier, main last.
-        """
+        """Return the mean cost per image, by how many leave at each classifier, main last."""
         return sum(cost * count for cost, count in zip(self.leaving(used), counts)) / sum(counts)
 
     def mean(self, policy: ExitPolicy, exit_idx: Tensor) -> float:
-        """Return the mean cost per image.
-
-        Args:
-            policy: The policy.
-            exit_idx: [N] int64 tensor, where each image left (`Prediction.exit_idx`).
+        """Return the mean cost per image of a policy, by where each image left, [N] int64 (`Prediction.exit_idx`).
 
         Raises:
             InvalidValueError: The policy is for another number of exits.
@@ -108,12 +91,7 @@ class StageCosts:
         return self.average(policy.used, torch.bincount(exit_idx.cpu(), minlength=len(self.paths)).tolist())
 
     def averages(self, is_used: Tensor, counts: Tensor) -> Tensor:
-        """Return `average` of many policies at once, [P] float64.
-
-        Args:
-            is_used: [P, E] bool, the exits that each uses.
-            counts: [P, E + 1] int64, how many images leave at each classifier, main last.
-        """
+        """Return `average` of many policies, [P] float64, by used exits [P, E] bool and counts [P, E + 1] int64."""
         paths, heads = (torch.tensor(costs, dtype=torch.float64) for costs in (self.paths, self.heads))
         spent = torch.nn.functional.pad(heads * is_used, (0, 1)).cumsum(1)  # [P, E + 1]
         return ((paths + spent) * counts).sum(1) / counts.sum(1)
@@ -127,25 +105,14 @@ class StageCosts:
 def describe_policy(
     policy: ExitPolicy, counts: Sequence[int], num_right: int, costs: Sequence[StageCosts]
 ) -> PolicyResult:
-    """Return what a policy gives.
-
-    Args:
-        policy: The policy.
-        counts: How many samples leave at each classifier, main last.
-        num_right: How many are answered right.
-        costs: What leaving costs, in each unit that is known.
-    """
+    """Return what a policy gives where `counts` samples leave at each classifier, main last, for costs in each unit."""
     num = sum(counts)
     means = {each.unit.lower(): each.average(policy.used, counts) for each in costs}
     return PolicyResult(policy, 100 * num_right / num, tuple(count / num for count in counts), **means)
 
 
 def checked_costs(costs: StageCosts | Sequence[ExitCost], num_exits: int) -> StageCosts:
-    """Return the costs of so many exits.
-
-    Raises:
-        InvalidValueError: They are of another number of exits.
-    """
+    """Return the costs as `StageCosts`; raise `InvalidValueError` unless they are of so many exits."""
     costs = costs if isinstance(costs, StageCosts) else StageCosts.from_exit_costs(costs)
     if len(costs.heads) != num_exits:
         raise InvalidValueError(
@@ -159,14 +126,9 @@ def checked_costs(costs: StageCosts | Sequence[ExitCost], num_exits: int) -> Sta
 def measure_stages(
     backbone: nn.Module, taps: Taps, images: Tensor, *, run_head: RunHead, rounds: int = 10
 ) -> StageCosts:
-    """Return the medians of the times to each tap and of each head, in milliseconds per image.
+    """Return the medians of the times to each tap and of each head, in milliseconds per image of a batch [B, C, H, W].
 
-    Args:
-        backbone: In eval mode.
-        taps: Its taps.
-        images: A batch [B, C, H, W].
-        run_head: Gives an exit's logits.
-        rounds: Turns of each part; they interleave, so that a busy machine slows all alike.
+    The turns of the parts interleave, so that a busy machine slows all alike.
     """
     tensors = [taps.stop(backbone, images, idx) for idx in range(len(taps.names))]
     variants: dict[str, Callable[[], object]] = {'main': partial(backbone, images)}
@@ -181,9 +143,5 @@ def measure_stages(
 
 
 def describe_times(images: Tensor) -> str:
-    """Return what times of a batch must be stamped with: hardware, device and batch size.
-
-    Args:
-        images: The batch [B, C, H, W] that was timed.
-    """
+    """Return what times of a batch must be stamped with: hardware, device and batch size."""
     return f'{describe_environment()["hardware"]}, {images.device}, batch of {len(images)}'

@@ -199,9 +199,8 @@ def search_budgets(
         for policy, counts, right in _search(sets, each):
             points.setdefault(policy, describe_policy(policy, counts, right, all_costs))
     unit = all_costs[0].unit
-    known = {each.unit.lower(): each for each in all_costs}
-    totals = {f'total_{name}': each.total for name, each in known.items()}
-    totals |= {f'max_{name}': each.largest for name, each in known.items()}
+    totals = {f'total_{each.unit.lower()}': each.total for each in all_costs}
+    totals |= {f'max_{each.unit.lower()}': each.largest for each in all_costs}
     ordered = sorted(points.values(), key=lambda point: (point.cost(unit), point.accuracy))
     return BudgetTable(tuple(ordered), **totals, measured_on=measured_on)
 

@@ -45,17 +45,13 @@ class ExitCost:
 
 
 AnyCost = TypeVar('AnyCost', float, Cost)
-
 AnyModule = TypeVar('AnyModule', bound=nn.Module)
 
 
 def add_heads(paths: Sequence[AnyCost], heads: Sequence[AnyCost], used: Collection[int]) -> list[AnyCost]:
     """Return the cost of leaving at each classifier, main last: the path to it and the used heads up to there.
 
-    Args:
-        paths: Cost of the backbone up to each tap, and of all of it last; one more than `heads`.
-        heads: Cost of each head.
-        used: The exits that are run; the others cost nothing.
+    `paths` are the costs of the backbone up to each tap, and of all of it last: one more than `heads`.
 
     >>> add_heads([10.0, 20.0, 40.0], [3.0, 2.0], used=(1,))
     [10.0, 22.0, 42.0]
@@ -68,11 +64,7 @@ def add_heads(paths: Sequence[AnyCost], heads: Sequence[AnyCost], used: Collecti
 
 
 def combine_costs(paths: Sequence[Cost], heads: Sequence[Cost]) -> tuple[ExitCost, ...]:
-    """Return the cost of every classifier, shallow to deep, main last.
-
-    Args:
-        paths: Cost of the backbone up to each tap, and of all of it last; one more than `heads`.
-        heads: Cost of each head.
+    """Return the cost of every classifier, shallow to deep, main last; arguments as for `add_heads`.
 
     >>> costs = combine_costs([Cost(10), Cost(20), Cost(40)], [Cost(3), Cost(2)])
     >>> [cost.fixed.macs for cost in costs], [cost.sequential.macs for cost in costs]
@@ -85,44 +77,35 @@ def combine_costs(paths: Sequence[Cost], heads: Sequence[Cost]) -> tuple[ExitCos
     )
 
 
-class CostMeter:
+class CostMeter(TorchDispatchMode):
     """Counts what runs inside its `with` block.
 
-    MACs come from torch's flop counter, halved; a parameter counts once an operation has read it.
-
-    Args:
-        module: The module whose parameters count, on the meta device or a real one.
+    MACs come from torch's flop counter, halved; a parameter of the module, which may be on the meta device, counts once
+    an operation has read it.
     """
 
     def __init__(self, module: nn.Module):
+        super().__init__()
         self._flops = FlopCounterMode(display=False)
-        self._reads = _ParameterReads(module)
+        self._sizes = {id(param): param.numel() for param in module.parameters()}
+        self._read: set[int] = set()
 
     def __enter__(self) -> 'CostMeter':
         self._flops.__enter__()
-        self._reads.__enter__()
+        super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._reads.__exit__(*error)
+        super().__exit__(*error)
         self._flops.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._read.update(self._sizes.keys() & {id(leaf) for leaf in tree_leaves((args, kwargs))})
+        return func(*args, **(kwargs or {}))
 
     def read(self) -> Cost:
         """Return the cost so far; MACs of the whole batch that was run."""
-        return Cost(self._flops.get_total_flops() // 2, sum(self._reads.read.values()))
-
-
-class _ParameterReads(TorchDispatchMode):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self._sizes = {id(param): param.numel() for param in module.parameters()}
-        self.read: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if id(leaf) in self._sizes:
-                self.read[id(leaf)] = self._sizes[id(leaf)]
-        return func(*args, **(kwargs or {}))
+        return Cost(self._flops.get_total_flops() // 2, sum(self._sizes[param] for param in self._read))
 
 
 def meta_copy(module: AnyModule) -> AnyModule:

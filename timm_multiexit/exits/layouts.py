@@ -7,34 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_multiexit.exits.spec import ExitSpec
 
-def to_map(
-    x: Tensor,
-    layout: str,
-    *,
-    image_size: tuple[int, int],
-    reduction: int = 1,
-    num_prefix_tokens: int = 0,
-) -> Tensor:
-    """Return what a backbone's module gives as a map [B, C, H, W].
 
-    Args:
-        x: [B, C, H, W], [B, H, W, C] or tokens [B, L, C], as `layout` ('NCHW', 'NHWC', 'NLC') says.
-        layout: See `x`.
-        image_size: Height and width of the images, for the shape of the grid of tokens.
-        reduction: Pixels of the image per token along one side.
-        num_prefix_tokens: Tokens in front of the grid, which are left out.
+def to_map(x: Tensor, spec: ExitSpec, image_size: Sequence[int]) -> Tensor:
+    """Return what an exit's module gives, [B, C, H, W], [B, H, W, C] or tokens [B, L, C], as a map [B, C, H, W].
+
+    The height and width of the images tell the shape of the grid of tokens.
     """
-    if layout == 'NCHW':
+    if spec.layout == 'NCHW':
         return x
-    if layout == 'NHWC':
+    if spec.layout == 'NHWC':
         return x.permute(0, 3, 1, 2)
-    x = x[:, num_prefix_tokens:]
-    height = _grid_height(x.shape[1], image_size, reduction)
+    x = x[:, spec.num_prefix_tokens :]
+    height = _grid_height(x.shape[1], image_size, spec.reduction)
     return x.transpose(1, 2).unflatten(2, (height, -1))  # [B, C, H, W]
 
 
-def _grid_height(length: int, image_size: tuple[int, int], reduction: int) -> int:
+def _grid_height(length: int, image_size: Sequence[int], reduction: int) -> int:
     """Return the height of a grid of so many tokens over an image: by its reduction, rounded up or down, or its aspect.
 
     Backbones that pad or crop by their own rule fit no reduction exactly; then the divisor of the aspect nearest to the
@@ -50,13 +40,10 @@ def _grid_height(length: int, image_size: tuple[int, int], reduction: int) -> in
 
 
 def combine_features(entering: Sequence[Tensor]) -> Tensor:
-    """Return main's features [B, D] of what entered its classifiers.
+    """Return main's features [B, D] of what entered its classifiers, [B, D], [B, D, 1, 1] or [B, L, D] tensors.
 
     Several of one width are averaged, as distilled models average their logits; of several widths (the branches of
     multi-scale models) they are concatenated. Of a sequence of tokens the first counts, which attention pools read.
-
-    Args:
-        entering: [B, D], [B, D, 1, 1] or [B, L, D] tensors.
     """
     flat = [tensor[:, 0] if tensor.ndim == 3 else tensor.flatten(1) for tensor in entering]
     if len({tensor.shape[1] for tensor in flat}) > 1:
@@ -65,16 +52,12 @@ def combine_features(entering: Sequence[Tensor]) -> Tensor:
 
 
 def read_layout(
-    tensor: Tensor,
-    entry: Mapping[str, Any],
-    input_size: tuple[int, int, int],
+    tensor: Tensor, entry: Mapping[str, Any], input_size: tuple[int, int, int]
 ) -> tuple[str, int, int, tuple[int, int]] | None:
     """Return layout, prefix tokens, channels and (height, width) of a tensor, None if it is not a map.
 
-    Args:
-        tensor: Of one image, on the meta device.
-        entry: What `feature_info` has of the stage, and 'last', whether maps are NHWC where it leaves a doubt.
-        input_size: (channels, height, width) of the image.
+    The tensor is of one image; `entry` is what `feature_info` has of the stage, and 'last', whether maps are NHWC where
+    it leaves a doubt.
     """
     if tensor.shape[0] != 1:  # not one row per image: the inner tokens of TNT
         return None

@@ -19,7 +19,6 @@ from timm_multiexit.utils.errors import InvalidValueError, is_integer
 
 _logger = logging.getLogger(__name__)
 
-
 # A head of a type that offers several widths takes the widest one that costs at most this share of the backbone's
 # MACs: less than half of what is allowed, since dynamic inference runs every head on the way.
 HEAD_MACS_FRAC = 0.04
@@ -51,7 +50,8 @@ def place_exits(
         exits = preset['exits']
         if head_widths is None and HEADS[head].is_paper:
             head_widths = preset['head_widths']
-    survey = survey_backbone(backbone, _named(exits), input_size)
+    names = [item for item in exits if isinstance(item, str)] if isinstance(exits, (list, tuple)) else []
+    survey = survey_backbone(backbone, names, input_size)
     points = _choose(backbone, exits, survey)
     if head_widths is not None and len(head_widths) != len(points):
         raise InvalidValueError(f'head_widths must have one list per exit ({len(points)}), got {len(head_widths)}.')
@@ -67,16 +67,8 @@ def resolve_input_size(backbone: nn.Module, input_size: Sequence[int] | None) ->
     return channels, height, width
 
 
-def _named(exits: ExitsArg) -> tuple[str, ...]:
-    return tuple(item for item in exits if isinstance(item, str)) if isinstance(exits, (list, tuple)) else ()
-
-
 def stage_points(backbone: nn.Module, survey: Survey) -> tuple[ExitPoint, ...]:
-    """Return the stages that exits can be attached to, shallow to deep.
-
-    Raises:
-        InvalidValueError: None of the backbone's stages can be tapped.
-    """
+    """Return the stages that can have exits, shallow to deep; raise `InvalidValueError` unless there is one."""
     if not survey.stages:
         reasons = [f'{name}: {reason}' for name, reason in survey.rejected.items()] or ['it names none']
         more = f'; {len(reasons) - 1} more like it' if len(reasons) > 1 else ''
@@ -149,25 +141,14 @@ def _legal(survey: Survey) -> str:
 
 
 def _build_spec(
-    point: ExitPoint,
-    head: str,
-    survey: Survey,
-    widths: tuple[int, ...] | None,
-    num_classes: int,
+    point: ExitPoint, head: str, survey: Survey, widths: tuple[int, ...] | None, num_classes: int
 ) -> ExitSpec:
     """Return the exit at a point, its widths given or found by the head's rule and the cost it may have."""
     # The nearest count where sizes are not powers of two apart (299 pixels, say).
     halvings = max(1, round(math.log2(point.size[0] / survey.stages[-1].size[0])))
     kind = HEADS[head]
-    spec = ExitSpec(
-        module=point.module,
-        channels=point.channels,
-        reduction=point.reduction,
-        head=head,
-        layout=point.layout,
-        num_prefix_tokens=point.num_prefix_tokens,
-        output=point.output,
-    )
+    same = ('module', 'channels', 'reduction', 'layout', 'num_prefix_tokens', 'output')
+    spec = ExitSpec(head=head, **{name: getattr(point, name) for name in same})
     if widths is not None:
         most = kind.num_widths(halvings)
         # The paper's heads may end on a larger map than the last stage's.
@@ -180,14 +161,11 @@ def _build_spec(
         return replace(spec, widths=widths)
     candidates = kind.candidates(point.channels, survey.num_features, halvings)
     most_macs = min(HEAD_MACS_FRAC * survey.total.macs, SPARED_FRAC * (survey.total.macs - point.cost.macs))
-    for widths in candidates[:-1]:
-        if _head_macs(replace(spec, widths=widths), point, num_classes) <= most_macs:
-            return replace(spec, widths=widths)
-    spec = replace(spec, widths=candidates[-1])
-    if len(candidates) > 1 and _head_macs(spec, point, num_classes) > most_macs:
-        _logger.warning(
-            f'No head at {point.module} is as cheap as it should be; the narrowest is taken: {spec.widths}.'
-        )
+    for widths in candidates:
+        spec = replace(spec, widths=widths)
+        if len(candidates) == 1 or _head_macs(spec, point, num_classes) <= most_macs:
+            return spec
+    _logger.warning(f'No head at {point.module} is as cheap as it should be; the narrowest is taken: {spec.widths}.')
     return spec
 
 

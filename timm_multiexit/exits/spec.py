@@ -65,10 +65,7 @@ class ExitSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> 'ExitSpec':
-        """Return the exit that `to_dict` wrote.
-
-        Args:
-            values: A mapping with this class's fields; other keys are left out.
+        """Return the exit that `to_dict` wrote; keys that are not fields of this class are left out.
 
         Raises:
             CheckpointError: A field is missing, or `values` is not a mapping.

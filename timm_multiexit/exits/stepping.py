@@ -40,8 +40,7 @@ class Stepper:
     a second thread would bring a second pool of OpenMP threads. What torch keeps per thread (gradient mode, inference
     mode, autocast) is not part of a greenlet: both sides get theirs back at every switch.
 
-    Args:
-        function: Called with `pause`, which hands a value to `resume` and returns when it is called again.
+    The function is called with `pause`, which hands a value to `resume` and returns when it is called again.
     """
 
     def __init__(self, function: Callable[[Callable[[Any], None]], Any]):
@@ -51,9 +50,7 @@ class Stepper:
         self._modes: _Modes | None = None
 
     def resume(self) -> tuple[bool, Any]:
-        """Run to the next value.
-
-        To be called in the thread that made this.
+        """Run to the next value, in the thread that made this.
 
         Returns:
             (False, value) as `pause` was given it, or (True, value) as the function returned it.

@@ -101,13 +101,11 @@ def survey_backbone(backbone: nn.Module, names: Sequence[str], input_size: tuple
     taps = Taps(taps_at, classifier_names(backbone), outputs=[None] * len(taps_at))
     arrivals, output, total = _run(backbone, taps, input_size)
     points, rejected = [], {}
-    is_channels_last = _is_channels_last(
-        arrivals, [entries[stages[name]] if name in stages else {} for name in taps_at]
-    )
+    known = [entries[stages[name]] if name in stages else {} for name in taps_at]
+    last = _is_channels_last(arrivals, known)
     for idx, name in enumerate(taps_at):
-        index = stages.get(name)
-        entry = {} if index is None else entries[index]
-        point = _read_point(name, index, {**entry, 'last': is_channels_last}, arrivals.get(idx, []), input_size)
+        entry = {**known[idx], 'last': last}
+        point = _read_point(name, stages.get(name), entry, arrivals.get(idx, []), input_size)
         if isinstance(point, str):
             rejected[name] = point
         else:
@@ -135,9 +133,7 @@ def _check_names(backbone: nn.Module, names: Sequence[str], modules: Mapping[str
 
 
 def _run(
-    backbone: nn.Module,
-    taps: Taps,
-    input_size: tuple[int, int, int],
+    backbone: nn.Module, taps: Taps, input_size: tuple[int, int, int]
 ) -> tuple[dict[int, list[_Arrival]], Tensor | None, Cost]:
     copy = meta_copy(backbone)
     meter = CostMeter(copy)
@@ -169,11 +165,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _read_point(
-    name: str,
-    index: int | None,
-    entry: Mapping[str, Any],
-    arrivals: list[_Arrival],
-    input_size: tuple[int, int, int],
+    name: str, index: int | None, entry: Mapping[str, Any], arrivals: list[_Arrival], input_size: tuple[int, int, int]
 ) -> ExitPoint | str:
     """Return the exit point that a module's output is, or why it cannot be one."""
     if len(arrivals) != 1:

@@ -81,18 +81,16 @@ class Taps:
         """Put hooks where they are missing: at first, and where a module was replaced since (sync-BN, freezing)."""
         modules = [backbone.get_submodule(name) for name in (*self.names, *self.classifiers)]
         for idx, module in enumerate(modules):
-            if not self._is_hooked(module, idx):
-                # Two threads that both find it missing would hook it twice, and count an exit twice from then on.
-                with _install_lock:
-                    self._hook(module, idx)
-
-    def _hook(self, module: nn.Module, idx: int) -> None:
-        if self._is_hooked(module, idx):
-            return
-        if idx < len(self.names):
-            module.register_forward_hook(partial(self._on_output, idx))
-        else:
-            module.register_forward_pre_hook(partial(self._on_input, idx))
+            if self._is_hooked(module, idx):
+                continue
+            # Two threads that both find it missing would hook it twice, and count an exit twice from then on.
+            with _install_lock:
+                if self._is_hooked(module, idx):
+                    continue
+                if idx < len(self.names):
+                    module.register_forward_hook(partial(self._on_output, idx))
+                else:
+                    module.register_forward_pre_hook(partial(self._on_input, idx))
 
     def remove(self, backbone: nn.Module) -> None:
         """Take the hooks away again."""
@@ -153,10 +151,7 @@ class Taps:
         return output, cast(list[Tensor], tensors[:num_taps]), entering
 
     def stop(self, backbone: nn.Module, x: Tensor, idx: int) -> Tensor:
-        """Run the backbone up to tap `idx`, nothing after it.
-
-        Returns:
-            The tensor that arrived there.
+        """Run the backbone up to tap `idx`, nothing after it, and return the tensor that arrived there.
 
         Raises:
             RuntimeError: The tap did not fire.
@@ -179,13 +174,8 @@ class Taps:
         While it waits the model is as outside of a forward. Closing the iterator ends the forward. It runs without
         gradients: what gradient checkpointing sets up would be in force for the caller while it waits.
 
-        Args:
-            backbone: The module that `install` was called on, or a copy of it.
-            x: Input batch, [B, C, H, W].
-            read: Called with (tap index, tensor).
-
-        Returns:
-            By the generator's return value: the backbone's output.
+        Backbone and input are as for `visit`; `read` is called with (tap index, tensor). The generator returns the
+        backbone's output.
         """
 
         @torch.no_grad()
@@ -291,13 +281,6 @@ def resolve_tap(backbone: nn.Module, name: str) -> str:
     With gradient checkpointing timm runs the children of a plain `nn.Sequential` one by one and never calls the
     container, so that a hook on it stays silent; a `ModuleList` is never called. A subclass with a forward of its own
     is called, and kept.
-
-    Args:
-        backbone: The module that holds the stage.
-        name: Name of the stage, as in `named_modules()`.
-
-    Raises:
-        AttributeError: The module does not exist.
     """
     module: Any = backbone.get_submodule(name)
     while (type(module).forward is nn.Sequential.forward or isinstance(module, nn.ModuleList)) and len(module):

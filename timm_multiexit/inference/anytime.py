@@ -8,11 +8,7 @@ from timm_multiexit.utils.errors import StateError
 
 
 class OwnThread:
-    """An iterator that can only be continued in the thread of its first step.
-
-    Args:
-        steps: What it iterates over; it is closed with this.
-    """
+    """An iterator over `steps`, closed with it, that can only be continued in the thread of its first step."""
 
     def __init__(self, steps: Generator[Any, None, None]):
         self._steps = steps

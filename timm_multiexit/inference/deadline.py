@@ -14,15 +14,11 @@ Clock = Callable[[torch.device], float]
 
 # Nearly the longest of the last times of a part is expected: by their median every other answer would be late.
 NUM_REMEMBERED = 32
-
 QUANTILE = 0.9
 
 HOPE = 1e-4
-
 NUM_LATEST = 3  # of the first stage, whose median says how fast the machine is just now
-
 NUM_FORMS = 16
-
 NUM_PROBES = 3
 
 
@@ -32,10 +28,7 @@ class PartTimes:
     Times are kept as multiples of what the first stage took just then, which always runs: a part that is not run for a
     while is assumed to have become slower or faster as that one has. Besides, with every call that does not reach it a
     part is assumed to be faster by a ten-thousandth, so that it is tried again in the end. Otherwise one slow moment
-    would keep a model from its later exits for good.
-
-    Args:
-        num_exits: Exits, without main.
+    would keep a model from its later exits for good. The number of exits is without main.
     """
 
     def __init__(self, num_exits: int):
@@ -149,7 +142,6 @@ def learn_times(
         # The first forward of a form is slow, and not remembered.
         part_times = times if probe else PartTimes(len(taps.names))
         timed = _Timed(part_times, run_head, lambda: clock(x.device))
-
         taps.visit(backbone, x, timed.visit)
         timed.arrive(len(taps.names))
     return times
@@ -200,14 +192,8 @@ def predict_by_deadline(
 ) -> Prediction:
     """Return the deepest answer that is there before the deadline; if none can be, the shallowest exit's.
 
-    Args:
-        backbone: In eval mode.
-        taps: Its taps.
-        x: Images, [B, C, H, W].
-        times: What is known of such inputs; what is measured on the way is added.
-        deadline_ms: Milliseconds from now, above 0.
-        run_head: Gives an exit's logits.
-        clock: Which time counts, in seconds.
+    The backbone is in eval mode, images are [B, C, H, W], the deadline is in milliseconds from now, above 0; the clock
+    tells seconds. What is measured on the way is added to `times`, which is what is known of such inputs.
     """
     timed = _Timed(times, run_head, lambda: clock(x.device))
     race = _Race(timed, deadline_ms / 1e3)

@@ -26,22 +26,17 @@ class Route:
         can_leave: For each exit, whether samples can leave the batch at its tap. Where they cannot, those that have
             decided stay in it as ballast until a tap where they can leave, or until all have decided.
         bucket_sizes: Batch sizes to continue with, rising: what is left is filled up to the next of them, so that
-            compiled code meets few sizes. None for any size.
+            compiled code meets few sizes. Empty for any size.
     """
 
     def __init__(
-        self,
-        policy: ExitPolicy,
-        run_head: RunHead,
-        *,
-        can_leave: Sequence[bool],
-        bucket_sizes: Sequence[int] | None = None,
+        self, policy: ExitPolicy, run_head: RunHead, *, can_leave: Sequence[bool], bucket_sizes: Sequence[int] = ()
     ):
         self._policy = policy
         self._run = PolicyRun(policy)
         self._run_head = run_head
         self._can_leave = can_leave
-        self._bucket_sizes = tuple(bucket_sizes or ())
+        self._bucket_sizes = tuple(bucket_sizes)
         self._used = frozenset(policy.used)
         self._visited: set[int] = set()
         self._answers: list[Tensor] = []
@@ -95,10 +90,7 @@ class Route:
         return self._continue(idx, order[: self._num_open])
 
     def finish(self, logits: Tensor | None) -> Prediction:
-        """Return the answers in input order.
-
-        Args:
-            logits: Main's, [N, C], of the samples that are left; None if nobody is left.
+        """Return the answers in input order, given main's logits [N, C] of those that are left; None if nobody is.
 
         Raises:
             RuntimeError: The forward has come to its end without all used exits.
@@ -156,12 +148,7 @@ def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
     """Return for each tap whether samples can leave the batch there, found by trying.
 
     They cannot where something else than the tapped tensor carries the whole batch on: a shortcut around the tap, a
-    second branch, the output of an earlier stage.
-
-    Args:
-        backbone: In eval mode.
-        taps: Its taps.
-        input_size: (channels, height, width) of an image.
+    second branch, the output of an earlier stage. The backbone is in eval mode, an image (channels, height, width).
 
     Raises:
         StateError: Its logits are not finite.

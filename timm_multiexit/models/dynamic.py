@@ -33,12 +33,8 @@ def run_policy(
     _check_input(model, x)
     policy = _choose_policy(model, policy, threshold, budget)
     policy.check_exits(len(model.exits))
-    route = Route(
-        policy,
-        model._head_runner(x.shape[-2:]),
-        can_leave=model.can_leave,
-        bucket_sizes=_check_bucket_sizes(bucket_sizes),
-    )
+    sizes = _check_bucket_sizes(bucket_sizes)
+    route = Route(policy, model._head_runner(x.shape[-2:]), can_leave=model.can_leave, bucket_sizes=sizes)
     with torch.no_grad():
         route.begin(len(x), x.device)
         return route.finish(model._taps.visit(model.backbone, x, route.visit))

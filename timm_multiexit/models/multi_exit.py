@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.exits.cost import Cost, CostMeter, ExitCost, combine_costs, meta_copy
 from timm_multiexit.exits.heads import ExitHead
 from timm_multiexit.exits.layouts import combine_features, to_map
+from timm_multiexit.exits.placement import resolve_input_size
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.taps import RunHead, Taps, classifier_names
 from timm_multiexit.inference.anytime import OwnThread
@@ -41,21 +41,15 @@ class MultiExitModel(TimmSurface):
         exits: The heads, and where each is attached.
         policy: Where images leave when `infer` is not told; None until the model is calibrated or it is set.
         budgets: The policies that `calibrate` found for many budgets; None until then.
-        input_size: See above.
-        hub_commit: Commit of the repository that the weights are from.
         origin: What the weights started from, where `create_model` made them.
 
     Raises:
         InvalidValueError: The backbone has no classifier module, or a tapped module does not exist.
     """
 
-    exits: Exits
     policy: ExitPolicy | None
     budgets: BudgetTable | None
-    input_size: tuple[int, int, int]
-    _taps: Taps
     _can_leave: tuple[bool, ...] | None
-    _time_book: TimeBook
 
     def __init__(
         self,
@@ -69,15 +63,10 @@ class MultiExitModel(TimmSurface):
         self.backbone = backbone
         self._frozen_names: tuple[str, ...] = ()
         self.origin: Origin | None = None
-        channels, height, width = input_size or get_model_input_config(backbone)['input_size']
-        self.input_size = (channels, height, width)
+        self.input_size = resolve_input_size(backbone, input_size)
         heads = [
             ExitHead(
-                spec.head,
-                in_chans=spec.channels,
-                widths=spec.widths,
-                num_classes=self.num_classes,
-                drop_rate=drop_rate,
+                spec.head, in_chans=spec.channels, widths=spec.widths, num_classes=self.num_classes, drop_rate=drop_rate
             )
             for spec in specs
         ]
@@ -93,9 +82,7 @@ class MultiExitModel(TimmSurface):
         specs = self.exits.specs
         self._forget_inference()
         self._taps = Taps(
-            [spec.module for spec in specs],
-            classifier_names(self.backbone),
-            outputs=[spec.output for spec in specs],
+            [spec.module for spec in specs], classifier_names(self.backbone), outputs=[spec.output for spec in specs]
         )
         try:
             self._taps.install(self.backbone)
@@ -107,13 +94,7 @@ class MultiExitModel(TimmSurface):
         self.policy, self.budgets, self._can_leave = None, None, None
         self._time_book = TimeBook()
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        exits: bool = False,
-        exit_idx: int | None = None,
-    ) -> Tensor | ExitOutputs:
+    def forward(self, x: Tensor, *, exits: bool = False, exit_idx: int | None = None) -> Tensor | ExitOutputs:
         """Return main's logits, everybody's, or one exit's.
 
         Args:
@@ -147,16 +128,7 @@ class MultiExitModel(TimmSurface):
 
     def _run_head(self, idx: int, tensor: Tensor, image_size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return logits and features of exit `idx` for the tensor at its tap; images are (height, width)."""
-        spec = self.exits.specs[idx]
-        return self.exits[idx](
-            to_map(
-                tensor,
-                spec.layout,
-                image_size=(image_size[0], image_size[1]),
-                reduction=spec.reduction,
-                num_prefix_tokens=spec.num_prefix_tokens,
-            )
-        )
+        return self.exits[idx](to_map(tensor, self.exits.specs[idx], image_size))
 
     def _head_runner(self, image_size: Sequence[int]) -> RunHead:
         """Return what gives an exit's logits for the tensor at its tap, of images of (height, width)."""
@@ -392,10 +364,7 @@ class MultiExitModel(TimmSurface):
                 head.projector = nn.Linear(width, main).to(param.device, param.dtype)
 
     def drop_exits(self, exits: Sequence[int]) -> None:
-        """Remove exits for good; the others keep their order and weights.
-
-        Args:
-            exits: Which, 0 is the shallowest.
+        """Remove exits for good, 0 is the shallowest; the others keep their order and weights.
 
         Raises:
             InvalidValueError: An exit does not exist.

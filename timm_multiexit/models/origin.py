@@ -32,12 +32,9 @@ class Origin(NamedTuple):
 
 
 def find_origin(pretrained_cfg: Mapping[str, Any], *, pretrained: bool, has_file: bool = False) -> Origin:
-    """Return what a model of timm's registry started from.
+    """Return what a model of timm's registry started from, with or without a checkpoint file loaded over its weights.
 
-    Args:
-        pretrained_cfg: Of the created model: what timm resolved the name, old or new, and all keywords to.
-        pretrained: Whether weights were loaded.
-        has_file: Whether a checkpoint file was loaded over them.
+    The configuration is that of the created model: what timm resolved the name, old or new, and all keywords to.
 
     >>> import timm
     >>> find_origin(timm.get_pretrained_cfg('resnet18.fb_swsl_ig1b_ft_in1k').to_dict(), pretrained=True)

@@ -38,17 +38,9 @@ class Exits(nn.ModuleList):
         self.specs = tuple(specs)
 
     def __str__(self) -> str:
-        return format_table(
-            [
-                {
-                    'exit': idx,
-                    'tap': spec.module,
-                    'channels': spec.channels,
-                    'reduction': spec.reduction,
-                    'head': spec.head,
-                    'widths': '-'.join(map(str, spec.widths)),
-                    'params': sum(param.numel() for param in head.parameters()),
-                }
-                for idx, (spec, head) in enumerate(zip(self.specs, self))
-            ]
-        )
+        rows = []
+        for idx, (spec, head) in enumerate(zip(self.specs, self)):
+            row = {'exit': idx, 'tap': spec.module, 'channels': spec.channels, 'reduction': spec.reduction}
+            row |= {'head': spec.head, 'widths': '-'.join(map(str, spec.widths))}
+            rows.append(row | {'params': sum(param.numel() for param in head.parameters())})
+        return format_table(rows)

@@ -50,10 +50,7 @@ class TimmSurface(nn.Module):
         """The backbone's configuration: where its weights come from and how its input is made."""
         return self.backbone.pretrained_cfg
 
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        """The same under timm's older name."""
-        return self.backbone.pretrained_cfg
+    default_cfg = pretrained_cfg  # timm's older name
 
     def get_classifier(self) -> nn.Module:
         """Return main's classifier."""

@@ -73,13 +73,7 @@ class TruncatedModel(TimmSurface):
         if self.spec is None:
             return super().forward_features(x)
         self._check_gradient()
-        return to_map(
-            self._taps.stop(self.backbone, x, 0),
-            self.spec.layout,
-            image_size=(x.shape[-2], x.shape[-1]),
-            reduction=self.spec.reduction,
-            num_prefix_tokens=self.spec.num_prefix_tokens,
-        )
+        return to_map(self._taps.stop(self.backbone, x, 0), self.spec, x.shape[-2:])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits [B, C], or what enters the classifier, of the map that `forward_features` gives."""
@@ -142,14 +136,7 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
 
 
 def _cut(model: MultiExitModel, idx: int, twin: nn.Module, read: set[int]) -> TruncatedModel:
-    """Return exit `idx` with what it reads.
-
-    Args:
-        model: The model.
-        idx: The exit, from 0.
-        twin: A copy of it without data, on which the exit was run.
-        read: Ids of the twin's tensors that the exit read.
-    """
+    """Return exit `idx` with what it reads: `read` has the ids of those tensors of `twin`, a copy without data."""
     spec = model.exits.specs[idx]
     pairs = list(zip(model.modules(), twin.modules(), strict=True))
     on_path = _path(model.backbone, spec.module)

@@ -15,11 +15,9 @@ UNITS = ('MACs', 'ms')
 _SCALES = {'': 1.0, 'k': 1e3, 'K': 1e3, 'M': 1e6, 'G': 1e9, 'T': 1e12}
 
 _MAX_POINTS = 1000
-
 _MAX_TEXT = 500  # characters
 
 SIZES = (1e-9, 1e18)  # of costs that are not 0
-
 _SLACK = 1e-9  # a budget that a point's cost was printed or computed as must reach it
 
 
@@ -155,7 +153,7 @@ class BudgetTable:
             raise InvalidValueError('The points of a table of budgets must be in order of cost, cheapest first.')
 
     def _check_costs(self, unit: str) -> None:
-        total, largest = self._total(unit), self._largest(unit)
+        total, largest = self._limits(unit)
         known = [cost is not None for cost in (total, largest, *(point.cost(unit) for point in self.points))]
         if any(known) != all(known):
             raise InvalidValueError(f'A table of budgets must have costs in {unit} everywhere or nowhere.')
@@ -170,11 +168,9 @@ class BudgetTable:
     def _main_unit(self) -> str:
         return 'MACs' if self.total_macs is not None else 'ms'
 
-    def _total(self, unit: str) -> float | None:
-        return self.total_macs if unit == 'MACs' else self.total_ms
-
-    def _largest(self, unit: str) -> float | None:
-        return self.max_macs if unit == 'MACs' else self.max_ms
+    def _limits(self, unit: str) -> tuple[float | None, float | None]:
+        """Return the cost of the plain backbone, and the most that a policy can spend."""
+        return (self.total_macs, self.max_macs) if unit == 'MACs' else (self.total_ms, self.max_ms)
 
     def _costs(self, unit: str) -> list[float]:
         """Return what each point costs, nothing where that is not known."""
@@ -193,7 +189,8 @@ class BudgetTable:
         """
         value, asked = parse_budget(budget)
         unit = self._main_unit if asked == '%' else asked
-        total, largest, costs = self._total(unit), self._largest(unit), self._costs(unit)
+        total, largest = self._limits(unit)
+        costs = self._costs(unit)
         if total is None or largest is None:
             hint = 'calibrate with measured times' if unit == 'ms' else "use '%' or 'ms'"
             raise InvalidValueError(f'The table has no costs in {unit} for the budget {budget!r}: {hint}.')
@@ -212,9 +209,7 @@ class BudgetTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON-ready values."""
-        points = [
-            vars(point) | {'policy': point.policy.to_dict(), 'shares': list(point.shares)} for point in self.points
-        ]
+        points = [vars(each) | {'policy': each.policy.to_dict(), 'shares': list(each.shares)} for each in self.points]
         return vars(self) | {'points': points}
 
     @classmethod
@@ -233,7 +228,7 @@ class BudgetTable:
 
     def __str__(self) -> str:
         unit, names = self._main_unit, exit_names(len(self.points[0].shares) - 1)
-        total, rows = self._total(unit) or 1.0, []
+        total, rows = self._limits(unit)[0] or 1.0, []
         for point, cost in zip(self.points, self._costs(unit)):
             row: dict[str, float] = {'%': 100 * cost / total}
             row |= {} if point.macs is None else {'MACs': round(point.macs)}

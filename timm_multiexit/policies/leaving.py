@@ -10,11 +10,7 @@ from timm_multiexit.utils.errors import InvalidValueError
 
 
 class PolicyRun:
-    """A policy at work on a batch, exit by exit. Samples may leave the batch between two exits.
-
-    Args:
-        policy: The policy.
-    """
+    """A policy at work on a batch, exit by exit. Samples may leave the batch between two exits."""
 
     def __init__(self, policy: ExitPolicy):
         self.policy = policy
@@ -24,11 +20,9 @@ class PolicyRun:
         self._streak: Tensor | None = None
 
     def answer(self, idx: int, logits: Tensor) -> Tensor:
-        """Return what is answered at a classifier, [N, C] in float32 or better.
+        """Return what a classifier with these logits [N, C] answers, [N, C] in float32 or better.
 
-        Args:
-            idx: The classifier, main is the number of exits; in order, the used ones alone.
-            logits: Its logits [N, C] of the samples that are left.
+        The classifiers come in order, the used ones alone; main is the number of exits.
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.policy.temperatures:
@@ -55,11 +49,7 @@ class PolicyRun:
         return torch.where(largest.isfinite(), streak, torch.nan)
 
     def select(self, rows: Tensor) -> None:
-        """Continue with some of the samples.
-
-        Args:
-            rows: Their places among those that were left, [N'] int64; a place may come several times.
-        """
+        """Continue with some of the samples that were left, by place, [N'] int64; a place may come several times."""
         for name in ('_total', '_predicted', '_streak'):
             state = getattr(self, name)
             if state is not None:
@@ -67,12 +57,7 @@ class PolicyRun:
 
 
 def walk(policy: ExitPolicy, logits: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Yield (classifier, answer [N, C], score [N]) of the used exits and of main, whose score is None.
-
-    Args:
-        policy: The policy.
-        logits: One [N, C] tensor per classifier, main last.
-    """
+    """Yield (classifier, answer [N, C], score [N]) of the used exits and of main, whose score is None."""
     check_logits(logits)
     policy.check_exits(len(logits) - 1)
     run = PolicyRun(policy)
@@ -87,9 +72,7 @@ def assign(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (classifier, its values, which samples leave there [N] bool); each sample leaves once.
 
-    Args:
-        policy: The policy.
-        visits: What `walk` gives of its exits, or anything of the samples [N, ...] in place of the answers.
+    The visits are what `walk` gives, perhaps with other values of the samples [N, ...] in place of the answers.
     """
     here: Tensor | None = None
     for idx, values, score in visits:

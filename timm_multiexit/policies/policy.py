@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +64,6 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 COMBINATIONS = ('mean', 'geometric')
-
 TEMPERATURES = (0.01, 100.0)
 
 
@@ -119,18 +118,13 @@ class ExitPolicy:
             )
 
     def _check_threshold(self, threshold: Any) -> None:
-        if threshold is None:
-            return
-        if self.criterion == 'patience':
-            if not is_number(threshold) or threshold != int(threshold) or not 1 <= threshold <= 1000:
-                raise InvalidValueError(
-                    "A threshold of 'patience' must be an integer in [1, 1000], or None for an exit that is not used,"
-                    f' got {brief(threshold)}.'
-                )
-        elif not is_number(threshold) or not 0 <= threshold <= 1:
+        is_count = self.criterion == 'patience'
+        least, most = (1, 1000) if is_count else (0, 1)
+        is_allowed = threshold is None or (is_number(threshold) and least <= threshold <= most)
+        if not is_allowed or (is_count and threshold is not None and threshold != int(threshold)):
             raise InvalidValueError(
-                f"A threshold of '{self.criterion}' must be in [0, 1], or None for an exit that is not used, got"
-                f' {brief(threshold)}.'
+                f"A threshold of '{self.criterion}' must be {'an integer ' if is_count else ''}in [{least}, {most}], or"
+                f' None for an exit that is not used, got {brief(threshold)}.'
             )
 
     @property
@@ -159,12 +153,7 @@ class ExitPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as JSON-ready values."""
-        return {
-            'criterion': self.criterion,
-            'thresholds': list(self.thresholds),
-            'temperatures': list(self.temperatures),
-            'combine': self.combine,
-        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> 'ExitPolicy':
@@ -176,5 +165,4 @@ class ExitPolicy:
         """
         if not isinstance(values, dict) or not {'criterion', 'thresholds'} <= set(values):
             raise CheckpointError('A policy must be an object with the keys criterion and thresholds.')
-        known = ('criterion', 'thresholds', 'temperatures', 'combine')
-        return cls(**{name: values[name] for name in known if name in values})
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
