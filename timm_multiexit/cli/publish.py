@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Publish a run of train.py: `hub/publish.py output/train/RUN ORG/NAME`.
 
 Writes the folder to publish and shows what a push would change; with --yes it is pushed, as one commit. Run again, it
