@@ -69,13 +69,6 @@ def complete_args(args: Namespace, run: Run) -> Namespace:
     return completed
 
 
-def create_analysis_data(args: Namespace, accelerator: Accelerator) -> AnalysisData:
-    """Return the images that the completed arguments name."""
-    name = name_dataset(args.dataset, args.data_dir)
-    create_dataset = partial(create_split, args, args.split)
-    return AnalysisData(name, args.split, create_dataset, loader_creator(args, accelerator))
-
-
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
     setup_logging()
@@ -86,7 +79,8 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
         if accelerator.num_processes > 1:
             raise StateError(f'The analysis runs in one process. Start it with {prog}, without accelerate launch.')
         args = complete_args(args, runs[0])
-        data = create_analysis_data(args, accelerator)
+        name, create_dataset = name_dataset(args.dataset, args.data_dir), partial(create_split, args, args.split)
+        data = AnalysisData(name, args.split, create_dataset, loader_creator(args, accelerator))
         options = {'reference': args.reference, 'num_samples': args.samples, 'seed': args.seed}
         content = Study(runs, data, Path(args.out), device=accelerator.device, **options).run()
     except MultiExitError as error:

@@ -57,7 +57,6 @@ from timm_multiexit.utils.signals import Stopped
 
 _logger = logging.getLogger(__name__)
 
-
 _Config = TypeVar('_Config', RunConfig, TrainerConfig)
 
 

@@ -26,6 +26,7 @@ _INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanc
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
 _DECAYS = ('linear', '1-sqrt', 'cosine', 'power', 'exp')
 _MIXINGS = ('batch', 'pair', 'elem', 'half')
+_SYNCS = ('reduce', 'broadcast', '')
 _HALVES = ('float16', 'bfloat16')
 _SCALES = ('none', 'sqrt', 'linear')
 
@@ -182,13 +183,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--bn-momentum', share, None, 'M', "momentum, if not the model's"),
         value('--bn-eps', positive, None, 'E', "epsilon, if not the model's"),
         switch('--sync-bn', 'statistics over all processes'),
-        value(
-            '--dist-bn',
-            Choice('reduce', 'broadcast', ''),
-            'reduce',
-            'HOW',
-            "of statistics after an epoch: broadcast, reduce or ''",
-        ),
+        value('--dist-bn', Choice(*_SYNCS), 'reduce', 'HOW', "of statistics after an epoch: broadcast, reduce or ''"),
         switch('--split-bn', 'statistics of their own for each augmentation split'),
     ),
     'Moving average': (
