@@ -192,7 +192,7 @@ def _check_effect(args: Namespace, has_data: bool) -> None:
 def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> None:
     """Raise for a budget that no policy can meet; where thresholds are chosen anew, more may turn out to be too low.
 
-    Where there is no data to choose thresholds on, the model's own table of budgets decides.
+    Without data to choose thresholds on, the model's own table of budgets decides.
     """
     table = model.budgets
     if chooses_thresholds(args):
