@@ -5,14 +5,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from timm_multiexit.analysis.measuring import AnalysisData
 from timm_multiexit.analysis.runs import Run, read_runs
 from timm_multiexit.analysis.study import Study, summary_rows
-from timm_multiexit.cli.build_training import loader_options
+from timm_multiexit.cli.build_training import loader_creator
 from timm_multiexit.cli.flags.parser import (
     Number,
     ScriptParser,
@@ -24,13 +23,11 @@ from timm_multiexit.cli.flags.parser import (
 )
 from timm_multiexit.cli.launch import setup_logging
 from timm_multiexit.cli.validate_data import create_split
-from timm_multiexit.data.loaders import create_eval_loader
 from timm_multiexit.evaluation.stamp import name_dataset
 from timm_multiexit.utils.errors import InvalidValueError, MultiExitError, StateError
 from timm_multiexit.utils.text import format_table
 
 _PROG = 'timm-multiexit analyze'
-
 _SAMPLES = Number(int, '>= 2', lambda number: number >= 2)
 
 _FLAGS = (
@@ -72,16 +69,6 @@ def complete_args(args: Namespace, run: Run) -> Namespace:
     return completed
 
 
-def create_analysis_data(args: Namespace, accelerator: Accelerator) -> AnalysisData:
-    """Return the images that the completed arguments name."""
-
-    def create_loader(dataset: Any, data_config: Any) -> Any:
-        return create_eval_loader(dataset, data_config=data_config, accelerator=accelerator, **loader_options(args))
-
-    name = name_dataset(args.dataset, args.data_dir)
-    return AnalysisData(name, args.split, partial(create_split, args, args.split), create_loader)
-
-
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
     setup_logging()
@@ -92,16 +79,10 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
         if accelerator.num_processes > 1:
             raise StateError(f'The analysis runs in one process. Start it with {prog}, without accelerate launch.')
         args = complete_args(args, runs[0])
-        study = Study(
-            runs,
-            create_analysis_data(args, accelerator),
-            Path(args.out),
-            device=accelerator.device,
-            reference=args.reference,
-            num_samples=args.samples,
-            seed=args.seed,
-        )
-        content = study.run()
+        name, create_dataset = name_dataset(args.dataset, args.data_dir), partial(create_split, args, args.split)
+        data = AnalysisData(name, args.split, create_dataset, loader_creator(args, accelerator))
+        options = {'reference': args.reference, 'num_samples': args.samples, 'seed': args.seed}
+        content = Study(runs, data, Path(args.out), device=accelerator.device, **options).run()
     except MultiExitError as error:
         print(f'{prog}: error: {error}', file=sys.stderr)
         return 2

@@ -30,14 +30,8 @@ def create_train_model(
 ) -> Any:
     """Return the model that the flags name, with exits if they ask for some, and its weights loaded.
 
-    Args:
-        args: Of the command line.
-        source: What `find_source` returned for `--model` and `--model-kwargs`.
-        num_classes: Of the data, None if it does not say.
-        resume: Checkpoint of a run to resume, None for a new one.
-
-    Raises:
-        MultiExitError: No such model or exits, weights that do not fit, or fewer classes than the data has.
+    `source` is what `find_source` returned for `--model` and `--model-kwargs`, `num_classes` those of the data if it
+    says, and `resume` the checkpoint of a run to resume.
     """
     if args.fast_norm:
         set_fast_norm()
@@ -69,15 +63,7 @@ def create_train_model(
 
 
 def model_kwargs(args: Namespace, source: ModelSource | None) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
-    """Return what `timm.create_model` takes in training and evaluation alike, and the image size that costs are for.
-
-    Args:
-        args: Of the command line.
-        source: What `find_source` returned for `--model` and `--model-kwargs`.
-
-    Raises:
-        InvalidValueError: timm does not take the image size.
-    """
+    """Return what `timm.create_model` takes in training and evaluation alike, and the image size that costs are for."""
     kwargs = {
         'pretrained': args.pretrained,
         'num_classes': args.num_classes,
@@ -85,8 +71,7 @@ def model_kwargs(args: Namespace, source: ModelSource | None) -> tuple[dict[str,
         'global_pool': args.gp,
         **args.model_kwargs,
     }
-    img_size = _find_img_size(args, source)
-    if img_size is not None:
+    if (img_size := _find_img_size(args, source)) is not None:
         kwargs['img_size'] = img_size
     return kwargs, args.input_size or (args.img_size and (args.in_chans or 3, args.img_size, args.img_size))
 
@@ -111,27 +96,16 @@ def _create_architecture(args: Namespace, source: ModelSource | None, num_classe
     kwargs, size = model_kwargs(args, source)
     if args.num_classes is None and not args.pretrained:
         kwargs['num_classes'] = num_classes
-    kwargs |= {
-        'drop_rate': args.drop,
-        'drop_path_rate': args.drop_path,
-        'drop_block_rate': args.drop_block,
-        'bn_momentum': args.bn_momentum,
-        'bn_eps': args.bn_eps,
-    }
+    kwargs |= {'drop_rate': args.drop, 'drop_path_rate': args.drop_path, 'drop_block_rate': args.drop_block}
+    kwargs |= {'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps}
     if args.pretrained_path:
         # -1 classes: not the file's, so that a classifier of another size is made anew.
         kwargs['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
     if args.exits is None:
         return create_backbone(source or args.model, **kwargs)
     exits = None if _has_own_exits(args, source) and args.exits == 'auto' else args.exits
-    model = create_model(
-        source or args.model,
-        exits=exits,
-        head=args.exit_head,
-        head_widths=args.head_widths,
-        input_size=size,
-        **kwargs,
-    )
+    heads = {'head': args.exit_head, 'head_widths': args.head_widths}
+    model = create_model(source or args.model, exits=exits, input_size=size, **heads, **kwargs)
     # Projectors that no loss reads would have no gradient, which distributed training takes for an error.
     if args.exit_projectors and create_train_loss(args).feature_weight > 0:
         model.add_projectors()
@@ -155,6 +129,7 @@ def _check_resumed(model: nn.Module, path: Path) -> None:
 def _init_classifiers(args: Namespace, model: nn.Module) -> None:
     if args.head_init_scale is None and args.head_init_bias is None:
         return
+    scale = 1.0 if args.head_init_scale is None else args.head_init_scale
     backbone = getattr(model, 'backbone', model)
     classifiers = [backbone.get_submodule(name) for name in classifier_names(backbone)]
     classifiers += [head.fc for head in getattr(model, 'exits', ())]
@@ -162,25 +137,16 @@ def _init_classifiers(args: Namespace, model: nn.Module) -> None:
         for classifier in classifiers:
             # Some have a norm before the linear layer.
             linear = [module for module in classifier.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
-            if args.head_init_scale is not None:
-                linear.weight.mul_(args.head_init_scale)
+            linear.weight.mul_(scale)
             if linear.bias is not None:
-                linear.bias.mul_(1.0 if args.head_init_scale is None else args.head_init_scale)
+                linear.bias.mul_(scale)
                 if args.head_init_bias is not None:
                     linear.bias.fill_(args.head_init_bias)
 
 
 @torch.no_grad()
 def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Raise if a model does not take images of this size.
-
-    Args:
-        model: In any mode, still on the CPU.
-        input_size: (channels, height, width).
-
-    Raises:
-        InvalidValueError: It does not, the message has its own reason.
-    """
+    """Raise if a model, still on the CPU, does not take images of (channels, height, width)."""
     try:
         meta_copy(model).eval()(torch.empty(2, *input_size, device='meta'))
         return
@@ -219,11 +185,6 @@ def create_regime(args: Namespace, model: nn.Module, source: ModelSource | None)
     """Return what trains when.
 
     Fresh heads on a trained backbone first learn alone, or they would pull it away from its weights.
-
-    Args:
-        args: Of the command line.
-        model: What `create_train_model` returned.
-        source: What it was made of.
     """
     if not isinstance(model, MultiExitModel):
         return Regime()
@@ -240,19 +201,11 @@ def create_regime(args: Namespace, model: nn.Module, source: ModelSource | None)
     warmup = 0.0 if name == 'frozen' else args.head_warmup_epochs
     if warmup is None:
         has_own_heads = args.exits == 'auto' and _has_own_exits(args, source)
-        has_trained_heads = has_own_heads or _checkpoint_has_exits(args.initial_checkpoint)
+        path = args.initial_checkpoint
+        has_trained_heads = has_own_heads or (path and any(key.startswith('exits.') for key in load_state_dict(path)))
         warmup = 1.0 if is_trained and (has_fresh_classifier or not has_trained_heads) else 0.0
-    return Regime(
-        name,
-        backbone_epochs,
-        warmup,
-        args.exit_warmup_epochs,
-        trains_classifier=has_fresh_classifier and not backbone_epochs,
-    )
-
-
-def _checkpoint_has_exits(path: str) -> bool:
-    return bool(path) and any(key.startswith('exits.') for key in load_state_dict(path))
+    trains_classifier = has_fresh_classifier and not backbone_epochs
+    return Regime(name, backbone_epochs, warmup, args.exit_warmup_epochs, trains_classifier=trains_classifier)
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -270,14 +223,8 @@ def split_name(text: str) -> tuple[str, str]:
 def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExitModel:
     """Return a trained plain timm model, without exits, on the CPU.
 
-    Args:
-        text: A timm name, for its own weights; NAME:CHECKPOINT, for those of a file; `local-dir:FOLDER`;
-            `hf-hub:ORG/NAME`.
-        num_classes: Of the model that it is compared with.
-        in_chans: Channels of the images.
-
-    Raises:
-        MultiExitError: No such model or no weights, or it has other classes or channels.
+    `text` is a timm name, for its own weights; NAME:CHECKPOINT, for those of a file; `local-dir:FOLDER`; or
+    `hf-hub:ORG/NAME`. It must have the classes of the model that it is compared with.
     """
     name, checkpoint = split_name(text)
     try:

@@ -1,11 +1,11 @@
 """What a run trains with, from command-line arguments: data, loss, task and optimizer."""
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from timm.data.mixup import Mixup
 from timm.data.target_transforms import MultiLabelTarget
 from timm.loss import create_classification_loss
@@ -25,6 +25,7 @@ from timm_multiexit.cli.flags.train_rules import is_mixing, loss_kwargs
 from timm_multiexit.data.datasets import check_classes, class_names, create_checked_dataset
 from timm_multiexit.data.holdout import hold_out
 from timm_multiexit.data.loaders import create_eval_loader, create_train_loader
+from timm_multiexit.evaluation.exit_table import CreateLoader
 from timm_multiexit.evaluation.stamp import name_dataset
 from timm_multiexit.losses.multi_exit_loss import MultiExitLoss, create_loss
 from timm_multiexit.losses.teachers import KDConfig
@@ -40,10 +41,7 @@ _SQRT_SCALED = ('ada', 'lamb')  # optimizers whose rate timm scales with the roo
 def resolve_lr(args: Namespace, batch_size: float, num_processes: int) -> tuple[float, str]:
     """Return the learning rate, and how it follows the batch: --lr, or --lr-base scaled as timm does.
 
-    Args:
-        args: Of the command line.
-        batch_size: Mean batch size of one process.
-        num_processes: How many there are.
+    `batch_size` is the mean of one process.
     """
     if args.lr:
         return args.lr, args.lr_base_scale
@@ -54,17 +52,7 @@ def resolve_lr(args: Namespace, batch_size: float, num_processes: int) -> tuple[
 
 
 def create_train_optimizer(args: Namespace, model: nn.Module, regime: Regime, *, lr: float) -> torch.optim.Optimizer:
-    """Return the optimizer, with the heads in groups of their own.
-
-    Args:
-        args: Of the command line.
-        model: What is trained; frozen parameters are left out.
-        regime: What trains when.
-        lr: See `resolve_lr`.
-
-    Raises:
-        InvalidValueError: The optimizer does not take what the flags say.
-    """
+    """Return the optimizer, with the heads in groups of their own; frozen parameters are left out."""
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args) | {'lr': lr}, **args.opt_kwargs)
     except LIBRARY_ERRORS as error:
@@ -75,57 +63,35 @@ def create_train_optimizer(args: Namespace, model: nn.Module, regime: Regime, *,
     return optimizer
 
 
-def prepare(task: TrainingTask, optimizer: torch.optim.Optimizer, accelerator: Accelerator, **ddp: Any) -> Any:
-    """Wrap a task's model for its processes and precision, and return the wrapped optimizer.
-
-    Args:
-        task: Its `trainable_module` is replaced.
-        optimizer: Of its parameters.
-        accelerator: Wraps.
-        **ddp: For `DistributedDataParallel`.
-    """
-    accelerator.ddp_handler = DistributedDataParallelKwargs(**ddp)
-    task.trainable_module, prepared = accelerator.prepare(task.trainable_module, optimizer)
-    return prepared
-
-
 def create_datasets(args: Namespace) -> tuple[tuple[Any, Any, Any], int | None]:
     """Return the data sets for training, for choosing the epoch and for the final table, and the number of classes.
 
     The last two data sets may be None, and so may be the number, where the data does not say. With `--val-from-train`
     the epoch is chosen on training images held out, and `--val-split` is for the final table.
-
-    Raises:
-        DataError: The data cannot be loaded, or its splits do not fit each other.
     """
     in_chans = args.input_size[0] if args.input_size else args.in_chans or 3
     common = {
+        **{name: getattr(args, name) for name in ('class_map', 'batch_size', 'input_key', 'target_key', 'bad_images')},
         'root': args.data_dir,
-        'class_map': args.class_map,
         'download': args.dataset_download,
-        'batch_size': args.batch_size,
         'input_img_mode': args.input_img_mode or ('RGB' if in_chans == 3 else 'L'),
-        'input_key': args.input_key,
-        'target_key': args.target_key,
         'target_format': args.target_format if args.task == 'multilabel' else None,
         'trust_remote_code': args.dataset_trust_remote_code,
-        'bad_images': args.bad_images,
         'cache': args.cache_images,
     }
-    training = {
-        'split': args.train_split,
-        'is_training': True,
-        'seed': args.seed,
-        'repeats': args.epoch_repeats,
-        'num_samples': args.train_num_samples,
-    }
-    val_samples = {'num_samples': args.val_num_samples}
-    train = create_checked_dataset(args.dataset, **training, **common)
-    val = test = None
-    if args.val_split:
-        val = create_checked_dataset(args.dataset, split=args.val_split, **val_samples, **common)
-    if args.test_split:
-        test = create_checked_dataset(args.dataset, split=args.test_split, **val_samples, **common)
+    train = create_checked_dataset(
+        args.dataset,
+        split=args.train_split,
+        is_training=True,
+        seed=args.seed,
+        repeats=args.epoch_repeats,
+        num_samples=args.train_num_samples,
+        **common,
+    )
+    val, test = (
+        create_checked_dataset(args.dataset, split=split, num_samples=args.val_num_samples, **common) if split else None
+        for split in (args.val_split, args.test_split)
+    )
     test = test or val
     for other in (val, test):
         num_classes = check_classes(train, other)
@@ -145,14 +111,6 @@ def _check_distinct(args: Namespace, train: Any, val: Any) -> None:
         )
 
 
-def encode_targets(args: Namespace, datasets: Iterable[Any], num_classes: int) -> None:
-    """Let multi-label data sets give their targets as [C] vectors."""
-    if args.task == 'multilabel':
-        for dataset in datasets:
-            if dataset is not None:
-                dataset.target_transform = MultiLabelTarget(num_classes, dense=args.target_format == 'multihot')
-
-
 def create_run_data(
     args: Namespace,
     datasets: tuple[Any, Any, Any],
@@ -163,18 +121,14 @@ def create_run_data(
 ) -> tuple[RunData, Mixup | None]:
     """Return the loaders and labels of a run, and the function that mixes training batches if the loader does not.
 
-    Args:
-        args: Of the command line.
-        datasets: What `create_datasets` returned.
-        data_config: What `timm.data.resolve_data_config` returned.
-        accelerator: Gives device and processes.
-        num_classes: Of the model.
-
-    Raises:
-        MultiExitError: See `create_train_loader`.
+    Multi-label data sets then give their targets as [C] vectors.
     """
+    if args.task == 'multilabel':
+        for dataset in datasets:
+            if dataset is not None:
+                dataset.target_transform = MultiLabelTarget(num_classes, dense=args.target_format == 'multihot')
     train, val, test = datasets
-    loading: dict[str, Any] = {'data_config': data_config, 'accelerator': accelerator}
+    create_loader = loader_creator(args, accelerator)
     train_loader, mixup_fn = create_train_loader(
         train,
         seed=args.seed,
@@ -186,12 +140,12 @@ def create_run_data(
         crop_padding=args.crop_padding,
         multi_epochs=args.use_multi_epochs_loader,
         worker_seeding=args.worker_seeding,
-        **loading,
+        data_config=data_config,
+        accelerator=accelerator,
         **loader_options(args) | {'batch_size': args.batch_size},
     )
     val_loader, test_loader = (
-        None if dataset is None else create_eval_loader(dataset, **loading, **loader_options(args))
-        for dataset in (val, test)
+        None if dataset is None else create_loader(dataset, data_config) for dataset in (val, test)
     )
     held_out = f'{args.val_from_train} images held out of {args.train_split}'
     data = RunData(
@@ -217,6 +171,15 @@ def loader_options(args: Namespace) -> dict[str, Any]:
         'uses_prefetcher': not args.no_prefetcher,
         'dtype': getattr(torch, getattr(args, 'model_dtype', None) or 'float32'),
     }
+
+
+def loader_creator(args: Namespace, accelerator: Accelerator) -> CreateLoader:
+    """Return what creates a loader of a data set for evaluation."""
+
+    def create_loader(dataset: Any, data_config: Mapping[str, Any]) -> Any:
+        return create_eval_loader(dataset, data_config=data_config, accelerator=accelerator, **loader_options(args))
+
+    return create_loader
 
 
 def _mixing(args: Namespace, num_classes: int) -> dict[str, Any] | None:
@@ -254,14 +217,13 @@ def _augmentation(args: Namespace) -> dict[str, Any]:
 def _scheduled_sizes(args: Namespace) -> dict[str, Any] | None:
     if args.train_img_sizes is None:
         return None
-    is_progressive = args.train_size_schedule == 'progressive'
     return {
         'input_size_choices': args.train_img_sizes,
         'batch_size_choices': args.train_batch_sizes,
         'batch_choice_weights': args.train_size_probs,
         'batch_choice_seed': args.seed,
         'batch_choice_schedule': args.train_size_schedule,
-        'batch_schedule_epochs': args.epochs if is_progressive else None,
+        'batch_schedule_epochs': args.epochs if args.train_size_schedule == 'progressive' else None,
         'batch_schedule_spread': args.train_size_schedule_spread,
         'batch_schedule_random_mix': args.train_size_random_mix,
         'num_batches': args.train_batches_per_epoch,
@@ -269,12 +231,7 @@ def _scheduled_sizes(args: Namespace) -> dict[str, Any] | None:
 
 
 def create_criterion(args: Namespace, num_classes: int | None = None) -> nn.Module:
-    """Return the task term: timm's loss for the flags.
-
-    Args:
-        args: Of the command line.
-        num_classes: Of the model, to check weights of classes against.
-    """
+    """Return the task term: timm's loss for the flags, its weights of classes checked against `num_classes`."""
     return create_classification_loss(**loss_kwargs(args, num_classes))
 
 
@@ -294,11 +251,7 @@ def create_train_loss(args: Namespace, num_classes: int | None = None) -> MultiE
 
 
 def create_task(args: Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
-    """Return the task: what is minimised in a step.
-
-    Raises:
-        MultiExitError: The teacher cannot be loaded, or flags contradict each other.
-    """
+    """Return the task: what is minimised in a step."""
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
     teacher = args.kd_model_name
     source = find_source(teacher) if teacher else None

@@ -27,26 +27,23 @@ def setup_logging() -> None:
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
-    """Return the accelerator of a run; `torchrun`, `accelerate launch` and plain Python come to the same.
-
-    Raises:
-        InvalidValueError: A module or a precision that cannot be used.
-        StateError: The way of launching is not supported, or fewer processes run than were launched.
-    """
+    """Return the accelerator of a run; `torchrun`, `accelerate launch` and plain Python come to the same."""
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise InvalidValueError(f"Cannot import '{module}' of --device-modules: {one_line(error)}.") from error
     _check_launcher()
-    has_gpu = torch.cuda.is_available()
-    _check_precision(args, has_gpu and args.device != 'cpu')
-    if has_gpu:
+    has_gpu = torch.cuda.is_available() and args.device != 'cpu'
+    precision = choose_precision(args, has_gpu)
+    if precision is None:
+        _check_launched_precision(has_gpu)
+    if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     launched = int(os.environ.get('WORLD_SIZE', 1))
     accelerator = Accelerator(
-        mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None,
+        mixed_precision=precision,
         # Told to be on the CPU, Accelerate joins the processes that torchrun started; else it runs each for itself.
         cpu=args.device == 'cpu' or (launched > 1 and not torch.accelerator.is_available()),
     )
@@ -63,14 +60,18 @@ def create_accelerator(args: Namespace) -> Accelerator:
     return accelerator
 
 
-def _check_precision(args: Namespace, has_gpu: bool) -> None:
-    if args.amp:
-        if args.amp_dtype == 'float16' and not has_gpu:
-            raise InvalidValueError(
-                '--amp in float16 needs a GPU (on a CPU it would be float32). Use --amp-dtype bfloat16.'
-            )
-        return
-    # Without --amp, what `accelerate launch` or its configuration says holds.
+def choose_precision(args: Namespace, has_gpu: bool) -> str | None:
+    """Return Accelerate's name of the precision of `--amp`; None without, where its launch or configuration decides."""
+    if not args.amp:
+        return None
+    if args.amp_dtype == 'float16' and not has_gpu:
+        raise InvalidValueError(
+            '--amp in float16 needs a GPU (on a CPU it would be float32). Use --amp-dtype bfloat16.'
+        )
+    return {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype]
+
+
+def _check_launched_precision(has_gpu: bool) -> None:
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no').lower()
     if precision not in ('no', 'fp16', 'bf16'):
         raise InvalidValueError(

@@ -20,20 +20,16 @@ COMMANDS = {
 
 def format_usage() -> str:
     """Return the help of the program."""
-    lines = [f'  {name:10}{what}' for name, what in COMMANDS.items()]
-    return '\n'.join(
-        [
-            f'usage: {PROGRAM} [-h] [--version] COMMAND ...',
-            '',
-            'Multi-exit image classifiers from any timm backbone.',
-            '',
-            'commands:',
-            *lines,
-            '',
-            f'{PROGRAM} COMMAND --help lists the flags of a command. To train on several devices:',
-            'accelerate launch -m timm_multiexit.cli.train ...',
-        ]
-    )
+    lines = '\n'.join(f'  {name:10}{what}' for name, what in COMMANDS.items())
+    return f"""usage: {PROGRAM} [-h] [--version] COMMAND ...
+
+Multi-exit image classifiers from any timm backbone.
+
+commands:
+{lines}
+
+{PROGRAM} COMMAND --help lists the flags of a command. To train on several devices:
+accelerate launch -m timm_multiexit.cli.train ..."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,43 +1,34 @@
-#!/usr/bin/env python3
 """Publish a run of train.py: `hub/publish.py output/train/RUN ORG/NAME`.
 
 Writes the folder to publish and shows what a push would change; with --yes it is pushed, as one commit. Run again, it
 sends only what has changed.
 """
 
-import argparse
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_multiexit.cli.flags.parser import ScriptParser, add_flags, switch, value
 from timm_multiexit.hub_client.client import PushPlan, check_push, full_name, plan_push, push_folder
 from timm_multiexit.publishing.card_tables import headline
 from timm_multiexit.publishing.licenses import PublicationInfo
 from timm_multiexit.publishing.publication import PUBLICATION_NAME, write_publication
 from timm_multiexit.utils.errors import HubError, InvalidValueError, MultiExitError
 
-
-def create_parser(prog: str = 'publish.py') -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('run', type=Path, metavar='RUN', help='folder of the run')
-    parser.add_argument(
-        'repo_id', nargs='?', metavar='ORG/NAME', help='repository on the Hub; without it only the folder is written'
-    )
-    parser.add_argument('--yes', action='store_true', help='push; without it nothing is sent')
-    parser.add_argument('--folder', type=Path, help='folder to write, default: RUN/publication')
-    parser.add_argument(
-        '--validation', type=Path, help="validate.py's JSON results with budgets, default: RUN/validation.json if any"
-    )
-    parser.add_argument('--private', action='store_true', help='create a private repository')
-    parser.add_argument('--tag', help='tag of the commit, such as v1')
-    parser.add_argument('--message', default='Publish with timm_multiexit', help='title of the commit')
-    parser.add_argument('--license', help='license of the weights, default: that of the weights training started from')
-    parser.add_argument('--base-model', metavar='ORG/NAME', help='what training started from, if the run does not say')
-    parser.add_argument('--dataset-id', metavar='ORG/NAME', help='data set on the Hub, such as uoft-cs/cifar10')
-    return parser
+_FLAGS = (
+    value('run', Path, None, 'RUN', 'folder of the run'),
+    value('repo_id', str, None, 'ORG/NAME', 'repository on the Hub; without it only the folder is written', nargs='?'),
+    switch('--yes', 'push; without it nothing is sent'),
+    value('--folder', Path, None, 'FOLDER', 'folder to write, if not RUN/publication'),
+    value('--validation', Path, None, 'FILE', "validate.py's JSON results with budgets, if not RUN/validation.json"),
+    switch('--private', 'create a private repository'),
+    value('--tag', str, None, 'TAG', 'tag of the commit, such as v1'),
+    value('--message', str, 'Publish with timm_multiexit', 'MESSAGE', 'title of the commit'),
+    value('--license', str, None, 'ID', 'license of the weights, if not that of the weights training started from'),
+    value('--base-model', str, None, 'ORG/NAME', 'what training started from, if the run does not say'),
+    value('--dataset-id', str, None, 'ORG/NAME', 'data set on the Hub, such as uoft-cs/cifar10'),
+)
 
 
 def describe_plan(plan: PushPlan, folder: Path) -> str:
@@ -52,7 +43,9 @@ def describe_plan(plan: PushPlan, folder: Path) -> str:
 
 def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
-    args = create_parser(prog).parse_args(argv)
+    parser = ScriptParser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add_flags(parser, 'Publication', _FLAGS)
+    args = parser.parse_args(argv)
     try:
         if args.yes and not args.repo_id:
             raise InvalidValueError('--yes requires a repository to push to: give ORG/NAME.')

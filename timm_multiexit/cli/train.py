@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train a timm model, plain or with exits: `accelerate launch train.py --eed --data-dir DIR`.
 
 Flags and files are timm's (`train.py --help`); Accelerate owns device, precision and distribution.
@@ -9,13 +8,13 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from timm.data.config import resolve_data_config
 from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -37,8 +36,6 @@ from timm_multiexit.cli.build_training import (
     create_run_data,
     create_task,
     create_train_optimizer,
-    encode_targets,
-    prepare,
     resolve_lr,
 )
 from timm_multiexit.cli.flags.parser import option_name
@@ -60,26 +57,7 @@ from timm_multiexit.utils.signals import Stopped
 
 _logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Resolved:
-    """What a run makes of its flags; stored with them, under the same names.
-
-    Attributes:
-        model: Name of the model; of the Hub with its commit.
-        num_classes: Of the model.
-        lr: Learning rate that the schedule starts from.
-        lr_base_scale: How `lr` follows the batch, where it was not given.
-        dist_bn: How statistics of batch norms are distributed; '' where the norms are synchronized.
-        origin: What the weights started from, as `Origin` says; None for a model without exits.
-    """
-
-    model: str
-    num_classes: int
-    lr: float
-    lr_base_scale: str
-    dist_bn: str
-    origin: dict[str, Any] | None
+_Config = TypeVar('_Config', RunConfig, TrainerConfig)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
@@ -116,15 +94,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
 
 
 def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
-    """Return the run that the flags describe. All that can be wrong is checked, and nothing is written.
-
-    Args:
-        args: What `parse_train_args` returned; they stay as they are.
-        accelerator: What `create_accelerator` returned.
-
-    Raises:
-        MultiExitError: Anything that the arguments, the data or the checkpoint have wrong.
-    """
+    """Return the run that the flags describe. All that can be wrong is checked, and nothing is written."""
     check_trackers(args.log_with)
     folder = choose_output_dir(args)
     resume = _find_resume(args, folder)
@@ -139,7 +109,6 @@ def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
     model = create_train_model(args, source, num_classes=num_classes, resume=resume)
     origin = _find_origin(args, model, resume)
     check_publishing(args, origin, has_table=datasets[2] is not None, asks_hub=accelerator.is_main_process)
-    encode_targets(args, datasets, model.num_classes)
     _check_metric(args, model)
     data_config = resolve_data_config(vars(args), model=model)
     regime = create_regime(args, model, source)
@@ -154,42 +123,25 @@ def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
     data, mixup_fn = create_run_data(args, datasets, data_config, accelerator, num_classes=model.num_classes)
     batch_size = getattr(data.train_loader.loader.batch_sampler, 'average_batch_size', args.batch_size)
     lr, lr_base_scale = resolve_lr(args, batch_size, accelerator.num_processes)
-    resolved = Resolved(
-        model=args.model if source is None else source.name,
-        num_classes=model.num_classes,
-        lr=lr,
-        lr_base_scale=lr_base_scale,
-        dist_bn='' if synchronizes_norms(args, accelerator) else args.dist_bn,
-        origin=None if origin is None else origin.to_dict(),
-    )
-    config = _run_config(args, resolved, resume)
+    # What the run makes of its flags is stored with them, under the same names.
+    resolved = {
+        'model': args.model if source is None else source.name,  # of the Hub with its commit
+        'num_classes': model.num_classes,
+        'lr': lr,
+        'lr_base_scale': lr_base_scale,
+        'dist_bn': '' if synchronizes_norms(args, accelerator) else args.dist_bn,
+        'origin': None if origin is None else origin.to_dict(),
+    }
+    record = Namespace(**vars(args) | resolved)
+    config = _run_config(record, resume)
     trainer = _create_trainer(
-        args,
-        task,
-        data,
-        accelerator,
-        is_decreasing=config.is_decreasing,
-        regime=regime,
-        lr=lr,
-        batch_size=batch_size,
-        mixup_fn=mixup_fn,
+        record, config, task, data, accelerator, regime=regime, batch_size=batch_size, mixup_fn=mixup_fn
     )
-    return TrainingRun(
-        task,
-        trainer,
-        data=data,
-        config=config,
-        record=Namespace(**vars(args) | asdict(resolved)),
-        folder=folder,
-    )
+    return TrainingRun(task, trainer, data=data, config=config, record=record, folder=folder)
 
 
 def choose_output_dir(args: Namespace) -> Path:
-    """Return the folder of the run: a new one, or that of the checkpoint it is resumed from.
-
-    Raises:
-        InvalidValueError: It holds a run already.
-    """
+    """Return the folder of the run: a new one, or that of the checkpoint it is resumed from."""
     if args.resume and args.resume != 'auto' and not (args.output or args.experiment):
         return Path(args.resume).parent
     size = (args.input_size or (args.img_size,))[-1]
@@ -231,13 +183,12 @@ def _check_metric(args: Namespace, model: Any) -> None:
 
 def _create_trainer(
     args: Namespace,
+    run_config: RunConfig,
     task: TrainingTask,
     data: RunData,
     accelerator: Accelerator,
     *,
-    is_decreasing: bool,
     regime: Regime,
-    lr: float,
     batch_size: float,
     mixup_fn: Any,
 ) -> Trainer:
@@ -246,81 +197,60 @@ def _create_trainer(
         raise InvalidValueError(
             f'--sched plateau follows {args.eval_metric}, which no split measures: add --val-split.'
         )
-    optimizer = create_train_optimizer(args, module, regime, lr=lr)
+    optimizer = create_train_optimizer(args, module, regime, lr=args.lr)
     try:
         scheduler, num_epochs = create_scheduler_v2(
             optimizer,
-            **scheduler_kwargs(args, decreasing_metric=is_decreasing),
+            **scheduler_kwargs(args, decreasing_metric=run_config.is_decreasing),
             updates_per_epoch=-(-len(data.train_loader) // args.grad_accum_steps),
         )
     except (AssertionError, ValueError) as error:
         raise InvalidValueError(f'Cannot create --sched {args.sched}: {str(error).rstrip(".")}.') from error
     # The copy before anything is wrapped, so that neither compiled nor prepared forwards are copied.
     if args.model_ema:
-        task.setup_ema(
-            decay=args.model_ema_decay,
-            use_warmup=args.model_ema_warmup,
-            device=torch.device('cpu') if args.model_ema_force_cpu else None,
-        )
+        device = torch.device('cpu') if args.model_ema_force_cpu else None
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
     if args.torchcompile:
         torch._dynamo.config.recompile_limit = 64  # one forward serves several modes and batch sizes
         module.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-    prepared = prepare(
-        task,
-        optimizer,
-        accelerator,
-        broadcast_buffers=not args.no_ddp_bb,
-        find_unused_parameters=regime.changes,
+    accelerator.ddp_handler = DistributedDataParallelKwargs(
+        broadcast_buffers=not args.no_ddp_bb, find_unused_parameters=regime.changes
     )
-    config = TrainerConfig(
+    task.trainable_module, prepared = accelerator.prepare(task.trainable_module, optimizer)
+    config = _pick(
+        TrainerConfig,
+        args,
         epochs=num_epochs,
-        seed=args.seed,
-        grad_accum_steps=args.grad_accum_steps,
-        clip_grad=args.clip_grad,
-        clip_mode=args.clip_mode,
-        log_interval=args.log_interval,
-        channels_last=args.channels_last,
         multi_label=args.task == 'multilabel',
         loss_scale=args.variable_batch_loss_scale if args.train_img_sizes else 'none',
         batch_size=batch_size,
-        mixup_off_epoch=args.mixup_off_epoch,
         synchronize=args.synchronize_step,
         shows_progress=args.progress and accelerator.is_main_process,
     )
+    control = RegimeControl(regime, task, optimizer)
     return Trainer(
-        task,
-        prepared,
-        accelerator=accelerator,
-        config=config,
-        scheduler=scheduler,
-        mixup_fn=mixup_fn,
-        regime=RegimeControl(regime, task, optimizer),
+        task, prepared, accelerator=accelerator, config=config, scheduler=scheduler, mixup_fn=mixup_fn, regime=control
     )
 
 
-def _run_config(args: Namespace, resolved: Resolved, resume: Path | None) -> RunConfig:
-    return RunConfig(
-        model=resolved.model,
-        stop_epoch=args.stop_epoch,
-        val_interval=args.val_interval,
-        eval_metric=args.eval_metric,
-        multilabel_threshold=args.multilabel_threshold,
-        dist_bn=resolved.dist_bn,
+def _run_config(args: Namespace, resume: Path | None) -> RunConfig:
+    return _pick(
+        RunConfig,
+        args,
         evaluates_ema=args.model_ema and not args.model_ema_force_cpu,
-        recovery_interval=args.recovery_interval,
-        checkpoint_hist=args.checkpoint_hist,
         save_epochs=tuple(args.save_epochs or ()),
-        save_images=args.save_images,
         resume=resume,
         resumes_optimizer=not args.no_resume_opt,
-        start_epoch=args.start_epoch,
         trackers=TrackerConfig(
-            names=tuple(args.log_with or ()),
-            project=args.wandb_project,
-            tags=args.wandb_tags,
-            resume_id=args.wandb_resume_id,
+            tuple(args.log_with or ()), args.wandb_project, tags=args.wandb_tags, resume_id=args.wandb_resume_id
         ),
     )
+
+
+def _pick(config: type[_Config], args: Namespace, **changed: Any) -> _Config:
+    """Return a config whose fields are the flags of the same name, and what `changed` has in their place."""
+    own = {field.name: getattr(args, field.name) for field in fields(config) if hasattr(args, field.name)}
+    return config(**own | changed)
 
 
 def _log_start(args: Namespace, run: TrainingRun) -> None:
@@ -339,18 +269,7 @@ def _log_start(args: Namespace, run: TrainingRun) -> None:
 
 
 def check_publishing(args: Namespace, origin: Origin | None, *, has_table: bool, asks_hub: bool) -> None:
-    """Raise before a run begins for what would keep it from being published at its end.
-
-    Args:
-        args: Of the command line.
-        origin: What the weights start from.
-        has_table: Whether there are images to evaluate the network on.
-        asks_hub: Ask the Hub whether it would accept the push.
-
-    Raises:
-        InvalidValueError: Flags that do not go together, or see `licenses.resolve_license`.
-        HubError: See `hub_client.client.check_push`.
-    """
+    """Raise before a run begins for what would keep it from being published at its end."""
     if not args.push_to_hub:
         for dest in ('hub_private', 'hub_license'):
             if getattr(args, dest):

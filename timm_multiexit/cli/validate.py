@@ -36,7 +36,7 @@ from timm_multiexit.cli.flags.validate_args import (
     picture_path,
     policy_path,
 )
-from timm_multiexit.cli.launch import setup_logging
+from timm_multiexit.cli.launch import choose_precision, setup_logging
 from timm_multiexit.cli.validate_data import create_validation_data
 from timm_multiexit.data.digits import DIGITS
 from timm_multiexit.evaluation.pictures import draw_validation
@@ -50,28 +50,15 @@ from timm_multiexit.utils.files import sha256, write_output
 
 _logger = logging.getLogger(__name__)
 
-
 # Arguments of the run that wrote a checkpoint, used for flags that are not given here.
-REMEMBERED = (
-    'model',
-    'num_classes',
-    'img_size',
-    'input_size',
-    'in_chans',
-    'gp',
-    'mean',
-    'std',
-    'crop_pct',
-    'interpolation',
-    'model_kwargs',
-)
+_REMEMBERED = 'model num_classes img_size input_size in_chans gp mean std crop_pct interpolation model_kwargs'.split()
 
 
 def create_evaluated_model(args: Namespace) -> MultiExitModel:
     """Return the model that the flags name, with the exits it was saved with."""
     checkpoint = read_training_checkpoint(args.checkpoint) if args.checkpoint else {}
     trained = vars(checkpoint['args']) if 'args' in checkpoint else {}
-    for name in REMEMBERED:
+    for name in _REMEMBERED:
         if not getattr(args, name) and trained.get(name):
             setattr(args, name, trained[name])
     if args.model is None:
@@ -82,20 +69,12 @@ def create_evaluated_model(args: Namespace) -> MultiExitModel:
         args.model = source.name
         kwargs['pretrained'] = True
     if args.exits is not None or (source is not None and source.config.exits):
-        model = create_model(
-            source or args.model,
-            exits=args.exits,
-            head=args.exit_head,
-            head_widths=args.head_widths,
-            input_size=size,
-            **kwargs,
-        )
+        heads = {'head': args.exit_head, 'head_widths': args.head_widths}
+        model = create_model(source or args.model, exits=args.exits, input_size=size, **heads, **kwargs)
     else:
         backbone = create_backbone(source or args.model, **kwargs)
-        if (checkpoint.get('task_state') or {}).get('exits'):
-            model = restore_exits(backbone, checkpoint)
-        else:
-            model = MultiExitModel(backbone, [])
+        has_exits = (checkpoint.get('task_state') or {}).get('exits')
+        model = restore_exits(backbone, checkpoint) if has_exits else MultiExitModel(backbone, [])
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
     return model
@@ -111,15 +90,8 @@ def build_validator(
 ) -> Validator:
     """Return the validator of the model; everything that can be checked before the evaluation is checked.
 
-    Args:
-        args: Of the command line, with `data_dir`, `dataset` and `split` resolved.
-        model: The model, on its device and in eval mode.
-        data_config: timm's data configuration.
-        accelerator: Device, precision and processes.
-        show: Called with each section of the report as text as soon as it is measured.
-
-    Raises:
-        MultiExitError: The data cannot be loaded, flags do not fit model or data, or results cannot be written.
+    The model is on its device and in eval mode, `data_dir`, `dataset` and `split` of the flags are resolved. `show` is
+    called with each section of the report as text as soon as it is measured.
     """
     check_validate_args(args, model, accelerator.num_processes)
     check_preparation(args, model, data_config)
@@ -199,12 +171,7 @@ def hash_own_weights(args: Namespace, model: MultiExitModel) -> dict[str, str] |
 
 
 def save_chosen_policy(args: Namespace, validation: Validation, weights: Mapping[str, str] | None) -> str:
-    """Write the policy and the table of budgets beside the weights, and return a line about them.
-
-    Raises:
-        StateError: The folder got other weights since they were hashed.
-        MultiExitError: The folder cannot be written.
-    """
+    """Write the policy and the table of budgets beside the weights, and return a line about them."""
     path = policy_path(args)
     if path is None or validation.budgets is None:
         raise StateError('--save-policy needs a model folder and images to choose thresholds on.')
@@ -248,15 +215,8 @@ def write_results(args: Namespace, validation: Validation, sections: Mapping[str
     """Write the table: csv has one line per classifier, json also the other sections and the environment."""
     table = validation.table
     if args.results_format == 'json':
-        results = dict(
-            model=args.model,
-            split=args.split,
-            num_samples=table.num_samples,
-            rows=table.rows,
-            **sections,
-            **describe_environment(),
-        )
-        text = json.dumps(results, indent=2) + '\n'
+        results = {'model': args.model, 'split': args.split, 'num_samples': table.num_samples, 'rows': table.rows}
+        text = json.dumps({**results, **sections, **describe_environment()}, indent=2) + '\n'
     else:
         file = io.StringIO()
         columns = ['model', *(key for key in table.rows[0] if key != 'exit_idx')]
@@ -272,10 +232,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     setup_logging()
     args = create_validate_parser(prog).parse_args(argv)
     try:
-        precision = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(args.amp_dtype, args.amp_dtype) if args.amp else None
-        if precision == 'fp16' and not torch.cuda.is_available():
-            raise InvalidValueError('--amp in float16 needs a GPU. Use --amp-dtype bfloat16.')
-        accelerator = Accelerator(mixed_precision=precision)
+        accelerator = Accelerator(mixed_precision=choose_precision(args, torch.cuda.is_available()))
         validation, sections = validate(args, accelerator)
         if args.results_file and accelerator.is_main_process:
             write_results(args, validation, sections)

@@ -18,10 +18,9 @@ from torch.utils.data import IterableDataset
 
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
-from timm_multiexit.cli.build_training import loader_options
+from timm_multiexit.cli.build_training import loader_creator
 from timm_multiexit.data.datasets import check_classes, class_to_idx, create_checked_dataset
 from timm_multiexit.data.holdout import SubsetReader, TransformSubset, hold_out
-from timm_multiexit.data.loaders import create_eval_loader
 from timm_multiexit.evaluation.exit_table import CreateLoader
 from timm_multiexit.evaluation.validator import ValidationData
 from timm_multiexit.models.multi_exit import MultiExitModel
@@ -29,32 +28,16 @@ from timm_multiexit.utils.errors import CheckpointError, DataError, InvalidValue
 
 _logger = logging.getLogger(__name__)
 
-
 _TRAIN_NAMES = ('train', 'training')
-
 _DEFAULT_SEED = 42  # train.py's
-
 _MAX_TWICE = 0.05  # share of images that may be in two splits: CIFAR-100 and ImageNet have a few
 
 
 def create_validation_data(
     args: Namespace, model: MultiExitModel, data_config: dict[str, Any], accelerator: Accelerator
 ) -> ValidationData:
-    """Return the images that the flags name.
-
-    Args:
-        args: Of the command line, with `data_dir`, `dataset` and `split` resolved.
-        model: The model that is evaluated.
-        data_config: timm's data configuration.
-        accelerator: Device and processes.
-
-    Raises:
-        MultiExitError: The data cannot be loaded, or does not fit the model or the flags.
-    """
-
-    def create_loader(dataset: Any, config: Mapping[str, Any]) -> Any:
-        return create_eval_loader(dataset, data_config=config, accelerator=accelerator, **loader_options(args))
-
+    """Return the images that the flags name, whose `data_dir`, `dataset` and `split` are resolved."""
+    create_loader = loader_creator(args, accelerator)
     in_chans = data_config['input_size'][0]
     dataset = create_split(args, args.split, in_chans)
     num_classes = check_classes(dataset, None)
@@ -73,11 +56,7 @@ def create_validation_data(
 
 
 def create_split(args: Namespace, split: str, in_chans: int) -> Any:
-    """Return the data set of a split.
-
-    Raises:
-        MultiExitError: It cannot be loaded.
-    """
+    """Return the data set of a split."""
     return create_checked_dataset(
         args.dataset,
         root=args.data_dir,
@@ -92,13 +71,7 @@ def create_split(args: Namespace, split: str, in_chans: int) -> Any:
 def create_calibration_split(args: Namespace, reported: Any, in_chans: int) -> tuple[Any, str] | None:
     """Return the data set that thresholds are chosen on and its description; None if the flags name none.
 
-    Args:
-        args: Of the command line.
-        reported: The data set of `args.split`.
-        in_chans: Channels of an image.
-
-    Raises:
-        MultiExitError: It shares images with the reported split, has other classes, or cannot be loaded.
+    It must have the classes of `reported`, the data set of `args.split`, and none of its images.
     """
     if args.calib_from_train is None and args.calib_split is None:
         return None
@@ -199,21 +172,13 @@ def image_names(dataset: Any) -> set[str]:
 def check_other_images(args: Namespace, num_shared: int, num: int, *, share_by_chance: float = 0) -> None:
     """Raise if images that thresholds are chosen on are among those reported.
 
-    Args:
-        args: Of the command line.
-        num_shared: Number of images in both splits.
-        num: Number of images that thresholds are chosen on.
-        share_by_chance: Share of `num` that may be in both: data sets contain some images twice.
-
-    Raises:
-        DataError: More are in both.
+    `num_shared` of the `num` are in both splits; `share_by_chance` of them may be: data sets contain some images twice.
     """
     if num_shared <= share_by_chance * num:
         return
+    what, hint = f'--calib-split {args.calib_split}', 'see --calib-from-train'
     if args.calib_from_train is not None:
         what, hint = f'--calib-from-train {args.calib_from_train}', 'report another --split, from a folder of its own'
-    else:
-        what, hint = f'--calib-split {args.calib_split}', 'see --calib-from-train'
     shared = f'{num_shared} of the {num} images of {what} are in --split {args.split} too'
     if num_shared == num and args.calib_from_train is None:
         shared = f'{what} and --split {args.split} are the same images'
@@ -221,20 +186,11 @@ def check_other_images(args: Namespace, num_shared: int, num: int, *, share_by_c
 
 
 def load_mixed_batch(
-    dataset: Any,
-    data_config: Mapping[str, Any],
-    batch_size: int,
-    create_loader: CreateLoader,
-    device: torch.device,
+    dataset: Any, data_config: Mapping[str, Any], batch_size: int, create_loader: CreateLoader, device: torch.device
 ) -> Tensor:
     """Return a batch of images from all over a data set, since folders are sorted by class; of a stream the first.
 
-    Args:
-        dataset: Its transform stays.
-        data_config: timm's data configuration.
-        batch_size: Number of images, fewer if there are fewer.
-        create_loader: Creates the loader.
-        device: Device of the batch.
+    The transform of the data set stays. There are fewer than `batch_size` images if it has fewer.
     """
     dataset = copy.copy(dataset)
     if not isinstance(dataset, IterableDataset):

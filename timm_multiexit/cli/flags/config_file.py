@@ -11,21 +11,13 @@ from timm_multiexit.cli.flags.parser import Choice, KwargsAction, Number, Script
 from timm_multiexit.utils.errors import InvalidValueError, MissingFileError, brief, one_line
 
 # What a run writes into its args.yaml beside its flags, and finds out anew.
-RUN_KEYS = ('is_demo', 'origin')
+_RUN_KEYS = ('is_demo', 'origin')
 
 
 def read_config(path: str, parser: ScriptParser) -> dict[str, Any]:
     """Return the flag values of a YAML file as dest -> value, as the parser makes them.
 
     Keys are names of flags, with dashes or underscores. An `args.yaml` that a run wrote is such a file.
-
-    Args:
-        path: The file.
-        parser: Knows the flags and their defaults.
-
-    Raises:
-        MissingFileError: The file cannot be read.
-        InvalidValueError: It has unknown keys, or values that their flags do not take.
     """
     content = _read_mapping(path)
     names = {
@@ -35,7 +27,7 @@ def read_config(path: str, parser: ScriptParser) -> dict[str, Any]:
         for name in (action.dest, *action.option_strings)
         if not name.startswith('-') or name.startswith('--')
     }
-    values = [(str(key).replace('-', '_'), value) for key, value in content.items() if key not in RUN_KEYS]
+    values = [(str(key).replace('-', '_'), value) for key, value in content.items() if key not in _RUN_KEYS]
     unknown = sorted(key for key, _ in values if key not in names)
     if unknown:
         nearest = [get_close_matches(key, names, n=1) for key in unknown[:10]]
@@ -67,11 +59,7 @@ def _read_mapping(path: str) -> dict[Any, Any]:
 
 
 def _parse(parser: ScriptParser, action: argparse.Action, value: Any) -> Any:
-    """Return a YAML value as the flag would have made it.
-
-    Raises:
-        ArgumentError: The flag does not take it.
-    """
+    """Return a YAML value as the flag would have made it, or raise argparse's error."""
     if value == action.default and type(value) is type(action.default):
         return value  # what an args.yaml has for a flag that was not given
     if isinstance(action, KwargsAction) and isinstance(value, dict) and all(isinstance(key, str) for key in value):

@@ -1,15 +1,19 @@
 """Flags of exits, of their training and of runs, beside timm's; and what their values mean."""
 
 import argparse
-from collections.abc import Callable
-from typing import TypeVar
 
-from timm_multiexit.cli.flags.parser import Flag, choices, non_negative, positive, positive_int, switch, value
+from timm_multiexit.cli.flags.parser import Choice, Flag, Items, non_negative, positive, positive_int, switch, value
 from timm_multiexit.exits.heads import HEADS
 from timm_multiexit.losses.distances import OUTPUT_WEIGHTS
 from timm_multiexit.losses.multi_exit_loss import LOSSES
 
-_T = TypeVar('_T')
+# Widths of the heads, a list per exit; weights of the classifiers, main last; thresholds, of all exits or of each,
+# none for an exit that is not used.
+parse_widths = Items(lambda item: [int(width) for width in item.split('-')], 'widths such as 64-128-512,128-512')
+parse_weights = Items(non_negative, 'weights >= 0 such as 1,0.5,2')
+parse_thresholds = Items(
+    lambda item: None if item.strip().lower() == 'none' else float(item), 'thresholds such as 0.9 or 0.9,none,0.8'
+)
 
 
 def parse_exits(text: str) -> str | int | list[int] | list[str]:
@@ -23,32 +27,12 @@ def parse_exits(text: str) -> str | int | list[int] | list[str]:
         return bare
     if bare.isdecimal():
         return int(bare)
-    items = [item.strip() for item in _items(bare) if item.strip()]
+    items = [item.strip() for item in Items.split(bare) if item.strip()]
     if not items:
         raise argparse.ArgumentTypeError(f'must be auto, 3, [3], 1,2 or layer1,layer2, got {text!r}')
     if all(item.removeprefix('-').isdecimal() for item in items):
         return [int(item) for item in items]
     return items
-
-
-def parse_widths(text: str) -> list[list[int]]:
-    """Return the widths of every exit's head, shallow to deep.
-
-    >>> parse_widths('64-128,128')
-    [[64, 128], [128]]
-    """
-    return _parse_items(
-        text, lambda item: [int(width) for width in item.split('-')], 'widths such as 64-128-512,128-512'
-    )
-
-
-def parse_weights(text: str) -> list[float]:
-    """Return one weight per classifier, shallow to deep, main last.
-
-    >>> parse_weights('1,0.5,2')
-    [1.0, 0.5, 2.0]
-    """
-    return _parse_items(text, non_negative, 'weights >= 0 such as 1,0.5,2')
 
 
 def parse_teacher(text: str) -> str | list[int]:
@@ -57,31 +41,7 @@ def parse_teacher(text: str) -> str | list[int]:
     >>> parse_teacher('main'), parse_teacher('0,-1')
     ('main', [0, -1])
     """
-    return text if text in ('main', 'all') else _parse_items(text, int, 'main, all, or indices such as 0,-1')
-
-
-def parse_thresholds(text: str) -> list[float | None]:
-    """Return the thresholds of a policy, one for all exits or one per exit; none for an exit that is not used.
-
-    >>> parse_thresholds('0.9'), parse_thresholds('0.9,none,0.8')
-    ([0.9], [0.9, None, 0.8])
-    """
-    return _parse_items(
-        text,
-        lambda item: None if item.strip().lower() == 'none' else float(item),
-        'thresholds such as 0.9 or 0.9,none,0.8',
-    )
-
-
-def _items(text: str) -> list[str]:
-    return text.strip().removeprefix('[').removesuffix(']').split(',')
-
-
-def _parse_items(text: str, parse: Callable[[str], _T], allowed: str) -> list[_T]:
-    try:
-        return [parse(item) for item in _items(text)]
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f'must be {allowed}, got {text!r}') from None
+    return text if text in ('main', 'all') else Items(int, 'main, all, or indices such as 0,-1')(text)
 
 
 # What names exits and makes their heads: for training and for evaluation.
@@ -93,19 +53,19 @@ EXIT_FLAGS: tuple[Flag, ...] = (
         'E',
         'auto; 3: that many; [3] or 3, or 1,2: feature_info indices; layer1,layer2: module names',
     ),
-    value('--exit-head', choices(*HEADS), 'conv', None, 'type of the heads'),
+    value('--exit-head', Choice(*HEADS), 'conv', None, 'type of the heads'),
     value(
-        '--exit-widths', parse_widths, None, 'W', 'widths of the heads, 64-128,128: a list per exit', dest='head_widths'
+        '--exit-widths', parse_widths, None, 'W', 'widths of the heads, 64-128,128: of each exit', dest='head_widths'
     ),
 )
 
 # How exits are trained.
 EXIT_TRAIN_FLAGS: tuple[Flag, ...] = (
     switch('--eed', 'Exit-Ensemble Distillation, the same as --exit-loss eed'),
-    value('--exit-loss', choices(*LOSSES), None, None, 'ce, where there are exits and none is named'),
+    value('--exit-loss', Choice(*LOSSES), None, None, 'ce, where there are exits and none is named'),
     value('--exit-weights', parse_weights, None, 'W', "weights of the classifiers' losses, 1,0.5,2: main last"),
     value('--exit-teacher', parse_teacher, None, 'T', "main, all, or 0,-1: indices, if not the loss's"),
-    value('--exit-output-loss', choices(*OUTPUT_WEIGHTS), None, None, 'distance of outputs, kl if not given'),
+    value('--exit-output-loss', Choice(*OUTPUT_WEIGHTS), None, None, 'distance of outputs, kl if not given'),
     value('--exit-output-weight', non_negative, None, 'W', "its weight, if not the loss's"),
     value('--exit-feature-weight', non_negative, None, 'W', "weight of the distance of features, if not the loss's"),
     switch('--exit-projectors', "bring narrow features to main's width in training"),
@@ -113,17 +73,15 @@ EXIT_TRAIN_FLAGS: tuple[Flag, ...] = (
     value('--exit-warmup-epochs', non_negative, 0.0, 'N', "epochs in which the teacher's weight rises from 0"),
     value('--exit-lr-scale', non_negative, 1.0, 'F', "factor of the heads' learning rate"),
     switch('--freeze-backbone', 'the same as --regime frozen'),
-    value('--regime', choices('joint', 'frozen', 'mixed'), None, None, 'what trains; mixed: first the backbone'),
-    value(
-        '--backbone-epochs', positive_int, None, 'N', 'epochs of the backbone alone in mixed, half of all if not given'
-    ),
+    value('--regime', Choice('joint', 'frozen', 'mixed'), None, None, 'what trains; mixed: first the backbone'),
+    value('--backbone-epochs', positive_int, None, 'N', 'epochs of the backbone alone in mixed, half if not given'),
     value('--head-warmup-epochs', non_negative, None, 'N', 'epochs of fresh heads alone, if not chosen by the model'),
 )
 
 DATA_FLAGS = (
     value('--test-split', str, None, 'NAME', 'split of the final table, if not --val-split'),
     value('--val-from-train', positive_int, None, 'N', 'hold so many training images out to choose the epoch on'),
-    value('--bad-images', choices('skip', 'stop'), 'skip', None, 'what to do with unreadable ones'),
+    value('--bad-images', Choice('skip', 'stop'), 'skip', None, 'what to do with unreadable ones'),
     switch('--cache-images', 'keep decoded images in memory, in every loading process'),
 )
 
@@ -132,14 +90,10 @@ AUGMENTATION_FLAGS = (
 )
 
 RUN_FLAGS = (
-    value('--log-with', choices('tensorboard', 'wandb'), [], None, 'write curves for these', nargs='+'),
+    value('--log-with', Choice('tensorboard', 'wandb'), [], None, 'write curves for these', nargs='+'),
     switch('--progress', 'show a bar'),
     value(
-        '--push-to-hub',
-        str,
-        '',
-        'ORG/NAME',
-        'publish the best network there at the end, as `timm-multiexit publish` does',
+        '--push-to-hub', str, '', 'ORG/NAME', 'publish the best network there at the end, as `timm-multiexit publish`'
     ),
     switch('--hub-private', 'into a private repository'),
     value('--hub-license', str, None, 'ID', 'of the weights, if not that of those that training started from'),

@@ -6,20 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 from timm.utils import ParseKwargs
+
+_T = TypeVar('_T')
 
 
 @dataclass(frozen=True)
 class Number:
-    """Type of a flag that takes a number in some range.
-
-    Attributes:
-        kind: int or float.
-        allowed: The range, as messages name it.
-        is_allowed: Tells whether a finite number is in it.
-    """
+    """Type of a flag that takes a number in some range, which messages name as `allowed`."""
 
     kind: type[int] | type[float]
     allowed: str
@@ -64,13 +60,19 @@ share_between = Number(float, 'in (0, 1)', lambda number: 0 < number < 1)
 finite = Number(float, '', lambda number: True)
 
 
-@dataclass(frozen=True)
 class Choice:
-    """Type of a flag that takes one of some names."""
+    """Type of a flag that takes one of some names.
 
-    names: tuple[str, ...]
+    >>> Choice('norm', 'value')('agc')
+    Traceback (most recent call last):
+        ...
+    argparse.ArgumentTypeError: must be one of norm, value, got 'agc'
+    """
 
     __name__ = 'str'
+
+    def __init__(self, *names: str):
+        self.names = names
 
     def __str__(self) -> str:
         return f'one of {", ".join(name or repr(name) for name in self.names)}'
@@ -82,15 +84,30 @@ class Choice:
         return text
 
 
-def choices(*names: str) -> Choice:
-    """Return the type of a flag that takes one of some names.
+@dataclass(frozen=True)
+class Items(Generic[_T]):
+    """Type of a flag that takes a list of values with commas between, in brackets or not.
 
-    >>> choices('norm', 'value')('agc')
-    Traceback (most recent call last):
-        ...
-    argparse.ArgumentTypeError: must be one of norm, value, got 'agc'
+    >>> Items(int, 'indices such as 0,-1')('[0,-1]')
+    [0, -1]
     """
-    return Choice(names)
+
+    parse: Callable[[str], _T]
+    allowed: str
+
+    __name__ = 'list'
+
+    def __call__(self, text: str) -> list[_T]:
+        """Return the values."""
+        try:
+            return [self.parse(item) for item in self.split(text)]
+        except (ValueError, argparse.ArgumentTypeError):
+            raise argparse.ArgumentTypeError(f'must be {self.allowed}, got {text!r}') from None
+
+    @staticmethod
+    def split(text: str) -> list[str]:
+        """Return the items as they are written."""
+        return text.strip().removeprefix('[').removesuffix(']').split(',')
 
 
 @dataclass(frozen=True)
@@ -150,12 +167,7 @@ class ScriptParser(argparse.ArgumentParser):
 
 
 def format_error(error: argparse.ArgumentError, name: str | None = None) -> str:
-    """Return an error of a flag as one sentence.
-
-    Args:
-        error: The error.
-        name: What the flag is called in it, by default its first long option.
-    """
+    """Return an error of a flag as one sentence, about `name` or the flag's first long option."""
     options = (error.argument_name or '').split('/')
     name = name or next((option for option in options if option.startswith('--')), options[0])
     if error.message.startswith('must '):

@@ -6,8 +6,8 @@ Source: huggingface/pytorch-image-models train.py 1.0.29.dev0, and what the READ
 from timm.loss import LOSS_TYPES
 
 from timm_multiexit.cli.flags.parser import (
+    Choice,
     Flag,
-    choices,
     finite,
     non_negative,
     non_negative_int,
@@ -21,14 +21,13 @@ from timm_multiexit.cli.flags.parser import (
     value,
 )
 
-TASKS = ('classification', 'multilabel')
-
+_TASKS = ('classification', 'multilabel')
 _INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
-
+_DECAYS = ('linear', '1-sqrt', 'cosine', 'power', 'exp')
+_MIXINGS = ('batch', 'pair', 'elem', 'half')
+_SYNCS = ('reduce', 'broadcast', '')
 _HALVES = ('float16', 'bfloat16')
-
 _SCALES = ('none', 'sqrt', 'linear')
 
 # The defaults of --decay-epochs, --smoothing and --eval-metric depend on --sched and --task: see train_args.
@@ -47,7 +46,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--input-key', str, None, 'KEY', 'field of a sample that holds the image'),
         value('--target-key', str, None, 'KEY', 'field that holds the class, or a,b,c: one field per class'),
         switch('--dataset-trust-remote-code', "let a Hugging Face data set run its repository's code"),
-        value('--target-format', choices('indices', 'multihot'), None, None, 'how a multi-label target is given'),
+        value('--target-format', Choice('indices', 'multihot'), None, None, 'how a multi-label target is given'),
     ),
     'Model': (
         value('--model', str, 'resnet50', 'NAME', 'timm name or local-dir:FOLDER'),
@@ -64,7 +63,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--crop-pct', positive, None, 'F', 'centre crop for evaluation, as a fraction'),
         value('--mean', finite, None, 'M', 'channel means', nargs='+'),
         value('--std', positive, None, 'S', 'channel standard deviations', nargs='+'),
-        value('--interpolation', choices(*_INTERPOLATIONS), '', 'NAME', "resize for evaluation, if not the model's"),
+        value('--interpolation', Choice(*_INTERPOLATIONS), '', 'NAME', "resize for evaluation, if not the model's"),
         value('-b --batch-size', positive_int, 128, 'N', 'training images per process and batch'),
         value('-vb --validation-batch-size', positive_int, None, 'N', 'the same for evaluation, if not --batch-size'),
         switch('--channels-last', 'channels_last memory format'),
@@ -82,8 +81,8 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
     'Device': (
         value('--device', str, 'cuda', 'NAME', 'cuda: what Accelerate finds; cpu: the CPU anyway'),
         switch('--amp', 'mixed precision'),
-        value('--amp-dtype', choices(*_HALVES), 'float16', None, 'its type'),
-        value('--model-dtype', choices('float32', *_HALVES), None, None, 'type of the weights, if not float32'),
+        value('--amp-dtype', Choice(*_HALVES), 'float16', None, 'its type'),
+        value('--model-dtype', Choice('float32', *_HALVES), None, None, 'type of the weights, if not float32'),
         switch('--no-ddp-bb', 'no buffer broadcast in DDP'),
         switch('--synchronize-step', 'wait for the GPU after every step'),
         value('--local_rank', int, 0, 'N', 'taken for old launchers and not used'),
@@ -96,19 +95,19 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--momentum', non_negative, 0.9, 'M', 'momentum'),
         value('--weight-decay', non_negative, 2e-5, 'W', 'weight decay'),
         value('--clip-grad', positive, None, 'V', 'bound for gradients'),
-        value('--clip-mode', choices('norm', 'value', 'agc'), 'norm', None, 'what is bounded'),
+        value('--clip-mode', Choice('norm', 'value', 'agc'), 'norm', None, 'what is bounded'),
         value('--layer-decay', positive, None, 'D', 'learning rate factor from layer to layer'),
         value('--layer-decay-min-scale', non_negative, 0, 'S', 'its lower bound'),
         value('--layer-decay-no-opt-scale', non_negative, None, 'S', 'layers below it do not train'),
         pairs('--opt-kwargs', 'keywords for the optimizer'),
     ),
     'Learning rate': (
-        value('--sched', choices(*_SCHEDULES), 'cosine', None, 'schedule'),
+        value('--sched', Choice(*_SCHEDULES), 'cosine', None, 'schedule'),
         switch('--sched-on-updates', 'step it on every update'),
         value('--lr', non_negative, None, 'LR', 'learning rate; overrides --lr-base'),
         value('--lr-base', non_negative, 0.1, 'LR', 'lr = base * global batch / base size'),
         value('--lr-base-size', positive_int, 256, 'N', 'that base size'),
-        value('--lr-base-scale', choices('', 'linear', 'sqrt'), '', 'S', 'linear or sqrt, if not by optimizer'),
+        value('--lr-base-scale', Choice('', 'linear', 'sqrt'), '', 'S', 'linear or sqrt, if not by optimizer'),
         value('--lr-noise', non_negative, None, 'F', 'where noise starts and ends, as fractions of the run', nargs='+'),
         value('--lr-noise-pct', non_negative, 0.67, 'F', 'bound of the noise'),
         value('--lr-noise-std', non_negative, 1.0, 'S', 'its standard deviation'),
@@ -116,13 +115,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--lr-cycle-decay', non_negative, 0.5, 'F', 'and its rate so much lower'),
         value('--lr-cycle-limit', positive_int, 1, 'N', 'number of cycles'),
         value('--lr-k-decay', positive, 1.0, 'K', 'k-decay of cosine and poly'),
-        value(
-            '--lr-decay-fn',
-            choices('linear', '1-sqrt', 'cosine', 'power', 'exp'),
-            None,
-            None,
-            'how wsd and rsqrt decay',
-        ),
+        value('--lr-decay-fn', Choice(*_DECAYS), None, None, 'how wsd and rsqrt decay'),
         value('--lr-stable-timescale', positive, None, 'N', 'timescale of rsqrt in epochs, if not the warm-up'),
         value('--warmup-lr', non_negative, 1e-5, 'LR', 'rate that the warm-up starts from'),
         value('--min-lr', non_negative, 0, 'LR', 'rate that schedules end at'),
@@ -140,7 +133,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     'Augmentation and regularization': (
         switch('--no-aug', 'no training augmentation'),
-        value('--train-crop-mode', choices('rrc', 'rkrc', 'rkrr'), None, None, 'how training images are cropped'),
+        value('--train-crop-mode', Choice('rrc', 'rkrc', 'rkrr'), None, None, 'how training images are cropped'),
         value('--scale', positive, [0.08, 1.0], 'F', 'area of random crops', nargs='+'),
         value('--ratio', positive, [3 / 4, 4 / 3], 'F', 'aspect of random crops', nargs='+'),
         value('--hflip', share, 0.5, 'P', 'chance of a horizontal flip'),
@@ -153,7 +146,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--aug-repeats', non_negative, 0, 'N', 'versions of an image per epoch, for several processes'),
         value('--aug-splits', non_negative_int, 0, 'N', 'versions of an image per batch, 0 or from 2'),
         value('--reprob', share, 0.0, 'P', 'chance of random erasing'),
-        value('--remode', choices('pixel', 'rand', 'const'), 'pixel', None, 'what erases'),
+        value('--remode', Choice('pixel', 'rand', 'const'), 'pixel', None, 'what erases'),
         value('--recount', positive_int, 1, 'N', 'erased patches'),
         switch('--resplit', 'erase in the first split too'),
         value('--mixup', non_negative, 0.0, 'A', 'mixup alpha, 0: off'),
@@ -161,25 +154,19 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--cutmix-minmax', share, None, 'F', 'cutmix ratios, instead of alpha', nargs='+'),
         value('--mixup-prob', share, 1.0, 'P', 'chance of mixing a batch'),
         value('--mixup-switch-prob', share, 0.5, 'P', 'chance of cutmix where both are on'),
-        value(
-            '--mixup-mode',
-            choices('batch', 'pair', 'elem', 'half'),
-            'batch',
-            None,
-            'what is mixed; half needs the prefetcher',
-        ),
+        value('--mixup-mode', Choice(*_MIXINGS), 'batch', None, 'what is mixed; half needs the prefetcher'),
         value('--mixup-off-epoch', non_negative_int, 0, 'N', 'no mixing from this epoch on, 0: always'),
         value('--smoothing', share_below_1, 0.1, 'F', 'label smoothing; for multilabel: 0'),
-        value('--train-interpolation', choices('random', *_INTERPOLATIONS), 'random', 'NAME', 'resize in training'),
+        value('--train-interpolation', Choice('random', *_INTERPOLATIONS), 'random', 'NAME', 'resize in training'),
         value('--drop', share, 0.0, 'P', 'dropout'),
         value('--drop-connect', share, None, 'P', 'deprecated, use --drop-path'),
         value('--drop-path', share, None, 'P', 'stochastic depth'),
         value('--drop-block', share, None, 'P', 'DropBlock'),
     ),
     'Loss': (
-        value('--task', choices(*TASKS), TASKS[0], None, 'one label per image, or several'),
+        value('--task', Choice(*_TASKS), _TASKS[0], None, 'one label per image, or several'),
         value('--multilabel-threshold', share, 0.5, 'P', 'a label is predicted from this probability on'),
-        value('--loss', choices(*LOSS_TYPES), None, None, 'ce, for multilabel bce, if not given'),
+        value('--loss', Choice(*LOSS_TYPES), None, None, 'ce, for multilabel bce, if not given'),
         switch('--jsd-loss', 'the same as --loss jsd'),
         switch('--bce-loss', 'the same as --loss bce'),
         switch('--bce-sum', 'sum bce over classes'),
@@ -196,13 +183,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--bn-momentum', share, None, 'M', "momentum, if not the model's"),
         value('--bn-eps', positive, None, 'E', "epsilon, if not the model's"),
         switch('--sync-bn', 'statistics over all processes'),
-        value(
-            '--dist-bn',
-            choices('reduce', 'broadcast', ''),
-            'reduce',
-            'HOW',
-            "of statistics after an epoch: broadcast, reduce or ''",
-        ),
+        value('--dist-bn', Choice(*_SYNCS), 'reduce', 'HOW', "of statistics after an epoch: broadcast, reduce or ''"),
         switch('--split-bn', 'statistics of their own for each augmentation split'),
     ),
     'Moving average': (
@@ -213,7 +194,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     'Run': (
         value('--seed', seed_int, 42, 'S', 'seed of all randomness'),
-        value('--worker-seeding', choices('all', 'part'), 'all', None, 'no effect here, every sample has a seed'),
+        value('--worker-seeding', Choice('all', 'part'), 'all', None, 'no effect here, every sample has a seed'),
         value('--log-interval', positive_int, 50, 'N', 'batches between log lines'),
         value('--val-interval', positive_int, 1, 'N', 'epochs between evaluations'),
         value('--recovery-interval', non_negative_int, 0, 'N', 'batches between recovery checkpoints, 0: none'),
@@ -237,13 +218,11 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--train-img-sizes', positive_int, None, 'N', 'sides of training images, one for each batch', nargs='+'),
         value('--train-batch-sizes', positive_int, None, 'N', 'batch size for each, if not --batch-size', nargs='+'),
         value('--train-size-probs', non_negative, None, 'P', 'weight of each, if not equal', nargs='+'),
-        value('--train-size-schedule', choices('constant', 'progressive'), 'constant', None, 'of the sizes'),
+        value('--train-size-schedule', Choice('constant', 'progressive'), 'constant', None, 'of the sizes'),
         value('--train-size-schedule-spread', non_negative, 0.65, 'F', 'how far progressive strays in the list'),
         value('--train-size-random-mix', share, 0.1, 'P', 'share of any size in progressive'),
-        value(
-            '--train-batches-per-epoch --train-steps-per-epoch', positive_int, None, 'N', 'batches, if not by the data'
-        ),
-        value('--variable-batch-loss-scale', choices(*_SCALES), 'none', None, 'of the loss by batch size'),
+        value('--train-batches-per-epoch --train-steps-per-epoch', positive_int, None, 'N', 'batches, if not by data'),
+        value('--variable-batch-loss-scale', Choice(*_SCALES), 'none', None, 'of the loss by batch size'),
     ),
     "NaFlex, for timm's own train.py": (
         switch('--naflex-loader', 'not in this script'),
@@ -253,18 +232,18 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--naflex-max-seq-len', positive_int, 576, 'N', 'tokens in evaluation'),
         value('--naflex-patch-sizes', positive_int, None, 'N', 'patch sizes', nargs='+'),
         value('--naflex-patch-size-probs', share, None, 'P', 'chance of each', nargs='+'),
-        value('--naflex-loss-scale', choices(*_SCALES), 'linear', None, 'of the loss by batch size'),
+        value('--naflex-loss-scale', Choice(*_SCALES), 'linear', None, 'of the loss by batch size'),
         switch('--naflex-patchify-channels-first', 'channels before pixels in a patch'),
     ),
     'Distillation from another model': (
         value('--kd-model-name', str, None, 'NAME', 'timm model that teaches'),
-        value('--kd-distill-type', choices('logit', 'feature', 'token'), 'logit', None, 'what it teaches'),
-        value('--kd-loss-type', choices('kl'), 'kl', None, 'distance of outputs'),
+        value('--kd-distill-type', Choice('logit', 'feature', 'token'), 'logit', None, 'what it teaches'),
+        value('--kd-loss-type', Choice('kl'), 'kl', None, 'distance of outputs'),
         value('--distill-loss-weight', non_negative, None, 'W', 'of the distance; 1, or 1 - the other weight'),
         value('--task-loss-weight', non_negative, None, 'W', 'of the task, 1 if not given'),
         value('--kd-temperature', positive, 4.0, 'T', 'temperature of kl'),
         value('--kd-student-feature-dim', positive_int, None, 'N', "width of the model's features"),
         value('--kd-teacher-feature-dim', positive_int, None, 'N', "width of the teacher's features"),
-        value('--kd-token-distill-type', choices('soft', 'hard'), 'soft', None, 'of the token'),
+        value('--kd-token-distill-type', Choice('soft', 'hard'), 'soft', None, 'of the token'),
     ),
 }

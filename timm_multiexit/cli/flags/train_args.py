@@ -72,14 +72,6 @@ def parse_train_args(argv: Sequence[str] | None = None, prog: str = 'train.py') 
 
     `is_demo` says whether no data was named, so that the run is on the digits. Errors of a single flag end the program
     with code 2 and one line, as argparse does.
-
-    Args:
-        argv: The words, by default those of the process.
-        prog: What the program is called in help and errors.
-
-    Raises:
-        MissingFileError: The configuration file cannot be read.
-        InvalidValueError: It has unknown keys or wrong values, or flags contradict each other.
     """
     parser = create_train_parser(prog)
     actions = [action for action in parser._actions if action.dest != 'help']
@@ -91,9 +83,7 @@ def parse_train_args(argv: Sequence[str] | None = None, prog: str = 'train.py') 
     chosen |= given
     is_demo = not any(chosen.get(name) for name in ('data', 'data_dir', 'dataset'))
     settings = defaults | (deepcopy(DIGITS_DEFAULTS) if is_demo else {}) | chosen
-    for dest, default in _dependent_defaults(settings).items():
-        if dest not in chosen:
-            settings[dest] = default
+    settings |= {dest: default for dest, default in _dependent_defaults(settings).items() if dest not in chosen}
     for dest, target, _ in _ALIASES:
         if (dest in given) != (target in given):  # of two names for one thing, the one given here wins
             other = target if dest in given else dest

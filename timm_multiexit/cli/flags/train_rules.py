@@ -46,12 +46,9 @@ def _distils_softmax(args: Namespace) -> bool:
 
 
 def _lacks_sizes(args: Namespace) -> bool:
-    return args.train_img_sizes is None and (
-        args.train_batch_sizes is not None
-        or args.train_size_probs is not None
-        or args.train_batches_per_epoch is not None
-        or args.train_size_schedule == 'progressive'
-    )
+    options = (args.train_batch_sizes, args.train_size_probs, args.train_batches_per_epoch)
+    is_any = any(option is not None for option in options) or args.train_size_schedule == 'progressive'
+    return is_any and args.train_img_sizes is None
 
 
 # A condition that must not hold, and the message where it does.
@@ -140,18 +137,9 @@ TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
         lambda a: a.train_size_schedule == 'progressive' and len(a.train_img_sizes) < 2,
         '--train-size-schedule progressive needs two sizes, got --train-img-sizes {train_img_sizes}.',
     ),
-    (
-        lambda a: a.wandb_resume_id and not a.resume,
-        '--wandb-resume-id needs --resume. Give the checkpoint too.',
-    ),
-    (
-        lambda a: a.resume == 'auto' and not a.experiment,
-        '--resume auto needs --experiment, the name of the run.',
-    ),
-    (
-        lambda a: a.regime != 'mixed' and a.backbone_epochs is not None,
-        '--backbone-epochs needs --regime mixed.',
-    ),
+    (lambda a: a.wandb_resume_id and not a.resume, '--wandb-resume-id needs --resume. Give the checkpoint too.'),
+    (lambda a: a.resume == 'auto' and not a.experiment, '--resume auto needs --experiment, the name of the run.'),
+    (lambda a: a.regime != 'mixed' and a.backbone_epochs is not None, '--backbone-epochs needs --regime mixed.'),
     (
         lambda a: a.backbone_epochs is not None and a.backbone_epochs >= a.epochs,
         '--backbone-epochs must be < --epochs {epochs}, got {backbone_epochs}.',
@@ -168,15 +156,7 @@ TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
 
 
 def check_args(args: Namespace, exit_flags: Iterable[Flag]) -> None:
-    """Raise where the arguments of a training run contradict each other.
-
-    Args:
-        args: All of them, with flags that follow from others filled in.
-        exit_flags: Those that need exits.
-
-    Raises:
-        InvalidValueError: One line that names the flag, its value and what is allowed.
-    """
+    """Raise where the arguments of a training run contradict each other; `exit_flags` are those that need exits."""
     _check_lists(args)
     if args.exits is None:
         for flag in exit_flags:
@@ -192,15 +172,7 @@ def check_args(args: Namespace, exit_flags: Iterable[Flag]) -> None:
 
 
 def loss_kwargs(args: Namespace, num_classes: int | None = None) -> dict[str, Any]:
-    """Return the keywords of `timm.loss.create_classification_loss` for the flags.
-
-    Args:
-        args: Of a training run.
-        num_classes: Of the model, if known: there must be as many class weights.
-
-    Raises:
-        InvalidValueError: The loss does not take what the other flags say, or a file of weights cannot be read.
-    """
+    """Return the keywords of `timm.loss.create_classification_loss`, with weights for `num_classes`, if known."""
     kwargs = {
         'loss_type': args.loss,
         'multi_label': args.task == 'multilabel',
@@ -265,8 +237,7 @@ def _check_lists(args: Namespace) -> None:
 
 
 def _check_schedule(args: Namespace) -> None:
-    prefix = args.warmup_epochs if args.warmup_prefix else 0
-    total = args.epochs + args.cooldown_epochs + prefix
+    total = args.epochs + args.cooldown_epochs + (args.warmup_epochs if args.warmup_prefix else 0)
     if args.stop_epoch is not None and args.lr_cycle_limit == 1 and args.stop_epoch > total:
         raise InvalidValueError(
             f'--stop-epoch must be in [1, {total}], the epochs of the schedule, got {args.stop_epoch}.'

@@ -14,10 +14,9 @@ from timm_multiexit.checkpoints.config import read_model_config
 from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.cli.flags.exit_flags import EXIT_FLAGS, parse_thresholds
 from timm_multiexit.cli.flags.parser import (
-    Flag,
+    Choice,
     ScriptParser,
     add_flags,
-    choices,
     non_negative_int,
     option_name,
     positive_int,
@@ -39,7 +38,7 @@ _VALIDATE_FLAGS = (
     switch('--pin-mem', 'pin host memory for transfers'),
     switch('--no-prefetcher', 'leave out the prefetcher'),
     value('--results-file', str, '', 'FILE', 'write the results to this file'),
-    value('--results-format', choices('csv', 'json'), 'csv', None, 'csv: the table; json: all of it'),
+    value('--results-format', Choice('csv', 'json'), 'csv', None, 'csv: the table; json: all of it'),
 )
 
 # What `validate.py` reports of dynamic inference.
@@ -47,33 +46,19 @@ _DYNAMIC_FLAGS = (
     value('--calib-split', str, None, 'NAME', 'choose thresholds on this split, not the reported one'),
     value('--calib-from-train', positive_int, None, 'N', 'choose them on what train.py --val-from-train N held out'),
     value('--threshold', parse_thresholds, None, 'T', '0.9: of every exit; 0.9,none,0.8: of each, none: not used'),
-    value('--criterion', choices(*CRITERIA), 'confidence', None, 'what a threshold is compared with'),
-    value('--combine', choices(*COMBINATIONS), None, None, 'answer with the exits seen so far, together'),
+    value('--criterion', Choice(*CRITERIA), 'confidence', None, 'what a threshold is compared with'),
+    value('--combine', Choice(*COMBINATIONS), None, None, 'answer with the exits seen so far, together'),
     value('--budget', str, [], 'B', 'mean cost of an image: 60%, 1.2GMACs or 5ms', nargs='+', action='extend'),
     value(
-        '--max-drop',
-        share_between,
-        None,
-        'F',
-        "0.01: keep main's accuracy to a point; not on images that chose the epoch",
+        '--max-drop', share_between, None, 'F', "0.01: main's accuracy to a point; not on images that chose the epoch"
     ),
     value('--delta', share_between, None, 'P', 'chance that --max-drop is broken, 0.1 if not given'),
-    value(
-        '--time-rounds', non_negative_int, 5, 'N', 'rounds in which policies and plain timm are timed in turns, 0: none'
-    ),
+    value('--time-rounds', non_negative_int, 5, 'N', 'rounds of timing policies and plain timm in turns, 0: none'),
     switch(
         '--save-policy',
         "write the first --budget's policy, else --max-drop's, and all budgets into the model folder's config.json",
     ),
-    value(
-        '--compare',
-        str,
-        [],
-        'NAME',
-        'static models to set beside it: NAME, NAME:CHECKPOINT',
-        nargs='+',
-        action='extend',
-    ),
+    value('--compare', str, [], 'NAME', 'static models beside it: NAME, NAME:CHECKPOINT', nargs='+', action='extend'),
     value('--plot', str, '', 'PNG', 'draw accuracy over MACs; with --results-file always, beside it'),
 )
 
@@ -84,33 +69,24 @@ def create_validate_parser(prog: str = 'validate.py') -> ScriptParser:
         prog=prog,
         description='Accuracy and cost of every exit of a model name, a model folder or a training checkpoint.',
     )
-    split = value('--split', str, 'validation', 'NAME', 'split to evaluate')
-    data = _pick('Data', 'data data_dir dataset dataset_download class_map input_img_mode')
+    timm = {flag.dest: flag for flags in TIMM_FLAGS.values() for flag in flags}
+    data = 'data data_dir dataset dataset_download class_map input_img_mode'
     model = 'pretrained num_classes gp img_size in_chans input_size crop_pct mean std interpolation channels_last'
-    name = replace(_pick('Model', 'model')[0], default=None)
-    seed = replace(_pick('Run', 'seed')[0], default=None, help="of --calib-from-train, if not the run's")
-    add_flags(parser, 'Data', (*data, split))
-    add_flags(parser, 'Model', (name, *_pick('Model', f'{model} model_kwargs')))
+    name, train_split, seed = (replace(timm[dest], default=None) for dest in ('model', 'train_split', 'seed'))
+    train_split = replace(train_split, help="split that --calib-from-train is of, if not the run's")
+    seed = replace(seed, help="of --calib-from-train, if not the run's")
+    split = value('--split', str, 'validation', 'NAME', 'split to evaluate')
+    add_flags(parser, 'Data', (*(timm[dest] for dest in data.split()), split))
+    add_flags(parser, 'Model', (name, *(timm[dest] for dest in model.split()), timm['model_kwargs']))
     add_flags(parser, 'Exits', EXIT_FLAGS)
-    add_flags(parser, 'Device', _pick('Device', 'amp amp_dtype'))
+    add_flags(parser, 'Device', (timm['amp'], timm['amp_dtype']))
     add_flags(parser, 'Evaluation', _VALIDATE_FLAGS)
-    train_split = replace(
-        _pick('Data', 'train_split')[0], default=None, help="split that --calib-from-train is of, if not the run's"
-    )
     add_flags(parser, 'Dynamic inference', (*_DYNAMIC_FLAGS, train_split, seed))
     return parser
 
 
-def _pick(title: str, dests: str) -> list[Flag]:
-    """Return some of timm's flags of one title."""
-    flags = {flag.dest: flag for flag in TIMM_FLAGS[title]}
-    return [flags[dest] for dest in dests.split()]
-
-
-PICTURE_NAME = 'accuracy_vs_macs.png'
-
+_PICTURE_NAME = 'accuracy_vs_macs.png'
 _ASKING = ('threshold', 'budget', 'max_drop', 'calib_split', 'calib_from_train', 'save_policy', 'compare', 'plot')
-
 _DATA = 'give --calib-split NAME or --calib-from-train N'
 
 
@@ -135,11 +111,7 @@ def find_own_folder(args: Namespace, model: MultiExitModel) -> Path | None:
 
 
 def given_policy(args: Namespace, num_exits: int) -> ExitPolicy:
-    """Return the policy of `--threshold`.
-
-    Raises:
-        MultiExitError: A threshold is out of range, or there are more or fewer than exits.
-    """
+    """Return the policy of `--threshold`, for so many exits."""
     thresholds = args.threshold * num_exits if len(args.threshold) == 1 else args.threshold
     policy = ExitPolicy(args.criterion, tuple(thresholds), combine=args.combine)
     policy.check_exits(num_exits)
@@ -147,12 +119,7 @@ def given_policy(args: Namespace, num_exits: int) -> ExitPolicy:
 
 
 def check_validate_args(args: Namespace, model: MultiExitModel, num_processes: int) -> None:
-    """Raise where flags of dynamic inference do not fit the model, the processes or each other.
-
-    Raises:
-        InvalidValueError: One line with the flag.
-        StateError: A flag needs a single process.
-    """
+    """Raise where flags of dynamic inference do not fit the model, the processes or each other."""
     if args.save_policy:
         _check_saving(args, model)
     asked = asked_flags(args)
@@ -199,11 +166,7 @@ def _check_saving(args: Namespace, model: MultiExitModel) -> None:
 
 
 def check_preparation(args: Namespace, model: MultiExitModel, data_config: dict[str, Any]) -> None:
-    """Raise for a policy that is to be saved for images preprocessed in another way than its folder says.
-
-    Raises:
-        InvalidValueError: One line with both ways.
-    """
+    """Raise for a policy that is to be saved for images preprocessed in another way than its folder says."""
     if not args.save_policy:
         return
     for name, own in resolve_data_config(model=model).items():
@@ -229,13 +192,7 @@ def _check_effect(args: Namespace, has_data: bool) -> None:
 def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> None:
     """Raise for a budget that no policy can meet; where thresholds are chosen anew, more may turn out to be too low.
 
-    Args:
-        args: Of the command line.
-        model: Its own table of budgets decides where no data is given to choose thresholds on.
-        costs: Of its exits, in MACs.
-
-    Raises:
-        MultiExitError: One line with what is allowed.
+    Without data to choose thresholds on, the model's own table of budgets decides.
     """
     table = model.budgets
     if chooses_thresholds(args):
@@ -245,16 +202,15 @@ def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> 
         point = PolicyResult(unused, 0.0, (0.0,) * num_exits + (1.0,), macs=lowest)
         table = BudgetTable((point,), total_macs=costs.total, max_macs=costs.largest)
     for budget in args.budget:
-        if table is None or (table is not model.budgets and parse_budget(budget).unit == 'ms'):
-            continue
-        table.select(budget)
+        if table is not None and (table is model.budgets or parse_budget(budget).unit != 'ms'):
+            table.select(budget)
 
 
 def picture_path(args: Namespace) -> Path | None:
     """Return where the picture goes; None if there are no files."""
     if args.plot:
         return Path(args.plot)
-    return Path(args.results_file).with_name(PICTURE_NAME) if args.results_file else None
+    return Path(args.results_file).with_name(_PICTURE_NAME) if args.results_file else None
 
 
 def policy_path(args: Namespace) -> Path | None:
@@ -263,12 +219,7 @@ def policy_path(args: Namespace) -> Path | None:
 
 
 def check_outputs(args: Namespace) -> None:
-    """Raise where a result could not be written, so that this is known before the evaluation; creates the folders.
-
-    Raises:
-        InvalidValueError: Two results have one path, or a path is a folder.
-        DiskError: A file cannot be written.
-    """
+    """Raise where a result could not be written, so that this is known before the evaluation; creates the folders."""
     named = {
         'the results': Path(args.results_file) if args.results_file else None,
         'the picture': picture_path(args),
