@@ -421,6 +421,18 @@ def test_policy_is_not_saved_for_weights_that_came_later(net_folder):
     assert (net_folder / 'config.json').read_bytes() == before
 
 
+def test_policy_stays_saved_if_the_comparison_fails(run_script, digits_net, monkeypatch):
+    def fail(*args, **kwargs):
+        raise StateError('no memory left')
+
+    monkeypatch.setattr('timm_multiexit.evaluation.validator.evaluate_static', fail)
+    flags = ('--calib-split', 'validation', '--budget', '95%', '--time-rounds', '0', '--save-policy')
+    static = ('--compare', f'local-dir:{digits_net}')
+    code, _, err = run_script(validate.main, '--model', f'local-dir:{digits_net}', *flags, *static, '-j', '0')
+    assert (code, err.splitlines()[-1]) == (2, 'validate.py: error: no memory left')
+    assert tme.create_model(f'local-dir:{digits_net}', pretrained=True).policy is not None
+
+
 def test_weights_are_named_where_they_are_the_folders(make_model, net_folder, monkeypatch):
     """Fresh exits or classes are not in its files."""
     results = ('--results-file', 'new.json', '--results-format', 'json')

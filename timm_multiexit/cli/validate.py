@@ -96,14 +96,12 @@ def build_validator(
     check_validate_args(args, model, accelerator.num_processes)
     check_preparation(args, model, data_config)
     data = create_validation_data(args, model, data_config, accelerator)
-    in_chans = data_config['input_size'][0]
     validator = Validator(
         model,
         data,
         read_questions(args, len(model.exits)),
         accelerator=accelerator,
         name=args.model,
-        statics={name: create_static(name, num_classes=model.num_classes, in_chans=in_chans) for name in args.compare},
         show=show,
     )
     check_budgets(args, model, validator.costs)
@@ -146,12 +144,17 @@ def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dic
         if accelerator.is_main_process:
             print(f'\n{text}', flush=True)
 
-    validation = build_validator(args, model, data_config, accelerator, show=show).run()
+    validator = build_validator(args, model, data_config, accelerator, show=show)
+    in_chans = data_config['input_size'][0]
+    statics = {name: create_static(name, num_classes=model.num_classes, in_chans=in_chans) for name in args.compare}
+    validation = validator.run()
     has_dynamic = 'failure_auroc' in validation.sections
     if has_dynamic and not chooses_thresholds(args) and not args.budget:
         show('No budgets: give --calib-split NAME or --calib-from-train N to choose thresholds on.')
     if args.save_policy:
         show(save_chosen_policy(args, validation, weights))
+    if has_dynamic and statics:
+        validator.compare(validation, statics)
     picture = draw_picture(args, validation) if has_dynamic else {}
     inputs = describe_inputs(
         model,

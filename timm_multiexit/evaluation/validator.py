@@ -136,7 +136,6 @@ class Validator:
         questions: What to measure.
         accelerator: Device, precision and processes.
         name: The model in the heading.
-        statics: Name -> model without exits, evaluated on the same images.
         show: Called with each section of the report as text as soon as it is measured.
 
     Raises:
@@ -151,13 +150,12 @@ class Validator:
         *,
         accelerator: Accelerator,
         name: str = 'Model',
-        statics: Mapping[str, MultiExitModel] | None = None,
         show: Callable[[str], None] = lambda text: None,
     ):
         if data.calibration is None and (questions.max_drop is not None or (questions.budgets and not model.budgets)):
             raise InvalidValueError('Budgets and max_drop need images to choose thresholds on: see ValidationData.')
         self.model, self.data, self.questions = model, data, questions
-        self.accelerator, self.name, self.statics, self.show = accelerator, name, statics or {}, show
+        self.accelerator, self.name, self.show = accelerator, name, show
         self.costs = StageCosts.from_exit_costs(model.cost(data.config['input_size']))
 
     def run(self) -> Validation:
@@ -173,12 +171,13 @@ class Validator:
         self._add(validation, format_order(order), **order)
         meter = PolicyMeter(reported.logits, reported.targets, self.costs)
         self._add_policies(validation, meter, self._calibrate(reported))
-        if self.statics:
-            rows = evaluate_static(
-                self.statics, data.dataset, create_loader=data.create_loader, accelerator=self.accelerator
-            )
-            self._add(validation, f'Static models on the {data.split} split:\n\n{format_table(rows)}', compare=rows)
         return validation
+
+    def compare(self, validation: Validation, statics: Mapping[str, MultiExitModel]) -> None:
+        """Add models without exits, by name, evaluated on the same images."""
+        data = self.data
+        rows = evaluate_static(statics, data.dataset, create_loader=data.create_loader, accelerator=self.accelerator)
+        self._add(validation, f'Static models on the {data.split} split:\n\n{format_table(rows)}', compare=rows)
 
     def _keeps_logits(self) -> bool:
         """Return whether dynamic inference is reported."""
