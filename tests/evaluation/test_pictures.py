@@ -31,7 +31,7 @@ CURVE = {
 SECTIONS = {'curve': CURVE, 'compare': [{'static model': 'small', 'GMACs': 1.2, 'top-1': 72.0}]}
 LABELS = {
     'one classifier for all',
-    'budgets, solver of the field',
+    "budgets, MSDNet's solver",
     'budgets, search',
     'plain backbone',
     'ensemble of all',

@@ -89,7 +89,7 @@ def _place(row: Mapping[str, Any]) -> Point:
 
 def _curve_points(curve: Mapping[str, Any] | None) -> dict[str, list[Point]]:
     """Return label -> points of the curves that were measured."""
-    labels = {'solver': 'budgets, solver of the field', 'search': 'budgets, search'}
+    labels = {'solver': "budgets, MSDNet's solver", 'search': 'budgets, search'}
     points = curve['points'] if curve else []
     found = {
         label: [(point[name]['macs'], point[name]['top-1']) for point in points if point[name]]
