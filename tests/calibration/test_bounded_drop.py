@@ -158,6 +158,7 @@ def test_the_cheapest_that_looks_safe_breaks_the_promise(population):
     assert (torch.tensor(drops) > MAX_DROP).double().mean() > DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / 40)
 
 
+@pytest.mark.slow
 def test_asking_for_more_safety_never_gives_cheaper_policies(population):
     requests = [(0.04, 0.1), (0.02, 0.3), (0.02, 0.1), (0.02, 0.01), (0.01, 0.1)]
     means = [resample(population, 20, max_drop=drop, delta=delta).mean(0).tolist() for drop, delta in requests]

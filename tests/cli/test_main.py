@@ -82,6 +82,7 @@ def run_process(*words, **kwargs):
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240, **kwargs)
 
 
+@pytest.mark.slow
 def test_package_runs_as_a_module_and_loads_no_command_for_its_version():
     code = 'import runpy, sys\nsys.argv[1:] = ["--version"]\n'
     code += (

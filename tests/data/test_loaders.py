@@ -165,6 +165,7 @@ def test_flags_of_the_data_train_and_report(flags, folder, train_on):
     assert result.out.count('main  classifier') == 1
 
 
+@pytest.mark.slow
 def test_split_norms_are_resumed_and_left_out_of_the_best_network(folder, train_on):
     flags = ('--eed', '--aug-splits', '2', '--jsd-loss', '--split-bn')
     run, _ = train_on(folder, *flags)

@@ -166,6 +166,7 @@ def test_an_exit_without_a_cut_is_timed_all_the_same_and_named(bench, monkeypatc
     assert 'cut by hand at exit 1' not in bench.variants
 
 
+@pytest.mark.slow
 def test_compiled_forms_are_compared_with_plain_timm_compiled(make_model, monkeypatch):
     real = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda *args, **kwargs: real(*args, **(kwargs | {'backend': 'eager'})))
