@@ -90,7 +90,7 @@ def create_model(
     )
     model.origin = _find_origin(model, source, pretrained, kwargs)
     if pretrained:
-        _logger.warning(f'{model_name} is trained, its {len(model.exits)} exits are not: train them before use.')
+        _logger.warning(f'{model_name} is trained, but not its exits ({len(model.exits)}): train them before use.')
     return model
 
 

@@ -27,15 +27,19 @@ def test_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f'timm-multiexit {__version__}\n'
 
 
+def test_no_command_shows_the_usage_with_code_2(capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith('usage: timm-multiexit')
+
+
 @pytest.mark.parametrize(
     ('argv', 'end'),
     [
-        ([], "got ''. See timm-multiexit --help."),
         (['trian', '--eed'], "got 'trian'. Did you mean train?"),
         (['flags'], "got 'flags'. See timm-multiexit --help."),  # a module of the folder, but no command
         (['--eed'], "got '--eed'. See timm-multiexit --help."),
     ],
-    ids=['none', 'typo', 'module', 'flag'],
+    ids=['typo', 'module', 'flag'],
 )
 def test_unknown_command_is_one_line_with_code_2(argv, end, capsys):
     assert main(argv) == 2

@@ -42,7 +42,7 @@ def test_run_that_cannot_be_published_in_the_end_is_whole_and_says_how_to_go_on(
     folder = image_folder.parent / 'output/train/my run'
     assert code == 2
     assert 'is complete, but was not published' in err.splitlines()[-1]
-    command = f"hub/publish.py 'output/train/my run' {REPO} --yes --private --license mit"
+    command = f"timm-multiexit publish 'output/train/my run' {REPO} --yes --private --license mit"
     assert err.splitlines()[-1].endswith(f'Try again with {command}')
     assert '--result' in out
     assert tme.create_model(f'local-dir:{folder}/best', pretrained=True)

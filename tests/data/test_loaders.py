@@ -191,7 +191,7 @@ def test_batches_have_the_sizes_of_the_list(folder, train_on, monkeypatch):
 REFUSED = {
     'repeats': (('--aug-repeats', '3'), 'RepeatAugment not currently supported in non-distributed'),
     'policy': (('--aa', 'bogus'), 'Cannot load the training data: Unknown AA policy bogus'),
-    'batch': (('-b', '64'), '24 training images do not fill one batch of 64'),
+    'batch': (('-b', '64'), 'at most the number of training images, 24, got 64'),
 }
 
 

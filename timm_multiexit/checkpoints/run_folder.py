@@ -94,7 +94,9 @@ class RunFolder:
             CheckpointError: The run has not ended, or the file is not a JSON object.
         """
         if not self.results_path.is_file():
-            raise CheckpointError(f'{self.path} has no {RESULTS_NAME}, which train.py writes at the end: let it end.')
+            raise CheckpointError(
+                f'{self.path} has no {RESULTS_NAME}, which train.py writes when it finishes: wait for it, or resume it.'
+            )
         return read_json(self.results_path)
 
     def load_best(self, **kwargs: Any) -> MultiExitModel:

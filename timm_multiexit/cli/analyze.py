@@ -86,7 +86,9 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     except MultiExitError as error:
         print(f'{prog}: error: {error}', file=sys.stderr)
         return 2
-    print(f'\n{format_table(summary_rows(content["runs"]))}\n\n{args.out} has the figures and analysis.json.')
+    print(
+        f'\n{format_table(summary_rows(content["runs"]))}\n\nWrote {args.out}/analysis.json and the figures beside it.'
+    )
     return 0
 
 

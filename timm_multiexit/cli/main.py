@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code, 2 for an unknown one."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ''
+    if not words:
+        print(format_usage(), file=sys.stderr)
+        return 2
     if name in ('-h', '--help'):
         print(format_usage())
     elif name == '--version':

@@ -1,4 +1,4 @@
-"""Publish a run of train.py: `hub/publish.py output/train/RUN ORG/NAME`.
+"""Publish a training run: `timm-multiexit publish output/train/RUN ORG/NAME`.
 
 Writes the folder to publish and shows what a push would change; with --yes it is pushed, as one commit. Run again, it
 sends only what has changed.

@@ -293,7 +293,7 @@ def publish(args: Namespace, folder: Path, prog: str) -> int:
         result = publish_run(folder, args.push_to_hub, info=PublicationInfo(args.hub_license), private=args.hub_private)
         _logger.info(f'Published: {result.url}')
     except MultiExitError as error:
-        again = ['hub/publish.py', str(folder), args.push_to_hub, '--yes', *['--private'] * args.hub_private]
+        again = ['timm-multiexit', 'publish', str(folder), args.push_to_hub, '--yes', *['--private'] * args.hub_private]
         again += ['--license', args.hub_license] if args.hub_license else []
         print(
             f'{prog}: error: The run in {folder} is complete, but was not published: {error} Try again with'

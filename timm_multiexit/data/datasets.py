@@ -148,8 +148,9 @@ def create_checked_dataset(
         _check_split(Path(root), split)
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
-    except (RuntimeError, ValueError, AssertionError, OSError, ImportError) as error:
-        reason = str(error).rstrip('.') or 'timm has no reader of that name'
+    except (RuntimeError, TypeError, ValueError, AssertionError, OSError, ImportError) as error:
+        # timm takes a name that it does not know for that of a folder: without one it raises TypeError.
+        reason = ('' if isinstance(error, TypeError) else str(error).rstrip('.')) or 'timm has no reader of that name'
         if isinstance(error, ImportError):
             reason += '; install the package'
         raise DataError(f"No data set '{name or root}', split '{split}': {reason}.") from error

@@ -101,7 +101,9 @@ def create_train_loader(
         resize = ResizeKeepRatio(size, interpolation=interpolation or data_config['interpolation'])
         dataset.transform.transforms[:1] = [resize, RandomCrop(size, padding=crop_padding)]
     if len(loader) == 0 and not is_iterable:
-        raise DataError(f'{len(dataset)} training images do not fill one batch of {batch_size}.')
+        raise DataError(
+            f'The batch size must be at most the number of training images, {len(dataset)}, got {batch_size}.'
+        )
     seeded = SeededLoader(
         loader,
         seed=seed,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from timm_multiexit.utils.errors import CheckpointError, brief, one_line
+from timm_multiexit.utils.errors import CheckpointError, MissingFileError, brief, one_line
 
 _MAX_JSON_BYTES = 4 * 2**20  # Python's objects take many times that
 _LFS_POINTER = b'version https://git-lfs.github.com/spec/'
@@ -37,12 +37,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
+        MissingFileError: The folder is missing.
         CheckpointError: The file is missing, larger than 4 MB, not JSON, nested too deeply, or has duplicate keys, NaN
             or infinities, or anything but an object at its root.
     """
     try:
         check_contained(path)
         if not path.is_file():
+            if not path.parent.is_dir():
+                raise MissingFileError(f'{path.parent} is not a model folder: it does not exist.')
             raise CheckpointError(f'{path.parent} is not a model folder: it has no {path.name}.')
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
