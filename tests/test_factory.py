@@ -52,3 +52,8 @@ def test_models_are_made_inside_inference_mode():
         model = tme.create_model('test_resnet', num_classes=5)
         assert model.eval()(torch.randn(1, 3, 32, 32), exit_idx=0).shape == (1, 5)
         assert model.cost()[-1].fixed.macs > 0
+
+
+def test_missing_folder_is_a_file_not_found_error():
+    with pytest.raises(FileNotFoundError, match=r'^gone is not a model folder: it does not exist\.$'):
+        tme.create_model('local-dir:gone')

@@ -41,11 +41,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, larger than 4 MB, not JSON, nested too deeply, or has duplicate keys, NaN
             or infinities, or anything but an object at its root.
     """
+    if not path.parent.is_dir():
+        raise MissingFileError(f'{path.parent} is not a model folder: it does not exist.')
     try:
         check_contained(path)
         if not path.is_file():
-            if not path.parent.is_dir():
-                raise MissingFileError(f'{path.parent} is not a model folder: it does not exist.')
             raise CheckpointError(f'{path.parent} is not a model folder: it has no {path.name}.')
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
