@@ -59,7 +59,7 @@ def test_folder_holds_a_run_once_there_is_a_summary_or_a_checkpoint(tmp_path, na
         ('args.yaml', 'model: resnet18', RunFolder.read_args, 'is not an args.yaml of train.py'),
         ('summary.csv', None, RunFolder.read_summary, 'summary.csv cannot be read: No such file or directory'),
         ('summary.csv', 'epoch,a\n0,b\n', RunFolder.read_summary, "could not convert string to float: 'b'"),
-        ('results.json', None, RunFolder.read_results, 'has no results.json, which train.py writes at the end'),
+        ('results.json', None, RunFolder.read_results, 'has no results.json, which train.py writes when it finishes'),
         ('results.json', '[1]', RunFolder.read_results, 'must hold a JSON object'),
     ],
 )
