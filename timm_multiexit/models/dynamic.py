@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterable, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,7 @@ def step_exits(model: MultiExitModel, x: Tensor) -> OwnThread:
 
 def predict_in_time(model: MultiExitModel, x: Tensor, deadline_ms: float) -> Prediction:
     """Do `MultiExitModel.predict`."""
+    called = time.perf_counter()
     _check_input(model, x)
     if not is_number(deadline_ms) or not 0 < deadline_ms <= MAX_MS:
         raise InvalidValueError(f'deadline_ms must be > 0 and <= {MAX_MS:g}, got {brief(deadline_ms)}.')
@@ -117,7 +119,9 @@ def predict_in_time(model: MultiExitModel, x: Tensor, deadline_ms: float) -> Pre
         if times is None:
             times = learn_times(model.backbone, model._taps, x, run_head=run_head)
             model._time_book.keep(x, times)
-        return predict_by_deadline(model.backbone, model._taps, x, times, deadline_ms=deadline_ms, run_head=run_head)
+            called = time.perf_counter()
+        end = called + deadline_ms / 1e3
+        return predict_by_deadline(model.backbone, model._taps, x, times, end=end, run_head=run_head)
 
 
 def calibrate_model(

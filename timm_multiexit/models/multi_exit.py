@@ -210,7 +210,8 @@ class MultiExitModel(TimmSurface):
         How long each part takes is learnt by measuring, for each shape of input: the first call with a shape runs a few
         forwards for that before its time begins, every call adds what it sees. A later exit is tried only if it is
         expected to be in time; if it is late nevertheless, an earlier answer counts. If not even the first exit can be
-        in time it is the answer, as the earliest there is. Runs without gradients.
+        in time it is the answer, as the earliest there is. Work that was queued on the current stream of the device
+        before the call takes its part of the time; other streams are not waited for. Runs without gradients.
 
         Args:
             x: Images, [B, in_chans, H, W].
