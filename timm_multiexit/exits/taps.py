@@ -182,7 +182,7 @@ class Taps:
         def forward(pause: Callable[[Any], None]) -> Tensor | None:
             return self.visit(backbone, x, _Pauses(self, read, pause).visit)
 
-        stepper = Stepper(forward)
+        stepper = Stepper(forward, x.device)
         try:
             while True:
                 outer = self._state.visitor

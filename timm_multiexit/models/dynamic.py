@@ -104,7 +104,16 @@ def step_exits(model: MultiExitModel, x: Tensor) -> OwnThread:
         output = yield from model._taps.step(model.backbone, x, lambda idx, tensor: (idx, run_head(idx, tensor)))
         yield len(model.exits), output
 
-    return OwnThread(step())
+    taps, num_classes = model._taps, model.num_classes
+
+    def check() -> None:
+        if model.training or model._taps is not taps or model.num_classes != num_classes:
+            raise StateError(
+                'The model was changed (its exits, classes or mode) since this iteration over the exits began: begin'
+                ' a new one.'
+            )
+
+    return OwnThread(step(), check)
 
 
 def predict_in_time(model: MultiExitModel, x: Tensor, deadline_ms: float) -> Prediction:

@@ -192,15 +192,17 @@ class MultiExitModel(TimmSurface):
     def anytime(self, x: Tensor) -> OwnThread:
         """Yield (exit, logits [B, C]) of each exit as soon as it is known, main last as the number of exits.
 
-        The forward waits in the meantime; leaving the loop ends it, and the rest is not computed. Other calls of the
-        model may come in between. Runs without gradients.
+        The forward waits in the meantime; leaving the loop ends it, and so does the end of its thread, and the rest is
+        not computed. Other calls of the model may come in between. All of it runs on the stream that is current at
+        the first step; the stream that is current at a later one is made to wait for it. Runs without gradients.
 
         Args:
             x: Images, [B, in_chans, H, W].
 
         Raises:
             InvalidValueError: The batch is empty.
-            StateError: The model is in training mode, or a loop that began in another thread is continued.
+            StateError: The model is in training mode, a loop that began in another thread is continued, or exits,
+                classes or mode of the model have changed since it began.
         """
         return dynamic.step_exits(self, x)
 
