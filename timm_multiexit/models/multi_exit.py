@@ -389,8 +389,8 @@ class MultiExitModel(TimmSurface):
         self.backbone.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
         for head in self.exits:
             cast(ExitHead, head).reset_classifier(num_classes)
-        self._forget_inference()
-        self._taps.install(self.backbone)
+        self._taps.remove(self.backbone)
+        self._set_taps()  # the classifiers may have other names: without classes some are part of an Identity
 
 
 def _warn_renamed(old: str, new: str) -> None:
