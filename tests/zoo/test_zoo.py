@@ -87,7 +87,9 @@ def test_family_member_loses_its_classes_and_gets_others(family):
                 assert {tuple(logits.shape) for logits in outputs.logits} == {(1, num_classes)}
                 widths.append([features.shape[-1] for features in outputs.features])
             else:
-                assert [logits.shape for logits in outputs.logits[:-1]] == [each.shape for each in outputs.features[:-1]]
+                assert [logits.shape for logits in outputs.logits[:-1]] == [
+                    each.shape for each in outputs.features[:-1]
+                ]
     assert widths[0] == widths[1]
 
 
