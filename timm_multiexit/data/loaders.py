@@ -1,6 +1,7 @@
 """Data loaders: timm's, seeded so that training can be resumed at any batch."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torchvision.transforms import RandomCrop
 
 from timm_multiexit.data.seeding import SeededCollate, SeededDataset, SeededLoader
 from timm_multiexit.utils.errors import DataError, InvalidValueError
+from timm_multiexit.utils.signals import outlive_signals
 
 
 def create_train_loader(
@@ -75,7 +77,7 @@ def create_train_loader(
         collate_fn = collate_fn or (fast_collate if uses_prefetcher else default_collate)
         collate_fn = SeededCollate(collate_fn, seed, mixup_off_epoch)
     try:
-        loader = create_loader(
+        loader = _create_loader(
             dataset,
             batch_size=batch_size,
             is_training=True,
@@ -131,7 +133,7 @@ def create_eval_loader(
     """
     if accelerator.num_processes > 1 and isinstance(dataset, IterableDataset):
         num_workers = min(2, num_workers)  # as timm does: fewer shards, less padding
-    return create_loader(
+    return _create_loader(
         dataset,
         batch_size=batch_size,
         interpolation=data_config['interpolation'],
@@ -142,6 +144,18 @@ def create_eval_loader(
         img_dtype=dtype,
         **_common(data_config, accelerator),
     )
+
+
+def _create_loader(dataset: Any, **kwargs: Any) -> Any:
+    loader = create_loader(dataset, **kwargs)
+    inner = getattr(loader, 'loader', loader)  # of timm's prefetcher
+    inner.worker_init_fn = partial(_init_worker, inner.worker_init_fn)
+    return loader
+
+
+def _init_worker(init_fn: Callable[[int], None], worker_id: int) -> None:
+    outlive_signals()
+    init_fn(worker_id)
 
 
 def _common(data_config: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
