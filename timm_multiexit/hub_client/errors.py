@@ -43,8 +43,8 @@ _HUB_LINES: dict[type[Exception], str] = {
 CLIENT_ERRORS = (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, XetDownloadError)
 
 _UNCACHED = (
-    "; the cache has no {file_name} of '{repo_id}' at '{revision}'. Without a network, run `hf download {repo_id}` where"
-    ' there is one and copy its folder of HF_HUB_CACHE'
+    "; the cache has no {file_name} of '{repo_id}' at '{revision}'. Without a network, run `hf download {repo_id}`"
+    ' where there is one and copy its folder of HF_HUB_CACHE'
 )
 
 
