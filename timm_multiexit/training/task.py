@@ -71,7 +71,8 @@ class MultiExitTask(TrainingTask):
         verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        _check_auxiliary(model)
+        if not model.is_backbone_frozen:
+            check_auxiliary(model.backbone)
         loss.check_count(len(model.exits) + 1)
         if loss.feature_weight > 0:
             loss.check_features(model.feature_widths())
@@ -193,10 +194,14 @@ class MultiExitTask(TrainingTask):
         return ExitEvaluator(len(unwrap_model(self.trainable_module).exits), device=self.device, **kwargs)
 
 
-def _check_auxiliary(model: MultiExitModel) -> None:
-    """Raise for an auxiliary classifier that would get no loss: an exit takes its place."""
-    if getattr(model.backbone, 'aux_logits', False) and not model.is_backbone_frozen:
+def check_auxiliary(backbone: nn.Module) -> None:
+    """Raise for a model with an auxiliary classifier, which would get no loss in training.
+
+    Raises:
+        InvalidValueError: It has one, as Inception has with aux_logits=True.
+    """
+    if getattr(backbone, 'aux_logits', False):
         raise InvalidValueError(
-            f'aux_logits must be False to train {type(model.backbone).__name__} with exits, got True: its auxiliary'
-            ' classifier would get no loss, and an exit does its work.'
+            f'aux_logits must be False to train {type(backbone).__name__}, got True: its auxiliary classifier would get'
+            ' no loss, and an exit does its work.'
         )
