@@ -207,6 +207,16 @@ def _has_projection(task):
     return getattr(task.trainable_module, 'projection', None) is not None
 
 
+@pytest.mark.parametrize('flags', [(), ('--eed',)], ids=repr)
+def test_auxiliary_classifier_without_a_loss_is_refused_in_one_line(flags):
+    args = parse('--model', 'inception_v3', '--model-kwargs', 'aux_logits=True', '--img-size', '299', *flags)
+    with torch.device('meta'):
+        model = build(args)
+    with pytest.raises(tme.MultiExitError, match='aux_logits must be False to train InceptionV3, got True') as error:
+        create_task(args, model, CPU)
+    assert '\n' not in str(error.value)
+
+
 def test_outside_teacher_of_every_classifier(teacher):
     name, network = teacher
     args = parse('--exit-loss', 'ce', '--kd-model-name', name, '--kd-temperature', '2', '--distill-loss-weight', '3')

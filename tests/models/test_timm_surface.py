@@ -1,21 +1,23 @@
 """timm's whole surface: its keywords, training and helpers on a model with exits."""
 
 import copy
+import json
 
 import pytest
 import timm
 import timm.optim
 import torch
 from helpers.members import DEIT, MEMBERS, QUICK, SWIN, assert_close, assert_same_answers, modules, record
-from timm.data import resolve_data_config
+from timm.data import resolve_data_config, resolve_input_data_config
 from timm.layers import DropPath
-from timm.models import group_parameters, load_checkpoint
+from timm.models import get_model_args, get_model_input_config, group_parameters, load_checkpoint
 from timm.utils import AverageMeter, CheckpointSaver, ModelEmaV3, accuracy
 from torch import nn
 
 import timm_multiexit as tme
 from timm_multiexit.exits.layouts import to_map
 from timm_multiexit.models.attach import attach_exits
+from timm_multiexit.models.truncation import truncate
 from timm_multiexit.utils.errors import MultiExitError
 
 
@@ -320,12 +322,24 @@ def test_handmade_backbone_needs_no_more_than_stages_and_a_classifier(x):
     assert model.no_weight_decay() == set()
 
 
-def test_handmade_backbone_without_group_matcher_is_refused_with_layer_decay_in_one_line():
+def test_layer_decay_without_a_matcher_is_by_timms_automatic_groups(make_empty):
+    plain = make_empty('pit_ti_distilled_224')
+    assert not hasattr(plain, 'group_matcher')
+    expected = layer_scales(plain, 0.5)
+    model = attach_exits(plain)
+    scales = layer_scales(model, 0.5)
+    assert {key: scales[f'backbone.{key}'] for key in expected} == expected
+    assert {scale for key, scale in scales.items() if key.startswith('exits.')} == {1.0}
+    # Twelve parameters to a group, the last of them the classifiers'.
+    names = [key for key in expected if not key.startswith('head')]
+    groups = -(-len(names) // 12)
+    assert [expected[key] for key in names] == [0.5 ** (groups - idx // 12) for idx in range(len(names))]
+
+
+def test_handmade_backbone_without_group_matcher_gets_timms_one_group_and_its_warning(caplog):
     model = attach_exits(Handmade(), input_size=(3, 64, 64))
-    with pytest.raises(MultiExitError, match='Handmade has no group_matcher.*leave layer decay out') as error:
-        timm.optim.create_optimizer_v2(model, 'adamw', lr=1e-3, layer_decay=0.5)
-    assert '\n' not in str(error.value)
-    assert len(timm.optim.create_optimizer_v2(model, 'adamw', lr=1e-3).param_groups) > 0
+    assert set(layer_scales(model, 0.5).values()) == {1.0}
+    assert 'Layer-wise lr decay has no effect' in caplog.text
 
 
 @pytest.mark.parametrize('coarse', [False, True])
@@ -341,6 +355,141 @@ def test_groups_of_a_handmade_matcher_are_its_own_with_the_heads_last(coarse):
 def test_handmade_list_of_spared_parameters_is_understood():
     model = attach_exits(Spared(), input_size=(3, 64, 64))
     assert model.no_weight_decay() == {'backbone.stem.weight'}
+
+
+# What else timm looks up
+
+
+def names_of(entry):
+    return [entry] if isinstance(entry, str) else list(entry)
+
+
+@pytest.mark.parametrize('name', [*QUICK, DEIT, 'crossvit_9_240', 'pit_ti_distilled_224', 'efficientvim_m1_dist'])
+def test_default_configuration_names_parameters_of_the_model_and_the_other_those_of_the_backbone(make_empty, name):
+    backbone = make_empty(name, **MEMBERS[name].kwargs if name in MEMBERS else {})
+    own = copy.deepcopy(backbone.pretrained_cfg)
+    model = attach_exits(backbone)
+    for key in ('first_conv', 'classifier'):
+        assert {f'{part}.weight' for part in names_of(model.default_cfg[key])} <= model.state_dict().keys()
+        assert {f'{part}.weight' for part in names_of(model.pretrained_cfg[key])} <= backbone.state_dict().keys()
+    assert {key for key in own if model.default_cfg[key] != own[key]} == {'first_conv', 'classifier'}
+    # What is written there stays: it is the backbone's own.
+    model.pretrained_cfg.update(mean=(0.1, 0.2, 0.3))
+    assert backbone.pretrained_cfg == {**own, 'mean': (0.1, 0.2, 0.3)}
+    assert model.default_cfg['mean'] == (0.1, 0.2, 0.3)
+
+
+def test_saved_configuration_has_the_names_of_the_backbone(make_model, tmp_path):
+    model = make_model('test_resnet')
+    tme.save_pretrained(model, tmp_path)
+    saved = json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']
+    assert (saved['first_conv'], saved['classifier']) == ('conv1.0', 'fc')
+    plain = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=7, in_chans=1)
+    first = model.backbone.conv1[0].weight
+    assert torch.equal(plain.conv1[0].weight, first.sum(1, keepdim=True))
+    assert plain.fc.out_features == 7
+
+
+ATTRIBUTES = ['output_fmt', 'feature_dim', 'out_features', 'forward_intermediates', 'set_input_size', 'get_patch_size']
+ATTRIBUTES += ['set_distilled_training', 'global_pool', 'pretrained_model_args', '_model_args']
+
+
+@pytest.mark.parametrize(
+    'name', [*QUICK, DEIT, SWIN, 'sequencer2d_s', 'levit_128s', 'naflexvit_base_patch16_gap', 'inception_v3']
+)
+def test_model_has_what_its_backbone_has(make_empty, name):
+    kwargs = {'depth': 4} if name.startswith('naflex') else {}
+    backbone = make_empty(name, **kwargs)
+    model = attach_exits(backbone, input_size=(3, 224, 224))
+    for attribute in ATTRIBUTES:
+        assert hasattr(model, attribute) == hasattr(backbone, attribute), attribute
+        if hasattr(backbone, attribute) and attribute != 'set_input_size':
+            assert getattr(model, attribute) == getattr(backbone, attribute)
+    with pytest.raises(AttributeError, match='no attribute .not_an_attribute'):
+        _ = model.not_an_attribute
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_mambaout', 'test_resnet'])
+def test_maps_between_stages_are_those_of_the_plain_model_and_what_exits_read(make_small, name):
+    model = make_small(name).eval()
+    images = torch.randn(2, 3, MEMBERS[name].size, MEMBERS[name].size)
+    last, maps = model.forward_intermediates(images)
+    theirs = model.backbone.forward_intermediates(images)
+    assert torch.equal(last, theirs[0])
+    assert all(torch.equal(one, other) for one, other in zip(maps, theirs[1], strict=True))
+    outputs = model(images, exits=True)
+    for idx, head in enumerate(model.exits):
+        assert any(torch.allclose(head(each)[0], outputs.logits[idx], atol=1e-5) for each in maps if _fits(head, each))
+
+
+def _fits(head, tensor):
+    try:
+        head(tensor)
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'img_size': 96}, {'in_chans': 1}, {'num_classes': 7}], ids=repr)
+def test_input_of_a_model_is_that_of_the_plain_one(make_empty, kwargs):
+    plain = make_empty('vit_tiny_patch16_224', **kwargs)
+    model = attach_exits(plain)
+    ours, theirs = get_model_input_config(model), get_model_input_config(plain)
+    assert ours.pop('first_conv') == f'backbone.{theirs.pop("first_conv")}'
+    assert ours == theirs
+    assert ours['input_size'] == (kwargs.get('in_chans', 3), *[kwargs.get('img_size', 224)] * 2)
+    assert resolve_input_data_config(model) == resolve_input_data_config(plain)
+    assert get_model_args(model) == get_model_args(plain)
+
+
+@pytest.mark.parametrize('size', [{'img_size': (96, 64)}, {'img_size': (48, 64), 'patch_size': 8}], ids=repr)
+def test_another_size_of_images_reaches_backbone_exits_costs_and_forgets_what_was_learnt_at_the_old(make_small, size):
+    model = make_small('test_vit', img_size=64).eval()
+    plain = copy.deepcopy(model.backbone)
+    model.policy = tme.ExitPolicy('confidence', (0.5,) * len(model.exits))
+    old = model.cost()
+    model.set_input_size(**size)
+    plain.set_input_size(**size)
+    height, width = size['img_size']
+    patch = size.get('patch_size', 16)
+    assert model.input_size == (3, height, width) == get_model_input_config(model)['input_size']
+    assert model.policy is None
+    assert model.cost()[0].fixed.macs > old[0].fixed.macs
+    assert [spec.reduction for spec in model.exits.specs] == [patch] * len(model.exits)
+    images = torch.randn(2, 3, height, width)
+    tokens = record(plain, images, outputs=modules(model))[1]
+    with torch.no_grad():
+        outputs = model(images, exits=True)
+        torch.testing.assert_close(outputs.logits[-1], plain(images))
+        for idx, name in enumerate(modules(model)):
+            grid = tokens[name][:, -(height // patch) * (width // patch) :].transpose(1, 2)
+            logits, _ = model.exits[idx](grid.unflatten(2, (height // patch, width // patch)))
+            assert_close(outputs.logits[idx], logits)
+    assert model.infer(images, threshold=1.0).exit_idx.tolist() == [len(model.exits)] * 2
+
+
+@pytest.mark.parametrize('mode', [True, False])
+def test_fresh_classifiers_are_in_the_mode_of_the_model(make_model, mode):
+    model = make_model().train(mode)
+    for num_classes in (0, 7):
+        model.reset_classifier(num_classes)
+        assert {module.training for module in model.modules()} == {mode}
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_mambaout'])
+def test_truncated_model_has_no_maps_of_the_backbone_and_names_its_own_classifier(make_small, name):
+    model = make_small(name).eval()
+    first, main = truncate(model, 0), truncate(model, -1)
+    assert first.in_chans == main.in_chans == 3
+    for network in (first, main):
+        for key in ('first_conv', 'classifier'):
+            assert {f'{part}.weight' for part in names_of(network.default_cfg[key])} <= network.state_dict().keys()
+    assert first.get_submodule(first.default_cfg['classifier']) is first.get_classifier()
+    assert not hasattr(first, 'forward_intermediates')
+    assert not hasattr(first, 'output_fmt')
+    assert getattr(main, 'output_fmt', 'NCHW') == getattr(model.backbone, 'output_fmt', 'NCHW')
+    images = torch.randn(1, 3, MEMBERS[name].size, MEMBERS[name].size)
+    assert torch.equal(main.forward_intermediates(images)[0], model.backbone.forward_features(images))
 
 
 # timm's helpers

@@ -32,7 +32,7 @@ from timm_multiexit.losses.teachers import KDConfig
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.training.regimes import Regime, split_exit_groups
 from timm_multiexit.training.run import RunData
-from timm_multiexit.training.task import MultiExitTask
+from timm_multiexit.training.task import MultiExitTask, check_auxiliary
 from timm_multiexit.utils.errors import LIBRARY_ERRORS, DataError, InvalidValueError, MultiExitError, one_line
 
 _SQRT_SCALED = ('ada', 'lamb')  # optimizers whose rate timm scales with the root of the batch
@@ -272,6 +272,7 @@ def _create_task(args: Namespace, model: Any, teacher: str | nn.Module | None, c
     if isinstance(model, MultiExitModel):
         kd = KDConfig(**weights, temperature=args.kd_temperature) if teacher else None
         return MultiExitTask(model, create_train_loss(args, model.num_classes), teacher=teacher, kd=kd, **common)
+    check_auxiliary(model)
     criterion = create_criterion(args, model.num_classes)
     if teacher:
         common |= {'student_model': model, 'teacher_model': teacher, 'criterion': criterion, **weights}

@@ -45,6 +45,7 @@ class ExitHead(nn.Module):
         """Replace the linear classifier by a fresh one with `num_classes` outputs, on the old one's device."""
         old = next(self.parameters(), None)
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.fc.train(self.training)
         if old is not None:
             self.fc.to(device=old.device, dtype=old.dtype)
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.fx
+from torch import Tensor, nn
 
 from timm_multiexit.exits.spec import ExitSpec
 
@@ -24,6 +25,7 @@ def to_map(x: Tensor, spec: ExitSpec, image_size: Sequence[int]) -> Tensor:
     return x.transpose(1, 2).unflatten(2, (height, -1))  # [B, C, H, W]
 
 
+@torch.fx.wrap  # it looks at numbers that a tracer does not know
 def _grid_height(length: int, image_size: Sequence[int], reduction: int) -> int:
     """Return the height of a grid of so many tokens over an image: by its reduction, rounded up or down, or its aspect.
 
@@ -37,6 +39,24 @@ def _grid_height(length: int, image_size: Sequence[int], reduction: int) -> int:
                 return rows
     divisors = [rows for rows in range(1, length + 1) if length % rows == 0]
     return min(divisors, key=lambda rows: abs(math.log(rows * rows * width / (length * height))))
+
+
+def is_distilled(backbone: nn.Module) -> bool:
+    """Return whether a backbone has a second classifier for a teacher's answers, as timm's distilled models have."""
+    return hasattr(backbone, 'set_distilled_training')
+
+
+def main_logits(backbone: nn.Module, output: Any) -> Any:
+    """Return main's logits [B, C] of what a backbone gave.
+
+    The two outputs of a distilled model, which it gives apart in distilled training, are averaged, as timm does in all
+    other forwards. Of other models with several outputs the first is main's, as timm's scripts take it; what follows
+    are auxiliary classifiers, of which the answer does not depend.
+    """
+    if not isinstance(output, (tuple, list)):
+        return output
+    first, *others = output
+    return sum(others, first) / len(output) if is_distilled(backbone) else first
 
 
 def combine_features(entering: Sequence[Tensor]) -> Tensor:

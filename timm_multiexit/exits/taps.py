@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map
 
+from timm_multiexit.exits.layouts import main_logits
 from timm_multiexit.exits.stepping import Stepper
 from timm_multiexit.utils.errors import InvalidValueError
 
@@ -109,8 +110,12 @@ class Taps:
                 that stay, and the others leave the batch; it may raise `ForwardStopped`.
 
         Returns:
-            The backbone's output, None if the visitor stopped it.
+            Main's logits, None if the visitor stopped the forward.
         """
+        return cast(Tensor | None, main_logits(backbone, self._run(backbone, x, visitor)))
+
+    def _run(self, backbone: nn.Module, x: Tensor, visitor: Visitor) -> Any:
+        """Do `visit`, and return all that the backbone gives."""
         self.install(backbone)
         outer = self._state.visitor
         self._state.visitor = visitor
@@ -124,11 +129,12 @@ class Taps:
         finally:
             self._state.visitor = outer
 
-    def collect(self, backbone: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def collect(self, backbone: nn.Module, x: Tensor) -> tuple[Any, list[Tensor], list[Tensor]]:
         """Run the backbone and keep what passes its taps.
 
         Returns:
-            The backbone's output; one tensor per tap, in declared order; and what entered the classifiers.
+            The backbone's output, a tuple where it gives several; one tensor per tap, in declared order; and what
+            entered the classifiers.
 
         Raises:
             RuntimeError: A tap did not fire, or none of the classifiers.
@@ -139,7 +145,7 @@ class Taps:
         def keep(idx: int, tensor: Tensor) -> None:
             tensors[idx] = tensor
 
-        output = cast(Tensor, self.visit(backbone, x, keep))  # `keep` never stops the forward
+        output = self._run(backbone, x, keep)
         for name, tensor in zip(self.names, tensors):
             if tensor is None:
                 raise RuntimeError(_silent_message(name))
@@ -203,7 +209,7 @@ class Taps:
         if visitor is None:
             return None
         which = self.outputs[idx]
-        tensor = output if which is None or isinstance(output, Tensor) else output[which]
+        tensor = output[which] if which is not None and isinstance(output, (tuple, list)) else output
         rows = visitor(idx, tensor)
         return None if rows is None else _select_samples(output, rows, len(tensor))
 

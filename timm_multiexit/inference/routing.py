@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from timm_multiexit.exits.layouts import main_logits
 from timm_multiexit.exits.taps import ForwardStopped, RunHead, Taps
 from timm_multiexit.policies.leaving import PolicyRun
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
@@ -162,6 +163,7 @@ def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
     images += torch.randn(len(images), input_size[0], 1, 1, generator=generator)
     images = images.to(param.device, param.dtype)
     output, tensors, _ = taps.collect(backbone, images)
+    output = main_logits(backbone, output)
     reference = [*tensors, output]
     if not output.isfinite().all():
         raise StateError(

@@ -191,10 +191,12 @@ class MultiExitLoss(nn.Module):
         Args:
             outputs: What a model returns with `exits=True`: `logits`, one [B, C] float tensor per classifier, shallow
                 to deep, main last; and, read only with a feature weight above 0, `features`, one [B, D] float tensor
-                per classifier.
+                per classifier. What a distilled model returns in training has `tokens` besides, the logits of main's
+                two classifiers; they are read with an outside teacher alone.
             target: What the criterion takes; as a rule [B] int64 class indices or [B, C] float probabilities.
             outside: Logits [B, C] of a teacher that is not a part of the model, or None. Every classifier is its
-                student, by the 'kl' of the outputs, or by 'bernoulli' with `multi_label`.
+                student, by the 'kl' of the outputs, or by 'bernoulli' with `multi_label`. With `tokens` main's task
+                term is of the first of them and this distance of the last; its other terms are of main's logits.
             kd: How the outside teacher is weighed; None for timm's defaults.
 
         Raises:
@@ -208,14 +210,16 @@ class MultiExitLoss(nn.Module):
         task_factor, kd_factor = (kd or KDConfig()).factors if outside is not None else (1.0, 0.0)
         with full_precision(logits[0].device.type):
             logits = [upcast(tensor) for tensor in logits]
-            task = self._task_rows(logits, target)  # [K+1]
+            tokens = getattr(outputs, 'tokens', None) if outside is not None else None
+            own, taught = ([*logits[:-1], upcast(tokens[idx])] if tokens else logits for idx in (0, -1))
+            task = self._task_rows(own, target)  # [K+1]
             parts = [
                 scale_rows(task, [task_factor * factor for factor in self.depth_weights.task_factors(count)]),
                 self._output_rows(torch.stack(logits)) if self.output_weight > 0 else torch.zeros_like(task),
                 self._feature_rows(outputs, count) if self.feature_weight > 0 else torch.zeros_like(task),
             ]
             if outside is not None:
-                parts.append(kd_factor * self._outside_rows(torch.stack(logits), outside, kd or KDConfig()))
+                parts.append(kd_factor * self._outside_rows(torch.stack(taught), outside, kd or KDConfig()))
             rows = scale_rows(sum(parts[1:], parts[0]), self.exit_weights or [1.0] * count)
         return LossTerms(rows.sum(), *(part.detach() for part in parts))
 

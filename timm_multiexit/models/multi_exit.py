@@ -1,24 +1,29 @@
 """The multi-exit model: a timm backbone, its taps, its heads, and timm's own surface."""
 
+import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.exits.cost import Cost, CostMeter, ExitCost, combine_costs, meta_copy
 from timm_multiexit.exits.heads import ExitHead
-from timm_multiexit.exits.layouts import combine_features, to_map
+from timm_multiexit.exits.layouts import combine_features, main_logits, to_map
 from timm_multiexit.exits.placement import resolve_input_size
 from timm_multiexit.exits.spec import ExitSpec
+from timm_multiexit.exits.survey import survey_backbone
 from timm_multiexit.exits.taps import RunHead, Taps, classifier_names
 from timm_multiexit.inference.anytime import OwnThread
 from timm_multiexit.inference.deadline import TimeBook
 from timm_multiexit.models import dynamic
 from timm_multiexit.models.origin import Origin
-from timm_multiexit.models.outputs import ExitOutputs, Exits
+from timm_multiexit.models.outputs import DistilledOutputs, ExitOutputs, Exits, pack_outputs
 from timm_multiexit.models.timm_surface import TimmSurface
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
@@ -94,8 +99,12 @@ class MultiExitModel(TimmSurface):
         self.policy, self.budgets, self._can_leave = None, None, None
         self._time_book = TimeBook()
 
-    def forward(self, x: Tensor, *, exits: bool = False, exit_idx: int | None = None) -> Tensor | ExitOutputs:
+    def forward(
+        self, x: Tensor, *, exits: bool = False, exit_idx: int | None = None
+    ) -> Tensor | ExitOutputs | DistilledOutputs:
         """Return main's logits, everybody's, or one exit's.
+
+        `torch.fx` traces main's path, what is done without `exits` and `exit_idx`.
 
         Args:
             x: Images, [B, in_chans, H, W].
@@ -103,13 +112,17 @@ class MultiExitModel(TimmSurface):
             exit_idx: Run this classifier alone and nothing after its tap; 0 is the shallowest exit, -1 is main.
 
         Returns:
-            Logits [B, C] of main, what the plain timm model returns; with `exits` an `ExitOutputs`; with `exit_idx`
-            the logits [B, C] of that exit.
+            Logits [B, C] of main, what the plain timm model returns; with `exits` an `ExitOutputs`, in training with
+            `set_distilled_training(True)` a `DistilledOutputs`; with `exit_idx` the logits [B, C] of that exit.
 
         Raises:
             InvalidValueError: Both `exits` and `exit_idx` are given, or the exit does not exist.
             StateError: One exit is trained alone under reentrant gradient checkpointing.
         """
+        if exits is False and exit_idx is None:
+            return self.backbone(x)
+        if isinstance(exits, Proxy) or isinstance(exit_idx, Proxy):
+            exits, exit_idx = _fix_traced(exits, False), _fix_traced(exit_idx, None)
         if exit_idx is not None:
             if exits:
                 raise InvalidValueError('exits=True and exit_idx are mutually exclusive: pass one of them.')
@@ -118,13 +131,11 @@ class MultiExitModel(TimmSurface):
             return self._forward_all(x)
         return self.backbone(x)
 
-    def _forward_all(self, x: Tensor) -> ExitOutputs:
+    def _forward_all(self, x: Tensor) -> ExitOutputs | DistilledOutputs:
         output, tensors, entering = self._taps.collect(self.backbone, x)
         results = [self._run_head(idx, tensor, x.shape[-2:]) for idx, tensor in enumerate(tensors)]
-        return ExitOutputs(
-            logits=(*(logits for logits, _ in results), output),
-            features=(*(features for _, features in results), combine_features(entering)),
-        )
+        features = (*(features for _, features in results), combine_features(entering))
+        return pack_outputs(self.backbone, output, [logits for logits, _ in results], features)
 
     def _run_head(self, idx: int, tensor: Tensor, image_size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return logits and features of exit `idx` for the tensor at its tap; images are (height, width)."""
@@ -142,7 +153,7 @@ class MultiExitModel(TimmSurface):
             )
         idx = exit_idx % (num_exits + 1)
         if idx == num_exits:
-            return self.backbone(x)
+            return cast(Tensor, main_logits(self.backbone, self.backbone(x)))
         self._check_gradient()
         return self._head_runner(x.shape[-2:])(idx, self._taps.stop(self.backbone, x, idx))
 
@@ -324,11 +335,6 @@ class MultiExitModel(TimmSurface):
         """Commit of the Hub's repository that the model was created from; None if from elsewhere."""
         return self.origin.commit if self.origin else None
 
-    @property
-    def in_chans(self) -> int:
-        """Channels of an image."""
-        return self.input_size[0]
-
     def freeze_backbone(self, freeze: bool = True, *, trains_classifier: bool = False) -> None:
         """Train the heads alone: no gradients for the backbone, and its norms and dropout in eval mode.
 
@@ -384,6 +390,37 @@ class MultiExitModel(TimmSurface):
         self.exits.training = training
         self._set_taps()
 
+    @property
+    def set_input_size(self) -> Callable[..., None]:
+        """The backbone's `set_input_size`, which changes the size of images, of a backbone that has one.
+
+        Policy and budgets were for the old size, and are forgotten.
+        """
+        resize = self.backbone.set_input_size
+
+        @wraps(resize)
+        def set_input_size(*args: Any, **kwargs: Any) -> None:
+            resize(*args, **kwargs)
+            self.input_size = resolve_input_size(self.backbone, None)
+            self._forget_inference()
+            self._taps.install(self.backbone)
+            self._read_reductions()
+
+        return set_input_size
+
+    def _read_reductions(self) -> None:
+        """Let the specs follow patches of another size."""
+        names = [spec.module for spec in self.exits.specs]
+        width = self.input_size[-1]
+        points = survey_backbone(self.backbone, names, self.input_size).points
+        columns = {(point.module, point.output): point.size[-1] for point in points}
+        specs = list(self.exits.specs)
+        for idx, spec in enumerate(specs):
+            found = columns.get((spec.module, spec.output), width // spec.reduction)
+            if found not in (width // spec.reduction, -(-width // spec.reduction)):
+                specs[idx] = replace(spec, reduction=max(1, round(width / found)))
+        self.exits.specs = tuple(specs)
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give main and every exit a fresh classifier with `num_classes` outputs."""
         self.backbone.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
@@ -391,6 +428,14 @@ class MultiExitModel(TimmSurface):
             cast(ExitHead, head).reset_classifier(num_classes)
         self._taps.remove(self.backbone)
         self._set_taps()  # the classifiers may have other names: without classes some are part of an Identity
+
+
+def _fix_traced(value: Any, default: Any) -> Any:
+    """Return the default for an argument that a tracer does not know, and have the traced graph refuse other values."""
+    if not isinstance(value, Proxy):
+        return value
+    torch._assert(operator.eq(value, default), "A traced model has main's path alone: call it without exits, exit_idx.")
+    return default
 
 
 def _warn_renamed(old: str, new: str) -> None:

@@ -1,11 +1,12 @@
 """What all classifiers of a model say, and the heads that say it."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
+from timm_multiexit.exits.layouts import is_distilled, main_logits
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.utils.text import format_table
 
@@ -24,6 +25,31 @@ class ExitOutputs(NamedTuple):
 
 # torch.export.save writes a NamedTuple only under a registered name, for which it has no public call (torch 2.15).
 _register_namedtuple(ExitOutputs, serialized_type_name='timm_multiexit.ExitOutputs')
+
+
+class DistilledOutputs(NamedTuple):
+    """What all classifiers say in training with `set_distilled_training(True)`.
+
+    Attributes:
+        logits: As in `ExitOutputs`; main's are the mean of its two classifiers, as timm answers outside of training.
+        features: As in `ExitOutputs`.
+        tokens: Two [B, C] tensors: what main's own classifier says, which learns the labels, and its second one, which
+            learns from an outside teacher.
+    """
+
+    logits: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+    tokens: tuple[Tensor, ...]
+
+
+def pack_outputs(
+    backbone: nn.Module, output: Any, logits: Iterable[Tensor] = (), features: Iterable[Tensor] = ()
+) -> ExitOutputs | DistilledOutputs:
+    """Return what the classifiers say: the exits' logits, the features, and what the backbone gave for main."""
+    packed = ExitOutputs((*logits, main_logits(backbone, output)), tuple(features))
+    if isinstance(output, (tuple, list)) and is_distilled(backbone):
+        return DistilledOutputs(*packed, tokens=tuple(output))
+    return packed
 
 
 class Exits(nn.ModuleList):

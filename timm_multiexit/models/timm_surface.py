@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from timm.layers import use_reentrant_ckpt
 from timm.models import group_parameters
+from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
 from timm_multiexit.utils.errors import StateError
@@ -14,21 +15,64 @@ from timm_multiexit.utils.errors import StateError
 AnySurface = TypeVar('AnySurface', bound='TimmSurface')
 
 
+class _OfBackbone:
+    """An attribute that a model has where its backbone has it, so that `hasattr` answers as for the plain timm model.
+
+    Args:
+        of_features: It is about the backbone's last map or deeper ones, which a truncated model does not have.
+    """
+
+    def __init__(self, *, of_features: bool = False):
+        self._of_features = of_features
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        if model is None:
+            return self
+        if self._of_features and not model.is_whole:
+            raise AttributeError(self._name)
+        return getattr(model.backbone, self._name)
+
+
 class TimmSurface(nn.Module):
     """A model around a timm backbone that timm's tools take unchanged.
 
+    What only some of timm's models have, such as `forward_intermediates` and `output_fmt`, it has where the backbone
+    has it.
+
     Attributes:
         backbone: The timm model.
+        input_size: (channels, height, width) of an image.
+        is_whole: Whether the backbone is complete, and its last map there.
         is_backbone_frozen: Whether the heads train alone; the backbone then stays in eval mode.
     """
 
     backbone: Any  # an nn.Module with what timm adds to it
+    input_size: tuple[int, int, int]
+    is_whole = True
     is_backbone_frozen = False
+
+    output_fmt: Any = _OfBackbone(of_features=True)
+    feature_dim: Any = _OfBackbone(of_features=True)
+    out_features: Any = _OfBackbone(of_features=True)
+    forward_intermediates: Any = _OfBackbone(of_features=True)
+    set_distilled_training: Any = _OfBackbone(of_features=True)
+    get_patch_size: Any = _OfBackbone()
+    global_pool: Any = _OfBackbone(of_features=True)
+    pretrained_model_args: Any = _OfBackbone()
+    _model_args: Any = _OfBackbone()  # timm's `get_model_args` reads it
 
     @property
     def num_classes(self) -> int:
         """Outputs of every classifier."""
         return self.backbone.num_classes
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an image."""
+        return self.input_size[0]
 
     @property
     def num_features(self) -> int:
@@ -47,10 +91,20 @@ class TimmSurface(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """The backbone's configuration: where its weights come from and how its input is made."""
+        """The backbone's own configuration: where its weights come from, what they are called, how input is made."""
         return self.backbone.pretrained_cfg
 
-    default_cfg = pretrained_cfg  # timm's older name
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """A copy of `pretrained_cfg` in which 'first_conv' and 'classifier' are the names of modules of this model."""
+        cfg = dict(self.pretrained_cfg)
+        return cfg | {key: _prefixed(cfg[key]) for key in ('first_conv', 'classifier') if cfg.get(key)}
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        """What timm's `get_model_input_config` reads: the size of images, and the first convolution in this model."""
+        traits = dict(self.backbone._traits)
+        return traits | {key: _prefixed(traits[key]) for key in ('first_conv',) if traits.get(key)}
 
     def get_classifier(self) -> nn.Module:
         """Return main's classifier."""
@@ -64,17 +118,13 @@ class TimmSurface(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Return a function from parameter name to layer, for layer decay; the heads are in the last layer.
 
-        Fresh heads train at the full rate: put by depth, one after the third block would crawl.
-
-        Raises:
-            StateError: The backbone does not say how its parameters are grouped.
+        Fresh heads train at the full rate: put by depth, one after the third block would crawl. A backbone that does
+        not say how its parameters are grouped gets timm's automatic groups of twelve.
         """
-        if not hasattr(self.backbone, 'group_matcher'):
-            raise StateError(
-                f'{type(self.backbone).__name__} has no group_matcher, so layer decay cannot know its layers:'
-                ' leave layer decay out or take another backbone.'
-            )
-        layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
+        if hasattr(self.backbone, 'group_matcher'):
+            layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
+        else:
+            layers = auto_group_layers(self.backbone)
         last = max(layers.values())
         return lambda name: layers.get(re.sub(r'^backbone\.', '', name), last)
 
@@ -105,3 +155,8 @@ class TimmSurface(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return main's logits, or its features, of the backbone's last map."""
         return self.backbone.forward_head(x, pre_logits=pre_logits)
+
+
+def _prefixed(names: Any) -> Any:
+    """Return the backbone's name of a module, or several, as this model has it."""
+    return f'backbone.{names}' if isinstance(names, str) else tuple(f'backbone.{name}' for name in names)

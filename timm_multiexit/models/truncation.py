@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from timm_multiexit.exits.cost import meta_copy
 from timm_multiexit.exits.heads import ExitHead
-from timm_multiexit.exits.layouts import to_map
+from timm_multiexit.exits.layouts import main_logits, to_map
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.taps import Taps
 from timm_multiexit.models.multi_exit import MultiExitModel
@@ -48,6 +48,7 @@ class TruncatedModel(TimmSurface):
         self.exit_idx = exit_idx
         self.spec = spec
         self.input_size = input_size
+        self.is_whole = spec is None
         self._taps = Taps([] if spec is None else [spec.module], (), outputs=[] if spec is None else [spec.output])
         self._taps.install(backbone)
 
@@ -62,7 +63,9 @@ class TruncatedModel(TimmSurface):
         Raises:
             StateError: It is trained under reentrant gradient checkpointing.
         """
-        return self.backbone(x) if self.spec is None else self.forward_head(self.forward_features(x))
+        if self.spec is None:
+            return cast(Tensor, main_logits(self.backbone, self.backbone(x)))
+        return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the map at the tap, [B, channels, H', W'], of main the backbone's last map.
@@ -91,6 +94,11 @@ class TruncatedModel(TimmSurface):
     def head_hidden_size(self) -> int:
         """Width of what enters the classifier."""
         return super().head_hidden_size if self.head is None else self.head.num_features
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """A copy of `pretrained_cfg` in which 'first_conv' and 'classifier' are the names of modules of this model."""
+        return super().default_cfg | ({} if self.head is None else {'classifier': f'exits.{self.exit_idx}.fc'})
 
     def get_classifier(self) -> nn.Module:
         """Return the exit's classifier."""

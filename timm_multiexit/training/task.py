@@ -15,7 +15,7 @@ from timm_multiexit.evaluation.metrics import ExitEvaluator
 from timm_multiexit.losses.multi_exit_loss import MultiExitLoss
 from timm_multiexit.losses.teachers import KDConfig
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.models.outputs import ExitOutputs
+from timm_multiexit.models.outputs import pack_outputs
 from timm_multiexit.utils.errors import InvalidValueError
 
 
@@ -24,6 +24,10 @@ class MultiExitTask(TrainingTask):
 
     EMA, checkpoints and resume are timm's. Under `DistributedDataParallel`, and Accelerate, wrap `trainable_module`,
     not the task: its EMA copy and the outside teacher get no gradients.
+
+    Main's logits are the mean of its two classifiers where the backbone is distilled. In distilled training
+    (`set_distilled_training(True)`) with an outside teacher the first learns the labels and the second that teacher,
+    as in timm's `TokenDistillationTask`; every other term is of the mean.
 
     Args:
         model: The model to train.
@@ -43,7 +47,7 @@ class MultiExitTask(TrainingTask):
 
     Raises:
         InvalidValueError: The loss does not fit the model's classifiers, it distils features and the widths of the
-            heads do not allow it, or the teacher has other classes.
+            heads do not allow it, the teacher has other classes, or the backbone has an auxiliary classifier.
 
     >>> import torch
     >>> from timm_multiexit.models.attach import attach_exits
@@ -67,6 +71,8 @@ class MultiExitTask(TrainingTask):
         verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        if not model.is_backbone_frozen:
+            check_auxiliary(model.backbone)
         loss.check_count(len(model.exits) + 1)
         if loss.feature_weight > 0:
             loss.check_features(model.feature_widths())
@@ -145,7 +151,8 @@ class MultiExitTask(TrainingTask):
             trains alone there is one classifier.
         """
         if self.trains_main_alone:
-            outputs, loss = ExitOutputs((self.trainable_module(input),), ()), self._main_loss
+            backbone = unwrap_model(self.trainable_module).backbone
+            outputs, loss = pack_outputs(backbone, self.trainable_module(input)), self._main_loss
         else:
             outputs, loss = self.trainable_module(input, exits=True), self.loss
         terms = loss.terms(outputs, target, self._outside_logits(input), self.kd)
@@ -185,3 +192,16 @@ class MultiExitTask(TrainingTask):
         if self.loss.multi_label:
             kwargs.setdefault('multi_label', True)
         return ExitEvaluator(len(unwrap_model(self.trainable_module).exits), device=self.device, **kwargs)
+
+
+def check_auxiliary(backbone: nn.Module) -> None:
+    """Raise for a model with an auxiliary classifier, which would get no loss in training.
+
+    Raises:
+        InvalidValueError: It has one, as Inception has with aux_logits=True.
+    """
+    if getattr(backbone, 'aux_logits', False):
+        raise InvalidValueError(
+            f'aux_logits must be False to train {type(backbone).__name__}, got True: its auxiliary classifier would get'
+            ' no loss, and an exit does its work.'
+        )
