@@ -73,7 +73,12 @@ def create_model(
     if kwargs.get('features_only'):
         raise InvalidValueError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
     source = find_source(model_name, **kwargs)
-    if source is not None and source.config.truncated is not None and exits is None:
+    if source is not None and source.config.truncated is not None:
+        if exits is not None:
+            raise InvalidValueError(
+                f'exits must be None for {source}, a truncated model without further exits, got {exits!r}: attach them'
+                ' to the model that it was cut from.'
+            )
         return cast(MultiExitModel, source.create_backbone(pretrained=pretrained, **kwargs))
     if source is not None and source.config.exits is not None and exits is None:
         model = source.create_model(pretrained=pretrained, **kwargs)

@@ -41,7 +41,10 @@ def find_specs(backbone: nn.Module, state: Mapping[str, Tensor], path: Any) -> l
             specs = _place(backbone, exits, head, widths)
             if specs and _head_shapes(backbone, specs) == shapes:
                 places = ', '.join(spec.module for spec in specs)
-                _logger.info(f'{path} does not say where its exits are: taken at {places}, whose heads agree.')
+                _logger.warning(
+                    f'{path} does not say where its exits are: taken at {places}, where heads of these shapes fit. Give'
+                    ' --exits if it was trained with others.'
+                )
                 return specs
     raise CheckpointError(
         f'{path} has weights of {len(shapes)} exits and does not say where they are: give --exits, --exit-head and'
