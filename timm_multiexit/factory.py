@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -47,7 +47,7 @@ def create_model(
     input_size: tuple[int, int, int] | None = None,
     **kwargs: Any,
 ) -> MultiExitModel:
-    """Return a timm model with exits.
+    """Return a timm model with exits; of a folder that holds a `TruncatedModel`, that one.
 
     Args:
         model_name: A timm name, with or without a tag; `hf-hub:ORG/NAME[@REVISION]`, a repository of the Hugging Face
@@ -73,6 +73,13 @@ def create_model(
     if kwargs.get('features_only'):
         raise InvalidValueError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
     source = find_source(model_name, **kwargs)
+    if source is not None and source.config.truncated is not None:
+        if exits is not None:
+            raise InvalidValueError(
+                f'exits must be None for {source}, a truncated model without further exits, got {exits!r}: attach them'
+                ' to the model that it was cut from.'
+            )
+        return cast(MultiExitModel, source.create_backbone(pretrained=pretrained, **kwargs))
     if source is not None and source.config.exits is not None and exits is None:
         model = source.create_model(pretrained=pretrained, **kwargs)
         model.origin = _find_origin(model, source, pretrained, kwargs)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from timm.models import register_model
 from torch import nn
 
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
@@ -31,8 +32,14 @@ class Net(nn.Module):
     def __init__(self, size=4):
         super().__init__()
         self.weight = nn.Parameter(torch.full((size,), -1.0))
-        self.pretrained_cfg = {'architecture': 'test_resnet', 'input_size': (3, 8, 8)}
+        self.pretrained_cfg = {'architecture': 'saver_net', 'input_size': (3, 8, 8)}
         self.num_classes, self.num_features = 2, 4
+        self._model_args = {'size': size}
+
+
+@register_model
+def saver_net(size=4, **kwargs):
+    return Net(size)
 
 
 class Run:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 from timm.models._hub import _parse_model_cfg
@@ -34,6 +34,18 @@ from timm_multiexit.utils.untrusted import read_json
 FORMAT_VERSION = 1  # of what `config.json` says of exits; a file of a later one is refused
 
 
+class Truncation(NamedTuple):
+    """What a truncated model is, besides its architecture.
+
+    Attributes:
+        exit_idx: Which classifier of the model that it was cut from.
+        specs: The exit, nothing for main.
+    """
+
+    exit_idx: int
+    specs: tuple[ExitSpec, ...]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a model folder is, checked.
@@ -42,7 +54,8 @@ class ModelConfig:
         architecture: Name in timm's registry.
         model_args: Keywords of `timm.create_model` that the weights were made with.
         pretrained_cfg: Fields of timm's `PretrainedCfg`, without a place of weights.
-        exits: None for a plain timm model.
+        exits: None for a plain timm model, and for a truncated one.
+        truncated: None but for a truncated model.
         policy: Of a calibrated model.
         budgets: Of a calibrated model.
         origin: What the weights started from, where it is known.
@@ -52,6 +65,7 @@ class ModelConfig:
     model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
     exits: tuple[ExitSpec, ...] | None = None
+    truncated: Truncation | None = None
     policy: ExitPolicy | None = None
     budgets: BudgetTable | None = None
     origin: Origin | None = None
@@ -77,7 +91,7 @@ def read_model_config(directory: Path, *, overridden: Mapping[str, Any] | None =
 
 
 def _check(config: dict[str, Any], overridden: set[str]) -> ModelConfig:
-    architecture = config.get('architecture')
+    architecture = _find_cut(config).get('architecture') or config.get('architecture')
     known = isinstance(architecture, str) and re.fullmatch(r'\w{1,100}', architecture) and timm.is_model(architecture)
     if not known:
         raise CheckpointError(
@@ -129,6 +143,18 @@ def _check_model_args(values: Any, overridden: set[str]) -> dict[str, Any]:
     return _pick({name: value for name, value in values.items() if value is not None}, MODEL_ARGS)
 
 
+def _find_cut(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the configuration of a truncated model says of that, an empty dict for another model.
+
+    The architecture is there: at the root is what other libraries say when they refuse the folder.
+    """
+    section = config.get(CONFIG_KEY)
+    cut = section.get('truncated') if isinstance(section, dict) else None
+    if cut is not None and (not isinstance(cut, dict) or not is_integer(cut.get('exit'), 0, _MAX_EXITS)):
+        raise CheckpointError(f'truncated must be an object with an exit in [0, {_MAX_EXITS}], got {brief(cut)}.')
+    return cut or {}
+
+
 def _read_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return exits, policy and budgets."""
     section = config.get(CONFIG_KEY)
@@ -156,6 +182,10 @@ def _read_section(config: Mapping[str, Any]) -> dict[str, Any]:
                 f'the exit at {brief(spec.module)} must have at most {_MAX_WIDTH} channels and {_MAX_EXITS} widths of'
                 f' at most {_MAX_WIDTH}, got {brief(spec.channels)} channels and widths {brief(spec.widths)}.'
             )
+    if cut := _find_cut(config):
+        if len(specs) > 1:
+            raise CheckpointError(f'A truncated model must have at most one exit, got {len(specs)}.')
+        return {'truncated': Truncation(cut['exit'], specs), 'origin': _read_origin(section)}
     return {'exits': specs, 'origin': _read_origin(section), **_read_policies(section, len(specs))}
 
 

@@ -1,36 +1,74 @@
 """The folder that is saved and published, and the way back from it.
 
 A folder holds `model.safetensors`, the backbone under timm's own keys, `exits.safetensors`, the heads, and
-`config.json`, timm's configuration with one more key, `multiexit`. Plain timm loads it as the main network.
+`config.json`, timm's configuration with one more key, `multiexit`. Plain timm loads it as the main network. That of a
+truncated model holds `model.safetensors` under the keys of its state dict, and plain timm refuses it.
+
+What is written comes back equal: before anything is written the weights are compared with the model that the
+configuration describes.
 """
 
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from timm.models._hub import save_config_for_hf
-from torch import nn
+from torch import Tensor, nn
 
-from timm_multiexit.checkpoints.config import FORMAT_VERSION, read_model_config
+from timm_multiexit.checkpoints.architecture import (
+    check_finite,
+    describe_backbone,
+    describe_model,
+    describe_truncated,
+    exit_tensors,
+    fill_unsaved_buffers,
+    unsaved_buffers,
+)
+from timm_multiexit.checkpoints.config import FORMAT_VERSION, ModelConfig, read_model_config
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, CONFIG_NAME, EXITS_NAME
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.truncation import TruncatedModel
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import CheckpointError
-from timm_multiexit.utils.files import sha256, write_text
+from timm_multiexit.utils.errors import (
+    CheckpointError,
+    DiskError,
+    InvalidTypeError,
+    InvalidValueError,
+    StateError,
+    brief,
+    one_line,
+)
+from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, sha256, write_text
 from timm_multiexit.utils.untrusted import read_json
 from timm_multiexit.version import __version__
 
-# Parts of names of weights that only training uses: heads' projectors, the norms of further augmentation splits.
-TRAINING_ONLY = ('.projector.', '.aux_bn.')
-
-PREFIX = 'exits.'
 _LABELS = ('label_names', 'label_descriptions')
+
+# What changes the weights of a model after it was created: a part of their names, and what to do before saving.
+_CHANGES = (
+    (r'parametrizations\.', 'call torch.nn.utils.parametrize.remove_parametrizations(module, name) for each of them'),
+    (
+        r'lora_|base_layer\.|base_model\.|modules_to_save\.',
+        'merge the adapters first: model = peft_model.merge_and_unload()',
+    ),
+    (
+        r'(^|\.)_orig_mod\.',
+        'put the module back that was compiled, its _orig_mod, or compile in place: module.compile()',
+    ),
+    (r'(^|\.)module\.', 'put the module back that was wrapped, its .module'),
+    (r'_mask$', 'make the pruning permanent first: torch.nn.utils.prune.remove(module, name)'),
+    (r'_orig$', 'call torch.nn.utils.remove_spectral_norm(module, name) for each of them'),
+    (r'_g$', 'call torch.nn.utils.remove_weight_norm(module, name) for each of them'),
+    (r'(^|\.)total_(ops|params)$', "delete the profiler's buffers: del module.total_ops, module.total_params"),
+)
 
 
 def save_pretrained(
@@ -46,42 +84,189 @@ def save_pretrained(
     stay.
 
     Args:
-        model: A `MultiExitModel`, with its policy and budgets, or a timm model, which is written without exits.
+        model: A `MultiExitModel`, with its policy and budgets, a `TruncatedModel`, or a timm model, which is written
+            without exits.
         directory: The folder; created if it does not exist.
         data_config: Preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode; as far as it differs
             from the backbone's own configuration.
         label_names: Names of the classes, in order.
 
     Raises:
-        OSError: The disk is full or not writable; the folder is as it was.
+        CheckpointError: The model would not come back equal, since it was changed after it was created; or it contains
+            NaN or inf. Nothing is written.
+        InvalidTypeError: The model or the folder is of the wrong type.
+        InvalidValueError: The names of the classes are not one per class.
+        DiskError: The disk is full or not writable; the folder is as it was.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    backbone = model.backbone if isinstance(model, MultiExitModel) else model
+    if not isinstance(directory, (str, os.PathLike)):
+        raise InvalidTypeError(f'directory must be a path, got {brief(directory)}.')
+    _check_model(model)
+    with explain_disk_errors(directory, advice=RUN_AGAIN):
+        write_model(model, Path(directory), data_config=data_config, label_names=label_names)
+
+
+def write_model(
+    model: nn.Module, directory: Path, *, data_config: dict[str, Any] | None, label_names: list[str] | None
+) -> None:
+    """Do `save_pretrained`; errors of the disk are raised as they come, for callers that know what to advise."""
+    backbone: Any = model.backbone if isinstance(model, (MultiExitModel, TruncatedModel)) else model
     config = _describe_labels(backbone, label_names)
-    if isinstance(model, MultiExitModel):
-        config[CONFIG_KEY] = {
-            'format_version': FORMAT_VERSION,
-            'library_version': __version__,
-            'weights': EXITS_NAME,
-            'exits': [spec.to_dict() for spec in model.exits.specs],
-        }
-        for name in ('policy', 'budgets', 'origin'):
-            if getattr(model, name) is not None:
-                config[CONFIG_KEY][name] = getattr(model, name).to_dict()
-    with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=directory.parent) as temporary:
+    section = _describe_exits(model)
+    if section is not None:
+        config[CONFIG_KEY] = section
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise DiskError(f'directory must be a folder, got the file {existing}.')
+    # Beside the folder, or above it where nothing is there yet, so that a refusal leaves nothing.
+    place = existing if existing != directory else directory.parent
+    with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=place) as temporary:
         path = Path(temporary, CONFIG_NAME)
-        save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
+        try:
+            save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
+        except (ValueError, TypeError, AssertionError, IndexError, KeyError) as error:
+            raise InvalidValueError(
+                f'The model cannot be described in a file: {one_line(error)}. Check data_config, label_names and the'
+                ' keywords it was created with.'
+            ) from error
         values = read_json(path)
         for name in _LABELS:
             values['pretrained_cfg'].pop(name, None)  # where timm keeps those of a loaded model; they go to the root
+        # At the root alone, or transformers passes it twice.
+        values.get('model_args', {}).pop('num_classes', None)
+        if section and section.get('truncated') and section['exits']:
+            values['architecture'] = f'{values["architecture"]} cut at exit {model.exit_idx}, for timm_multiexit alone'
         path.write_text(json.dumps(values, indent=2), encoding='utf-8')
-        _save_tensors(backbone.state_dict(), Path(temporary, BACKBONE_NAME))
-        if isinstance(model, MultiExitModel):
-            _save_tensors(exit_tensors(model), Path(temporary, EXITS_NAME))
+        files = _collect_tensors(model)
+        _check_way_back(model, files, path, directory)
+        for name, tensors in files.items():
+            _save_tensors(tensors, Path(temporary, name))
+        directory.mkdir(parents=True, exist_ok=True)
         # config.json last: until then a reader sees the old network or an incomplete one, not a mixture it accepts.
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG_NAME):
             shutil.move(path, directory / path.name)
+
+
+def _check_model(model: Any) -> None:
+    """Raise for what is not a model that timm made, with what to pass instead."""
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f'model must be a MultiExitModel or a timm model, got {brief(model)}.')
+    for part, where in ((model, 'model'), (getattr(model, 'backbone', None), 'model.backbone')):
+        kind = type(part).__name__
+        if '_orig_mod' in getattr(part, '_modules', ()):
+            raise InvalidTypeError(f'{where} must not be compiled: pass {where}._orig_mod, or compile it in place.')
+        if isinstance(getattr(part, 'module', None), nn.Module) and 'Parallel' in kind:
+            raise InvalidTypeError(f'{where} must not be wrapped in {kind}: use {where}.module.')
+        if hasattr(part, 'merge_and_unload'):
+            raise InvalidTypeError(
+                f'{where} must not be a {kind}: use {where}.merge_and_unload(), which merges adapters.'
+            )
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise StateError('The model must have data, got weights on the meta device.')
+    backbone: Any = model.backbone if isinstance(model, (MultiExitModel, TruncatedModel)) else model
+    if (
+        not isinstance(getattr(backbone, 'pretrained_cfg', None), Mapping)
+        or 'architecture' not in backbone.pretrained_cfg
+    ):
+        raise InvalidTypeError(
+            f'model must be made by timm.create_model to be created anew from a file, got {type(backbone).__name__}:'
+            ' torch.save(model.state_dict(), PATH) keeps its weights.'
+        )
+
+
+def _describe_exits(model: nn.Module) -> dict[str, Any] | None:
+    """Return what `config.json` says of exits, None for a plain timm model."""
+    section: dict[str, Any] = {
+        'format_version': FORMAT_VERSION,
+        'library_version': __version__,
+        'weights': EXITS_NAME,
+        'exits': [],
+    }
+    if isinstance(model, TruncatedModel):
+        section['exits'] = [] if model.spec is None else [model.spec.to_dict()]
+        return section | {'truncated': {'architecture': model.pretrained_cfg['architecture'], 'exit': model.exit_idx}}
+    if not isinstance(model, MultiExitModel):
+        return None
+    section['exits'] = [spec.to_dict() for spec in model.exits.specs]
+    for name in ('policy', 'budgets', 'origin'):
+        if getattr(model, name) is not None:
+            section[name] = getattr(model, name).to_dict()
+    return section
+
+
+def _collect_tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each file."""
+    if isinstance(model, TruncatedModel):
+        return {BACKBONE_NAME: model.state_dict() if model.spec else model.backbone.state_dict()}
+    if not isinstance(model, MultiExitModel):
+        return {BACKBONE_NAME: model.state_dict()}
+    return {BACKBONE_NAME: model.backbone.state_dict(), EXITS_NAME: exit_tensors(model)}
+
+
+def _check_way_back(model: nn.Module, files: Mapping[str, Mapping[str, Tensor]], draft: Path, directory: Path) -> None:
+    """Raise unless the weights are those of the model that the configuration file `draft` describes."""
+    given: dict[str, Any] = read_json(draft).get('model_args') or {}
+    try:
+        # Keywords that a file must not set are for whoever loads the folder to pass: here they make no difference.
+        config = read_model_config(draft.parent, overridden=given)
+    except CheckpointError as error:
+        raise CheckpointError(f'The model would not come back: {error.__cause__ or error}') from error
+    empty, expected = _describe_files(config, directory, given)
+    for name, tensors in files.items():
+        _check_equal(model, tensors, expected[name])
+    check_finite(model, 'The model')
+    if isinstance(model, TruncatedModel) and model.spec is not None:
+        _check_buffers(model, empty)
+
+
+def _describe_files(
+    config: ModelConfig, directory: Path, given: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
+    """Return the model that a configuration describes, on the meta device, and the tensors of each of its files."""
+    empty: Any
+    if config.truncated is not None and config.truncated.specs:
+        empty = describe_truncated(config, directory, given)
+        return empty, {BACKBONE_NAME: empty.state_dict()}
+    if config.exits is None:
+        empty = describe_backbone(config, directory, given)
+        return empty, {BACKBONE_NAME: empty.state_dict()}
+    empty = describe_model(config, directory, given)
+    return empty, {BACKBONE_NAME: empty.backbone.state_dict(), EXITS_NAME: exit_tensors(empty)}
+
+
+def _check_equal(model: nn.Module, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    unknown, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
+    other = sorted(
+        key for key in tensors.keys() & expected.keys() if tuple(tensors[key].shape) != tuple(expected[key].shape)
+    )
+    other += [
+        key
+        for key in sorted(tensors.keys() & expected.keys())
+        if tensors[key].is_floating_point() != expected[key].is_floating_point()
+    ]
+    if not (unknown or missing or other):
+        return
+    names = ', '.join(brief(key).strip("'") for key in (unknown or missing or other)[:2])
+    steps = (step for pattern, step in _CHANGES for key in unknown if re.search(pattern, key))
+    step = next(steps, 'torch.save(model.state_dict(), PATH) keeps its weights')
+    raise CheckpointError(
+        f'{type(model).__name__} was changed since it was created and would not come back:'
+        f' {len(unknown)} weights are new, {len(missing)} are gone, {len(other)} have another shape or type ({names}).'
+        f' Nothing was written: {step}.'
+    )
+
+
+def _check_buffers(model: TruncatedModel, empty: nn.Module) -> None:
+    """Raise unless the tables and masks that no file has are computed anew as they are."""
+    empty.load_state_dict(model.state_dict(), assign=True)  # some of them ask for the device of the weights
+    fill_unsaved_buffers(empty)
+    computed = unsaved_buffers(empty)
+    for name, buffer in unsaved_buffers(model).items():
+        found = computed.get(name)
+        if found is None or found.is_meta or not torch.equal(found.to(buffer.dtype), buffer):
+            raise CheckpointError(
+                f'{name} of the truncated model cannot be computed anew, so it would not come back. Nothing was'
+                ' written: save the model that it was cut from, and truncate it after loading.'
+            )
 
 
 def _describe_labels(backbone: nn.Module, label_names: list[str] | None) -> dict[str, Any]:
@@ -102,11 +287,6 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     mode = path.stat().st_mode
     safetensors.torch.save_file(written, path, metadata={'format': 'pt'})
     path.chmod(mode)  # that of every new file here; safetensors makes files that only their owner can read
-
-
-def exit_tensors(model: MultiExitModel) -> dict[str, torch.Tensor]:
-    """Return the tensors of the heads under the names they are saved with."""
-    return without({f'{PREFIX}{key}': tensor for key, tensor in model.exits.state_dict().items()}, *TRAINING_ONLY)
 
 
 def save_policy(directory: str | os.PathLike[str], policy: ExitPolicy | None, budgets: BudgetTable | None) -> None:
@@ -145,8 +325,3 @@ def hash_weights(directory: str | os.PathLike[str]) -> dict[str, str]:
     """Return the SHA-256 of the weights in a model folder, name of the file -> 64 hexadecimal digits."""
     paths = [Path(directory, name) for name in (BACKBONE_NAME, EXITS_NAME)]
     return {path.name: sha256(path) for path in paths if path.is_file()}
-
-
-def without(tensors: dict[str, torch.Tensor], *parts: str) -> dict[str, torch.Tensor]:
-    """Leave out the tensors with one of these parts in their name."""
-    return {key: tensor for key, tensor in tensors.items() if not any(part in key for part in parts)}

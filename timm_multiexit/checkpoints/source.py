@@ -13,9 +13,10 @@ import torch
 from timm.models import parse_model_name
 from torch import nn
 
+from timm_multiexit.checkpoints.architecture import describe_backbone, describe_truncated
 from timm_multiexit.checkpoints.config import ModelConfig, read_model_config
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME
-from timm_multiexit.checkpoints.load import create_architecture, load_backbone, load_pretrained
+from timm_multiexit.checkpoints.load import load_backbone, load_pretrained, load_truncated
 from timm_multiexit.hub_client.client import explain_download, fetch_files
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
@@ -67,8 +68,10 @@ class ModelSource:
         return self._sign(model)
 
     def create_backbone(self, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        """Return the timm model alone; keywords are those of `timm.create_model`."""
+        """Return the timm model alone, or the truncated model; keywords are those of `timm.create_model`."""
         self._fetch_weights(pretrained, kwargs.get('cache_dir'))
+        if self.config.truncated is not None:
+            return self._sign(load_truncated(self.folder, self.config, pretrained=pretrained, **kwargs))
         return self._sign(load_backbone(self.config, self.folder, pretrained=pretrained, **kwargs))
 
     def _fetch_weights(self, pretrained: bool, cache_dir: Any) -> None:
@@ -123,7 +126,9 @@ def create_empty_backbone(model: str | ModelSource) -> nn.Module:
     with torch.device('meta'):
         if source is None:
             return timm.create_model(str(model))
-        return create_architecture(source.config, source.folder, {})
+    if source.config.truncated is not None:
+        return describe_truncated(source.config, source.folder, {})
+    return describe_backbone(source.config, source.folder, {})
 
 
 def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:

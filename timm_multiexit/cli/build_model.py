@@ -1,6 +1,7 @@
 """Model and regime from command-line arguments."""
 
 import logging
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import load_state_dict, resolve_model_input_args
+from timm.models import resolve_model_input_args
 from torch import nn
 
 from timm_multiexit.checkpoints.source import ModelSource, create_backbone
-from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint
+from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint, read_weights
 from timm_multiexit.cli.build_training import create_train_loss
 from timm_multiexit.exits.cost import meta_copy
 from timm_multiexit.exits.taps import classifier_names
@@ -202,7 +203,9 @@ def create_regime(args: Namespace, model: nn.Module, source: ModelSource | None)
     if warmup is None:
         has_own_heads = args.exits == 'auto' and _has_own_exits(args, source)
         path = args.initial_checkpoint
-        has_trained_heads = has_own_heads or (path and any(key.startswith('exits.') for key in load_state_dict(path)))
+        has_trained_heads = has_own_heads or (
+            path and any(re.match(r'(.*\.)?exits\.\d', key) for key in read_weights(path))
+        )
         warmup = 1.0 if is_trained and (has_fresh_classifier or not has_trained_heads) else 0.0
     trains_classifier = has_fresh_classifier and not backbone_epochs
     return Regime(name, backbone_epochs, warmup, args.exit_warmup_epochs, trains_classifier=trains_classifier)

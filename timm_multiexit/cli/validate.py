@@ -21,7 +21,7 @@ from timm.data.config import resolve_data_config
 
 from timm_multiexit.checkpoints.save import hash_weights, save_policy
 from timm_multiexit.checkpoints.source import create_backbone, find_source
-from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint, restore_exits
+from timm_multiexit.checkpoints.timm_checkpoint import build_exits, load_checkpoint, read_training_checkpoint
 from timm_multiexit.cli.build_model import create_static, model_kwargs
 from timm_multiexit.cli.flags.validate_args import (
     asked_flags,
@@ -57,7 +57,8 @@ _REMEMBERED = 'model num_classes img_size input_size in_chans gp mean std crop_p
 def create_evaluated_model(args: Namespace) -> MultiExitModel:
     """Return the model that the flags name, with the exits it was saved with."""
     checkpoint = read_training_checkpoint(args.checkpoint) if args.checkpoint else {}
-    trained = vars(checkpoint['args']) if 'args' in checkpoint else {}
+    args_then = checkpoint.get('args')  # None or a dict where another trainer wrote the file
+    trained = vars(args_then) if isinstance(args_then, Namespace) else {}
     for name in _REMEMBERED:
         if not getattr(args, name) and trained.get(name):
             setattr(args, name, trained[name])
@@ -73,8 +74,7 @@ def create_evaluated_model(args: Namespace) -> MultiExitModel:
         model = create_model(source or args.model, exits=args.exits, input_size=size, **heads, **kwargs)
     else:
         backbone = create_backbone(source or args.model, **kwargs)
-        has_exits = (checkpoint.get('task_state') or {}).get('exits')
-        model = restore_exits(backbone, checkpoint) if has_exits else MultiExitModel(backbone, [])
+        model = build_exits(backbone, args.checkpoint) if args.checkpoint else MultiExitModel(backbone, [])
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
     return model

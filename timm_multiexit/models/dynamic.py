@@ -35,7 +35,8 @@ def run_policy(
     policy = _choose_policy(model, policy, threshold, budget)
     policy.check_exits(len(model.exits))
     sizes = _check_bucket_sizes(bucket_sizes)
-    route = Route(policy, model._head_runner(x.shape[-2:]), can_leave=model.can_leave, bucket_sizes=sizes)
+    can_leave = model._can_leave or try_leaving(model, x.shape[1:])
+    route = Route(policy, model._head_runner(x.shape[-2:]), can_leave=can_leave, bucket_sizes=sizes)
     with torch.no_grad():
         route.begin(len(x), x.device)
         return route.finish(model._taps.visit(model.backbone, x, route.visit))
@@ -84,14 +85,17 @@ def _check_bucket_sizes(sizes: Sequence[int] | int | None) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-def try_leaving(model: MultiExitModel) -> tuple[bool, ...]:
-    """Return for each exit whether images can leave the batch there, found by a few forwards at the first call."""
+def try_leaving(model: MultiExitModel, input_size: Sequence[int] | None = None) -> tuple[bool, ...]:
+    """Return for each exit whether images can leave the batch there, found by a few forwards at the first call.
+
+    They are of images of the caller's size where there are any: the model's own may be what a file says.
+    """
     if model.training:
         raise StateError(
             'The model is in training mode, and a trial forward would change its statistics: call model.eval() first.'
         )
     if model._can_leave is None:
-        model._can_leave = find_leaving(model.backbone, model._taps, model.input_size)
+        model._can_leave = find_leaving(model.backbone, model._taps, input_size or model.input_size)
     return model._can_leave
 
 

@@ -12,7 +12,7 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 from timm_multiexit.checkpoints.run_folder import BEST_NAME
-from timm_multiexit.checkpoints.save import save_pretrained
+from timm_multiexit.checkpoints.save import write_model
 from timm_multiexit.evaluation.stamp import fit_channels
 from timm_multiexit.utils.files import explain_disk_errors
 
@@ -62,7 +62,7 @@ class RunSaver(CheckpointSaver):
         shutil.rmtree(new, ignore_errors=True)
         with explain_disk_errors(best):
             data_config = data_config and fit_channels(data_config)
-            save_pretrained(_joined(model), new, data_config=data_config, label_names=label_names)
+            write_model(_joined(model), new, data_config=data_config, label_names=label_names)
             shutil.rmtree(old, ignore_errors=True)
             if best.exists():
                 best.rename(old)

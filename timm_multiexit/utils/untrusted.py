@@ -36,6 +36,14 @@ def check_contained(path: Path) -> None:
         raise CheckpointError(f'{path} must be a file in its folder, got a link that leaves it: put a copy there.')
 
 
+def check_pointer(path: Path) -> None:
+    """Raise `CheckpointError` for what git-LFS leaves in place of a large file that was not fetched."""
+    with path.open('rb') as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise CheckpointError(f'{path} is a git-LFS pointer and holds no weights: run `git lfs pull` in {path.parent}.')
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
@@ -50,6 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
         check_contained(path)
         if not path.is_file():
             raise CheckpointError(f'{path.parent} is not a model folder: it has no {path.name}.')
+        check_pointer(path)
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
             raise CheckpointError(f'{path} must have at most {_MAX_JSON_BYTES} bytes, got {size}.')
@@ -164,12 +173,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not path.is_file():
         raise CheckpointError(f'{path.parent} has no {path.name}, the only file that weights are read from.')
     try:
+        check_pointer(path)
         with path.open('rb') as file:
-            start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            raise CheckpointError(
-                f'{path} is a git-LFS pointer and holds no weights: run `git lfs pull` in {path.parent}.'
-            )
+            start = file.read(8)
         size = int.from_bytes(start[:8], 'little')
         if size > _MAX_HEADER_BYTES:
             raise CheckpointError(
