@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from timm_multiexit.checkpoints.config import ModelConfig, read_model_config
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME, MODEL_ARGS
 from timm_multiexit.checkpoints.save import PREFIX, exit_tensors
+from timm_multiexit.exits.cost import empty_images
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.utils.errors import CheckpointError, MultiExitError, brief, one_line
 from timm_multiexit.utils.untrusted import TensorInfo, read_header
@@ -114,7 +115,7 @@ def _create_empty(config: ModelConfig, directory: Path, given: dict[str, Any]) -
     with torch.device('meta'):
         model = MultiExitModel(backbone, specs)
     _check_heads(model, directory)
-    images = torch.empty(1, *config.pretrained_cfg['input_size'], device='meta')
+    images = empty_images(backbone, config.pretrained_cfg['input_size'])
     try:
         order = _order_exits(model, images)
     except MultiExitError as error:

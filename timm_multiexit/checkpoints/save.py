@@ -16,7 +16,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from timm_multiexit.checkpoints.config import FORMAT_VERSION, read_model_config
+from timm_multiexit.checkpoints.config import FORMAT_VERSION, read_model_config, write_module_config
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, CONFIG_NAME, EXITS_NAME
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.budgets import BudgetTable
@@ -42,6 +42,8 @@ def save_pretrained(
 ) -> None:
     """Write a model to a folder that `create_model('local-dir:...', pretrained=True)` and plain timm load.
 
+    That of a model around a module that is not timm's, `load_exits(module, directory)` loads.
+
     All files are written beside the folder first and moved into it when they are whole; other files in the folder
     stay.
 
@@ -58,7 +60,7 @@ def save_pretrained(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     backbone = model.backbone if isinstance(model, MultiExitModel) else model
-    config = _describe_labels(backbone, label_names)
+    config = _describe_labels(model, label_names)
     if isinstance(model, MultiExitModel):
         config[CONFIG_KEY] = {
             'format_version': FORMAT_VERSION,
@@ -71,7 +73,10 @@ def save_pretrained(
                 config[CONFIG_KEY][name] = getattr(model, name).to_dict()
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=directory.parent) as temporary:
         path = Path(temporary, CONFIG_NAME)
-        save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
+        if getattr(model, 'module_info', None) is None:
+            save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
+        else:
+            write_module_config(model, path, config, data_config)
         values = read_json(path)
         for name in _LABELS:
             values['pretrained_cfg'].pop(name, None)  # where timm keeps those of a loaded model; they go to the root
@@ -84,10 +89,10 @@ def save_pretrained(
             shutil.move(path, directory / path.name)
 
 
-def _describe_labels(backbone: nn.Module, label_names: list[str] | None) -> dict[str, Any]:
+def _describe_labels(model: Any, label_names: list[str] | None) -> dict[str, Any]:
     """Return the names of the classes: those given, else those that the model was loaded with."""
-    cfg: Any = backbone.pretrained_cfg
-    old = cfg if cfg.get('num_classes') == backbone.num_classes else {}
+    cfg = model.pretrained_cfg
+    old = cfg if cfg.get('num_classes') == model.num_classes else {}
     labels = {'label_names': label_names} if label_names else {name: old.get(name) for name in _LABELS}
     return {name: value for name, value in labels.items() if value}
 
