@@ -3,6 +3,7 @@
 from timm_multiexit import backbones as backbones  # registers the CIFAR networks with timm
 from timm_multiexit.calibration.stage_costs import StageCosts as StageCosts
 from timm_multiexit.calibration.thresholds import calibrate as calibrate
+from timm_multiexit.checkpoints.module_folder import load_exits as load_exits
 from timm_multiexit.checkpoints.save import save_pretrained as save_pretrained
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint as load_checkpoint
 from timm_multiexit.evaluation.exit_table import ExitTable as ExitTable
@@ -59,6 +60,7 @@ __all__ = [
     'evaluate',
     'exit_points',
     'load_checkpoint',
+    'load_exits',
     'push_to_hub',
     'save_pretrained',
     'truncate',

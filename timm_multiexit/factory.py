@@ -7,9 +7,10 @@ from typing import Any, cast
 from torch import nn
 
 from timm_multiexit.checkpoints.source import ModelSource, create_backbone, create_empty_backbone, find_source
-from timm_multiexit.exits.placement import ExitsArg, resolve_input_size, stage_points
+from timm_multiexit.exits.backbone import resolve_input_size
+from timm_multiexit.exits.placement import ExitsArg, stage_points
 from timm_multiexit.exits.survey import ExitPoint, survey_backbone
-from timm_multiexit.models.attach import attach_exits
+from timm_multiexit.models.attach import attach_exits, check_attachable
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin, find_origin
 from timm_multiexit.utils.errors import InvalidValueError
@@ -27,13 +28,14 @@ def exit_points(
         input_size: (channels, height, width) that costs are reported for; the backbone's own if not given.
 
     Raises:
-        MultiExitError: The backbone has no such stages, or no classifier; the name is unknown.
+        MultiExitError: The backbone has no stages, or no classifier; the name is unknown.
 
     >>> [(point.index, point.module, point.reduction) for point in exit_points('resnet18')]
     [(0, 'act1', 2), (1, 'layer1.1', 4), (2, 'layer2.1', 8), (3, 'layer3.1', 16), (4, 'layer4.1', 32)]
     """
     if isinstance(backbone, str | ModelSource):
         backbone = create_empty_backbone(backbone)
+    check_attachable(backbone)
     return stage_points(backbone, survey_backbone(backbone, (), resolve_input_size(backbone, input_size)))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from timm_multiexit.checkpoints.config import ModelConfig, Truncation
 from timm_multiexit.checkpoints.config_rules import CONFIG_NAME, MODEL_ARGS
+from timm_multiexit.exits.cost import empty_images
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.truncation import TruncatedModel, truncate
 from timm_multiexit.utils.errors import CheckpointError, MultiExitError, brief, one_line
@@ -83,7 +84,7 @@ def describe_model(config: ModelConfig, directory: Path, given: Mapping[str, Any
     with torch.device('meta'):
         model = MultiExitModel(backbone, specs)
     _check_heads(model, directory)
-    images = torch.empty(1, *config.pretrained_cfg['input_size'], device='meta')
+    images = empty_images(backbone, config.pretrained_cfg['input_size'])
     try:
         order = _order_exits(model, images)
     except MultiExitError as error:

@@ -3,6 +3,7 @@
 Nothing of the file reaches timm but what is listed here.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import timm
 from timm.models._hub import _parse_model_cfg
+from torch import Tensor
 
 from timm_multiexit.checkpoints.config_rules import (
     _MAX_EXITS,
@@ -22,13 +24,17 @@ from timm_multiexit.checkpoints.config_rules import (
     CONFIG_NAME,
     EXITS_NAME,
     MODEL_ARGS,
+    MODULE_KEY,
+    MODULE_RULES,
     _pick,
 )
+from timm_multiexit.exits.backbone import ModuleInfo
 from timm_multiexit.exits.spec import ExitSpec
+from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import CheckpointError, MultiExitError, brief, is_integer
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, MultiExitError, brief, is_integer
 from timm_multiexit.utils.untrusted import read_json
 
 FORMAT_VERSION = 1  # of what `config.json` says of exits; a file of a later one is refused
@@ -91,6 +97,7 @@ def read_model_config(directory: Path, *, overridden: Mapping[str, Any] | None =
 
 
 def _check(config: dict[str, Any], overridden: set[str]) -> ModelConfig:
+    _refuse_module(config)
     architecture = _find_cut(config).get('architecture') or config.get('architecture')
     known = isinstance(architecture, str) and re.fullmatch(r'\w{1,100}', architecture) and timm.is_model(architecture)
     if not known:
@@ -109,6 +116,18 @@ def _check(config: dict[str, Any], overridden: set[str]) -> ModelConfig:
     return ModelConfig(
         architecture, model_args, _complete(pretrained_cfg, architecture, model_args), **_read_section(config)
     )
+
+
+def _refuse_module(config: Mapping[str, Any]) -> None:
+    """Raise for the folder of a module that is not timm's, which no name can create."""
+    section = config.get(CONFIG_KEY)
+    module = section.get(MODULE_KEY) if isinstance(section, dict) else None
+    if module is not None:
+        kind = module.get('type') if isinstance(module, dict) else None
+        raise CheckpointError(
+            f'it is of a module that timm cannot create, {brief(kind)}: build it, and call'
+            ' timm_multiexit.load_exits(module, FOLDER).'
+        )
 
 
 def _complete(pretrained_cfg: dict[str, Any], architecture: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,3 +227,86 @@ def _read_policies(section: Mapping[str, Any], num_exits: int) -> dict[str, Any]
         budgets = BudgetTable.from_dict(budgets)
         budgets.points[0].policy.check_exits(num_exits)
     return {'policy': policy, 'budgets': budgets}
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """What the folder of a model around a module that is not timm's says, checked.
+
+    Attributes:
+        info: What the module has to be.
+        exits: Its exits.
+        policy: Of a calibrated model.
+        budgets: Of a calibrated model.
+        origin: What the weights started from, where it is known.
+    """
+
+    info: ModuleInfo
+    exits: tuple[ExitSpec, ...]
+    policy: ExitPolicy | None = None
+    budgets: BudgetTable | None = None
+    origin: Origin | None = None
+
+
+def read_module_config(directory: Path) -> ModuleConfig:
+    """Return the checked configuration of a folder of a model around a module that is not timm's.
+
+    Raises:
+        CheckpointError: The folder is not of one, or `config.json` is missing, unreadable, of a newer format, or has
+            values that are not allowed.
+    """
+    path = directory / CONFIG_NAME
+    values = read_json(path)
+    try:
+        info, section = _read_module(values), _read_section(values)
+    except MultiExitError as error:
+        raise CheckpointError(f'{path}: {error}') from error
+    kept = {name: section.get(name) for name in ('policy', 'budgets', 'origin')}
+    return ModuleConfig(info, section.get('exits') or (), **kept)
+
+
+def _read_module(values: Mapping[str, Any]) -> ModuleInfo:
+    section = values.get(CONFIG_KEY)
+    module = section.get(MODULE_KEY) if isinstance(section, dict) else None
+    if module is None:
+        raise CheckpointError(
+            "it is not of a module of one's own: create_model('local-dir:FOLDER', pretrained=True) loads timm models."
+        )
+    if not isinstance(module, dict):
+        raise CheckpointError(f'{MODULE_KEY} must be an object, got {brief(module)}.')
+    for name, rule in MODULE_RULES.items():
+        if not rule.allows(module.get(name)):
+            raise CheckpointError(f'{name} must be {rule.text}, got {brief(module.get(name))}.')
+    channels, height, width = module['input_size']
+    return ModuleInfo(tuple(module['classifiers']), module['num_classes'], (channels, height, width))
+
+
+def write_module_config(
+    model: MultiExitModel, path: Path, model_config: dict[str, Any], data_config: Mapping[str, Any] | None
+) -> None:
+    """Write the `config.json` of a model around a module that is not timm's, as timm's `save_config_for_hf` does.
+
+    Args:
+        model: The model.
+        path: The file.
+        model_config: What is at the root of it, with the section of exits.
+        data_config: Preprocessing.
+    """
+    assert model.module_info is not None
+    other = [key for key, value in model.backbone.state_dict().items() if not isinstance(value, Tensor)]
+    if other:
+        raise InvalidValueError(f'The state dict of a module must hold tensors to be saved, got {brief(other[0])}.')
+    info, kind = model.module_info, type(model.backbone)
+    described = {
+        'type': f'{kind.__module__}.{kind.__qualname__}',
+        'classifiers': list(info.classifiers),
+        'num_classes': info.num_classes,
+        'input_size': list(info.input_size),
+    }
+    values = {
+        'num_classes': info.num_classes,
+        'pretrained_cfg': {'input_size': list(info.input_size), **(data_config or {})},
+        **model_config,
+    }
+    values[CONFIG_KEY] = {**values[CONFIG_KEY], MODULE_KEY: described}
+    path.write_text(json.dumps(values, indent=2), encoding='utf-8')

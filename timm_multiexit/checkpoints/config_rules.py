@@ -10,6 +10,7 @@ CONFIG_NAME = 'config.json'
 BACKBONE_NAME = 'model.safetensors'
 EXITS_NAME = 'exits.safetensors'
 CONFIG_KEY = 'multiexit'
+MODULE_KEY = 'module'  # in that section, of a backbone that is not timm's
 _MAX_EXITS = 64
 _MAX_CLASSES = 100_000
 _MAX_WIDTH = 16_384
@@ -150,6 +151,13 @@ _ROOT: dict[str, Rule] = {
     'num_classes': _CLASSES,
     'label_names': _PRETRAINED_CFG['label_names'],
     'label_descriptions': _PRETRAINED_CFG['label_descriptions'],
+}
+
+# What a file says of a module that is not timm's.
+MODULE_RULES: dict[str, Rule] = {
+    'classifiers': _lists(_words(r'.{1,200}', 'names of modules'), range(1, 9)),
+    'num_classes': _integers(1, _MAX_CLASSES),
+    'input_size': _IMAGE,
 }
 
 

@@ -26,7 +26,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_origin(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() <= set(Origin._fields) and all(map(_is_text_or_none, value.values()))
+    return (
+        isinstance(value, dict) and value.keys() <= set(Origin._fields) and all(map(_is_text_or_none, value.values()))
+    )
 
 
 def _is_text_or_none(value: Any) -> bool:

@@ -31,7 +31,7 @@ from timm_multiexit.checkpoints.architecture import (
     fill_unsaved_buffers,
     unsaved_buffers,
 )
-from timm_multiexit.checkpoints.config import FORMAT_VERSION, ModelConfig, read_model_config
+from timm_multiexit.checkpoints.config import FORMAT_VERSION, ModelConfig, read_model_config, write_module_config
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, CONFIG_NAME, EXITS_NAME
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.truncation import TruncatedModel
@@ -80,6 +80,8 @@ def save_pretrained(
 ) -> None:
     """Write a model to a folder that `create_model('local-dir:...', pretrained=True)` and plain timm load.
 
+    That of a model around a module that is not timm's, `load_exits(module, directory)` loads.
+
     All files are written beside the folder first and moved into it when they are whole; other files in the folder
     stay.
 
@@ -110,7 +112,7 @@ def write_model(
 ) -> None:
     """Do `save_pretrained`; errors of the disk are raised as they come, for callers that know what to advise."""
     backbone: Any = model.backbone if isinstance(model, (MultiExitModel, TruncatedModel)) else model
-    config = _describe_labels(backbone, label_names)
+    config = _describe_labels(model if isinstance(model, MultiExitModel) else backbone, label_names)
     section = _describe_exits(model)
     if section is not None:
         config[CONFIG_KEY] = section
@@ -122,7 +124,10 @@ def write_model(
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=place) as temporary:
         path = Path(temporary, CONFIG_NAME)
         try:
-            save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
+            if _is_of_module(model):
+                write_module_config(model, path, config, data_config)
+            else:
+                save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
         except (ValueError, TypeError, AssertionError, IndexError, KeyError) as error:
             raise InvalidValueError(
                 f'The model cannot be described in a file: {one_line(error)}. Check data_config, label_names and the'
@@ -137,7 +142,8 @@ def write_model(
             values['architecture'] = f'{values["architecture"]} cut at exit {model.exit_idx}, for timm_multiexit alone'
         path.write_text(json.dumps(values, indent=2), encoding='utf-8')
         files = _collect_tensors(model)
-        _check_way_back(model, files, path, directory)
+        if not _is_of_module(model):
+            _check_way_back(model, files, path, directory)
         for name, tensors in files.items():
             _save_tensors(tensors, Path(temporary, name))
         directory.mkdir(parents=True, exist_ok=True)
@@ -163,14 +169,17 @@ def _check_model(model: Any) -> None:
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise StateError('The model must have data, got weights on the meta device.')
     backbone: Any = model.backbone if isinstance(model, (MultiExitModel, TruncatedModel)) else model
-    if (
-        not isinstance(getattr(backbone, 'pretrained_cfg', None), Mapping)
-        or 'architecture' not in backbone.pretrained_cfg
-    ):
+    cfg = getattr(backbone, 'pretrained_cfg', None)
+    if not _is_of_module(model) and not (isinstance(cfg, Mapping) and 'architecture' in cfg):
         raise InvalidTypeError(
             f'model must be made by timm.create_model to be created anew from a file, got {type(backbone).__name__}:'
             ' torch.save(model.state_dict(), PATH) keeps its weights.'
         )
+
+
+def _is_of_module(model: nn.Module) -> bool:
+    """Return whether a model has exits on a module that is not timm's, which `load_exits` brings back."""
+    return isinstance(model, MultiExitModel) and model.module_info is not None
 
 
 def _describe_exits(model: nn.Module) -> dict[str, Any] | None:
@@ -269,10 +278,10 @@ def _check_buffers(model: TruncatedModel, empty: nn.Module) -> None:
             )
 
 
-def _describe_labels(backbone: nn.Module, label_names: list[str] | None) -> dict[str, Any]:
+def _describe_labels(model: Any, label_names: list[str] | None) -> dict[str, Any]:
     """Return the names of the classes: those given, else those that the model was loaded with."""
-    cfg: Any = backbone.pretrained_cfg
-    old = cfg if cfg.get('num_classes') == backbone.num_classes else {}
+    cfg = model.pretrained_cfg
+    old = cfg if cfg.get('num_classes') == model.num_classes else {}
     labels = {'label_names': label_names} if label_names else {name: old.get(name) for name in _LABELS}
     return {name: value for name, value in labels.items() if value}
 

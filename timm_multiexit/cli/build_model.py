@@ -16,8 +16,8 @@ from torch import nn
 from timm_multiexit.checkpoints.source import ModelSource, create_backbone
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint, read_weights
 from timm_multiexit.cli.build_training import create_train_loss
-from timm_multiexit.exits.cost import meta_copy
-from timm_multiexit.exits.taps import classifier_names
+from timm_multiexit.exits.backbone import classifier_names
+from timm_multiexit.exits.cost import empty_images, find_dtype, meta_copy
 from timm_multiexit.factory import create_model
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.training.regimes import Regime
@@ -149,13 +149,13 @@ def _init_classifiers(args: Namespace, model: nn.Module) -> None:
 def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
     """Raise if a model, still on the CPU, does not take images of (channels, height, width)."""
     try:
-        meta_copy(model).eval()(torch.empty(2, *input_size, device='meta'))
+        meta_copy(model)(empty_images(model, input_size, 2))
         return
     except LIBRARY_ERRORS:
         pass  # a few models read their data, which is not there: asked again with data
     modes = [module.training for module in model.modules()]
     try:
-        model.eval()(torch.zeros(2, *input_size, dtype=next(model.parameters()).dtype))
+        model.eval()(torch.zeros(2, *input_size, dtype=find_dtype(model)))
     except LIBRARY_ERRORS as error:
         raise InvalidValueError(
             f'The model does not take images of {list(input_size)}: {one_line(error)}. Give another --img-size.'

@@ -121,3 +121,14 @@ def meta_copy(module: AnyModule) -> AnyModule:
                 empty = torch.empty_like(tensor, device='meta', requires_grad=False)
                 memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     return deepcopy(module, memo).eval()
+
+
+def find_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype that a module computes in: that of its first parameter or buffer of floating-point numbers."""
+    tensors = (tensor for group in (module.parameters(), module.buffers()) for tensor in group)
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+
+
+def empty_images(module: nn.Module, input_size: Sequence[int], count: int = 1) -> Tensor:
+    """Return images [count, channels, height, width] without data, as a module's `meta_copy` takes them."""
+    return torch.empty(count, *input_size, dtype=find_dtype(module), device='meta')

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.models import get_model_input_config
 from torch import nn
 
+from timm_multiexit.exits.backbone import ModuleInfo, resolve_input_size
 from timm_multiexit.exits.cost import Cost, CostMeter
 from timm_multiexit.exits.heads import HEADS, ExitHead
 from timm_multiexit.exits.spec import ExitSpec
@@ -36,10 +36,12 @@ def place_exits(
     head: str = 'conv',
     head_widths: Sequence[Sequence[int]] | None = None,
     input_size: tuple[int, int, int] | None = None,
+    info: ModuleInfo | None = None,
 ) -> list[ExitSpec]:
     """Return where exits go and how wide their heads are, shallow to deep.
 
-    Arguments and errors are those of `timm_multiexit.models.attach.attach_exits`; the backbone stays as it is.
+    Arguments and errors are those of `timm_multiexit.models.attach.attach_exits`; the backbone stays as it is. `info`
+    is what is known of one that is not timm's.
     """
     if head not in HEADS:
         raise InvalidValueError(f"head must be one of {', '.join(HEADS)}, got '{head}'.")
@@ -50,21 +52,20 @@ def place_exits(
         exits = preset['exits']
         if head_widths is None and HEADS[head].is_paper:
             head_widths = preset['head_widths']
-    names = [item for item in exits if isinstance(item, str)] if isinstance(exits, (list, tuple)) else []
-    survey = survey_backbone(backbone, names, input_size)
+    survey = survey_backbone(backbone, named_places(exits), input_size, info)
     points = _choose(backbone, exits, survey)
     if head_widths is not None and len(head_widths) != len(points):
         raise InvalidValueError(f'head_widths must have one list per exit ({len(points)}), got {len(head_widths)}.')
+    num_classes = model.num_classes if info is None else info.num_classes
     return [
-        _build_spec(point, head, survey, None if head_widths is None else tuple(head_widths[idx]), model.num_classes)
+        _build_spec(point, head, survey, None if head_widths is None else tuple(head_widths[idx]), num_classes)
         for idx, point in enumerate(points)
     ]
 
 
-def resolve_input_size(backbone: nn.Module, input_size: Sequence[int] | None) -> tuple[int, int, int]:
-    """Return (channels, height, width) of an image: as given, else the backbone's own."""
-    channels, height, width = input_size or get_model_input_config(backbone)['input_size']
-    return channels, height, width
+def named_places(exits: Any) -> list[str]:
+    """Return the names of modules among what is asked for as exits."""
+    return [item for item in exits if isinstance(item, str)] if isinstance(exits, (list, tuple)) else []
 
 
 def stage_points(backbone: nn.Module, survey: Survey) -> tuple[ExitPoint, ...]:
@@ -80,7 +81,8 @@ def stage_points(backbone: nn.Module, survey: Survey) -> tuple[ExitPoint, ...]:
 
 def _choose(backbone: nn.Module, exits: ExitsArg, survey: Survey) -> Sequence[ExitPoint]:
     """Return the points that `exits` means, shallow to deep."""
-    stages = stage_points(backbone, survey)
+    # A backbone without stages has named places alone.
+    stages = survey.stages if named_places(exits) else stage_points(backbone, survey)
     if isinstance(exits, (list, tuple)) and exits:
         return _pick(backbone, exits, survey)
     early = stages[:-1]
@@ -137,6 +139,8 @@ def _pick(backbone: nn.Module, exits: Sequence[int] | Sequence[str], survey: Sur
 
 
 def _legal(survey: Survey) -> str:
+    if not survey.stages:
+        return 'Name modules of named_modules() that give maps or tokens.'
     return 'Its stages are ' + ', '.join(f'{p.index} ({p.module}, 1/{p.reduction})' for p in survey.stages) + '.'
 
 
@@ -145,7 +149,7 @@ def _build_spec(
 ) -> ExitSpec:
     """Return the exit at a point, its widths given or found by the head's rule and the cost it may have."""
     # The nearest count where sizes are not powers of two apart (299 pixels, say).
-    halvings = max(1, round(math.log2(point.size[0] / survey.stages[-1].size[0])))
+    halvings = max(1, round(math.log2(point.size[0] / survey.last_size[0])))
     kind = HEADS[head]
     same = ('module', 'channels', 'reduction', 'layout', 'num_prefix_tokens', 'output')
     spec = ExitSpec(head=head, **{name: getattr(point, name) for name in same})

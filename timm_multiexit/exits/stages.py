@@ -43,17 +43,22 @@ _STAGE_FIXES: dict[str, Callable[[Entries], Entries]] = {
 }
 
 
-def stage_entries(backbone: nn.Module) -> Entries:
+def stage_entries(backbone: nn.Module, *, is_needed: bool = True) -> Entries:
     """Return the backbone's stages as `feature_info` has them, corrected where its family needs that.
 
     Raises:
-        InvalidValueError: It has none.
+        InvalidValueError: It has none, and they are needed.
     """
     info: Any = getattr(backbone, 'feature_info', None)
     entries = info.info if hasattr(info, 'info') else info
-    if not entries or not all(isinstance(entry, dict) and 'module' in entry for entry in entries):
+    # Of a module that is not timm's the attribute can be anything.
+    is_list = isinstance(entries, (list, tuple)) and len(entries)
+    if not is_list or not all(isinstance(entry, dict) and 'module' in entry for entry in entries):
+        if not is_needed:
+            return []
+        children = [name for name, child in backbone.named_children() if next(child.parameters(), None) is not None]
         raise InvalidValueError(
-            f'{type(backbone).__name__} names no stages (feature_info), so no exits can be attached: use a timm'
-            ' classification model with stages.'
+            f'{type(backbone).__name__} names no stages (feature_info), so exits must name modules to tap, as'
+            f' {children[:2] or ["layer1"]}: those of named_modules().'
         )
     return _STAGE_FIXES.get(type(backbone).__name__, list)(list(entries))

@@ -2,16 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from timm_multiexit.exits.backbone import (
+    ModuleInfo,
+    check_width,
+    classifier_names,
+    nearest_names,
+    run_empty,
+    scan_module,
+)
 from timm_multiexit.exits.cost import Cost, CostMeter, meta_copy
 from timm_multiexit.exits.layouts import combine_features, read_layout
 from timm_multiexit.exits.stages import Entries, stage_entries
-from timm_multiexit.exits.taps import Taps, classifier_names, resolve_tap
+from timm_multiexit.exits.taps import Taps, resolve_tap
 from timm_multiexit.utils.errors import InvalidValueError
 
 
@@ -52,6 +59,7 @@ class Survey:
         num_stages: Entries of `feature_info`.
         num_features: Width of main's features.
         total: Cost of the whole backbone.
+        last_size: Height and width of its last map.
     """
 
     points: tuple[ExitPoint, ...]
@@ -59,6 +67,7 @@ class Survey:
     num_stages: int
     num_features: int
     total: Cost
+    last_size: tuple[int, int] = (1, 1)
 
     @property
     def stages(self) -> tuple[ExitPoint, ...]:
@@ -79,18 +88,22 @@ class _Arrival(NamedTuple):
 
 @torch.inference_mode(False)  # inference tensors have no version to tell a change in place by
 @torch.no_grad()
-def survey_backbone(backbone: nn.Module, names: Sequence[str], input_size: tuple[int, int, int]) -> Survey:
+def survey_backbone(
+    backbone: nn.Module, names: Sequence[str], input_size: tuple[int, int, int], info: ModuleInfo | None = None
+) -> Survey:
     """Run a data-free copy once with a tap at every stage and every named module.
 
     Args:
-        backbone: A timm classification model; it stays as it is.
+        backbone: A classification model; it stays as it is.
         names: Further modules.
         input_size: (channels, height, width) of an image.
+        info: What is known of a model that is not timm's.
 
     Raises:
-        InvalidValueError: It has no stages, no classifier, or no module of such a name.
+        InvalidValueError: It has no classifier, no module of such a name, no stages where no names are given, or it
+            does not run without data.
     """
-    entries = stage_entries(backbone)
+    entries = stage_entries(backbone, is_needed=not names)
     modules = dict(backbone.named_modules())
     _check_names(backbone, names, modules, entries)
     stages: dict[str, int] = {}
@@ -98,8 +111,10 @@ def survey_backbone(backbone: nn.Module, names: Sequence[str], input_size: tuple
         if entry['module'] in modules and entry['module']:
             stages.setdefault(resolve_tap(backbone, entry['module']), idx)
     taps_at = list(dict.fromkeys([*stages, *(resolve_tap(backbone, name) for name in names)]))
-    taps = Taps(taps_at, classifier_names(backbone), outputs=[None] * len(taps_at))
+    taps = Taps(taps_at, classifier_names(backbone, info), outputs=[None] * len(taps_at))
     arrivals, output, total = _run(backbone, taps, input_size)
+    if info is not None:
+        check_width(backbone, output, info)
     points, rejected = [], {}
     known = [entries[stages[name]] if name in stages else {} for name in taps_at]
     last = _is_channels_last(arrivals, known)
@@ -112,24 +127,37 @@ def survey_backbone(backbone: nn.Module, names: Sequence[str], input_size: tuple
             points.append(point)
     points.sort(key=lambda point: point.cost.macs)
     entering = [arrival[0].output for idx, arrival in arrivals.items() if idx >= len(taps_at)]
-    if not entering and backbone.num_classes == 0:
+    if not entering and info is None and getattr(backbone, 'num_classes', None) == 0:
         entering = [output]
     if not entering:
         raise InvalidValueError(
-            f'{type(backbone).__name__} does not call its classifier {", ".join(taps.classifiers)}.'
+            f'{type(backbone).__name__} does not call its classifier {", ".join(taps.classifiers)}, or not with its'
+            ' input as first argument.'
         )
-    return Survey(tuple(points), rejected, len(entries), combine_features(entering).shape[1], total)
+    staged = [point.size for point in points if point.index is not None]
+    last_size = (1, 1)
+    if staged or names:
+        last_size = staged[-1] if staged else _find_last_size(backbone, input_size)
+    return Survey(tuple(points), rejected, len(entries), combine_features(entering).shape[1], total, last_size)
+
+
+def _find_last_size(backbone: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
+    """Return height and width of the last map that modules with parameters give, before it is pooled."""
+    for call in reversed(scan_module(backbone, input_size).calls):
+        for tensor in _tensors(call.output):
+            layout = read_layout(tensor, {'last': False}, input_size)
+            if layout and layout[3] != (1, 1):
+                return layout[3]
+    return 1, 1
 
 
 def _check_names(backbone: nn.Module, names: Sequence[str], modules: Mapping[str, nn.Module], entries: Entries) -> None:
     unknown = [name for name in names if name not in modules or not name]
     if unknown:
-        near = get_close_matches(unknown[0], modules, n=3)
-        hint = f', nearest are {", ".join(near)}' if near else ''
         stages = ', '.join(entry['module'] for entry in entries)
-        raise InvalidValueError(
-            f"{type(backbone).__name__} has no module '{unknown[0]}'{hint}; its stages are {stages}."
-        )
+        more = f'; its stages are {stages}' if stages else ''
+        hint = nearest_names(unknown[0], modules)
+        raise InvalidValueError(f"{type(backbone).__name__} has no module '{unknown[0]}'{hint}{more}.")
 
 
 def _run(
@@ -144,7 +172,7 @@ def _run(
         arrivals.setdefault(idx, []).append(_Arrival(output, versions, meter.read()))
 
     with meter:
-        output = taps.visit(copy, torch.empty(1, *input_size, device='meta'), note)
+        output = run_empty(backbone, copy, taps, input_size, note)
     return arrivals, output, meter.read()
 
 

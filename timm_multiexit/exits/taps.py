@@ -1,6 +1,7 @@
 """Taps: the only code that registers or answers forward hooks."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,6 @@ from torch.utils._pytree import tree_map
 
 from timm_multiexit.exits.layouts import main_logits
 from timm_multiexit.exits.stepping import Stepper
-from timm_multiexit.utils.errors import InvalidValueError
 
 # (exit, tensor at its tap) -> logits [N, C]
 RunHead = Callable[[int, Tensor], Tensor]
@@ -215,7 +215,8 @@ class Taps:
 
     def _on_input(self, idx: int, module: nn.Module, args: Any) -> Any:
         visitor = self._state.visitor
-        rows = None if visitor is None else visitor(idx, args[0])
+        # Nothing is read of a module that gets its input by keyword.
+        rows = None if visitor is None or not args else visitor(idx, args[0])
         return None if rows is None else _select_samples(args, rows, len(args[0]))
 
     def _is_hooked(self, module: nn.Module, idx: int) -> bool:
@@ -253,49 +254,6 @@ def _kept_module_stack() -> Iterator[None]:
             del stack[key]
 
 
-def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules that make the backbone's logits out of features.
-
-    There is one as a rule; distilled and multi-branch models have several.
-
-    Raises:
-        InvalidValueError: There is none.
-    """
-    model: Any = backbone
-    try:
-        classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    except AttributeError:  # without classes some backbones have an Identity for all of their head, and look inside
-        classifier = [_enclosing(backbone, name) for name in _configured_classifiers(backbone)]
-    parts: list[Any] = list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
-    parts = [leaf for part in parts for leaf in (part if isinstance(part, nn.ModuleList) else [part])]
-    # A timm head that pools before its linear layer is entered by a map.
-    parts = [part.fc if hasattr(part, 'fc') and hasattr(part, 'global_pool') else part for part in parts]
-    owned = {id(module): name for name, module in backbone.named_modules()}
-    names = tuple(owned[id(part)] for part in parts if id(part) in owned)
-    if not names:
-        raise InvalidValueError(
-            f'{type(backbone).__name__} has no classifier module (get_classifier() gives {type(classifier).__name__}):'
-            ' exits need a classification model, and num_classes above 0 where the default is 0.'
-        )
-    return names
-
-
-def _configured_classifiers(backbone: nn.Module) -> tuple[str, ...]:
-    """Return the names that timm's configuration gives the classifiers, whether there are any or not."""
-    names = (getattr(backbone, 'pretrained_cfg', None) or {}).get('classifier') or ()
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _enclosing(backbone: nn.Module, name: str) -> nn.Module:
-    """Return the module of a name, or the deepest that is there on the way to it."""
-    module = backbone
-    for part in name.split('.'):
-        if part not in module._modules:
-            break
-        module = module.get_submodule(part)
-    return module
-
-
 def _silent_message(name: str) -> str:
     return f"Tap '{name}' did not fire: the backbone's forward does not call this module, tap another one."
 
@@ -305,10 +263,14 @@ def resolve_tap(backbone: nn.Module, name: str) -> str:
 
     With gradient checkpointing timm runs the children of a plain `nn.Sequential` one by one and never calls the
     container, so that a hook on it stays silent; a `ModuleList` is never called. A subclass with a forward of its own
-    is called, and kept.
+    is called, and kept; so is one whose last child is in several places (an activation that all blocks share).
     """
     module: Any = backbone.get_submodule(name)
+    counts = Counter(id(child) for _, child in backbone.named_modules(remove_duplicate=False))
     while (type(module).forward is nn.Sequential.forward or isinstance(module, nn.ModuleList)) and len(module):
-        child, module = list(module.named_children())[-1]
-        name = f'{name}.{child}'
+        # Not `named_children`, which leaves out a child that it has met.
+        child, last = [item for item in module._modules.items() if item[1] is not None][-1]
+        if counts[id(last)] > counts[id(module)] and not isinstance(module, nn.ModuleList):
+            break
+        name, module = f'{name}.{child}', last
     return name

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from timm_multiexit.exits.cost import find_dtype
 from timm_multiexit.exits.layouts import main_logits
 from timm_multiexit.exits.taps import ForwardStopped, RunHead, Taps
 from timm_multiexit.policies.leaving import PolicyRun
@@ -155,13 +156,15 @@ def find_leaving(backbone: nn.Module, taps: Taps, input_size: Sequence[int]) -> 
         StateError: Its logits are not finite.
     """
     num_taps = len(taps.names)
-    param = next(backbone.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(num_taps + 2, *input_size, generator=generator)
+    device = next(backbone.parameters()).device
+    if device.type == 'meta':
+        raise StateError(f'{type(backbone).__name__} has no data (device meta): load its weights first.')
+    generator = torch.Generator().manual_seed(0)  # of the CPU, whatever the default device
+    images = torch.randn(num_taps + 2, *input_size, generator=generator, device='cpu')
     # Of different contrast and brightness, or a network at its initialization tells none apart.
-    images *= torch.linspace(0.3, 3, len(images)).view(-1, 1, 1, 1)
-    images += torch.randn(len(images), input_size[0], 1, 1, generator=generator)
-    images = images.to(param.device, param.dtype)
+    images *= torch.linspace(0.3, 3, len(images), device='cpu').view(-1, 1, 1, 1)
+    images += torch.randn(len(images), input_size[0], 1, 1, generator=generator, device='cpu')
+    images = images.to(device, find_dtype(backbone))
     output, tensors, _ = taps.collect(backbone, images)
     output = main_logits(backbone, output)
     reference = [*tensors, output]

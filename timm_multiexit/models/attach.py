@@ -4,8 +4,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from timm_multiexit.exits.placement import ExitsArg, place_exits
+from timm_multiexit.exits.backbone import ClassifierArg, check_backbone, describe_module
+from timm_multiexit.exits.placement import ExitsArg, named_places, place_exits
+from timm_multiexit.exits.stages import stage_entries
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.timm_surface import TimmSurface
+from timm_multiexit.utils.errors import InvalidValueError, is_number
 
 
 def attach_exits(
@@ -16,11 +20,14 @@ def attach_exits(
     head_widths: Sequence[Sequence[int]] | None = None,
     drop_rate: float | None = None,
     input_size: tuple[int, int, int] | None = None,
+    classifier: ClassifierArg | None = None,
+    num_classes: int | None = None,
 ) -> MultiExitModel:
     """Return a model that owns the backbone and fresh heads at the chosen places.
 
     Args:
-        backbone: A timm classification model.
+        backbone: A timm classification model, or any module that gives logits [B, C] of images [B, channels, height,
+            width], with `exits` by name and `input_size`.
         exits: 'auto' for all stages before the last, without the stem where three or more remain, and of a backbone of
             one resolution three, at a quarter, half and three quarters of its depth; the CIFAR networks of this
             package have their paper's places and, with head='paper' or 'bottleneck', widths. An int for that many of
@@ -32,17 +39,54 @@ def attach_exits(
         head_widths: Output channels of the convolutions, one list per exit, in place of the head's own rule.
         drop_rate: Dropout probability of the heads; the backbone's if not given.
         input_size: (channels, height, width) that costs, and so the widths of 'conv' heads, are computed for; the
-            backbone's own if not given.
+            backbone's own if not given, which only timm's models have.
+        classifier: Name of the module that makes the logits, or names where there are several; of a module that is not
+            timm's, where a forward does not show it.
+        num_classes: Width of the logits, likewise.
 
     Raises:
-        InvalidValueError: The backbone has no such stages, the exit or head does not exist, or the widths do not fit.
+        InvalidValueError: The backbone has no such stages, the exit or head does not exist, the widths do not fit, or
+            the backbone is wrapped or has exits.
+        InvalidTypeError: The backbone is not a module.
 
     >>> import timm
     >>> model = attach_exits(timm.create_model('resnet18', num_classes=10))
     >>> [spec.module for spec in model.exits.specs]
     ['layer1.1', 'layer2.1', 'layer3.1']
+
+    Of a module of one's own the places are named:
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 9, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> model = attach_exits(net.append(nn.Linear(9, 4)), ['1'], input_size=(3, 32, 32))
+    >>> model.num_classes, model.get_classifier()
+    (4, Linear(in_features=9, out_features=4, bias=True))
     """
-    specs = place_exits(backbone, exits, head=head, head_widths=head_widths, input_size=input_size)
+    check_attachable(backbone)
+    if not named_places(exits):
+        stage_entries(backbone)
+    info = describe_module(backbone, classifier=classifier, num_classes=num_classes, input_size=input_size)
+    specs = place_exits(backbone, exits, head=head, head_widths=head_widths, input_size=input_size, info=info)
     if drop_rate is None:
-        drop_rate = float(getattr(backbone, 'drop_rate', 0.0) or 0.0)
-    return MultiExitModel(backbone, specs, drop_rate=drop_rate, input_size=input_size)
+        rate = getattr(backbone, 'drop_rate', None)  # of a module that is not timm's it can be anything
+        drop_rate = float(rate) if is_number(rate) else 0.0
+    if info is not None:
+        classifier, num_classes = info.classifiers, info.num_classes
+    return MultiExitModel(
+        backbone, specs, drop_rate=drop_rate, input_size=input_size, classifier=classifier, num_classes=num_classes
+    )
+
+
+def check_attachable(backbone: nn.Module) -> None:
+    """Raise for what exits cannot be attached to as it is: see `check_backbone`, or it has exits."""
+    check_backbone(backbone)
+    owner = next((module for module in backbone.modules() if isinstance(module, TimmSurface)), None)
+    if owner is None:
+        return
+    if isinstance(backbone, MultiExitModel):
+        hint = 'attach exits to its .backbone'
+    elif owner is backbone:
+        hint = 'attach exits to a new backbone'
+    else:
+        hint = f'it has a {type(owner).__name__} inside'
+    raise InvalidValueError(f'backbone must be a model without exits, got a {type(backbone).__name__}: {hint}.')

@@ -1,4 +1,4 @@
-"""The multi-exit model: a timm backbone, its taps, its heads, and timm's own surface."""
+"""The multi-exit model: a backbone, its taps, its heads, and timm's own surface."""
 
 import operator
 import warnings
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from timm_multiexit.calibration.stage_costs import StageCosts
-from timm_multiexit.exits.cost import Cost, CostMeter, ExitCost, combine_costs, meta_copy
+from timm_multiexit.exits.backbone import ClassifierArg, classifier_names, describe_module, resolve_input_size
+from timm_multiexit.exits.cost import Cost, CostMeter, ExitCost, combine_costs, empty_images, find_dtype, meta_copy
 from timm_multiexit.exits.heads import ExitHead
 from timm_multiexit.exits.layouts import combine_features, main_logits, to_map
-from timm_multiexit.exits.placement import resolve_input_size
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.survey import survey_backbone
-from timm_multiexit.exits.taps import RunHead, Taps, classifier_names
+from timm_multiexit.exits.taps import RunHead, Taps
 from timm_multiexit.inference.anytime import OwnThread
 from timm_multiexit.inference.deadline import TimeBook
 from timm_multiexit.models import dynamic
@@ -31,16 +31,19 @@ from timm_multiexit.utils.errors import InvalidValueError
 
 
 class MultiExitModel(TimmSurface):
-    """A timm backbone with exits.
+    """A backbone with exits.
 
-    Without `exits` or `exit_idx` it is the plain timm model: same bits, same cost. Its state dict has `backbone.*`
-    with timm's keys and `exits.*`. What a call is doing belongs to the call, so threads may share a model.
+    Without `exits` or `exit_idx` it is the plain backbone: same bits, same cost. Its state dict has `backbone.*`
+    with the backbone's keys and `exits.*`. What a call is doing belongs to the call, so threads may share a model.
 
     Args:
-        backbone: A timm classification model.
+        backbone: A timm classification model, or any other with one input and logits.
         specs: Its exits, shallow to deep.
         drop_rate: Dropout probability of the heads.
-        input_size: (channels, height, width) that costs are reported for; the backbone's own if not given.
+        input_size: (channels, height, width) that costs are reported for; the backbone's own if not given, which only
+            timm's models have.
+        classifier: See `attach_exits`.
+        num_classes: See `attach_exits`.
 
     Attributes:
         exits: The heads, and where each is attached.
@@ -63,9 +66,14 @@ class MultiExitModel(TimmSurface):
         *,
         drop_rate: float = 0.0,
         input_size: tuple[int, int, int] | None = None,
+        classifier: ClassifierArg | None = None,
+        num_classes: int | None = None,
     ):
         super().__init__()
         self.backbone = backbone
+        self.module_info = describe_module(
+            backbone, classifier=classifier, num_classes=num_classes, input_size=input_size
+        )
         self._frozen_names: tuple[str, ...] = ()
         self.origin: Origin | None = None
         self.input_size = resolve_input_size(backbone, input_size)
@@ -77,7 +85,7 @@ class MultiExitModel(TimmSurface):
         ]
         self.exits = Exits(heads, specs)
         param = next(backbone.parameters())
-        self.exits.to(device=param.device, dtype=param.dtype)
+        self.exits.to(device=param.device, dtype=find_dtype(backbone))
         # Not self.train(...), which would undo a backbone's frozen parts.
         self.training = backbone.training
         self.exits.train(backbone.training)
@@ -86,9 +94,8 @@ class MultiExitModel(TimmSurface):
     def _set_taps(self) -> None:
         specs = self.exits.specs
         self._forget_inference()
-        self._taps = Taps(
-            [spec.module for spec in specs], classifier_names(self.backbone), outputs=[spec.output for spec in specs]
-        )
+        names, outputs = [spec.module for spec in specs], [spec.output for spec in specs]
+        self._taps = Taps(names, classifier_names(self.backbone, self.module_info), outputs=outputs)
         try:
             self._taps.install(self.backbone)
         except AttributeError as error:
@@ -305,7 +312,7 @@ class MultiExitModel(TimmSurface):
         """
         model = meta_copy(self)
         meter = CostMeter(model.backbone)
-        images = torch.empty(1, *(input_size or self.input_size), device='meta')
+        images = empty_images(self.backbone, input_size or self.input_size)
         paths: dict[int, Cost] = {}
         tensors: dict[int, Tensor] = {}
 
@@ -324,7 +331,7 @@ class MultiExitModel(TimmSurface):
     @torch.no_grad()
     def feature_widths(self) -> tuple[int, ...]:
         """Return how wide the features are that each classifier is distilled by, shallow to deep, main last."""
-        images = torch.empty(1, *self.input_size, device='meta')
+        images = empty_images(self.backbone, self.input_size)
         model = meta_copy(self)
         widths = [features.shape[1] for features in model(images, exits=True).features]
         projectors = [cast(ExitHead, head).projector for head in model.exits]
@@ -357,7 +364,7 @@ class MultiExitModel(TimmSurface):
 
     def classifier_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of main's own classifier, or of its two in distilled models."""
-        modules = [self.backbone.get_submodule(name) for name in classifier_names(self.backbone)]
+        modules = [self.backbone.get_submodule(name) for name in self._taps.classifiers]
         return [param for module in modules for param in module.parameters()]
 
     def add_projectors(self) -> None:
@@ -370,7 +377,7 @@ class MultiExitModel(TimmSurface):
         param = next(self.backbone.parameters())
         for head, width in zip(self.exits, widths):
             if width != main:
-                head.projector = nn.Linear(width, main).to(param.device, param.dtype)
+                head.projector = nn.Linear(width, main).to(param.device, find_dtype(self.backbone))
 
     def drop_exits(self, exits: Sequence[int]) -> None:
         """Remove exits for good, 0 is the shallowest; the others keep their order and weights.
@@ -412,7 +419,7 @@ class MultiExitModel(TimmSurface):
         """Let the specs follow patches of another size."""
         names = [spec.module for spec in self.exits.specs]
         width = self.input_size[-1]
-        points = survey_backbone(self.backbone, names, self.input_size).points
+        points = survey_backbone(self.backbone, names, self.input_size, self.module_info).points
         columns = {(point.module, point.output): point.size[-1] for point in points}
         specs = list(self.exits.specs)
         for idx, spec in enumerate(specs):
@@ -423,7 +430,9 @@ class MultiExitModel(TimmSurface):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give main and every exit a fresh classifier with `num_classes` outputs."""
-        self.backbone.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
+        self._timm.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
+        if self.module_info is not None:
+            self.module_info = replace(self.module_info, num_classes=num_classes)
         for head in self.exits:
             cast(ExitHead, head).reset_classifier(num_classes)
         self._taps.remove(self.backbone)

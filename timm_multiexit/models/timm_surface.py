@@ -10,6 +10,7 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
+from timm_multiexit.exits.backbone import ModuleInfo, ModuleSurface
 from timm_multiexit.utils.errors import StateError
 
 AnySurface = TypeVar('AnySurface', bound='TimmSurface')
@@ -47,12 +48,19 @@ class TimmSurface(nn.Module):
         input_size: (channels, height, width) of an image.
         is_whole: Whether the backbone is complete, and its last map there.
         is_backbone_frozen: Whether the heads train alone; the backbone then stays in eval mode.
+        module_info: What is known of a backbone that is not timm's, None for timm's.
     """
 
     backbone: Any  # an nn.Module with what timm adds to it
     input_size: tuple[int, int, int]
     is_whole = True
     is_backbone_frozen = False
+    module_info: ModuleInfo | None = None
+
+    @property
+    def _timm(self) -> Any:
+        """What answers timm's questions: the backbone, or for one that is not timm's what is known of it."""
+        return self.backbone if self.module_info is None else ModuleSurface(self.backbone, self.module_info)
 
     output_fmt: Any = _OfBackbone(of_features=True)
     feature_dim: Any = _OfBackbone(of_features=True)
@@ -67,7 +75,7 @@ class TimmSurface(nn.Module):
     @property
     def num_classes(self) -> int:
         """Outputs of every classifier."""
-        return self.backbone.num_classes
+        return self._timm.num_classes
 
     @property
     def in_chans(self) -> int:
@@ -77,22 +85,22 @@ class TimmSurface(nn.Module):
     @property
     def num_features(self) -> int:
         """Channels of `forward_features`."""
-        return self.backbone.num_features
+        return self._timm.num_features
 
     @property
     def head_hidden_size(self) -> int:
         """Width of main's pre-logits features, as timm gives it; see `feature_widths`."""
-        return self.backbone.head_hidden_size
+        return self._timm.head_hidden_size
 
     @property
     def feature_info(self) -> Any:
         """The backbone's stages."""
-        return self.backbone.feature_info
+        return self._timm.feature_info
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """The backbone's own configuration: where its weights come from, what they are called, how input is made."""
-        return self.backbone.pretrained_cfg
+        return self._timm.pretrained_cfg
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -108,7 +116,7 @@ class TimmSurface(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """Return main's classifier."""
-        return self.backbone.get_classifier()
+        return self._timm.get_classifier()
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that timm exempts from weight decay."""
@@ -146,15 +154,15 @@ class TimmSurface(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade the backbone's activations for a second forward, in training."""
-        self.backbone.set_grad_checkpointing(enable)
+        self._timm.set_grad_checkpointing(enable)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the backbone's last map."""
-        return self.backbone.forward_features(x)
+        return self._timm.forward_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return main's logits, or its features, of the backbone's last map."""
-        return self.backbone.forward_head(x, pre_logits=pre_logits)
+        return self._timm.forward_head(x, pre_logits=pre_logits)
 
 
 def _prefixed(names: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from timm_multiexit.exits.cost import meta_copy
+from timm_multiexit.exits.cost import empty_images, meta_copy
 from timm_multiexit.exits.heads import ExitHead
 from timm_multiexit.exits.layouts import main_logits, to_map
 from timm_multiexit.exits.spec import ExitSpec
@@ -138,7 +138,7 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
                 f"Exit {idx} cannot be cut out: {type(model.backbone).__name__}'s forward looks at modules it does not"
                 f' use, use model(x, exit_idx={idx}).'
             )
-    network.is_backbone_frozen = model.is_backbone_frozen
+    network.is_backbone_frozen, network.module_info = model.is_backbone_frozen, model.module_info
     network.training, network.exits.training = model.training, model.exits.training
     return network
 
@@ -206,7 +206,7 @@ class _Trace(TorchDispatchMode):
 @torch.no_grad()
 def _trace(model: nn.Module, input_size: tuple[int, int, int], **kwargs: Any) -> _Trace:
     with _Trace() as trace:
-        model(torch.empty(1, *input_size, device='meta'), **kwargs)
+        model(empty_images(model, input_size), **kwargs)
     return trace
 
 

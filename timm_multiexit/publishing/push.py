@@ -20,6 +20,7 @@ from timm_multiexit.publishing.publication import (
     write_publication,
     write_publication_config,
 )
+from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 from timm_multiexit.utils.untrusted import read_json
 
@@ -74,6 +75,11 @@ def push_to_hub(
         HubError: See `hub_client.client.push_folder`.
         InvalidValueError: See `licenses.resolve_license`.
     """
+    if model.module_info is not None:
+        raise InvalidValueError(
+            f'model must have a timm backbone to be published, got {type(model.backbone).__name__}, which nobody could'
+            ' create from the repository: upload the folder of save_pretrained together with its code.'
+        )
     origin = model.origin or find_origin(model.pretrained_cfg, pretrained=True)
     base, license_ = find_license(origin, PublicationInfo(license, base_model))
     if table is None:

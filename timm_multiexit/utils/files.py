@@ -56,7 +56,9 @@ def explain_disk_errors(
             with suppress(OSError):
                 Path(draft).unlink()
         intact = '. The previous content is intact:' if os.path.isfile(path) or draft else ';'
-        raise DiskError(f'{path} could not be written: {one_line(cause)}{intact} {_remedy(cause)}, {advice}.') from error
+        raise DiskError(
+            f'{path} could not be written: {one_line(cause)}{intact} {_remedy(cause)}, {advice}.'
+        ) from error
 
 
 def _remedy(error: OSError | SafetensorError) -> str:
