@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from timm_multiexit.checkpoints.source import ModelSource, create_backbone, create_empty_backbone, find_source
-from timm_multiexit.exits.placement import ExitsArg, resolve_input_size, stage_points
-from timm_multiexit.exits.survey import ExitPoint, survey_backbone
+from timm_multiexit.exits.placement import ExitsArg, resolve_input_size, stage_points, survey_places
+from timm_multiexit.exits.survey import ExitPoint
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin, find_origin
+from timm_multiexit.utils.checks import check_image_size, check_instance, check_int
 from timm_multiexit.utils.errors import InvalidValueError
 
 _logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ def exit_points(
     """
     if isinstance(backbone, str | ModelSource):
         backbone = create_empty_backbone(backbone)
-    return stage_points(backbone, survey_backbone(backbone, (), resolve_input_size(backbone, input_size)))
+    check_instance('backbone', backbone, nn.Module, hint='Pass a timm model or the name of one.')
+    return stage_points(backbone, survey_places(backbone, (), resolve_input_size(backbone, input_size)))
 
 
 def create_model(
@@ -70,6 +72,13 @@ def create_model(
     >>> model(torch.randn(2, 3, 64, 64), exit_idx=0).shape
     torch.Size([2, 10])
     """
+    if not isinstance(model_name, ModelSource):
+        check_instance('model_name', model_name, str, hint='timm.list_models() lists names.')
+    for name in ('num_classes', 'in_chans'):
+        if kwargs.get(name) is not None:
+            kwargs[name] = check_int(name, kwargs[name], 1)
+    if input_size is not None:
+        input_size = check_image_size('input_size', input_size)
     if kwargs.get('features_only'):
         raise InvalidValueError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
     source = find_source(model_name, **kwargs)

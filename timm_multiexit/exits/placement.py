@@ -15,7 +15,16 @@ from timm_multiexit.exits.heads import HEADS, ExitHead
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.survey import ExitPoint, Survey, survey_backbone
 from timm_multiexit.exits.taps import resolve_tap
-from timm_multiexit.utils.errors import InvalidValueError, is_integer
+from timm_multiexit.utils.checks import check_choice, check_image_size, is_list
+from timm_multiexit.utils.errors import (
+    LIBRARY_ERRORS,
+    InvalidTypeError,
+    InvalidValueError,
+    MultiExitError,
+    brief,
+    is_integer,
+    one_line,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -41,17 +50,20 @@ def place_exits(
 
     Arguments and errors are those of `timm_multiexit.models.attach.attach_exits`; the backbone stays as it is.
     """
-    if head not in HEADS:
-        raise InvalidValueError(f"head must be one of {', '.join(HEADS)}, got '{head}'.")
+    check_choice('head', head, HEADS)
+    if head_widths is not None and not (is_list(head_widths) and all(map(is_list, head_widths))):
+        raise InvalidTypeError(
+            f'head_widths must be a list with one list of integers per exit, got {brief(head_widths)}.'
+        )
     input_size = resolve_input_size(backbone, input_size)
     model: Any = backbone
     preset = getattr(model, 'multiexit_preset', None)
-    if exits == 'auto' and preset is not None:
+    if isinstance(exits, str) and exits == 'auto' and preset is not None:
         exits = preset['exits']
         if head_widths is None and HEADS[head].is_paper:
             head_widths = preset['head_widths']
     names = [item for item in exits if isinstance(item, str)] if isinstance(exits, (list, tuple)) else []
-    survey = survey_backbone(backbone, names, input_size)
+    survey = survey_places(backbone, names, input_size)
     points = _choose(backbone, exits, survey)
     if head_widths is not None and len(head_widths) != len(points):
         raise InvalidValueError(f'head_widths must have one list per exit ({len(points)}), got {len(head_widths)}.')
@@ -63,8 +75,23 @@ def place_exits(
 
 def resolve_input_size(backbone: nn.Module, input_size: Sequence[int] | None) -> tuple[int, int, int]:
     """Return (channels, height, width) of an image: as given, else the backbone's own."""
-    channels, height, width = input_size or get_model_input_config(backbone)['input_size']
+    if input_size is not None:
+        return check_image_size('input_size', input_size)
+    channels, height, width = get_model_input_config(backbone)['input_size']
     return channels, height, width
+
+
+def survey_places(backbone: nn.Module, names: Sequence[str], input_size: tuple[int, int, int]) -> Survey:
+    """Return what `survey_backbone` does; images that the backbone cannot take are an `InvalidValueError`."""
+    try:
+        return survey_backbone(backbone, names, input_size)
+    except MultiExitError:
+        raise
+    except LIBRARY_ERRORS as error:
+        raise InvalidValueError(
+            f'{type(backbone).__name__} cannot run on images {list(input_size)}: {one_line(error)}. Pass the'
+            ' input_size=(channels, height, width) that it takes.'
+        ) from error
 
 
 def stage_points(backbone: nn.Module, survey: Survey) -> tuple[ExitPoint, ...]:
@@ -89,13 +116,13 @@ def _choose(backbone: nn.Module, exits: ExitsArg, survey: Survey) -> Sequence[Ex
             f'{type(backbone).__name__} has one stage only ({stages[0].module}): name modules to tap.'
         )
     past_stem = early[1:] if len(early) >= 4 and not survey.is_isotropic else early
-    if exits == 'auto':
+    if isinstance(exits, str) and exits == 'auto':
         if survey.is_isotropic and len(stages) > 4:
             return [stages[round(len(stages) * quarter / 4) - 1] for quarter in (1, 2, 3)]
         return past_stem
     if is_integer(exits):
         return _spread(exits, past_stem if 1 <= exits <= len(past_stem) else early, survey.total)
-    raise InvalidValueError(f"exits must be 'auto', a number of exits or a list, got {exits!r}. {_legal(survey)}")
+    raise InvalidValueError(f"exits must be 'auto', a number of exits or a list, got {brief(exits)}. {_legal(survey)}")
 
 
 def _spread(count: int, early: Sequence[ExitPoint], total: Cost) -> list[ExitPoint]:

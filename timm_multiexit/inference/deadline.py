@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_multiexit.exits.taps import ForwardStopped, RunHead, Taps
+from timm_multiexit.policies.leaving import check_answer
 from timm_multiexit.policies.policy import Prediction
 from timm_multiexit.utils.timing import read_wall_clock
 
@@ -194,6 +195,9 @@ def predict_by_deadline(
 
     The backbone is in eval mode, images are [B, C, H, W], the deadline is in milliseconds from now, above 0; the clock
     tells seconds. What is measured on the way is added to `times`, which is what is known of such inputs.
+
+    Raises:
+        InvalidValueError: What answers is NaN.
     """
     timed = _Timed(times, run_head, lambda: clock(x.device))
     race = _Race(timed, deadline_ms / 1e3)
@@ -203,4 +207,5 @@ def predict_by_deadline(
     if race.answer is None:
         raise RuntimeError("No tap fired: the backbone's forward calls none of the tapped modules.")
     idx, logits = race.answer
+    check_answer(idx, times.num_exits, logits)
     return Prediction(logits, torch.full(logits.shape[:1], idx, device=logits.device))

@@ -6,6 +6,7 @@ from torch import nn
 
 from timm_multiexit.exits.placement import ExitsArg, place_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.checks import check_instance, check_number
 
 
 def attach_exits(
@@ -35,13 +36,18 @@ def attach_exits(
             backbone's own if not given.
 
     Raises:
-        InvalidValueError: The backbone has no such stages, the exit or head does not exist, or the widths do not fit.
+        InvalidTypeError: An argument is of the wrong type.
+        InvalidValueError: The backbone has no such stages, the exit or head does not exist, the widths do not fit, or
+            the backbone does not take images of `input_size`.
 
     >>> import timm
     >>> model = attach_exits(timm.create_model('resnet18', num_classes=10))
     >>> [spec.module for spec in model.exits.specs]
     ['layer1.1', 'layer2.1', 'layer3.1']
     """
+    check_instance('backbone', backbone, nn.Module, hint='create_model makes a model of a name.')
+    if drop_rate is not None:
+        drop_rate = check_number('drop_rate', drop_rate, 0, 1)
     specs = place_exits(backbone, exits, head=head, head_widths=head_widths, input_size=input_size)
     if drop_rate is None:
         drop_rate = float(getattr(backbone, 'drop_rate', 0.0) or 0.0)

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_multiexit.evaluation.metrics import ExitEvaluator
 from timm_multiexit.losses.multi_exit_loss import MultiExitLoss
 from timm_multiexit.losses.teachers import KDConfig
-from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.models.outputs import ExitOutputs
+from timm_multiexit.utils.checks import check_instance
 from timm_multiexit.utils.errors import InvalidValueError
 
 
@@ -42,6 +43,7 @@ class MultiExitTask(TrainingTask):
         trains_main_alone: Run the backbone and its own classifier only, by their task term.
 
     Raises:
+        InvalidTypeError: The model has no exits, or the loss is not a `MultiExitLoss`.
         InvalidValueError: The loss does not fit the model's classifiers, it distils features and the widths of the
             heads do not allow it, or the teacher has other classes.
 
@@ -67,6 +69,8 @@ class MultiExitTask(TrainingTask):
         verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        check_model(model)
+        check_instance('loss', loss, MultiExitLoss, hint="create_loss('eed') makes one.")
         loss.check_count(len(model.exits) + 1)
         if loss.feature_weight > 0:
             loss.check_features(model.feature_widths())
