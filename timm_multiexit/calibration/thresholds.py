@@ -78,8 +78,8 @@ def check_wishes(budget: Any, max_drop: Any, delta: Any, criterion: Any, combine
     """Return whether the budget is a time; raise where a policy cannot be chosen by these arguments of `calibrate`."""
     if (budget is None) == (max_drop is None):
         raise InvalidValueError(
-            'Pass either budget, the mean cost, as budget="60%", or max_drop, the loss of accuracy, as max_drop=0.01,'
-            f' got budget={brief(budget)} and max_drop={brief(max_drop)}.'
+            'Pass either budget, as budget="60%", or max_drop, as max_drop=0.01, got'
+            f' budget={brief(budget)} and max_drop={brief(max_drop)}.'
         )
     ExitPolicy(criterion, combine=combine)
     if budget is None:

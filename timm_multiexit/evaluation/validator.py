@@ -112,7 +112,7 @@ class Questions:
         if self.max_drop is not None:
             check_wishes(None, self.max_drop, self.delta, self.criterion, self.combine)
         ExitPolicy(self.criterion, combine=self.combine)
-        check_int('time_rounds', self.time_rounds, 0)
+        object.__setattr__(self, 'time_rounds', check_int('time_rounds', self.time_rounds, 0))
 
 
 @dataclass

@@ -51,7 +51,8 @@ class PartTimes:
             self._first.append(seconds)
             self._num_unrun = [count + 1 for count in self._num_unrun]
         if self._num_unrun[part] > 1:  # what was assumed of it in the meantime holds from now on
-            faster = [multiple * self._hope(part) for multiple in self._multiples[part]]
+            # Of a copy, since other threads may add to it meanwhile.
+            faster = [multiple * self._hope(part) for multiple in tuple(self._multiples[part])]
             self._multiples[part] = deque(faster, maxlen=NUM_REMEMBERED)
         self._num_unrun[part] = 0
         self._multiples[part].append(seconds / self._unit())

@@ -86,7 +86,7 @@ def check_number(name: str, value: Any, low: float, high: float, *, is_open: boo
     # NaN and infinity are floats that are not numbers here.
     error = InvalidValueError if is_number(value) or isinstance(value, float) else InvalidTypeError
     bounds = f'({low:g}, {high:g})' if is_open else f'[{low:g}, {high:g}]'
-    raise error(f'{name} must be a number in {bounds}, got {brief(value)}.{hint and " "}{hint}')
+    raise error(f'{name} must be in {bounds}, got {brief(value)}.{hint and " "}{hint}')
 
 
 def check_image_size(name: str, size: Any, in_chans: int | None = None) -> tuple[int, int, int]:
