@@ -595,6 +595,17 @@ OTHERS = {
         TYPE,
         'loader must give batches of images and class indices, got int',
     ),
+    'load_checkpoint: swapped': (
+        lambda w: tme.load_checkpoint('last.pth.tar', w.model),
+        TYPE,
+        r"model must be a Module, got 'last\.pth\.tar'",
+    ),
+    'push_to_hub: plain': (lambda w: tme.push_to_hub(w.plain, 'me/net'), TYPE, 'must be a MultiExitModel, got ResNet'),
+    'push_to_hub: swapped': (
+        lambda w: tme.push_to_hub('me/net', w.model),
+        TYPE,
+        "must be a MultiExitModel, got 'me/net'",
+    ),
     'Questions: budgets': (
         lambda w: Questions(budgets='60%'),
         TYPE,
@@ -628,7 +639,7 @@ def test_wrong_argument_is_one_line_before_any_work(world, call, kind, text):
 
 
 # What has no arguments that this table could be about, or is checked in the tests of its own module.
-ELSEWHERE = {'load_checkpoint', 'push_to_hub', 'save_pretrained'}
+ELSEWHERE = {'save_pretrained'}
 RESULTS = {'ExitOutputs', 'ExitPoint', 'ExitTable', 'Prediction', 'TruncatedModel', 'MultiExitModel'}
 NO_ARGUMENTS = {'feature_widths', 'classifier_parameters', 'add_projectors', 'freeze_backbone', 'find_classifier'}
 OLD_NAMES = {'measure_costs'}
@@ -674,7 +685,7 @@ ACCEPTED = {
     ),
     'infer: np.int64': (lambda w: w.model.infer(w.x, threshold=np.int64(0)), lambda w: w.model.infer(w.x, threshold=0)),
     'infer: 0-d array': (
-        lambda w: w.model.infer(w.x, threshold=np.array(0.5).item()),
+        lambda w: w.model.infer(w.x, threshold=np.array(0.5)),
         lambda w: w.model.infer(w.x, threshold=0.5),
     ),
     'infer: list': (

@@ -8,7 +8,7 @@ from helpers import cases
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_multiexit as tme
-from timm_multiexit.data.batches import read_batches
+from timm_multiexit.data.batches import LabelCheck, read_batches
 from timm_multiexit.utils.errors import DataError, InvalidTypeError, MultiExitError
 
 torch.manual_seed(0)
@@ -177,3 +177,17 @@ def test_mode_of_the_model_stays_where_a_batch_is_refused(model):
         tme.evaluate(model, [(X, Y), (X, Y + 9)])
     assert model.training
     model.eval()
+
+
+def test_labels_on_a_device_are_read_at_the_end_alone():
+    """Meta tensors hold no data, so reading one would raise."""
+    check = LabelCheck()
+    found = check.add(torch.tensor([3, 12], device='meta'), 10)
+    assert (found.shape, found.device.type) == ((2,), 'meta')
+    check = LabelCheck()
+    assert check.add(torch.tensor([3, 9]), 10).tolist() == [3, 9]
+    check.finish()
+    check._bounds = [torch.tensor([0, 4]), torch.tensor([-2, 4])]  # as of a device
+    with pytest.raises(DataError, match=r'^Class indices must be in \[0, 9\] for 10 classes, got -2\.'):
+        check.finish()
+    check.finish()

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from timm_multiexit.data.batches import check_labels, read_batches
+from timm_multiexit.data.batches import LabelCheck, read_batches
 from timm_multiexit.utils.errors import DataError, StateError
 
 
@@ -81,7 +81,7 @@ def collect_logits(
         raise StateError(
             'The model is in training mode, so its logits would depend on the batch: call model.eval() first.'
         )
-    param = next(model.parameters())
+    param, labels = next(model.parameters()), LabelCheck()
     parts: list[list[Any]] = []
     batches: list[Tensor] = []
     targets, fingerprints = [], []
@@ -96,12 +96,13 @@ def collect_logits(
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast() if accelerator else nullcontext():
             outputs = model(images, exits=True)
-        check_labels(target, outputs.logits[-1].shape[-1])
+        target = labels.add(target, outputs.logits[-1].shape[-1])
         kept = (*outputs.logits, *outputs.features) if features else outputs.logits
         parts.append([single.float().cpu() for single in kept])
         targets.append(target.cpu())
         fingerprints.append(fingerprint(images))
         batches = batches or [images]
+    labels.finish()
     if not parts:
         raise DataError('The data loader is empty, so there is nothing to evaluate.')
     joined = []

@@ -15,6 +15,7 @@ from timm_multiexit.checkpoints.save import TRAINING_ONLY, without
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.checks import check_instance
 from timm_multiexit.utils.errors import CheckpointError, MissingFileError, one_line
 
 _logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, use_ema: 
         MissingFileError: The file does not exist.
         CheckpointError: The file cannot be read, or its weights do not match the model.
     """
+    check_instance('model', model, nn.Module)
     state = _read(load_state_dict, path, use_ema=use_ema)
     if isinstance(model, MultiExitModel) and not any(key.startswith('backbone.') for key in state):
         _logger.info(f'{path} is of a plain timm model: loaded into the backbone, the exits stay as they are.')

@@ -47,14 +47,41 @@ def read_batches(loader: Iterable[Any], *, multi_label: bool = False) -> Iterato
             yield images, targets if multi_label else _read_indices(targets)
 
 
-def check_labels(targets: Tensor, num_classes: int) -> None:
-    """Raise `DataError` unless all class indices [B] are below the number of classes, and 0 or more."""
-    least, most = torch.stack([targets.min(), targets.max()]).tolist()
-    if least < 0 or most >= num_classes:
-        raise DataError(
-            f'Class indices must be in [0, {num_classes - 1}] for {num_classes} classes, got'
-            f' {least if least < 0 else most}. Check the number of classes, and that labels begin with 0.'
-        )
+class LabelCheck:
+    """Checks class indices [B] batch by batch against a number of classes.
+
+    What is on the CPU is checked at once. What is on a device is read in `finish`, so that nothing waits for it, and is
+    clamped until then: there an index out of range would end the process.
+    """
+
+    def __init__(self) -> None:
+        self._bounds: list[Tensor] = []
+        self._num_classes = 0
+
+    def add(self, targets: Tensor, num_classes: int) -> Tensor:
+        """Return the class indices.
+
+        Raises:
+            DataError: One is below 0, or not below the number of classes.
+        """
+        self._bounds.append(torch.stack([targets.min(), targets.max()]))
+        self._num_classes = num_classes
+        if targets.device.type != 'cpu':
+            return targets.clamp(0, num_classes - 1)
+        self.finish()
+        return targets
+
+    def finish(self) -> None:
+        """Raise `DataError` where `add` would have, had it waited for the device."""
+        if not self._bounds:
+            return
+        bounds, self._bounds = torch.stack(self._bounds), []
+        least, most = int(bounds.min()), int(bounds.max())
+        if least < 0 or most >= self._num_classes:
+            raise DataError(
+                f'Class indices must be in [0, {self._num_classes - 1}] for {self._num_classes} classes, got'
+                f' {least if least < 0 else most}. Check the number of classes, and that labels begin with 0.'
+            )
 
 
 def _split(batch: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from timm.data.config import resolve_data_config
 from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor, nn
 
-from timm_multiexit.data.batches import check_labels, read_batches
+from timm_multiexit.data.batches import LabelCheck, read_batches
 from timm_multiexit.evaluation.metrics import ExitEvaluator
 from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.utils.checks import check_image_size
@@ -77,24 +77,24 @@ def evaluate_loader(
     device = torch.device(device or (accelerator.device if accelerator else next(model.parameters()).device))
     limit = evaluation_sample_limit(loader)
     evaluator = ExitEvaluator(num_exits, device=device, max_samples=limit, multi_label=multi_label, threshold=threshold)
-    evaluation = Evaluation()
+    evaluation, labels = Evaluation(), LabelCheck()
     dtype = next(model.parameters()).dtype
     training = [module.training for module in model.modules()]
     model.eval()
     try:
         for images, target in read_batches(loader, multi_label=multi_label):
-            images, target = images.to(device, dtype), target.to(device)
+            images = images.to(device, dtype)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             evaluation.input_size = evaluation.input_size if any(evaluation.input_size) else tuple(images.shape[1:])
             with accelerator.autocast() if accelerator else nullcontext():
                 logits = model(images, exits=True).logits if num_exits else (model(images),)
-            if not multi_label:
-                check_labels(target, logits[-1].shape[-1])
-            evaluator.update(logits, target)
+            target = target if multi_label else labels.add(target, logits[-1].shape[-1])
+            evaluator.update(logits, target.to(device))
     finally:
         for module, mode in zip(model.modules(), training):
             module.training = mode
+    labels.finish()
     if not any(evaluation.input_size):
         raise DataError('The data loader is empty, so there is nothing to evaluate.')
     evaluation.num_samples = evaluator.num_samples

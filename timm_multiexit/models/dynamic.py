@@ -46,7 +46,7 @@ def _choose_policy(model: MultiExitModel, policy: Any, threshold: Any, budget: A
     if len(given) > 1:
         raise InvalidValueError('policy, threshold and budget are mutually exclusive: pass one of them.')
     if threshold is not None:
-        threshold = threshold.tolist() if isinstance(threshold, Tensor) else threshold
+        threshold = threshold.tolist() if hasattr(threshold, 'tolist') else threshold
         is_one = not is_list(threshold)
         return ExitPolicy('confidence', (threshold,) * len(model.exits) if is_one else tuple(threshold))
     if budget is not None:
