@@ -280,7 +280,7 @@ def test_folder_that_is_no_run_is_refused(folder, tmp_path, capsys):
     assert 'is given twice' in fails(capsys, folder, names=('ce', 'ce'))
     run = shutil.copytree(folder / 'out/ce', tmp_path / 'out/run', ignore=shutil.ignore_patterns('*.pth.tar'))
     (run / 'args.yaml').write_text('- 1\n')
-    assert 'is not an args.yaml of train.py' in fails(capsys, tmp_path, names=('run',), cwd=folder)
+    assert 'args.yaml must be a mapping' in fails(capsys, tmp_path, names=('run',), cwd=folder)
     shutil.rmtree(run / 'best')
     assert 'it has no best/config.json' in fails(capsys, tmp_path, names=('run',), cwd=folder)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_multiexit.calibration.logits import collect_logits, fingerprint
+from timm_multiexit.calibration import logits
+from timm_multiexit.calibration.logits import Fingerprinter, collect_logits
 from timm_multiexit.evaluation.exit_table import evaluate_loader, evaluate_logits
 from timm_multiexit.utils.errors import MultiExitError
 
@@ -27,8 +28,8 @@ def test_kept_logits_give_the_table_of_the_loader(model):
 
 def test_half_precision_is_kept_as_float32(model):
     loader = DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4)), batch_size=2)
-    logits = collect_logits(model.bfloat16(), loader).logits
-    assert {single.dtype for single in logits} == {torch.float32}
+    collected = collect_logits(model.bfloat16(), loader)
+    assert {single.dtype for single in collected.logits} == {torch.float32}
 
 
 def test_logits_are_of_eval_mode(model):
@@ -40,7 +41,7 @@ def test_logits_are_of_eval_mode(model):
 
 
 def test_fingerprint_tells_images_apart_whatever_the_batch():
-    images = torch.rand(7, 3, 9, 5)
+    fingerprint, images = Fingerprinter(), torch.rand(7, 3, 9, 5)
     images[6] = images[2]
     images[5] = images[2].flip(-1)  # the same values in other places
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -50,6 +51,29 @@ def test_fingerprint_tells_images_apart_whatever_the_batch():
         assert fingerprint(batch).tolist() == strided.tolist() == alone
         assert alone[6] == alone[2]
         assert len(set(alone)) == 6
+
+
+def test_fingerprint_is_the_sum_of_weighted_bits_modulo_2_to_64(monkeypatch):
+    monkeypatch.setattr(logits, 'MAX_PRODUCTS', 7)  # two images at a time
+    images = torch.rand(5, 1, 1, 3)
+    weights = torch.randint(-(2**62), 2**62, (3,), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = [sum(w * bits for w, bits in zip(weights, row)) for row in images.view(5, 3).view(torch.int32).tolist()]
+    assert [value % 2**64 for value in Fingerprinter()(images).tolist()] == [value % 2**64 for value in expected]
+
+
+def test_what_is_held_is_copied_before_it_grows_too_large(model, monkeypatch):
+    """Two images of the three classifiers' 10 logits take 240 bytes, their targets and fingerprints 32."""
+    batches = [(torch.randn(2, 3, 32, 32), torch.arange(2)) for _ in range(5)]
+    expected = collect_logits(model, batches)
+    copies, copy = [], logits._Columns._copy
+    monkeypatch.setattr(logits, 'MAX_HELD_BYTES', 600)
+    monkeypatch.setattr(logits._Columns, '_copy', lambda self: (copies.append(self._num_bytes), copy(self)))
+    found = collect_logits(model, batches)
+    assert copies == [816, 544]
+    for one, other in zip(found.logits, expected.logits):
+        assert torch.equal(one, other)
+    assert torch.equal(found.fingerprints, expected.fingerprints)
+    assert torch.equal(found.targets, torch.arange(2).repeat(5))
 
 
 def test_features_are_what_enters_the_linear_layers(model):

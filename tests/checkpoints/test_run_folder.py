@@ -53,13 +53,13 @@ def test_folder_holds_a_run_once_there_is_a_summary_or_a_checkpoint(tmp_path, na
 @pytest.mark.parametrize(
     ('name', 'content', 'read', 'message'),
     [
-        ('args.yaml', None, RunFolder.read_args, 'is not a run of train.py: its args.yaml cannot be read'),
-        ('args.yaml', 'a: [', RunFolder.read_args, 'is not a run of train.py: its args.yaml cannot be read'),
-        ('args.yaml', '- 1', RunFolder.read_args, 'is not an args.yaml of train.py'),
-        ('args.yaml', 'model: resnet18', RunFolder.read_args, 'is not an args.yaml of train.py'),
+        ('args.yaml', None, RunFolder.read_args, 'is not a training run: it has no args.yaml'),
+        ('args.yaml', 'a: [', RunFolder.read_args, 'is not a training run: .*args.yaml must be a YAML file'),
+        ('args.yaml', '- 1', RunFolder.read_args, 'args.yaml must be a mapping'),
+        ('args.yaml', 'model: resnet18', RunFolder.read_args, 'is not the args.yaml of a training run: it has no exit_loss'),
         ('summary.csv', None, RunFolder.read_summary, 'summary.csv cannot be read: No such file or directory'),
         ('summary.csv', 'epoch,a\n0,b\n', RunFolder.read_summary, "could not convert string to float: 'b'"),
-        ('results.json', None, RunFolder.read_results, 'has no results.json, which train.py writes when it finishes'),
+        ('results.json', None, RunFolder.read_results, 'has no results.json, which training writes when it ends'),
         ('results.json', '[1]', RunFolder.read_results, 'must hold a JSON object'),
     ],
 )
@@ -98,3 +98,26 @@ def test_origin_in_arguments():
     assert read_origin({'origin': {'base': 'org/net', 'license': 'mit'}}) == Origin('org/net', 'mit')
     assert read_origin({'origin': Origin('org/net', 'mit', 'c0ffee').to_dict()}).commit == 'c0ffee'
     assert read_origin({'model': 'resnet18'}) == Origin('a file')
+
+
+WRONG_ARGS = {
+    'model': ({'model': 5}, 'model in .*args.yaml must be text, got 5'),
+    'seed': ({'seed': [1]}, r'seed in .*args.yaml must be an integer, got \[1\]'),
+    'truth': ({'seed': True}, 'seed in .*args.yaml must be an integer, got True'),
+    'loss': ({'exit_loss': {}}, 'exit_loss in .*args.yaml must be text, got {}'),
+    'config': ({'config': 1}, 'config in .*args.yaml must be text, got 1'),
+    'origin': ({'origin': 'x'}, "origin in .*args.yaml must be a mapping of base, license and commit to text, got 'x'"),
+    'origin-key': ({'origin': {'bases': 'x'}}, 'origin in .*args.yaml must be a mapping of base, license and commit'),
+    'origin-value': ({'origin': {'base': ['x']}}, 'origin in .*args.yaml must be a mapping of base, license'),
+    'weight': ({'exit_output_weight': 'x'}, "exit_output_weight in .*args.yaml must be a number, got 'x'"),
+    'kwargs': ({'model_kwargs': {1: 2}}, 'model_kwargs in .*args.yaml must be a mapping of names, got {1: 2}'),
+    'exits': ({'exits': {'a': 1}}, "exits in .*args.yaml must be text or a list, got {'a': 1}"),
+}
+
+
+@pytest.mark.parametrize(('values', 'message'), WRONG_ARGS.values(), ids=WRONG_ARGS)
+def test_argument_of_the_wrong_kind_is_one_line(run, values, message):
+    (run.path / 'args.yaml').write_text(yaml.safe_dump(ARGS | values))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        run.read_args()
+    assert '\n' not in str(caught.value)

@@ -283,7 +283,7 @@ def test_push_without_a_login_is_one_line(call, hub, run, monkeypatch):
 def test_run_that_is_not_there_is_one_line(call, hub, tmp_path):
     code, out, err = call(run=tmp_path / 'nowhere')
     assert (code, out) == (2, '')
-    expected = f'{tmp_path}/nowhere is not a run of train.py: its args.yaml cannot be read.'
+    expected = f'{tmp_path}/nowhere is not a training run: it has no args.yaml.'
     assert err == f'publish.py: error: {expected}\n'
     assert not (tmp_path / 'nowhere').exists()
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -161,6 +162,40 @@ def _train_forked(argv):
     # A process of its own, as torch's threads do not survive a fork in use.
     sys.stdout = sys.stderr = open(os.devnull, 'w')
     os._exit(train.main([str(item) for item in argv]))
+
+
+def _train_in_a_group(argv):
+    os.setsid()
+    _train_forked(argv)
+
+
+@pytest.mark.parametrize(
+    ('sign', 'send', 'flags'),
+    [
+        (signal.SIGTERM, os.killpg, ()),
+        pytest.param(signal.SIGTERM, os.killpg, ('--no-prefetcher', '--use-multi-epochs-loader'), marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, os.killpg, (), marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, os.kill, (), marks=pytest.mark.slow),
+    ],
+    ids=['group', 'group-multi-epochs', 'ctrl-c', 'main'],
+)
+def test_signal_to_all_processes_of_a_run_saves_and_stops(sign, send, flags, train_here, folder, monkeypatch):
+    whole = train_here('whole', '-j', '0', *flags)
+    monkeypatch.chdir(folder.parent)
+    parts = folder.parent / 'out' / 'parts'
+    argv = (*RECIPE, '--data-dir', folder, '--output', 'out', '--experiment', 'parts', '-j', '2', *flags)
+    process = multiprocessing.get_context('fork').Process(
+        target=_train_in_a_group, args=((*argv, '--recovery-interval', '2'),)
+    )
+    process.start()
+    while process.is_alive() and not list(parts.glob('recovery-1-*')):
+        time.sleep(0.002)
+    send(process.pid, sign)
+    process.join()
+    assert process.exitcode == 128 + sign
+    assert not (parts / 'results.json').exists()  # stopped, not ended
+    train_here('parts', '-j', '0', *flags, '--resume', 'auto')
+    assert_same_run(whole, parts)
 
 
 @pytest.mark.slow

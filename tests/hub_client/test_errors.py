@@ -122,7 +122,10 @@ def test_without_a_connection_the_cache_gives_what_it_has(hub, monkeypatch, fold
     monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE', template)
     assert fetch_files(REPO, ['config.json']) == online
     expected = "http://127.0.0.1:9 failed for 'org/net': ConnectError: [Errno 111] Connection refused"
-    assert refused(fetch_files, REPO, ['x.json']) == f"{expected}; the cache has no x.json of 'org/net' at 'main'."
+    assert refused(fetch_files, REPO, ['x.json']) == (
+        f"{expected}; the cache has no x.json of 'org/net' at 'main'. Without a network, run `hf download org/net` where"
+        ' there is one and copy its folder of HF_HUB_CACHE.'
+    )
     assert refused(check_push, REPO) == refused(push_folder, folder, REPO) == f'{expected}.'
 
 

@@ -11,12 +11,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from greenlet import greenlet
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import MultiExitError, StateError
 
 SIZE = (3, 32, 32)
 
@@ -488,3 +489,47 @@ def test_eight_threads_mix_all_calls_on_one_model(model, policy, seconds):
     assert wrong == [0] * num_threads, f'of {checked}'
     print(f'{sum(checked)} calls of {num_threads} threads')
     assert is_clean(model)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        pytest.param(lambda model: model.drop_exits([1]), id='exits'),
+        pytest.param(lambda model: model.reset_classifier(3), id='classes'),
+        pytest.param(lambda model: model.train(), id='mode'),
+    ],
+)
+def test_model_that_changes_under_a_loop_ends_it_with_an_error(model, x, change):
+    steps = model.anytime(x)
+    next(steps)
+    change(model)
+    with pytest.raises(StateError, match='begin a new one'):
+        next(steps)
+
+
+def test_loops_left_waiting_end_with_their_threads(model, x):
+    """Kept beyond the thread, a forward that waits would never be freed: its greenlet ends in its own thread alone."""
+    loops, expected = [], model(x, exit_idx=0)
+
+    def begin():
+        steps = model.anytime(x)
+        loops.append((steps, next(steps)[1]))
+
+    def count():
+        gc.collect()
+        return sum(type(item) is greenlet for item in gc.get_objects())
+
+    before = count()
+    for _ in range(20):
+        thread = threading.Thread(target=begin)
+        thread.start()
+        thread.join()
+    while loops:
+        steps, logits = loops.pop()
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+        with pytest.raises(StateError, match='another thread'):
+            next(steps)
+        steps.close()
+    del steps
+    assert count() == before
+    assert [idx for idx, _ in model.anytime(x)] == list(range(len(model.exits) + 1))

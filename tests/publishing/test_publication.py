@@ -387,7 +387,7 @@ def test_budgets_without_a_saved_policy_are_refused(run, folder):
 @pytest.mark.parametrize(
     ('missing', 'message'),
     [
-        ('args.yaml', 'is not a run of train.py: its args.yaml cannot be read'),
+        ('args.yaml', 'is not a training run: it has no args.yaml'),
         ('best/config.json', 'config.json'),
         ('best/exits.safetensors', 'of other weights than'),
         ('results.json', 'results.json'),

@@ -23,6 +23,21 @@ def test_eta_is_the_mean_of_the_last_epochs_times_those_left(caplog, monkeypatch
     assert [message.rpartition('ETA ')[2] for message in caplog.messages] == expected
 
 
+def test_epochs_that_are_not_evaluated_have_a_line_and_no_row(caplog, tmp_path):
+    log = EpochLog(SimpleNamespace(trackers=[]), num_exits=1, num_epochs=5, log_interval=50)
+    caplog.set_level(logging.INFO)
+    log.folder = tmp_path
+    for epoch in range(5):  # --val-interval 2: those of timm's own script
+        is_evaluated = epoch in (1, 3, 4)
+        log.note_epoch(epoch, {'loss': epoch + 1.0}, {'top1': 50.0} if is_evaluated else {}, 0.1, is_evaluated=is_evaluated)
+        log.end_epoch(SimpleNamespace(num_updates=epoch), 10.0)
+    log.write()
+    assert [message[:21] for message in caplog.messages] == [f'Epoch {n}/5  loss {n}.000' for n in range(1, 6)]
+    assert (tmp_path / 'summary.csv').read_text().split() == [
+        'epoch,train_loss,eval_top1,lr', '1,2.0,50.0,0.1', '3,4.0,50.0,0.1', '4,5.0,50.0,0.1'
+    ]  # fmt: skip
+
+
 ACCURACY = {'exit0': 61.2, 'exit1': 70.1, 'main': 74.0, 'ens': 75.1}
 
 

@@ -200,7 +200,7 @@ def test_full_disk_is_one_line_and_what_was_there_stays_whole(write, size, tmp_p
     nn.init.constant_(run.model.weight, 1.0)
     with (
         no_room(size),
-        pytest.raises(MultiExitError, match='could not be written: .*resume .train.py: --resume auto') as error,
+        pytest.raises(MultiExitError, match='could not be written: .*resume by --resume auto') as error,
     ):
         WRITES[write](run)
     assert '\n' not in str(error.value)

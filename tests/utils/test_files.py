@@ -1,10 +1,12 @@
 """Files that are whole or not there, and what is said where the disk refuses them."""
 
+import errno
 import hashlib
 import os
 import stat
 
 import pytest
+from safetensors import SafetensorError
 
 from timm_multiexit.checkpoints.save import save_pretrained
 from timm_multiexit.utils.errors import DiskError, HubError, MultiExitError
@@ -50,20 +52,53 @@ def test_full_disk_says_nothing_of_training_where_nothing_is_trained(write, tmp_
     with pytest.raises(DiskError) as caught:
         write(tmp_path / 'a')
     assert str(caught.value) == (
-        f'{tmp_path / "a"} could not be written: No space left on device. The previous content is intact:'
-        ' free disk space, then run it again.'
+        f'{tmp_path / "a"} could not be written: No space left on device; free disk space, then run it again.'
     )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_caller_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr('pathlib.Path.write_text', refuse)
-    with pytest.raises(MultiExitError, match='is intact: call the caretaker[.]$'):
+    with pytest.raises(MultiExitError, match='device; free disk space, call the caretaker[.]$'):
         write_text(tmp_path / 'a', 'new', advice='call the caretaker')
-    with pytest.raises(MultiExitError, match=r'resume \(train.py: --resume auto\)[.]$'), explain_disk_errors(tmp_path):
+    with pytest.raises(MultiExitError, match=r'then resume by --resume auto[.]$'), explain_disk_errors(tmp_path):
         refuse()
     assert '--resume' in RESUME
-    assert 'train' not in RUN_AGAIN
+    assert '--resume' not in RUN_AGAIN
+
+
+@pytest.mark.parametrize(
+    ('number', 'remedy'),
+    [
+        (errno.ENOSPC, 'free disk space'),
+        (errno.EDQUOT, 'free disk space'),
+        (errno.EACCES, 'make it writable or name another folder'),
+        (errno.EROFS, 'make it writable or name another folder'),
+        (errno.ENOTDIR, 'name another folder, there is a file where one must be'),
+        (errno.EEXIST, 'name another folder, there is a file where one must be'),
+        (errno.EISDIR, 'name another file, there is a folder where it must be'),
+        (errno.ENAMETOOLONG, 'give a shorter name'),
+        (errno.EIO, 'see to the disk'),
+    ],
+)
+def test_remedy_fits_what_the_system_says(number, remedy, tmp_path):
+    error = OSError(number, os.strerror(number))
+    expected = f'{tmp_path} could not be written: {os.strerror(number)}; {remedy}, then run it again.'
+    for raised in (error, SafetensorError(f'{os.strerror(number)} (os error {number})')):
+        with pytest.raises(DiskError) as caught, explain_disk_errors(tmp_path, advice=RUN_AGAIN):
+            raise raised
+        assert str(caught.value).replace(f' (os error {number})', '') == expected
+
+
+def test_file_where_a_folder_must_be_is_told_from_a_full_disk(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(DiskError, match='Not a directory; name another folder, there is a file where one must be'):
+        write_text(tmp_path / 'file/a', 'new')
+    (tmp_path / 'folder').mkdir()
+    with pytest.raises(DiskError, match='Is a directory; name another file, there is a folder'):
+        write_text(tmp_path / 'folder', 'new')
+    with pytest.raises(DiskError, match='File name too long; give a shorter name'):
+        write_text(tmp_path / ('a' * 300), 'new')
 
 
 def test_only_errors_of_the_disk_are_explained(tmp_path):
@@ -71,7 +106,7 @@ def test_only_errors_of_the_disk_are_explained(tmp_path):
         with pytest.raises(type(error)) as caught, explain_disk_errors(tmp_path):
             raise error
         assert caught.value is error
-    with pytest.raises(DiskError, match='written: No space left on device[.]'), explain_disk_errors(tmp_path):
+    with pytest.raises(DiskError, match='written: No space left on device; free'), explain_disk_errors(tmp_path):
         refuse_as_torch()
 
 

@@ -71,6 +71,32 @@ def test_family_member_answers_at_every_exit(family):
     assert outputs.features[-1].ndim == 2
 
 
+@pytest.mark.parametrize('family', FAMILIES)
+@torch.no_grad()
+def test_family_member_loses_its_classes_and_gets_others(family):
+    with torch.device('meta'):
+        backbone = make_backbone(FAMILIES[family]).eval()
+        widths = [[features.shape[-1] for features in attach_exits(backbone)(images(backbone), exits=True).features]]
+        model = attach_exits(backbone)
+        for num_classes in (0, 7, 0):
+            model.reset_classifier(num_classes)
+            outputs = model(images(backbone), exits=True)
+            assert model.num_classes == num_classes
+            assert len(outputs.logits) == len(model.exits) + 1
+            if num_classes:
+                assert {tuple(logits.shape) for logits in outputs.logits} == {(1, num_classes)}
+                widths.append([features.shape[-1] for features in outputs.features])
+            else:
+                assert [logits.shape for logits in outputs.logits[:-1]] == [
+                    each.shape for each in outputs.features[:-1]
+                ]
+    assert widths[0] == widths[1]
+
+
+def images(backbone):
+    return torch.empty(1, *get_model_input_config(backbone)['input_size'], device='meta')
+
+
 def first_weight(backbone):
     """Return the first weight of the stem: where every exit's gradient must arrive."""
     return next(module.weight for module in backbone.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm_multiexit.evaluation.pictures import Line, plot_accuracy_over_macs
-from timm_multiexit.utils.figures import COLORS, MARKERS, line_style, new_figure, show_epochs
+from timm_multiexit.utils.figures import COLORS, MARKERS, legend_label, line_style, new_figure, show_epochs
 from timm_multiexit.utils.text import ENSEMBLE
 
 _PANELS_PER_ROW = 3
@@ -43,14 +43,14 @@ def draw_training(curves: Mapping[str, Mapping[str, Any]], label: str, reference
         axes.plot(
             curve['epochs'],
             curve['main'],
-            label=_describe_run(name, curve, reference),
+            label=legend_label(_describe_run(name, curve, reference)),
             marker='o' if points else None,
             markersize=3,
             **line_style(idx),
         )
     if reference is not None and reference in curves:
         target = curves[reference]['final_main']
-        axes.axhline(target, color='0.5', linewidth=1, label=f'{reference} at the end: {target:.2f}')
+        axes.axhline(target, color='0.5', linewidth=1, label=legend_label(f'{reference} at the end: {target:.2f}'))
     show_epochs(axes)
     axes.set_ylabel(label)
     figure.legend(fontsize=8, loc='outside lower center', ncols=1)
@@ -109,7 +109,8 @@ def draw_diversity(rows: Mapping[str, Mapping[str, Any]], reference: str) -> Any
             x, color = factor * row['teacher'][key], COLORS[idx % len(COLORS)]
             members = '+'.join(row['teacher']['members'])
             for kind, marker, filling in (('main', 'o', color), (ENSEMBLE, '^', 'white')):
-                text = f'{name} ({members}): {"main" if kind == "main" else "ensemble"}' if axes is panels[0] else None
+                text = legend_label(f'{name} ({members}): {"main" if kind == "main" else "ensemble"}')
+                text = text if axes is panels[0] else None
                 axes.plot(x, row['gain'][kind], marker, color=color, markerfacecolor=filling, markersize=8, label=text)
         axes.axhline(0, color='0.5', linewidth=1)
         axes.set_xlabel(label)

@@ -10,7 +10,7 @@ from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.losses.multi_exit_loss import LOSSES
 from timm_multiexit.losses.teachers import DepthWeights, checked_teacher, resolve_teacher
-from timm_multiexit.utils.errors import CheckpointError, InvalidValueError
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, brief
 
 PLAIN = 'plain'
 _NEEDED_ARGS = {'model', 'exits', 'exit_loss', 'task', 'model_kwargs', 'train_split', 'val_split', 'test_split'}
@@ -86,9 +86,14 @@ def _read_run(folder: Path, name: str) -> Run:
     missing = [path for path in (run.args_path, run.summary_path, run.best / CONFIG_NAME) if not path.is_file()]
     if missing:
         part = missing[0].relative_to(folder)
-        raise CheckpointError(f'{folder} is not a run of train.py: it has no {part}. Name the folder that has it.')
+        raise CheckpointError(f'{folder} is not a training run: it has no {part}. Name the folder that has it.')
     results = run.read_results() if run.results_path.is_file() else {}
-    return Run(name, folder, run.read_args(_NEEDED_ARGS), run.read_summary(), results)
+    args = run.read_args(_NEEDED_ARGS)
+    if args['exits'] is not None and args['exit_loss'] not in LOSSES:
+        raise CheckpointError(
+            f"exit_loss in {run.args_path} must be one of {', '.join(LOSSES)}, got {brief(args['exit_loss'])}."
+        )
+    return Run(name, folder, args, run.read_summary(), results)
 
 
 def name_method(args: Mapping[str, Any]) -> str:

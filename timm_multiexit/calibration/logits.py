@@ -1,6 +1,6 @@
 """The logits of a whole data set, kept: what policies are chosen and measured on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ from timm_multiexit.utils.errors import DataError, StateError
 class LogitSet(NamedTuple):
     """What every classifier says of every image of a data set, in the order of the data.
 
-    It takes 4 bytes x images x classes x classifiers: 1 GB for ImageNet's validation split and five classifiers.
+    It takes 4 bytes x images x classes x classifiers on the host: 1 GB for ImageNet's validation split and five
+    classifiers, 20 GB for a million images and 1,000 classes; while it is joined, one classifier's share more. The
+    device holds at most 64 MiB of it and one batch.
 
     Attributes:
         logits: One [N, C] float32 tensor per classifier on the CPU, main last.
@@ -42,16 +44,65 @@ class LogitSet(NamedTuple):
         return int(torch.isin(self.fingerprints, other.fingerprints).sum())
 
 
-def fingerprint(images: Tensor) -> Tensor:
-    """Return a number per image, [B] int64 on the CPU: equal for equal images, else equal by a chance of about 2^-64.
+# What the device may hold before it is copied to the host. A copy waits for all that was queued, so they are few.
+MAX_HELD_BYTES = 2**26
+MAX_PRODUCTS = 2**23  # numbers that hashing holds at a time
 
-    It does not depend on the rest of the batch [B, C, H, W] of floats nor on the device, as sums of floats would.
+
+class Fingerprinter:
+    """Gives every image a number: equal for equal images, else equal by a chance of about 2^-64.
+
+    It does not depend on the rest of the batch nor on the device, as sums of floats would.
     """
-    bits = images.contiguous().flatten(1)
-    bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])  # [B, C * H * W]
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(bits.device)
-    return torch.stack([(row * weights).sum() for row in bits]).cpu()
+
+    def __init__(self) -> None:
+        self._weights: dict[tuple[int, torch.device], Tensor] = {}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the numbers of a batch [B, C, H, W] of floats, [B] int64 on its device."""
+        bits = images.contiguous().flatten(1)
+        bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])  # [B, C * H * W]
+        size = bits.shape[1]
+        key = (size, images.device)
+        if key not in self._weights:
+            generator = torch.Generator().manual_seed(0)
+            weights = torch.randint(-(2**62), 2**62, (size,), generator=generator)
+            self._weights = {key: weights.to(images.device)}
+        parts = bits.split(max(1, MAX_PRODUCTS // size))
+        return torch.cat([(part * self._weights[key]).sum(1) for part in parts])
+
+
+class _Columns:
+    """Tensors that grow by rows, on the CPU in the end, copied there many rows at a time."""
+
+    def __init__(self) -> None:
+        self._held: list[Sequence[Tensor]] = []
+        self._num_bytes = 0
+        self._parts: list[list[Tensor]] = []
+
+    def add(self, columns: Sequence[Tensor]) -> None:
+        """Add one tensor of rows for each column."""
+        self._held.append(columns)
+        # A view, as of the class tokens, keeps all of its storage.
+        self._num_bytes += sum(column.untyped_storage().nbytes() for column in columns)
+        if self._num_bytes > MAX_HELD_BYTES:
+            self._copy()
+
+    def _copy(self) -> None:
+        self._parts = self._parts or [[] for _ in self._held[0]]
+        for part, held in zip(self._parts, zip(*self._held)):
+            part.append(torch.cat(held).cpu())
+        self._held, self._num_bytes = [], 0
+
+    def join(self) -> list[Tensor]:
+        """Return the columns, and forget them; empty if there are none."""
+        if self._held:
+            self._copy()
+        joined = []
+        for part in self._parts:
+            joined.append(torch.cat(part) if len(part) > 1 else part[0])
+            part.clear()  # or everything would be there twice at the end
+        return joined
 
 
 @torch.no_grad()
@@ -82,13 +133,12 @@ def collect_logits(
             'The model is in training mode, so its logits would depend on the batch: call model.eval() first.'
         )
     param, labels = next(model.parameters()), LabelCheck()
-    parts: list[list[Any]] = []
-    batches: list[Tensor] = []
-    targets, fingerprints = [], []
+    columns, fingerprint = _Columns(), Fingerprinter()
+    first_batch: Tensor | None = None
     for images, target in read_batches(loader):
-        if batches and images.shape[1:] != batches[0].shape[1:]:
+        if first_batch is not None and images.shape[1:] != first_batch.shape[1:]:
             raise DataError(
-                f'All images must have one size, as costs depend on it, got {list(batches[0].shape[1:])} and'
+                f'All images must have one size, as costs depend on it, got {list(first_batch.shape[1:])} and'
                 f' {list(images.shape[1:])}.'
             )
         images = images.to(param.device, param.dtype)
@@ -98,18 +148,11 @@ def collect_logits(
             outputs = model(images, exits=True)
         target = labels.add(target, outputs.logits[-1].shape[-1])
         kept = (*outputs.logits, *outputs.features) if features else outputs.logits
-        parts.append([single.float().cpu() for single in kept])
-        targets.append(target.cpu())
-        fingerprints.append(fingerprint(images))
-        batches = batches or [images]
+        columns.add([target, fingerprint(images), *(single.float() for single in kept)])
+        first_batch = images if first_batch is None else first_batch
     labels.finish()
-    if not parts:
+    if first_batch is None:
         raise DataError('The data loader is empty, so there is nothing to evaluate.')
-    joined = []
-    for idx in range(len(parts[0])):
-        joined.append(torch.cat([part[idx] for part in parts]))
-        for part in parts:
-            part[idx] = None  # or everything would be there twice at the end
+    targets, fingerprints, *joined = columns.join()
     count = len(outputs.logits)
-    logits, rest = tuple(joined[:count]), tuple(joined[count:])
-    return LogitSet(logits, torch.cat(targets), batches[0], torch.cat(fingerprints), rest)
+    return LogitSet(tuple(joined[:count]), targets, first_batch, fingerprints, tuple(joined[count:]))

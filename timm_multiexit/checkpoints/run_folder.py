@@ -1,19 +1,17 @@
-"""The folder of a run of `train.py`: the names of its files, and their readers."""
+"""The folder of a training run: the names of its files, and their readers."""
 
 import csv
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from timm_multiexit.checkpoints.config import read_model_config
 from timm_multiexit.checkpoints.source import ModelSource
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
-from timm_multiexit.utils.errors import CheckpointError, one_line
-from timm_multiexit.utils.untrusted import read_json
+from timm_multiexit.utils.errors import CheckpointError, MissingFileError, brief, is_integer, is_number, one_line
+from timm_multiexit.utils.untrusted import read_json, read_yaml
 
 ARGS_NAME = 'args.yaml'
 BEST_NAME = 'best'
@@ -21,6 +19,29 @@ RESULTS_NAME = 'results.json'
 SUMMARY_NAME = 'summary.csv'
 VALIDATION_NAME = 'validation.json'
 _NEEDED_ARGS = ('model', 'seed', 'exit_loss')
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_origin(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() <= set(Origin._fields) and all(map(_is_text_or_none, value.values()))
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+# What the arguments that are read here and elsewhere must be, if they are given and not None.
+_ARGS_KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ('model exit_loss exit_output_loss exit_head config task train_split val_split', _is_text, 'text'),
+    ('seed val_from_train', is_integer, 'an integer'),
+    ('exit_output_weight exit_feature_weight', is_number, 'a number'),
+    ('exits exit_teacher', lambda value: is_integer(value) or isinstance(value, (str, list)), 'text or a list'),
+    ('model_kwargs', lambda value: isinstance(value, dict) and all(map(_is_text, value)), 'a mapping of names'),
+    ('origin', _is_origin, 'a mapping of base, license and commit to text'),
+)
 
 
 @dataclass(frozen=True)
@@ -66,14 +87,22 @@ class RunFolder:
             needed: Names that must be among them.
 
         Raises:
-            CheckpointError: The file is missing, unreadable or not that of a run of `train.py`.
+            CheckpointError: The file is missing, unreadable or not that of a training run.
         """
         try:
-            args = yaml.safe_load(self.args_path.read_text(encoding='utf-8'))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise CheckpointError(f'{self.path} is not a run of train.py: its {ARGS_NAME} cannot be read.') from error
-        if not isinstance(args, dict) or not set(needed) <= args.keys():
-            raise CheckpointError(f'{self.args_path} is not an {ARGS_NAME} of train.py.')
+            args = read_yaml(self.args_path)
+        except MissingFileError as error:
+            raise CheckpointError(f'{self.path} is not a training run: it has no {ARGS_NAME}.') from error
+        except CheckpointError as error:
+            raise CheckpointError(f'{self.path} is not a training run: {error}') from error
+        missing = sorted(set(needed) - args.keys())
+        if missing:
+            raise CheckpointError(f'{self.args_path} is not the {ARGS_NAME} of a training run: it has no {missing[0]}.')
+        for names, is_allowed, allowed in _ARGS_KINDS:
+            for name in names.split():
+                value = args.get(name)
+                if value is not None and not is_allowed(value):
+                    raise CheckpointError(f'{name} in {self.args_path} must be {allowed}, got {brief(value)}.')
         return args
 
     def read_summary(self) -> list[dict[str, float]]:
@@ -95,7 +124,7 @@ class RunFolder:
         """
         if not self.results_path.is_file():
             raise CheckpointError(
-                f'{self.path} has no {RESULTS_NAME}, which train.py writes when it finishes: wait for it, or resume it.'
+                f'{self.path} has no {RESULTS_NAME}, which training writes when it ends: wait for it, or resume it.'
             )
         return read_json(self.results_path)
 

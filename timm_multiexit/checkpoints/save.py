@@ -138,7 +138,7 @@ def save_policy(directory: str | os.PathLike[str], policy: ExitPolicy | None, bu
         section.pop(name, None)
         if value is not None:
             section[name] = value.to_dict()
-    write_text(path, json.dumps(values, indent=2) + '\n', advice='free disk space, or copy the folder')
+    write_text(path, json.dumps(values, indent=2) + '\n')
 
 
 def hash_weights(directory: str | os.PathLike[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import nn
 from timm_multiexit.checkpoints.config import ModelConfig, read_model_config
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME
 from timm_multiexit.checkpoints.load import create_architecture, load_backbone, load_pretrained
-from timm_multiexit.hub_client.client import fetch_files
+from timm_multiexit.hub_client.client import explain_download, fetch_files
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.utils.errors import InvalidValueError
@@ -127,8 +127,30 @@ def create_empty_backbone(model: str | ModelSource) -> nn.Module:
 
 
 def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Return a plain timm model: `timm.create_model`, except that folders and repositories are not trusted."""
+    """Return a plain timm model: `timm.create_model`, except that folders and repositories are not trusted.
+
+    Raises:
+        MultiExitError: See `find_source`.
+        InvalidValueError: There are no trained weights of that name.
+        HubError: They cannot be downloaded.
+    """
     source = find_source(model, **kwargs)
-    if source is None:
-        return timm.create_model(str(model), pretrained=pretrained, **kwargs)
-    return source.create_backbone(pretrained=pretrained, **kwargs)
+    if source is not None:
+        return source.create_backbone(pretrained=pretrained, **kwargs)
+    if not pretrained:
+        return timm.create_model(str(model), **kwargs)
+    repo_id, file_name = _find_weights(str(model), kwargs)
+    with explain_download(repo_id, file_name, cache_dir=kwargs.get('cache_dir')):
+        return timm.create_model(str(model), pretrained=True, **kwargs)
+
+
+def _find_weights(name: str, kwargs: dict[str, Any]) -> tuple[str | None, str]:
+    """Return repository, None for none, and file of the trained weights that timm has of a name."""
+    if kwargs.get('pretrained_cfg') or kwargs.get('pretrained_cfg_overlay'):
+        return None, BACKBONE_NAME  # a file, most often
+    cfg = timm.models.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise InvalidValueError(
+            f"timm has no trained weights of '{name}': start without them, or take a name of timm.list_pretrained()."
+        )
+    return None if cfg.file or cfg.state_dict else cfg.hf_hub_id, cfg.hf_hub_filename or BACKBONE_NAME

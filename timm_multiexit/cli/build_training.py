@@ -22,7 +22,7 @@ from torch import nn
 
 from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.cli.flags.train_rules import is_mixing, loss_kwargs
-from timm_multiexit.data.datasets import check_classes, class_names, create_checked_dataset
+from timm_multiexit.data.datasets import check_classes, choose_image_mode, class_names, create_checked_dataset
 from timm_multiexit.data.holdout import hold_out
 from timm_multiexit.data.loaders import create_eval_loader, create_train_loader
 from timm_multiexit.evaluation.exit_table import CreateLoader
@@ -74,7 +74,7 @@ def create_datasets(args: Namespace) -> tuple[tuple[Any, Any, Any], int | None]:
         **{name: getattr(args, name) for name in ('class_map', 'batch_size', 'input_key', 'target_key', 'bad_images')},
         'root': args.data_dir,
         'download': args.dataset_download,
-        'input_img_mode': args.input_img_mode or ('RGB' if in_chans == 3 else 'L'),
+        'input_img_mode': choose_image_mode(args.input_img_mode, in_chans),
         'target_format': args.target_format if args.task == 'multilabel' else None,
         'trust_remote_code': args.dataset_trust_remote_code,
         'cache': args.cache_images,

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
 from timm_multiexit.cli.build_training import loader_creator
-from timm_multiexit.data.datasets import check_classes, class_to_idx, create_checked_dataset
+from timm_multiexit.data.datasets import check_classes, choose_image_mode, class_to_idx, create_checked_dataset
 from timm_multiexit.data.holdout import SubsetReader, TransformSubset, hold_out
 from timm_multiexit.evaluation.exit_table import CreateLoader
 from timm_multiexit.evaluation.validator import ValidationData
@@ -64,7 +64,7 @@ def create_split(args: Namespace, split: str, in_chans: int) -> Any:
         class_map=args.class_map,
         download=args.dataset_download,
         batch_size=args.batch_size,
-        input_img_mode=args.input_img_mode or ('RGB' if in_chans == 3 else 'L'),
+        input_img_mode=choose_image_mode(args.input_img_mode, in_chans),
     )
 
 

@@ -2,16 +2,29 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset
+from timm.data.dataset_factory import (
+    _search_split,
+)  # which folder it takes for a split depends on the order of its names
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset
 
 from timm_multiexit.data.digits import DIGITS, DigitsReader
-from timm_multiexit.utils.errors import DataError, InvalidValueError, MissingFileError, one_line
+from timm_multiexit.data.folders import FolderTree, check_linked_twice, read_folders
+from timm_multiexit.utils.errors import (
+    DataError,
+    InvalidValueError,
+    MissingFileError,
+    brief,
+    is_integer,
+    one_line,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -19,6 +32,15 @@ BAD_IMAGES = ('skip', 'stop')
 
 # What Pillow raises for damaged files, found by damaging 24,000 of them in seven formats.
 _READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+# Pillow's modes of 8-bit pixels that timm's loaders take -> channels.
+_CHANNELS = {'L': 1, 'LA': 2, 'RGB': 3, 'YCbCr': 3, 'LAB': 3, 'HSV': 3, 'RGBA': 4, 'RGBX': 4, 'CMYK': 4}
+
+# Names of data sets that are read from class folders, links followed.
+_FOLDERS = ('', 'torch/folder', 'torch/image_folder')
+
+# timm takes every other name for that of a folder.
+_PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 
 # Names that timm takes for one another where a folder holds its splits as folders.
 _SPLIT_FOLDERS = ({'train', 'training'}, {'val', 'valid', 'validation', 'eval', 'evaluation'}, {'test'})
@@ -108,10 +130,88 @@ class CheckedImages(ImageDataset):
                 return file.read(), *labels
             image = Image.open(file)
             image.load()  # reads to the end: a file that was cut short shows itself here
+            image = _to_8_bits(image)
             return image.convert(self.input_img_mode) if self.input_img_mode else image, *labels
 
     def _name(self, index: int) -> str:
         return ' '.join(str(self.filename(index, absolute=True) or f'image {index}').splitlines())
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Return a grey image of 16 bits in 8; Pillow itself would make white of all above 255.
+
+    Raises:
+        DataError: Its pixels are floats or 32-bit integers.
+    """
+    if image.mode.startswith('I;16'):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ('I', 'F'):
+        kind = 'floats' if image.mode == 'F' else '32-bit integers'
+        raise DataError(f'its pixels are {kind} of an unknown range: save it with 8 or 16 bits')
+    return image
+
+
+def choose_image_mode(given: str | None, in_chans: int) -> str:
+    """Return Pillow's mode of the images of a model with so many channels, where a flag gives one or not.
+
+    >>> choose_image_mode(None, 1), choose_image_mode('HSV', 3)
+    ('L', 'HSV')
+
+    Raises:
+        InvalidValueError: There is no such mode, or it has another number of channels.
+    """
+    if given is None and in_chans in (1, 3):
+        return 'L' if in_chans == 1 else 'RGB'
+    modes = [mode for mode, channels in _CHANNELS.items() if channels == in_chans]
+    if not modes:
+        raise InvalidValueError(f'--in-chans must be 1 to 4, the channels of image files, got {in_chans}.')
+    if given is None:
+        raise InvalidValueError(f'--in-chans {in_chans} needs --input-img-mode {" or ".join(modes)}.')
+    if given not in _CHANNELS:
+        raise InvalidValueError(
+            f"--input-img-mode must be one of {', '.join(_CHANNELS)}, got '{given}'. Images of 16 bits are scaled to 8."
+        )
+    if given not in modes:
+        raise InvalidValueError(
+            f'--input-img-mode {given} has {_CHANNELS[given]} channels, and the model takes {in_chans}: give'
+            f' {" or ".join(modes)}, or --in-chans {_CHANNELS[given]}.'
+        )
+    return given
+
+
+def check_augmentation(dataset: Any, augmentation: Mapping[str, Any]) -> None:
+    """Raise for an augmentation that does not take images of the data set's mode.
+
+    `augmentation` are keywords of `timm.data.create_loader`.
+
+    Raises:
+        InvalidValueError: Pillow cannot do it with this mode.
+    """
+    mode = getattr(dataset, 'input_img_mode', None)
+    if mode not in _CHANNELS or mode in ('L', 'RGB') or augmentation.get('no_aug'):
+        return
+    flags = {'auto_augment': '--aa', 'grayscale_prob': '--grayscale-prob'}
+    if mode in ('LAB', 'HSV'):
+        flags['color_jitter'] = '--color-jitter'
+    for name, flag in flags.items():
+        if augmentation.get(name):
+            hint = 'Give --color-jitter 0' if name == 'color_jitter' else f'Leave out {flag}'
+            raise InvalidValueError(f'{flag} takes images of mode L or RGB, got --input-img-mode {mode}. {hint}.')
+
+
+def _check_pixels(dataset: CheckedImages) -> None:
+    """Raise if the first image cannot be used for what its pixels are; one that is broken is left to the loaders."""
+    try:
+        file, *_ = dataset.reader[0]
+        with file, Image.open(file) as image:
+            mode, is_wide = image.mode, image.mode in ('I', 'F')
+    except _READ_ERRORS:
+        return
+    if is_wide:
+        raise DataError(
+            f'{dataset.filename(0, absolute=True) or "The first image"} has pixels of mode {mode}, floats or 32-bit'
+            ' integers of an unknown range: save the images with 8 or 16 bits.'
+        )
 
 
 def _reason(error: Exception) -> str:
@@ -140,48 +240,95 @@ def create_checked_dataset(
     if name == DIGITS:
         digits = ImageDataset('', reader=DigitsReader(split), input_img_mode=kwargs.get('input_img_mode') or 'RGB')
         return CheckedImages(digits, bad_images=bad_images, cache=cache)
+    tree = _check_folders(name, root, split, kwargs.get('input_key'))
+    dataset = _create_dataset(name, root, split, kwargs)
+    if isinstance(dataset, IterableDataset) and bad_images == 'stop':
+        raise InvalidValueError(f"'{name}' is a stream, which cannot stop at a bad image: use --bad-images skip.")
+    if cache and not isinstance(dataset, ImageDataset):
+        raise InvalidValueError(f"'{name}' does not read image files: leave --cache-images out.")
+    if tree is not None and isinstance(getattr(dataset, 'reader', None), ReaderImageFolder):
+        _check_classes_of_folders(dataset.reader, tree, kwargs.get('class_map'))
+    if not isinstance(dataset, ImageDataset):
+        return dataset
+    images = CheckedImages(dataset, bad_images=bad_images, cache=cache)
+    if tree is not None:
+        _check_pixels(images)
+    return images
+
+
+def _check_folders(name: str, root: str | None, split: str, input_key: str | None) -> FolderTree | None:
+    """Return the folders that timm will read, None for a data set that is not made of folders; they are checked."""
+    prefix, separator, _ = name.partition('/')
+    if name and not (separator and prefix.lower() in _PREFIXES):
+        raise InvalidValueError(
+            f"--dataset must be {DIGITS} or TYPE/NAME, TYPE one of {', '.join(_PREFIXES)}, got '{name}'. Leave it out"
+            ' for a folder of class folders.'
+        )
     if not name:
         if not root or not Path(root).is_dir():
             raise MissingFileError(
                 f"Data folder '{root or ''}' does not exist: give one that holds {split}/CLASS/*.jpg."
             )
         _check_split(Path(root), split)
+    if name.lower() not in _FOLDERS or not root or not Path(root).is_dir():
+        return None
+    return read_folders(_search_split(root, split), input_key.split(';') if input_key else None)
+
+
+def _create_dataset(name: str, root: str | None, split: str, kwargs: dict[str, Any]) -> Any:
     try:
-        dataset = create_dataset(name, root=root, split=split, **kwargs)
+        return create_dataset(name, root=root, split=split, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError, ImportError) as error:
         # timm takes a name that it does not know for that of a folder: without one it raises TypeError.
         reason = ('' if isinstance(error, TypeError) else str(error).rstrip('.')) or 'timm has no reader of that name'
         if isinstance(error, ImportError):
             reason += '; install the package'
         raise DataError(f"No data set '{name or root}', split '{split}': {reason}.") from error
-    if isinstance(dataset, IterableDataset) and bad_images == 'stop':
-        raise InvalidValueError(f"'{name}' is a stream, which cannot stop at a bad image: use --bad-images skip.")
-    if cache and not isinstance(dataset, ImageDataset):
-        raise InvalidValueError(f"'{name}' does not read image files: leave --cache-images out.")
+
+
+def _check_classes_of_folders(reader: ReaderImageFolder, tree: FolderTree, class_map: Any) -> None:
     # With a --class-map the numbers of the classes do not depend on which folders hold images.
-    if isinstance(getattr(dataset, 'reader', None), ReaderImageFolder) and not kwargs.get('class_map'):
-        _check_class_folders(dataset.reader)
-    if not isinstance(dataset, ImageDataset):
-        return dataset
-    return CheckedImages(dataset, bad_images=bad_images, cache=cache)
+    if class_map:
+        _check_class_map(reader, tree, class_map)
+    else:
+        _check_class_folders(reader, tree)
+    check_linked_twice(folder for folder in tree.num_images if _label(folder, reader) in reader.class_to_idx)
 
 
-def _check_class_folders(reader: ReaderImageFolder) -> None:
+def _check_class_folders(reader: ReaderImageFolder, tree: FolderTree) -> None:
     """Raise if a class folder holds no images: timm leaves it out, and the classes after it get other numbers."""
-    filled = {os.path.dirname(path) for path, _ in reader.samples}
     pending = [reader.root]
     while pending:
         folder = pending.pop()
-        try:
-            below = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] not in '._')
-        except OSError as error:
-            raise DataError(f'Cannot read folder {folder}: {_reason(error)}.') from error
+        below = tree.below[folder]
         name = os.path.basename(folder)
         if not below and name not in reader.class_to_idx:
             raise DataError(
                 f"Class '{name}' in {os.path.dirname(folder)} has no images: add some, or remove the folder."
             )
-        pending += [path for path in reversed(below) if path not in filled]
+        pending += [path for path in reversed(below) if path not in tree.num_images]
+
+
+def _check_class_map(reader: ReaderImageFolder, tree: FolderTree, class_map: Any) -> None:
+    """Raise if a class map does not number classes, and say how many images have classes that it does not name."""
+    for name, idx in reader.class_to_idx.items():
+        if not is_integer(idx, least=0):
+            raise DataError(f"--class-map must have an index >= 0 for each class, got {brief(idx)} for '{name}'.")
+    left_out = {
+        folder: num for folder, num in tree.num_images.items() if _label(folder, reader) not in reader.class_to_idx
+    }
+    if left_out:
+        names = sorted({_label(folder, reader) for folder in left_out})
+        more = ', ...' if len(names) > 3 else ''
+        _logger.warning(
+            f'{sum(left_out.values())} of the {tree.num_images.total()} images in {reader.root} are left out:'
+            f' {len(names)} of their classes ({", ".join(names[:3])}{more}) are not in the --class-map {class_map}.'
+        )
+
+
+def _label(folder: str, reader: ReaderImageFolder) -> str:
+    """Return the class of the images in a folder; those in the root itself have the empty name, as in timm."""
+    return '' if folder == reader.root else os.path.basename(folder)
 
 
 def is_same_split(one: str, other: str) -> bool:
@@ -196,7 +343,10 @@ def is_same_split(one: str, other: str) -> bool:
 def _check_split(root: Path, split: str) -> None:
     """Raise if timm would take the whole folder, all splits together, for a split that is not there."""
     split = split.split('[')[0]
-    folders = {path.name for path in root.iterdir() if path.is_dir()}
+    try:
+        folders = {path.name for path in root.iterdir() if path.is_dir()}
+    except OSError as error:
+        raise DataError(f'Cannot read folder {root}: {one_line(error)}.') from error
     synonyms = next((names for names in _SPLIT_FOLDERS if split in names), {split})
     others = sorted(folders & set().union(*_SPLIT_FOLDERS))
     if others and not folders & {*synonyms, split}:

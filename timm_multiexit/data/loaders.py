@@ -1,19 +1,22 @@
 """Data loaders: timm's, seeded so that training can be resumed at any batch."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.data.dataset import AugMixDataset
-from timm.data.loader import create_loader, fast_collate
+from timm.data.loader import adapt_to_chs, create_loader, fast_collate
 from timm.data.mixup import FastCollateMixup, Mixup
 from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import IterableDataset, default_collate
 from torchvision.transforms import RandomCrop
 
+from timm_multiexit.data.datasets import check_augmentation
 from timm_multiexit.data.seeding import SeededCollate, SeededDataset, SeededLoader
 from timm_multiexit.utils.errors import DataError, InvalidValueError
+from timm_multiexit.utils.signals import outlive_signals
 
 
 def create_train_loader(
@@ -59,10 +62,11 @@ def create_train_loader(
 
     Raises:
         DataError: The images do not fill one batch.
-        InvalidValueError: An option does not go with an iterable data set, or timm refuses it.
+        InvalidValueError: An option does not go with an iterable data set or the images, or timm refuses it.
     """
     is_iterable = isinstance(dataset, IterableDataset)
     augmentation = augmentation or {}
+    check_augmentation(dataset, augmentation)
     collate_fn: Callable[..., Any] | None = FastCollateMixup(**mixing) if mixing and uses_prefetcher else None
     if is_iterable and mixup_off_epoch and collate_fn:
         raise InvalidValueError(
@@ -75,7 +79,7 @@ def create_train_loader(
         collate_fn = collate_fn or (fast_collate if uses_prefetcher else default_collate)
         collate_fn = SeededCollate(collate_fn, seed, mixup_off_epoch)
     try:
-        loader = create_loader(
+        loader = _create_loader(
             dataset,
             batch_size=batch_size,
             is_training=True,
@@ -131,11 +135,13 @@ def create_eval_loader(
     """
     if accelerator.num_processes > 1 and isinstance(dataset, IterableDataset):
         num_workers = min(2, num_workers)  # as timm does: fewer shards, less padding
-    return create_loader(
+    return _create_loader(
         dataset,
         batch_size=batch_size,
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
+        crop_mode=data_config.get('crop_mode'),
+        crop_border_pixels=data_config.get('crop_border_pixels'),
         num_workers=num_workers,
         pin_memory=pin_memory,
         use_prefetcher=uses_prefetcher,
@@ -144,8 +150,22 @@ def create_eval_loader(
     )
 
 
+def _create_loader(dataset: Any, **kwargs: Any) -> Any:
+    loader = create_loader(dataset, **kwargs)
+    inner = getattr(loader, 'loader', loader)  # of timm's prefetcher
+    inner.worker_init_fn = partial(_init_worker, inner.worker_init_fn)
+    return loader
+
+
+def _init_worker(init_fn: Callable[[int], None], worker_id: int) -> None:
+    outlive_signals()
+    init_fn(worker_id)
+
+
 def _common(data_config: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
     # Accelerate does not prepare the loaders: it does nothing to timm's prefetcher, and would shard a second time what
     # timm's samplers have sharded.
-    images = {name: data_config[name] for name in ('input_size', 'mean', 'std')}
+    # Augmentation fills with the mean, in as many channels as the image has.
+    size = data_config['input_size']
+    images = {'input_size': size, **{name: adapt_to_chs(data_config[name], size[0]) for name in ('mean', 'std')}}
     return {**images, 'device': accelerator.device, 'distributed': accelerator.num_processes > 1}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from timm_multiexit.utils.figures import COLORS, MARKERS, encode_png, gray_shades, new_figure
+from timm_multiexit.utils.figures import COLORS, MARKERS, encode_png, gray_shades, legend_label, new_figure
 from timm_multiexit.utils.text import macs_unit
 
 # (MACs of an image, top-1 in percent)
@@ -40,7 +40,8 @@ def plot_accuracy_over_macs(
     scale, unit = macs_unit(max((macs for line in lines for macs, _ in line.points), default=0))
     for line in lines:
         places = [macs / scale for macs, _ in line.points]
-        axes.plot(places, [accuracy for _, accuracy in line.points], label=line.label, **line.style)
+        label = line.label and legend_label(line.label)
+        axes.plot(places, [accuracy for _, accuracy in line.points], label=label, **line.style)
         for name, place, (_, accuracy) in zip(line.names, places, line.points):
             axes.annotate(name, (place, accuracy), xytext=(0, 7), textcoords='offset points', fontsize=8, ha='center')
     axes.set(xlabel=f'{xlabel}, {unit}', ylabel='top-1 accuracy, %')

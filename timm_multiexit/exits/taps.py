@@ -182,7 +182,7 @@ class Taps:
         def forward(pause: Callable[[Any], None]) -> Tensor | None:
             return self.visit(backbone, x, _Pauses(self, read, pause).visit)
 
-        stepper = Stepper(forward)
+        stepper = Stepper(forward, x.device)
         try:
             while True:
                 outer = self._state.visitor
@@ -256,7 +256,10 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
         InvalidValueError: There is none.
     """
     model: Any = backbone
-    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    try:
+        classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    except AttributeError:  # without classes some backbones have an Identity for all of their head, and look inside
+        classifier = [_enclosing(backbone, name) for name in _configured_classifiers(backbone)]
     parts: list[Any] = list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
     parts = [leaf for part in parts for leaf in (part if isinstance(part, nn.ModuleList) else [part])]
     # A timm head that pools before its linear layer is entered by a map.
@@ -269,6 +272,22 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
             ' exits need a classification model, and num_classes above 0 where the default is 0.'
         )
     return names
+
+
+def _configured_classifiers(backbone: nn.Module) -> tuple[str, ...]:
+    """Return the names that timm's configuration gives the classifiers, whether there are any or not."""
+    names = (getattr(backbone, 'pretrained_cfg', None) or {}).get('classifier') or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _enclosing(backbone: nn.Module, name: str) -> nn.Module:
+    """Return the module of a name, or the deepest that is there on the way to it."""
+    module = backbone
+    for part in name.split('.'):
+        if part not in module._modules:
+            break
+        module = module.get_submodule(part)
+    return module
 
 
 def _silent_message(name: str) -> str:

@@ -6,20 +6,33 @@ is a `HubError` of one line without a token in it, raised from the client's own.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.error import URLError
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import ModelInfo
 
 from timm_multiexit.hub_client.errors import (
+    CLIENT_ERRORS,
     check_repo_id,
     check_revision,
     check_token,
@@ -28,10 +41,11 @@ from timm_multiexit.hub_client.errors import (
     is_token_refused,
 )
 from timm_multiexit.hub_client.files import OWNED_FILES, check_file_name, check_owned, compare, local_files
-from timm_multiexit.utils.errors import HubError, InvalidValueError
+from timm_multiexit.utils.errors import HubError, InvalidValueError, one_line
 from timm_multiexit.version import __version__
 
 _CLIENT: dict[str, Any] = {'library_name': 'timm_multiexit', 'library_version': __version__}  # as the server is told
+_NO_CONNECTION = ('ConnectError', 'ConnectTimeout')  # of httpx or httpx2
 _COMMIT = re.compile(r'[0-9a-f]{40}')
 
 
@@ -123,6 +137,8 @@ def fetch_files(
 
 
 def _fetch_file(repo_id: str, name: str, revision: str | None, cache_dir: Path | None) -> Path:
+    if try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision) is None:
+        _check_connection(repo_id, name, revision)
     try:
         return Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache_dir, **_CLIENT))
     except HTTPError as error:
@@ -131,6 +147,44 @@ def _fetch_file(repo_id: str, name: str, revision: str | None, cache_dir: Path |
         if isinstance(error, HfHubHTTPError) or not isinstance(cached, str):
             raise
         return Path(cached)
+
+
+def _check_connection(repo_id: str, name: str, revision: str | None = None) -> None:
+    """Raise what the client raises where no connection can be made: it would try for half a minute first."""
+    try:
+        url = hf_hub_url(repo_id, name, revision=revision)
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, **_CLIENT)
+    except (HTTPError, OSError) as error:
+        # All else, as answers and what may pass, is left to the download itself.
+        if isinstance(error, OfflineModeIsEnabled) or type(error).__name__ in _NO_CONNECTION:
+            raise LocalEntryNotFoundError(str(error)) from error
+
+
+@contextmanager
+def explain_download(
+    repo_id: str | None, file_name: str, *, cache_dir: str | os.PathLike[str] | None = None
+) -> Iterator[None]:
+    """Turn what fails while another library downloads weights into a `HubError` of one line.
+
+    Where nothing of the repository is in the cache and no connection can be made, this is said at once.
+
+    Args:
+        repo_id: namespace/name of the weights, perhaps with @revision; None if they are elsewhere.
+        file_name: The file of the weights.
+        cache_dir: See `fetch_files`.
+
+    Raises:
+        HubError: The weights cannot be downloaded.
+    """
+    name, _, revision = (repo_id or '').partition('@')
+    with explain_hub_errors(name, revision or 'main', file_name, kinds=CLIENT_ERRORS):
+        folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type='model')
+        if name and not any(folder.glob('snapshots/*/*')):
+            _check_connection(name, file_name, revision or None)
+        try:
+            yield
+        except URLError as error:
+            raise HubError(f'Cannot download the weights: {one_line(error)}. See timm.list_pretrained().') from error
 
 
 def check_push(repo_id: str, *, token: str | None = None, private: bool = False) -> str:

@@ -39,6 +39,14 @@ _HUB_LINES: dict[type[Exception], str] = {
     OfflineModeIsEnabled: 'HF_HUB_OFFLINE is set, so {endpoint} was not contacted: unset it',
 }
 
+# What the client raises, and nothing else does.
+CLIENT_ERRORS = (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, XetDownloadError)
+
+_UNCACHED = (
+    "; the cache has no {file_name} of '{repo_id}' at '{revision}'. Without a network, run `hf download {repo_id}`"
+    ' where there is one and copy its folder of HF_HUB_CACHE'
+)
+
 
 def endpoint() -> str:
     """Return the server's address without the user and password that it may have."""
@@ -81,14 +89,22 @@ def is_token_refused(error: HfHubHTTPError) -> bool:
 
 @contextmanager
 def explain_hub_errors(
-    repo_id: str, revision: str = 'main', file_name: str = 'file', *, before: str = ''
+    repo_id: str,
+    revision: str = 'main',
+    file_name: str = 'file',
+    *,
+    before: str = '',
+    kinds: tuple[type[Exception], ...] = _FAILURES,
 ) -> Iterator[None]:
-    """Turn what the client raises into a `HubError` of one line, with the text `before` in front of it."""
+    """Turn what the client raises into a `HubError` of one line, with the text `before` in front of it.
+
+    `kinds` are the errors that are the client's; fewer than the default where other code runs too.
+    """
     try:
         yield
     except MultiExitError:
         raise
-    except _FAILURES as error:
+    except kinds as error:
         facts = {'repo_id': repo_id, 'revision': revision, 'file_name': file_name, 'endpoint': endpoint()}
         raise HubError(f'{before}{_explain(error, facts)}.') from error
 
@@ -99,7 +115,7 @@ def _explain(error: Exception, facts: dict[str, str]) -> str:
     while len(chain) < 10 and (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     is_uncached = any(isinstance(each, LocalEntryNotFoundError) for each in chain)
-    suffix = "; the cache has no {file_name} of '{repo_id}' at '{revision}'".format(**facts) if is_uncached else ''
+    suffix = _UNCACHED.format(**facts) if is_uncached else ''
     for each in chain:
         if isinstance(each, HfHubHTTPError) and is_token_refused(each):
             return f'{endpoint()} rejected the token: {_LOG_IN}, or correct HF_TOKEN, which takes precedence'

@@ -1,17 +1,23 @@
 """Answers one exit after the other, in one thread."""
 
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from timm_multiexit.utils.errors import StateError
 
 
 class OwnThread:
-    """An iterator over `steps`, closed with it, that can only be continued in the thread of its first step."""
+    """An iterator over `steps`, closed with it, that can only be continued in the thread of its first step.
 
-    def __init__(self, steps: Generator[Any, None, None]):
+    Args:
+        steps: What it iterates over.
+        check: Called before every step; what it raises is raised, and the step is not taken.
+    """
+
+    def __init__(self, steps: Generator[Any, None, None], check: Callable[[], None] = lambda: None):
         self._steps = steps
+        self._check = check
         self._thread: int | None = None
 
     def __iter__(self) -> 'OwnThread':
@@ -24,6 +30,7 @@ class OwnThread:
             raise StateError(
                 'This iteration over the exits was begun in another thread: finish it there, or begin one in each.'
             )
+        self._check()
         return next(self._steps)
 
     def close(self) -> None:

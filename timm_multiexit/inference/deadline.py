@@ -1,7 +1,7 @@
 """Inference under a deadline: how long each part of a model takes, learnt by measuring, and how far the time allows."""
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ QUANTILE = 0.9
 HOPE = 1e-4
 NUM_LATEST = 3  # of the first stage, whose median says how fast the machine is just now
 NUM_FORMS = 16
-NUM_PROBES = 3
+NUM_PROBES = 5
 
 
 class PartTimes:
@@ -28,15 +28,25 @@ class PartTimes:
 
     Times are kept as multiples of what the first stage took just then, which always runs: a part that is not run for a
     while is assumed to have become slower or faster as that one has. Besides, with every call that does not reach it a
-    part is assumed to be faster by a ten-thousandth, so that it is tried again in the end. Otherwise one slow moment
-    would keep a model from its later exits for good. The number of exits is without main.
+    part is assumed to be faster, by a ten-thousandth where 32 times of it are known and by (32 / n)^2 times as much
+    where n are, so that it is tried again in the end. Otherwise one slow moment would keep a model from its later exits
+    for good. If it turns out to be at most half as slow as was expected, what was known of it is forgotten.
+
+    Args:
+        num_exits: Number of exits without main.
+        probes: Seconds of every part in a few forwards, the stages first, main's last, then the heads. The shortest of
+            each counts, for all of them: what disturbs a measurement makes it longer.
     """
 
-    def __init__(self, num_exits: int):
+    def __init__(self, num_exits: int, probes: Sequence[Sequence[float]] = ()):
         self.num_exits = num_exits
         self._first: deque[float] = deque(maxlen=NUM_LATEST)
         self._multiples: list[deque[float]] = [deque(maxlen=NUM_REMEMBERED) for _ in range(2 * num_exits + 1)]
         self._num_unrun = [0] * (2 * num_exits + 1)
+        shortest = [min(seconds) for seconds in zip(*probes)]
+        for _ in probes:
+            for part, seconds in enumerate(shortest):
+                self._add(part, seconds)
 
     def add_stage(self, idx: int, seconds: float) -> None:
         """Remember how long it took from tap `idx - 1` to tap `idx`, or from the images, or to main's logits."""
@@ -50,15 +60,19 @@ class PartTimes:
         if part == 0:
             self._first.append(seconds)
             self._num_unrun = [count + 1 for count in self._num_unrun]
+        multiple = seconds / self._unit()
         if self._num_unrun[part] > 1:  # what was assumed of it in the meantime holds from now on
-            # Of a copy, since other threads may add to it meanwhile.
-            faster = [multiple * self._hope(part) for multiple in tuple(self._multiples[part])]
-            self._multiples[part] = deque(faster, maxlen=NUM_REMEMBERED)
+            known = () if 2 * multiple <= self._expect_multiple(part) else tuple(self._multiples[part])
+            faster = [known_multiple * self._hope(part) for known_multiple in known]
+            # Whole before other threads see it: they may share what is known.
+            self._multiples[part] = deque([*faster, multiple], maxlen=NUM_REMEMBERED)
+        else:
+            self._multiples[part].append(multiple)
         self._num_unrun[part] = 0
-        self._multiples[part].append(seconds / self._unit())
 
     def _hope(self, part: int) -> float:
-        return (1 - HOPE) ** max(0, self._num_unrun[part] - 1)
+        doubt = NUM_REMEMBERED / max(1, len(self._multiples[part]))
+        return (1 - HOPE * doubt**2) ** max(0, self._num_unrun[part] - 1)
 
     def _unit(self) -> float:
         return max(_quantile(self._first, 0.5), 1e-9)
@@ -75,7 +89,10 @@ class PartTimes:
         return sum(self._expect(idx) for idx in range(first + 1, last + 1)) + self.head(last)
 
     def _expect(self, part: int) -> float:
-        return _quantile(self._multiples[part], QUANTILE) * self._hope(part) * self._unit()
+        return self._expect_multiple(part) * self._unit()
+
+    def _expect_multiple(self, part: int) -> float:
+        return _quantile(self._multiples[part], QUANTILE) * self._hope(part)
 
 
 def _quantile(seconds: Iterable[float], share: float) -> float:
@@ -105,48 +122,41 @@ class TimeBook:
         return tuple(x.shape), x.dtype, x.device, is_autocast, torch.get_num_threads()
 
 
-class _Timed:
-    """A forward whose parts are timed."""
+class _Probe:
+    """The visitor that times all parts of one forward: `seconds` of its stages, main's last, and of its heads."""
 
-    def __init__(self, times: PartTimes, run_head: RunHead, clock: Callable[[], float]):
-        self.times, self._run_head, self._clock = times, run_head, clock
-        self.started = self._last = clock()
-
-    def arrive(self, idx: int) -> float:
-        """Remember the stage that ends here, and return the time."""
-        now = self._clock()
-        self.times.add_stage(idx, now - self._last)
-        self._last = now
-        return now
+    def __init__(self, num_exits: int, run_head: RunHead, clock: Callable[[], float]):
+        self._num_exits, self._run_head, self._clock = num_exits, run_head, clock
+        self.stages: list[float] = []
+        self.heads: list[float] = []
+        self._last = clock()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # time is read between compiled parts of a backbone
     def visit(self, idx: int, tensor: Tensor) -> None:
-        """Time everything; the visitor of `learn_times`."""
-        if idx < self.times.num_exits:
-            self.arrive(idx)
-            self.run_head(idx, tensor)
+        if idx < self._num_exits:
+            self.stages.append(self._lap())
+            self._run_head(idx, tensor)
+            self.heads.append(self._lap())
 
-    def run_head(self, idx: int, tensor: Tensor) -> tuple[Tensor, float]:
-        """Return logits and the time they are there, and remember how long the head took."""
-        logits = self._run_head(idx, tensor)
-        now = self._clock()
-        self.times.add_head(idx, now - self._last)
-        self._last = now
-        return logits, now
+    def finish(self) -> list[float]:
+        """Return the seconds of all parts, at the end of the forward."""
+        return [*self.stages, self._lap(), *self.heads]
+
+    def _lap(self) -> float:
+        last, self._last = self._last, self._clock()
+        return self._last - last
 
 
 def learn_times(
     backbone: nn.Module, taps: Taps, x: Tensor, *, run_head: RunHead, clock: Clock = read_wall_clock
 ) -> PartTimes:
     """Return how long the parts take for a batch of images [B, C, H, W], of a few forwards with all heads."""
-    times = PartTimes(len(taps.names))
-    for probe in range(NUM_PROBES + 1):
-        # The first forward of a form is slow, and not remembered.
-        part_times = times if probe else PartTimes(len(taps.names))
-        timed = _Timed(part_times, run_head, lambda: clock(x.device))
-        taps.visit(backbone, x, timed.visit)
-        timed.arrive(len(taps.names))
-    return times
+    probes = []
+    for _ in range(NUM_PROBES + 1):
+        probe = _Probe(len(taps.names), run_head, lambda: clock(x.device))
+        taps.visit(backbone, x, probe.visit)
+        probes.append(probe.finish())
+    return PartTimes(len(taps.names), probes[1:])  # the first forward of a form is slow
 
 
 class _Race:
@@ -154,29 +164,54 @@ class _Race:
 
     At a tap it looks for the deepest classifier that can still answer in time. On the way there heads are run where
     the time allows that too, so that there is an answer if the rest takes longer than expected.
+
+    Args:
+        times: What is expected; what each part takes is added.
+        end: When the clock shows this it is too late.
+        run_head: Gives the logits of an exit.
+        clock: Tells seconds, when what was begun is done.
     """
 
-    def __init__(self, timed: _Timed, deadline: float):
-        self._timed, self._end = timed, timed.started + deadline
+    def __init__(self, times: PartTimes, end: float, run_head: RunHead, clock: Callable[[], float]):
+        self._times, self._end, self._run_head, self._clock = times, end, run_head, clock
         self.answer: tuple[int, Tensor] | None = None
+        self._last = clock()  # what was queued before is over, and no part of the first stage
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def visit(self, idx: int, tensor: Tensor) -> None:
-        times = self._timed.times
+        """Answer here, or go on, or stop."""
+        times = self._times
         if idx >= times.num_exits:
             return
-        left = self._end - self._timed.arrive(idx)
+        left = self._end - self._arrive(idx)
         ways = {later: times.way(idx, later) for later in range(idx, times.num_exits + 1)}
         target = max((later for later, way in ways.items() if way <= left), default=None)
         if target is None and self.answer is not None:
             raise ForwardStopped
         if target in (None, idx):
-            self.offer(idx, *self._timed.run_head(idx, tensor))
+            self._answer(idx, tensor)
             raise ForwardStopped
         if times.head(idx) + ways[target] <= left:
-            self.offer(idx, *self._timed.run_head(idx, tensor))
+            self._answer(idx, tensor)
 
-    def offer(self, idx: int, logits: Tensor, now: float) -> None:
+    def finish(self, logits: Tensor) -> None:
+        """Take the logits of main."""
+        self._offer(self._times.num_exits, logits, self._arrive(self._times.num_exits))
+
+    def _arrive(self, idx: int) -> float:
+        now = self._clock()
+        self._times.add_stage(idx, now - self._last)
+        self._last = now
+        return now
+
+    def _answer(self, idx: int, tensor: Tensor) -> None:
+        logits = self._run_head(idx, tensor)
+        now = self._clock()
+        self._times.add_head(idx, now - self._last)
+        self._last = now
+        self._offer(idx, logits, now)
+
+    def _offer(self, idx: int, logits: Tensor, now: float) -> None:
         """Take an answer that is in time, or that is the first."""
         if self.answer is None or now <= self._end:
             self.answer = idx, logits
@@ -188,23 +223,23 @@ def predict_by_deadline(
     x: Tensor,
     times: PartTimes,
     *,
-    deadline_ms: float,
+    end: float,
     run_head: RunHead,
     clock: Clock = read_wall_clock,
 ) -> Prediction:
     """Return the deepest answer that is there before the deadline; if none can be, the shallowest exit's.
 
-    The backbone is in eval mode, images are [B, C, H, W], the deadline is in milliseconds from now, above 0; the clock
-    tells seconds. What is measured on the way is added to `times`, which is what is known of such inputs.
+    The backbone is in eval mode, images are [B, C, H, W], `end` is the deadline as the clock tells it, in seconds. What
+    was queued on the stream before counts: it is waited for. What is measured on the way is added to `times`, which is
+    what is known of such inputs.
 
     Raises:
         InvalidValueError: What answers is NaN.
     """
-    timed = _Timed(times, run_head, lambda: clock(x.device))
-    race = _Race(timed, deadline_ms / 1e3)
+    race = _Race(times, end, run_head, lambda: clock(x.device))
     logits = taps.visit(backbone, x, race.visit)
     if logits is not None:
-        race.offer(times.num_exits, logits, timed.arrive(times.num_exits))
+        race.finish(logits)
     if race.answer is None:
         raise RuntimeError("No tap fired: the backbone's forward calls none of the tapped modules.")
     idx, logits = race.answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterable, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -106,11 +107,21 @@ def step_exits(model: MultiExitModel, x: Tensor) -> OwnThread:
         check_answer(num_exits, num_exits, output)
         yield num_exits, output
 
-    return OwnThread(step())
+    taps, num_classes = model._taps, model.num_classes
+
+    def check() -> None:
+        if model.training or model._taps is not taps or model.num_classes != num_classes:
+            raise StateError(
+                'The model was changed (its exits, classes or mode) since this iteration over the exits began: begin'
+                ' a new one.'
+            )
+
+    return OwnThread(step(), check)
 
 
 def predict_in_time(model: MultiExitModel, x: Tensor, deadline_ms: float) -> Prediction:
     """Do `MultiExitModel.predict`."""
+    called = time.perf_counter()
     _check_input(model, x)
     if not is_number(deadline_ms) or not 0 < deadline_ms <= MAX_MS:
         error = InvalidValueError if isinstance(deadline_ms, Real) else InvalidTypeError
@@ -121,7 +132,9 @@ def predict_in_time(model: MultiExitModel, x: Tensor, deadline_ms: float) -> Pre
         if times is None:
             times = learn_times(model.backbone, model._taps, x, run_head=run_head)
             model._time_book.keep(x, times)
-        return predict_by_deadline(model.backbone, model._taps, x, times, deadline_ms=deadline_ms, run_head=run_head)
+            called = time.perf_counter()
+        end = called + deadline_ms / 1e3
+        return predict_by_deadline(model.backbone, model._taps, x, times, end=end, run_head=run_head)
 
 
 def calibrate_model(

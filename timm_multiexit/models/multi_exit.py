@@ -207,8 +207,9 @@ class MultiExitModel(TimmSurface):
     def anytime(self, x: Tensor) -> OwnThread:
         """Yield (exit, logits [B, C]) of each exit as soon as it is known, main last as the number of exits.
 
-        The forward waits in the meantime; leaving the loop ends it, and the rest is not computed. Other calls of the
-        model may come in between. Runs without gradients.
+        The forward waits in the meantime; leaving the loop ends it, and so does the end of its thread, and the rest is
+        not computed. Other calls of the model may come in between. All of it runs on the stream that is current at
+        the first step; the stream that is current at a later one is made to wait for it. Runs without gradients.
 
         Args:
             x: Images, [B, in_chans, H, W].
@@ -216,7 +217,8 @@ class MultiExitModel(TimmSurface):
         Raises:
             InvalidTypeError: The images are not a tensor, or of another dtype than the weights.
             InvalidValueError: The batch is empty or of another shape; in the loop, a classifier gives NaN.
-            StateError: The model is in training mode, or a loop that began in another thread is continued.
+            StateError: The model is in training mode, a loop that began in another thread is continued, or exits,
+                classes or mode of the model have changed since it began.
         """
         return dynamic.step_exits(self, x)
 
@@ -226,7 +228,8 @@ class MultiExitModel(TimmSurface):
         How long each part takes is learnt by measuring, for each shape of input: the first call with a shape runs a few
         forwards for that before its time begins, every call adds what it sees. A later exit is tried only if it is
         expected to be in time; if it is late nevertheless, an earlier answer counts. If not even the first exit can be
-        in time it is the answer, as the earliest there is. Runs without gradients.
+        in time it is the answer, as the earliest there is. Work that was queued on the current stream of the device
+        before the call takes its part of the time; other streams are not waited for. Runs without gradients.
 
         Args:
             x: Images, [B, in_chans, H, W].
@@ -406,8 +409,8 @@ class MultiExitModel(TimmSurface):
         self.backbone.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
         for head in self.exits:
             cast(ExitHead, head).reset_classifier(num_classes)
-        self._forget_inference()
-        self._taps.install(self.backbone)
+        self._taps.remove(self.backbone)
+        self._set_taps()  # the classifiers may have other names: without classes some are part of an Identity
 
 
 def _warn_renamed(old: str, new: str) -> None:

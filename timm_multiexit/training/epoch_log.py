@@ -36,6 +36,7 @@ class EpochLog:
         self.names = (*exit_names(num_exits), ENSEMBLE) if num_exits else exit_names(0)
         self.metric = default_metric(multi_label)
         self.summary = Summary()
+        self._row: dict[str, float] = {}
         self._durations: deque[float] = deque(maxlen=_ETA_WINDOW)
         self._pending: list[tuple[int, float, torch.Tensor]] = []
         self._started = time.perf_counter()
@@ -67,9 +68,15 @@ class EpochLog:
             log_step(self.accelerator, {**dict(zip(trainer.progress.columns(), row)), 'lr': lr, **speed}, step)
         self._pending.clear()
 
-    def note_epoch(self, epoch: int, train: dict[str, float], eval: dict[str, float], lr: float) -> None:
-        """Add an epoch to the table: what was measured in training and in evaluation, and its last learning rate."""
-        self.summary.add(epoch, train, eval, lr)
+    def note_epoch(
+        self, epoch: int, train: dict[str, float], eval: dict[str, float], lr: float, *, is_evaluated: bool = True
+    ) -> None:
+        """Note what was measured in an epoch, in training and in evaluation, and its last learning rate.
+
+        As timm's, the table has a row for the epochs alone that `--val-interval` does not leave out.
+        """
+        table = self.summary if is_evaluated else Summary()
+        self._row = table.add(epoch, train, eval, lr)
 
     def write(self) -> None:
         """Write `summary.csv`, and `curves.png` twice a minute at the most and at the end: to draw it takes a while."""
@@ -85,8 +92,8 @@ class EpochLog:
             _logger.warning('No curves.png without matplotlib. Install it with pip install "timm-multiexit[plots]".')
 
     def end_epoch(self, trainer: Trainer, rate: float) -> None:
-        """Log the last epoch's row and its line, with the rate in training images per second."""
-        row = self.summary.rows[-1]
+        """Log what was noted of the epoch, and its line, with the rate in training images per second."""
+        row = self._row
         log_epoch(self.accelerator, row, trainer.num_updates)
         self._durations.append(time.perf_counter() - self._started)
         columns = {name: eval_column(name, self.metric) for name in self.names}

@@ -195,7 +195,7 @@ class TrainingRun:
         # Without an evaluation timm chooses by the training loss, if by a loss.
         is_by_training = data.val_loader is None and config.eval_metric == 'loss'
         metric = train_metrics['loss'] if is_by_training else metrics.get(config.eval_metric)
-        epoch_log.note_epoch(epoch, train_metrics, metrics, lr)
+        epoch_log.note_epoch(epoch, train_metrics, metrics, lr, is_evaluated=is_evaluated)
         if trainer.scheduler is not None:
             trainer.scheduler.step(epoch + 1, metric)
         # From here on the run stands at the beginning of the next epoch.

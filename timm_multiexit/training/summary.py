@@ -17,10 +17,10 @@ _TIMM_COLUMNS = ('epoch', 'train_loss', 'eval_loss', *(f'eval_{metric}' for metr
 
 
 class Summary:
-    """The rows of summary.csv, one per epoch: timm's columns in timm's order, then those of the exits.
+    """The rows of summary.csv, one per epoch that was evaluated: timm's columns in timm's order, then those of the exits.
 
     >>> summary = Summary()
-    >>> summary.add(0, {'loss': 2.5, 'exit0_loss': 3.0}, {'loss': 2.0, 'top1': 60.0, 'exit0_top1': 50.0}, lr=0.1)
+    >>> row = summary.add(0, {'loss': 2.5, 'exit0_loss': 3.0}, {'loss': 2.0, 'top1': 60.0, 'exit0_top1': 50.0}, lr=0.1)
     >>> summary.columns
     ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'lr', 'train_exit0_loss', 'eval_exit0_top1')
     """
@@ -30,7 +30,7 @@ class Summary:
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """One dict per epoch, column -> number; an epoch without evaluation has no `eval_*` keys."""
+        """One dict per row, column -> number; without a validation split there are no `eval_*` keys."""
         return [dict(row) for row in self._rows]
 
     @property
@@ -42,15 +42,16 @@ class Summary:
         others.sort(key=lambda key: not key.startswith('train_'))
         return (*(key for key in _TIMM_COLUMNS if key in found), *others)
 
-    def add(self, epoch: int, train: Mapping[str, float], eval: Mapping[str, float], lr: float) -> None:
-        """Add the row of an epoch; rows of this epoch and of later ones, left by an earlier run, are dropped.
+    def add(self, epoch: int, train: Mapping[str, float], eval: Mapping[str, float], lr: float) -> dict[str, float]:
+        """Add the row of an epoch and return it; rows of this epoch and of later ones, left by an earlier run, are dropped.
 
         Metrics of main or the whole have bare names (`loss`, `exit0_top1`); `eval` is empty if there was no evaluation.
         """
-        row = {'epoch': int(epoch), 'lr': float(lr)}
+        row: dict[str, float] = {'epoch': int(epoch), 'lr': float(lr)}
         row |= {f'train_{key}': float(value) for key, value in train.items()}
         row |= {f'eval_{key}': float(value) for key, value in eval.items()}
         self._rows = [old for old in self._rows if old['epoch'] < epoch] + [row]
+        return dict(row)
 
     def write(self, path: Path | str) -> None:
         """Write the whole file, or nothing: a kill leaves the file as it was."""

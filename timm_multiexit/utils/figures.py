@@ -28,10 +28,29 @@ def new_figure(width: float, height: float, title: str = '') -> Any:
 
 
 def encode_png(figure: Any) -> bytes:
-    """Return a figure as a PNG of 150 pixels per inch."""
+    """Return a figure as a PNG of 150 pixels per inch; texts, which have names in them, are drawn as they are.
+
+    Between two dollar signs matplotlib would read formulas, and raise where they are none.
+    """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
     content = BytesIO()
-    figure.savefig(content, dpi=150, format='png')
+    with rc_context({'text.parse_math': False}):  # for texts that are made while it is drawn
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+            text.set_text(text.get_text().encode(errors='replace').decode())  # names of files may be no Unicode
+        figure.savefig(content, dpi=150, format='png')
     return content.getvalue()
+
+
+def legend_label(name: str) -> str:
+    """Return a name for the legend, from which matplotlib leaves those out that begin with an underscore.
+
+    >>> legend_label('_run'), legend_label('run')
+    (' _run', 'run')
+    """
+    return f' {name}' if name.startswith('_') else name
 
 
 def line_style(idx: int) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""Files that are written whole or not at all, and one line where the disk is full or not writable."""
+"""Files that are written whole or not at all, and one line where the disk refuses them."""
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,20 +13,33 @@ from safetensors import SafetensorError
 
 from timm_multiexit.utils.errors import DiskError, InvalidValueError, MultiExitError, one_line
 
-# What to do when a file cannot be written: in training, and elsewhere.
-RESUME = 'free disk space and resume (train.py: --resume auto)'
+# What to do once a file can be written: in training, and elsewhere.
+RESUME = 'then resume by --resume auto'
 
-RUN_AGAIN = 'free disk space, then run it again'
+RUN_AGAIN = 'then run it again'
+
+# What keeps a file from being written, by the system's number, and what helps.
+_FULL = 'free disk space'
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), 'make it writable or name another folder'),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), 'name another folder, there is a file where one must be'),
+    errno.EISDIR: 'name another file, there is a folder where it must be',
+    errno.ENOENT: 'make its folder, which is gone',
+    errno.ENAMETOOLONG: 'give a shorter name',
+}
 
 
 @contextmanager
 def explain_disk_errors(
     path: str | os.PathLike[str], draft: str | os.PathLike[str] | None = None, *, advice: str = RESUME
 ) -> Iterator[None]:
-    """Turn errors of writing `path` into one line with advice; a partly written `draft` is removed.
+    """Turn errors of writing `path` into one line, with what helps and what to do `advice` afterwards.
+
+    A partly written `draft` is removed.
 
     Raises:
-        DiskError: The disk is full or not writable.
+        DiskError: The disk is full or not writable, or the path is not one that can be written.
     """
     try:
         yield
@@ -40,8 +55,16 @@ def explain_disk_errors(
         if draft:
             with suppress(OSError):
                 Path(draft).unlink()
-        reason = one_line(cause)
-        raise DiskError(f'{path} could not be written: {reason}. The previous content is intact: {advice}.') from error
+        intact = '. The previous content is intact:' if os.path.isfile(path) or draft else ';'
+        raise DiskError(f'{path} could not be written: {one_line(cause)}{intact} {_remedy(cause)}, {advice}.') from error
+
+
+def _remedy(error: OSError | SafetensorError) -> str:
+    number = getattr(error, 'errno', None)
+    if number is None:  # safetensors' errors are text alone
+        found = re.search(r'os error (\d+)', str(error))
+        number = int(found.group(1)) if found else errno.ENOSPC
+    return _REMEDIES.get(number, 'see to the disk')
 
 
 @contextmanager
@@ -96,7 +119,7 @@ def new_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
 
 def write_output(path: Path, content: bytes) -> None:
     """Write a result, whole or not at all."""
-    with replacing(path, advice='the results are printed above; free disk space or give another path') as draft:
+    with replacing(path, advice='the results are printed above') as draft:
         draft.write_bytes(content)
 
 

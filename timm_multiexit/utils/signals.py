@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,10 @@ _logger = logging.getLogger(__name__)
 
 # Updates between checks of whether a process got a signal; processes must agree, which costs a message.
 _INTERVAL = 10
+
+# Seconds in which a second SIGTERM is the first one again: a scheduler sends it to all processes, and a launcher that
+# gets it sends it on.
+_SAME_SIGNAL_SECONDS = 1.0
 
 
 @contextmanager
@@ -30,6 +35,27 @@ def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, before)
 
 
+def outlive_signals() -> None:
+    """Let this process, which loads data, go on after SIGTERM and SIGINT: the one it works for saves, and ends it.
+
+    Schedulers send them to all processes of a job, and torch gives up a run whose loading processes end. A later
+    SIGTERM does end it, as torch does with processes that hang.
+    """
+    first = None
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif now - first > _SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Stopped(Exception):
     """The run got a signal, of this number, and has saved its state."""
 
@@ -39,14 +65,15 @@ class Stopped(Exception):
 
 
 class Stopper:
-    """Notes SIGTERM and the first SIGINT, so that a run can save and stop after the step; a second one interrupts.
+    """Notes SIGTERM or SIGINT, so that a run can save and stop after the step; a second one interrupts.
 
-    `signal` is the number of the signal that came, 0 for none. The processes of the accelerator stop together.
+    A second SIGTERM within a second is the first one again. `signal` is the number of the signal that came, 0 for none. The processes of the accelerator stop together.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.signal = 0
+        self._noted = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -55,10 +82,13 @@ class Stopper:
 
         def note(number: int, frame: Any) -> None:
             if os.getpid() != process:
-                return  # data loading processes, which inherit this, must outlive the step
+                return  # processes that inherit this must outlive the step
+            now = time.monotonic()
             if self.signal:
+                if number == signal.SIGTERM and now - self._noted <= _SAME_SIGNAL_SECONDS:
+                    return
                 raise KeyboardInterrupt
-            self.signal = number
+            self.signal, self._noted = number, now
             _logger.info(f'{signal.Signals(number).name}: saving and stopping after this step.')
 
         with handling_signals(note):
@@ -73,5 +103,7 @@ class Stopper:
             if num_updates is not None and num_updates % _INTERVAL:
                 return False
             asked = torch.tensor([self.signal], device=self.accelerator.device)
-            self.signal = int(self.accelerator.gather(asked).max())
+            found = int(self.accelerator.gather(asked).max())
+            if found and not self.signal:  # of another process: the one to this process is still to come
+                self.signal, self._noted = found, time.monotonic()
         return bool(self.signal)

@@ -15,15 +15,17 @@ def read_clock(device: torch.device) -> float:
     """
     if device.type == 'cpu' and torch.get_num_threads() == 1:
         return time.process_time()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 def read_wall_clock(device: torch.device) -> float:
-    """Return the time in seconds that passes for everybody, with all work on the device done."""
-    if device.type != 'cpu':
+    """Return the time in seconds that passes for everybody, with all work on the device's current stream done."""
+    if device.type == 'mps':  # has one stream, which cannot be waited for by itself
         torch.accelerator.synchronize(device)
+    elif device.type != 'cpu':
+        torch.accelerator.current_stream(device).synchronize()
     return time.perf_counter()
 
 

@@ -1,4 +1,4 @@
-"""Files from untrusted places: JSON and the headers of safetensors, read without trusting them.
+"""Files from untrusted places: JSON, YAML and the headers of safetensors, read without trusting them.
 
 Nothing here runs code from a file, and no memory is allocated for what a file claims.
 """
@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
+import yaml
 
 from timm_multiexit.utils.errors import CheckpointError, MissingFileError, brief, one_line
 
 _MAX_JSON_BYTES = 4 * 2**20  # Python's objects take many times that
+_MAX_YAML_BYTES = 2**18  # read at some 100 KB per second
+_MAX_YAML_VALUES = 50_000
 _LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 _MAX_HEADER_BYTES = 4 * 2**20  # some 30,000 tensors
 
@@ -83,6 +86,65 @@ def _parse_float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f'{text[:40]} is out of the range of floats')
     return value
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Return the mapping in a YAML file of flags; {} for an empty one.
+
+    Raises:
+        MissingFileError: The file does not exist.
+        CheckpointError: It cannot be read, is larger than 256 KB, not YAML, nested too deeply, has a key twice, or
+            aliases that stand for too many values, or holds anything but a mapping.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _MAX_YAML_BYTES:
+            raise CheckpointError(f'{path} must have at most {_MAX_YAML_BYTES} bytes, got {size}.')
+        loader = yaml.SafeLoader(path.read_text(encoding='utf-8'))
+        node = loader.get_single_node()
+        if node is not None:
+            _count_values(node, {})
+        values = {} if node is None else loader.construct_document(node)
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise MissingFileError(f'{path} cannot be read: {one_line(error)}.') from error
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        reason = 'it is nested too deeply' if isinstance(error, RecursionError) else one_line(error)
+        raise CheckpointError(f'{path} must be a YAML file: {reason}.') from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise CheckpointError(f'{path} must be a mapping of flag names to values, got {brief(values)}.')
+    return values
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
+    """Return how many values a node stands for where its aliases are written out, each node visited once."""
+    if node in counts:
+        known = counts[node]
+        if known is None:
+            raise ValueError(f'an alias in line {node.start_mark.line + 1} is part of what it stands for')
+        return known
+    counts[node] = None
+    items: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        items = node.value
+    elif isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        items = [item for pair in node.value for item in pair]
+    counts[node] = count = 1 + sum(_count_values(item, counts) for item in items)
+    if count > _MAX_YAML_VALUES:
+        raise ValueError(f'it has more than {_MAX_YAML_VALUES} values, aliases written out')
+    return count
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if (key.tag, key.value) in seen:
+                raise ValueError(f'the key {brief(key.value)} occurs twice, in line {key.start_mark.line + 1} again')
+            seen.add((key.tag, key.value))
 
 
 class TensorInfo(NamedTuple):

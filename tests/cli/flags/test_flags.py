@@ -517,8 +517,9 @@ BAD_CONFIG = {
     'help': ('help: true', 'has unknown keys: help'),
     'twice': ('batch-size: 8\nbatch_size: 4', "has two keys for one flag, one of them 'batch_size'"),
     'twice-names': ('exit_widths: 1,2\nhead_widths: 1,2', "has two keys for one flag, one of them 'head_widths'"),
-    'not-a-mapping': ('[1, 2]', 'must be a mapping of flag names to values.'),
+    'not-a-mapping': ('[1, 2]', 'must be a mapping of flag names to values, got [1, 2].'),
     'not-yaml': ('a: [1', 'must be a YAML file: '),
+    'same-key-twice': ('lr: 1\nepochs: 3\nlr: 2', "must be a YAML file: the key 'lr' occurs twice, in line 3 again."),
     'script': ('torchscript: true', '--torchscript is not supported'),
     'both-compilers': ('torchscript: true\ntorchcompile: eager', '--torchscript is not supported'),
     'range': ('hflip: 2', 'hflip must be in [0, 1], got 2.'),
@@ -552,7 +553,7 @@ def test_recipe_is_the_command_line_that_it_stands_for(path):
 
 
 def test_missing_config_is_named():
-    with pytest.raises(MultiExitError, match='^Cannot read --config nowhere.yaml: No such file'):
+    with pytest.raises(MultiExitError, match='^--config nowhere.yaml cannot be read: No such file'):
         parse_train_args(['--config', 'nowhere.yaml'])
 
 

@@ -5,13 +5,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from timm_multiexit.cli.flags.parser import Choice, KwargsAction, Number, ScriptParser, format_error
-from timm_multiexit.utils.errors import InvalidValueError, MissingFileError, brief, one_line
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, MissingFileError, brief
+from timm_multiexit.utils.untrusted import read_yaml
 
 # What a run writes into its args.yaml beside its flags, and finds out anew.
-_RUN_KEYS = ('is_demo', 'origin')
+_RUN_KEYS = ('is_demo', 'origin', 'resumed')
 
 
 def read_config(path: str, parser: ScriptParser) -> dict[str, Any]:
@@ -19,7 +18,12 @@ def read_config(path: str, parser: ScriptParser) -> dict[str, Any]:
 
     Keys are names of flags, with dashes or underscores. An `args.yaml` that a run wrote is such a file.
     """
-    content = _read_mapping(path)
+    try:
+        content = read_yaml(Path(path))
+    except MissingFileError as error:
+        raise MissingFileError(f'--config {error}') from error
+    except CheckpointError as error:
+        raise InvalidValueError(f'--config {error}') from error
     names = {
         name.removeprefix('--').replace('-', '_'): action
         for action in parser._actions
@@ -43,19 +47,6 @@ def read_config(path: str, parser: ScriptParser) -> dict[str, Any]:
         except argparse.ArgumentError as error:
             raise InvalidValueError(f'--config {path}: {format_error(error, key)}') from None
     return config
-
-
-def _read_mapping(path: str) -> dict[Any, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except OSError as error:
-        raise MissingFileError(f'Cannot read --config {path}: {one_line(error)}.') from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise InvalidValueError(f'--config {path} must be a YAML file: {one_line(error)}.') from error
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise InvalidValueError(f'--config {path} must be a mapping of flag names to values.')
-    return content
 
 
 def _parse(parser: ScriptParser, action: argparse.Action, value: Any) -> Any:
