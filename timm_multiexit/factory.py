@@ -8,11 +8,12 @@ from torch import nn
 
 from timm_multiexit.checkpoints.source import ModelSource, create_backbone, create_empty_backbone, find_source
 from timm_multiexit.exits.backbone import resolve_input_size
-from timm_multiexit.exits.placement import ExitsArg, stage_points
-from timm_multiexit.exits.survey import ExitPoint, survey_backbone
+from timm_multiexit.exits.placement import ExitsArg, stage_points, survey_places
+from timm_multiexit.exits.survey import ExitPoint
 from timm_multiexit.models.attach import attach_exits, check_attachable
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin, find_origin
+from timm_multiexit.utils.checks import check_image_size, check_instance, check_int
 from timm_multiexit.utils.errors import InvalidValueError
 
 _logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def exit_points(
     if isinstance(backbone, str | ModelSource):
         backbone = create_empty_backbone(backbone)
     check_attachable(backbone)
-    return stage_points(backbone, survey_backbone(backbone, (), resolve_input_size(backbone, input_size)))
+    return stage_points(backbone, survey_places(backbone, (), resolve_input_size(backbone, input_size)))
 
 
 def create_model(
@@ -72,6 +73,13 @@ def create_model(
     >>> model(torch.randn(2, 3, 64, 64), exit_idx=0).shape
     torch.Size([2, 10])
     """
+    if not isinstance(model_name, ModelSource):
+        check_instance('model_name', model_name, str, hint='timm.list_models() lists names.')
+    for name in ('num_classes', 'in_chans'):
+        if kwargs.get(name) is not None:
+            kwargs[name] = check_int(name, kwargs[name], 1)
+    if input_size is not None:
+        input_size = check_image_size('input_size', input_size)
     if kwargs.get('features_only'):
         raise InvalidValueError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
     source = find_source(model_name, **kwargs)

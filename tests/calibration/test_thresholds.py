@@ -318,7 +318,7 @@ def test_one_sample_and_one_exit_are_enough():
 
 WRONG = {
     'both': ({'max_drop': 0.1}, "Pass either .* got budget='60%' and max_drop=0.1"),
-    'neither': ({'budget': None}, 'Pass either budget, the mean cost, or max_drop'),
+    'neither': ({'budget': None}, 'Pass either budget, as .* or max_drop, as .* got budget=None'),
     'unit': ({'budget': '60'}, "A budget must be .* got '60'"),
     'times': ({'budget': '5ms'}, 'no costs in ms'),
     'below': ({'budget': '1%'}, 'must be 28% to 107%, got 1%, which is below the cheapest policy'),

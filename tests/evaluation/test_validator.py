@@ -54,7 +54,9 @@ def test_held_out_images_are_those_of_training_and_not_augmented(model):
     """The same choice as train.py's, through the evaluation transform: the logits of a loader made by hand."""
     args = parse('--model', 'test_resnet', '--calib-from-train', '150', '--seed', '7', '--img-size', '32')
     validator = make_validator(args, model)
-    collected, source = validator._calibrate(collect_logits(model, [(torch.zeros(1, 3, 32, 32), torch.zeros(1))]))
+    collected, source = validator._calibrate(
+        collect_logits(model, [(torch.zeros(1, 3, 32, 32), torch.zeros(1).long())])
+    )
     assert source == '150 images drawn from the train split with seed 7'  # the run is not known
     train = create_checked_dataset(DIGITS, root=None, split='train')
     _, held_out = hold_out(train, 150, seed=7)

@@ -154,9 +154,9 @@ def test_tap_that_does_not_fire_is_an_error_and_no_silent_gap():
 def test_nan_is_an_error_that_names_the_exit_and_counts_the_images():
     exits, x = Exits(), make_images(8)
     x[[2, 5]] = float('nan')
-    with pytest.raises(MultiExitError, match='Exit 0 gives NaN for 2 of 8 images'):
+    with pytest.raises(MultiExitError, match='Exit 0 gives NaN or infinite logits for 2 of 8 images'):
         exits.infer(x, ExitPolicy('confidence', (0.5, 0.5, 0.5)))
-    with pytest.raises(MultiExitError, match='Exit 1 gives NaN for 2 of 8 images'):
+    with pytest.raises(MultiExitError, match='Exit 1 gives NaN or infinite logits for 2 of 8 images'):
         exits.infer(x, ExitPolicy('patience', (None, 1, 1)))
 
 

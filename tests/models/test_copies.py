@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import timm
@@ -229,11 +230,11 @@ def test_model_survives_the_disk_after_an_exit_was_dropped(make_small, x, tmp_pa
     assert_same_answers(loaded, model, x)
 
 
-@pytest.mark.parametrize(('exits', 'named'), [([3], 3), ([-4], -4), ([0, 7], 7)], ids=repr)
-def test_dropping_an_exit_that_is_not_there_is_an_error_that_changes_nothing(make_small, x, exits, named):
+@pytest.mark.parametrize('exits', [[3], [-4], [0, 7]], ids=repr)
+def test_dropping_an_exit_that_is_not_there_is_an_error_that_changes_nothing(make_small, x, exits):
     model = make_small('test_resnet').eval()
     before = copy.deepcopy(model)
-    with pytest.raises(MultiExitError, match=rf'exits must be in \[0, 2\], got {named}') as error:
+    with pytest.raises(MultiExitError, match=rf'exits must be .* in \[-3, 2\], got {re.escape(str(exits))}') as error:
         model.drop_exits(exits)
     assert '\n' not in str(error.value)
     assert len(model.exits) == 3

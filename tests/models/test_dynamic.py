@@ -90,9 +90,9 @@ def test_infer_takes_policy_threshold_budget_or_its_own_policy(model, x, policy)
         ({'threshold': -0.1}, 'got -0.1'),
         ({'threshold': float('nan')}, 'got nan'),
         ({'threshold': 'high'}, "got 'high'"),
-        ({'threshold': 0.5, 'bucket_sizes': 0}, r'bucket_sizes must be integers >= 1, got \[0\]'),
+        ({'threshold': 0.5, 'bucket_sizes': 0}, r'bucket_sizes must be a list of integers >= 1, got \[0\]'),
         ({'budget': '60%'}, r"no table of budgets to look up '60%' in: call model.calibrate\(loader, budget="),
-        ({'threshold': 0.5, 'bucket_sizes': (0, 8)}, r'bucket_sizes must be integers >= 1, got \[0, 8\]'),
+        ({'threshold': 0.5, 'bucket_sizes': (0, 8)}, r'bucket_sizes must be a list of integers >= 1, got \[0, 8\]'),
     ],
 )
 def test_what_infer_cannot_do_is_an_error_of_one_line(model, x, arguments, message):
@@ -129,7 +129,7 @@ def test_empty_or_misshaped_batches_are_an_error_before_any_work(model, images, 
 
 def test_nan_images_are_an_error_and_leave_the_model_clean(model, x, policy):
     x[3] = float('nan')
-    with pytest.raises(MultiExitError, match='Exit 0 gives NaN for 1 of 12 images'):
+    with pytest.raises(MultiExitError, match='Exit 0 gives NaN or infinite logits for 1 of 12 images'):
         model.infer(x, policy)
     assert is_clean(model)
 
@@ -413,10 +413,13 @@ def test_every_call_is_right_with_a_compiled_backbone(model, x, policy, what, se
 
 def ask(model, x, policy, draw):
     """Make one call of a random form and return its (what was asked, answer) pairs."""
-    form = draw.choice(['infer', 'anytime', 'exit_idx', 'plain', 'exits'])
-    if form == 'infer':
-        found = model.infer(x, policy)
-        return [('policy', found.logits), ('left at', found.exit_idx)]
+    form = draw.choice(['infer', 'calibrated', 'anytime', 'predict', 'exit_idx', 'plain', 'exits'])
+    if form in ('infer', 'calibrated'):
+        found = model.infer(x, policy) if form == 'infer' else model.infer(x)  # by the model's own policy
+        return [(form, found.logits), (f'{form}, left at', found.exit_idx)]
+    if form == 'predict':
+        found = model.predict(x, deadline_ms=draw.choice([1e-3, 1.0, 60_000]))
+        return [(int(found.exit_idx[0]), found.logits)]
     if form == 'anytime':
         last, pairs = draw.randrange(4), []
         for idx, logits in model.anytime(x):
@@ -431,24 +434,31 @@ def ask(model, x, policy, draw):
     return list(enumerate(model(x, exits=True).logits)) if form == 'exits' else [(3, model(x))]
 
 
-@pytest.mark.parametrize('num_calls', [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_eight_threads_mix_all_calls_on_one_model(model, policy, num_calls):
+@pytest.mark.parametrize('seconds', [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_eight_threads_mix_all_calls_on_one_model(model, policy, seconds):
     num_threads, tolerance = 8, 1e-4
     scales = torch.linspace(0.3, 3, 2 * num_threads).view(num_threads, 2, 1, 1, 1)
     inputs = torch.randn(num_threads, 2, *SIZE) * scales
+    with torch.no_grad():
+        # What main answers is right here, so that it pays to leave where an exit says the same.
+        model.calibrate([(x, model(x).argmax(1)) for x in inputs], budget='90%')
     expected = []
     with torch.no_grad():
         for x in inputs:
             logits = model(x, exits=True).logits
-            prediction = apply_policy(policy, logits)
-            expected.append({**dict(enumerate(logits)), 'policy': prediction.logits, 'left at': prediction.exit_idx})
-    assert len(torch.cat([answers['left at'] for answers in expected]).unique()) >= 3
+            expected.append(dict(enumerate(logits)))
+            for form, used in (('infer', policy), ('calibrated', model.policy)):
+                prediction = apply_policy(used, logits)
+                expected[-1] |= {form: prediction.logits, f'{form}, left at': prediction.exit_idx}
+    assert len(torch.cat([answers['infer, left at'] for answers in expected]).unique()) >= 3
+    assert len(torch.cat([answers['calibrated, left at'] for answers in expected]).unique()) >= 2
     for idx in range(4):
         answers = torch.stack([answers[idx] for answers in expected])
         gaps = (answers[:, None] - answers[None]).abs().amax((2, 3)) + torch.eye(num_threads)
         assert gaps.min() > 10 * tolerance
     checked, wrong, failures = [0] * num_threads, [0] * num_threads, []
     barrier = threading.Barrier(num_threads)
+    end = time.perf_counter() + seconds
 
     def work(thread):
         draw = random.Random(thread)
@@ -456,7 +466,7 @@ def test_eight_threads_mix_all_calls_on_one_model(model, policy, num_calls):
         try:
             with torch.inference_mode():
                 barrier.wait()
-                for _ in range(num_calls):
+                while time.perf_counter() < end or checked[thread] < 10:
                     pairs = ask(model, inputs[thread], policy, draw)
                     gaps = [(answer - expected[thread][asked]).abs().max() for asked, answer in pairs]
                     wrong[thread] += float(max(gaps)) > tolerance
@@ -475,7 +485,9 @@ def test_eight_threads_mix_all_calls_on_one_model(model, policy, num_calls):
     finally:
         sys.setswitchinterval(interval)
     assert not failures
-    assert (checked, wrong) == ([num_calls] * num_threads, [0] * num_threads)
+    assert min(checked) >= 10
+    assert wrong == [0] * num_threads, f'of {checked}'
+    print(f'{sum(checked)} calls of {num_threads} threads')
     assert is_clean(model)
 
 

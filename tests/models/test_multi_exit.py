@@ -220,7 +220,7 @@ def test_collect_runs_every_stage_and_head_once(make_model, x):
 @pytest.mark.parametrize('exit_idx', [4, -5, 100])
 def test_exit_out_of_range_is_an_error_that_names_the_range(make_model, x, exit_idx):
     model = make_model()
-    with pytest.raises(MultiExitError, match=rf'exit_idx must be in \[-4, 3\], got {exit_idx}') as error:
+    with pytest.raises(MultiExitError, match=rf'exit_idx must be an integer in \[-4, 3\], got {exit_idx}') as error:
         model(x, exit_idx=exit_idx)
     assert '\n' not in str(error.value)
 

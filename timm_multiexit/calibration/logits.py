@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from timm_multiexit.data.batches import LabelCheck, read_batches
 from timm_multiexit.utils.errors import DataError, StateError
 
 
@@ -117,31 +118,39 @@ def collect_logits(
 
     Args:
         model: A `MultiExitModel` in eval mode, on the device where it is to run.
-        loader: Batches of images and class indices, of this process alone.
+        loader: Batches of images and class indices, see `timm_multiexit.data.batches`, of this process alone.
         accelerator: Gives precision; none for that of the model.
         channels_last: Give images to the model in that memory format.
         features: Keep the features of all classifiers too.
 
     Raises:
-        DataError: The loader is empty.
+        InvalidTypeError: It is not a loader.
+        DataError: The loader is empty, its images are of several sizes, or it gives something else.
         StateError: The model is in training mode.
     """
     if model.training:
         raise StateError(
             'The model is in training mode, so its logits would depend on the batch: call model.eval() first.'
         )
-    param = next(model.parameters())
+    param, labels = next(model.parameters()), LabelCheck()
     columns, fingerprint = _Columns(), Fingerprinter()
     first_batch: Tensor | None = None
-    for images, target in loader:
+    for images, target in read_batches(loader):
+        if first_batch is not None and images.shape[1:] != first_batch.shape[1:]:
+            raise DataError(
+                f'All images must have one size, as costs depend on it, got {list(first_batch.shape[1:])} and'
+                f' {list(images.shape[1:])}.'
+            )
         images = images.to(param.device, param.dtype)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast() if accelerator else nullcontext():
             outputs = model(images, exits=True)
+        target = labels.add(target, outputs.logits[-1].shape[-1])
         kept = (*outputs.logits, *outputs.features) if features else outputs.logits
         columns.add([target, fingerprint(images), *(single.float() for single in kept)])
         first_batch = images if first_batch is None else first_batch
+    labels.finish()
     if first_batch is None:
         raise DataError('The data loader is empty, so there is nothing to evaluate.')
     targets, fingerprints, *joined = columns.join()

@@ -13,8 +13,9 @@ from timm_multiexit.exits.cost import ExitCost, add_heads
 from timm_multiexit.exits.taps import RunHead, Taps
 from timm_multiexit.policies.budgets import SIZES, UNITS, PolicyResult
 from timm_multiexit.policies.policy import ExitPolicy
+from timm_multiexit.utils.checks import check_choice, check_instance, is_list
 from timm_multiexit.utils.environment import describe_environment
-from timm_multiexit.utils.errors import InvalidValueError, brief, is_number
+from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, brief, is_number
 from timm_multiexit.utils.timing import read_wall_clock, time_interleaved
 
 
@@ -28,6 +29,7 @@ class StageCosts:
         unit: 'MACs' or 'ms'.
 
     Raises:
+        InvalidTypeError: Costs are not lists.
         InvalidValueError: Unknown unit, numbers that are negative or not finite, a backbone that costs nothing, or
             lengths that do not fit.
 
@@ -41,9 +43,10 @@ class StageCosts:
     unit: str = 'MACs'
 
     def __post_init__(self) -> None:
-        if self.unit not in UNITS:
-            raise InvalidValueError(f'The unit of costs must be {" or ".join(UNITS)}, got {brief(self.unit)}.')
+        check_choice('unit', self.unit, UNITS)
         for name in ('paths', 'heads'):
+            if not is_list(getattr(self, name)):
+                raise InvalidTypeError(f'{name} must be a list of numbers, got {brief(getattr(self, name))}.')
             values = tuple(getattr(self, name))
             wrong = [value for value in values if not is_number(value) or not 0 <= value <= SIZES[1]]
             if wrong:
@@ -85,8 +88,10 @@ class StageCosts:
         """Return the mean cost per image of a policy, by where each image left, [N] int64 (`Prediction.exit_idx`).
 
         Raises:
+            InvalidTypeError: It is not an `ExitPolicy`.
             InvalidValueError: The policy is for another number of exits.
         """
+        check_instance('policy', policy, ExitPolicy)
         policy.check_exits(len(self.heads))
         return self.average(policy.used, torch.bincount(exit_idx.cpu(), minlength=len(self.paths)).tolist())
 
@@ -113,7 +118,10 @@ def describe_policy(
 
 def checked_costs(costs: StageCosts | Sequence[ExitCost], num_exits: int) -> StageCosts:
     """Return the costs as `StageCosts`; raise `InvalidValueError` unless they are of so many exits."""
-    costs = costs if isinstance(costs, StageCosts) else StageCosts.from_exit_costs(costs)
+    if not isinstance(costs, StageCosts):
+        if not is_list(costs) or not all(isinstance(cost, ExitCost) for cost in costs):
+            raise InvalidTypeError(f'costs must be StageCosts or model.cost(), got {brief(costs)}.')
+        costs = StageCosts.from_exit_costs(costs)
     if len(costs.heads) != num_exits:
         raise InvalidValueError(
             f'costs must be those of the {num_exits} exits that the logits are of, and of main, got'

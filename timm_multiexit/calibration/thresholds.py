@@ -13,11 +13,13 @@ from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts, checked_costs, describe_policy
 from timm_multiexit.calibration.temperature import fit_temperatures
 from timm_multiexit.exits.cost import ExitCost
-from timm_multiexit.policies.budgets import BudgetTable, PolicyResult
+from timm_multiexit.policies.budgets import BudgetTable, PolicyResult, parse_budget
 from timm_multiexit.policies.leaving import checked_data
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import InvalidValueError, brief, is_number
+from timm_multiexit.utils.checks import check_number
+from timm_multiexit.utils.errors import InvalidValueError, brief
 
+_DELTA = 0.1
 _NUM_BUDGETS = 100  # that policies are picked for, beside those of the field's solver
 
 
@@ -28,7 +30,7 @@ def calibrate(
     *,
     budget: str | None = None,
     max_drop: float | None = None,
-    delta: float = 0.1,
+    delta: float | None = None,
     criterion: str = 'confidence',
     combine: str | None = None,
 ) -> ExitPolicy:
@@ -47,11 +49,12 @@ def calibrate(
         costs: `model.cost()`, or what leaving costs in any unit.
         budget: Mean cost per image: '60%' of the plain backbone, '1.2GMACs', or '5ms' with costs in ms.
         max_drop: Share of the samples, in (0, 1): 0.01 is one point of accuracy.
-        delta: Probability that the drop is larger, in (0, 1); of `max_drop`.
+        delta: Probability that the drop is larger, in (0, 1), 0.1 if not given; of `max_drop` alone.
         criterion: Key of `timm_multiexit.policies.policy.CRITERIA`.
         combine: As in `ExitPolicy`.
 
     Raises:
+        InvalidTypeError: An argument is of the wrong type.
         InvalidValueError: Not one of `budget` and `max_drop`; a budget that cannot be met; a number out of range;
             logits or targets that are empty, NaN or of another shape; costs of another number of exits.
 
@@ -60,18 +63,32 @@ def calibrate(
     >>> calibrate([early, main], torch.tensor([0, 1]), costs, budget='80%').used
     (0,)
     """
-    if (budget is None) == (max_drop is None):
-        raise InvalidValueError(
-            'Pass either budget, the mean cost, or max_drop, the loss of accuracy, got'
-            f' budget={brief(budget)} and max_drop={brief(max_drop)}.'
-        )
+    check_wishes(budget, max_drop, delta, criterion, combine)
     logits, targets = checked_data(logits, targets)
     costs = checked_costs(costs, len(logits) - 1)
     if budget is None:
+        delta = _DELTA if delta is None else delta
         return _calibrate_drop(logits, targets, costs, max_drop, delta, criterion=criterion, combine=combine)
     temperatures = fit_temperatures(logits, targets)
     table = search_budgets(logits, targets, costs, criterion=criterion, temperatures=temperatures, combine=combine)
     return table.select(budget).policy
+
+
+def check_wishes(budget: Any, max_drop: Any, delta: Any, criterion: Any, combine: Any) -> bool:
+    """Return whether the budget is a time; raise where a policy cannot be chosen by these arguments of `calibrate`."""
+    if (budget is None) == (max_drop is None):
+        raise InvalidValueError(
+            'Pass either budget, as budget="60%", or max_drop, as max_drop=0.01, got'
+            f' budget={brief(budget)} and max_drop={brief(max_drop)}.'
+        )
+    ExitPolicy(criterion, combine=combine)
+    if budget is None:
+        check_number('max_drop', max_drop, 0, 1, is_open=True, hint='0.01 is one percent.')
+    elif delta is not None:
+        raise InvalidValueError(f'delta goes with max_drop, not with a budget, got {brief(delta)}: leave it out.')
+    if delta is not None:
+        check_number('delta', delta, 0, 1, is_open=True, hint='0.01 is one percent.')
+    return budget is not None and parse_budget(budget).unit == 'ms'
 
 
 def _calibrate_drop(
@@ -79,14 +96,11 @@ def _calibrate_drop(
     targets: Tensor,
     costs: StageCosts,
     max_drop: Any,
-    delta: Any,
+    delta: float,
     *,
     criterion: str,
     combine: str | None,
 ) -> ExitPolicy:
-    for name, value in (('max_drop', max_drop), ('delta', delta)):
-        if not is_number(value) or not 0 < value < 1:
-            raise InvalidValueError(f'{name} must be in (0, 1), got {brief(value)}. 0.01 is one percent.')
     if len(targets) < 2:
         raise InvalidValueError('max_drop needs 2 or more held-out samples, some to choose and others to test, got 1.')
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -125,7 +125,7 @@ def write_model(
         path = Path(temporary, CONFIG_NAME)
         try:
             if _is_of_module(model):
-                write_module_config(model, path, config, data_config)
+                write_module_config(cast(MultiExitModel, model), path, config, data_config)
             else:
                 save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
         except (ValueError, TypeError, AssertionError, IndexError, KeyError) as error:

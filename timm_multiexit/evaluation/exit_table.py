@@ -12,8 +12,10 @@ from timm.data.config import resolve_data_config
 from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor, nn
 
+from timm_multiexit.data.batches import LabelCheck, read_batches
 from timm_multiexit.evaluation.metrics import ExitEvaluator
-from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.multi_exit import MultiExitModel, check_model
+from timm_multiexit.utils.checks import check_image_size
 from timm_multiexit.utils.errors import DataError
 from timm_multiexit.utils.text import ENSEMBLE, format_table
 
@@ -59,7 +61,8 @@ def evaluate_loader(
 
     Args:
         model: A `MultiExitModel`, or a plain model, which has main alone; not wrapped for distributed training.
-        loader: Batches of images and class indices; in distributed runs this rank's share of them.
+        loader: Batches of images and class indices, see `timm_multiexit.data.batches`; in distributed runs this rank's
+            share of them.
         device: Where to run; the accelerator's, else where the model is.
         accelerator: Precision, and the processes to sum over.
         channels_last: Memory format of the images.
@@ -67,28 +70,31 @@ def evaluate_loader(
         threshold: Probability from which a label counts as predicted.
 
     Raises:
-        DataError: The loader is empty.
+        InvalidTypeError: It is not a loader.
+        DataError: The loader is empty, or gives something else.
     """
     num_exits = len(model.exits) if isinstance(model, MultiExitModel) else 0
     device = torch.device(device or (accelerator.device if accelerator else next(model.parameters()).device))
     limit = evaluation_sample_limit(loader)
     evaluator = ExitEvaluator(num_exits, device=device, max_samples=limit, multi_label=multi_label, threshold=threshold)
-    evaluation = Evaluation()
+    evaluation, labels = Evaluation(), LabelCheck()
     dtype = next(model.parameters()).dtype
     training = [module.training for module in model.modules()]
     model.eval()
     try:
-        for images, target in loader:
-            images, target = images.to(device, dtype), target.to(device)
+        for images, target in read_batches(loader, multi_label=multi_label):
+            images = images.to(device, dtype)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             evaluation.input_size = evaluation.input_size if any(evaluation.input_size) else tuple(images.shape[1:])
             with accelerator.autocast() if accelerator else nullcontext():
                 logits = model(images, exits=True).logits if num_exits else (model(images),)
-            evaluator.update(logits, target)
+            target = target if multi_label else labels.add(target, logits[-1].shape[-1])
+            evaluator.update(logits, target.to(device))
     finally:
         for module, mode in zip(model.modules(), training):
             module.training = mode
+    labels.finish()
     if not any(evaluation.input_size):
         raise DataError('The data loader is empty, so there is nothing to evaluate.')
     evaluation.num_samples = evaluator.num_samples
@@ -142,12 +148,21 @@ def evaluate(
 
     Args:
         model: The model; put in eval mode during the call, and back in its own mode after it.
-        loader: Batches of images [B, in_chans, H, W] and class indices [B], or labels [B, C] with `multi_label`.
+        loader: Batches of images [B, in_chans, H, W] and class indices [B], or labels [B, C] with `multi_label`; see
+            `timm_multiexit.data.batches`.
         device: Where to run; default: where the model is.
         input_size: (channels, height, width) that MACs are computed for; default: that of the loader's first batch.
         multi_label: Targets are [B, C] labels.
         threshold: Probability from which a label counts as predicted, for the F1 of `multi_label`.
+
+    Raises:
+        InvalidTypeError: It is not a `MultiExitModel`, or not a loader.
+        InvalidValueError: The input size or the threshold is out of range.
+        DataError: The loader is empty, or gives something else; see `timm_multiexit.data.batches`.
     """
+    check_model(model)
+    if input_size is not None:
+        input_size = check_image_size('input_size', input_size, model.in_chans)
     result = evaluate_loader(model, loader, device=device, multi_label=multi_label, threshold=threshold)
     return make_table(model, result.metrics, input_size=input_size or result.input_size, num_samples=result.num_samples)
 

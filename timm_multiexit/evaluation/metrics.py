@@ -8,6 +8,7 @@ import torch.distributed as dist
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import Tensor
 
+from timm_multiexit.utils.checks import check_number
 from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
@@ -73,8 +74,7 @@ class ExitEvaluator:
         multi_label: bool = False,
         threshold: float = 0.5,
     ):
-        if not 0 < threshold < 1:
-            raise InvalidValueError(f'threshold must be in (0, 1), got {threshold}.')
+        threshold = check_number('threshold', threshold, 0, 1, is_open=True)
         self.names = (*exit_names(num_exits), ENSEMBLE) if num_exits else exit_names(0)
         self.max_samples, self.multi_label = max_samples, multi_label
         self.default_metric = default_metric(multi_label)

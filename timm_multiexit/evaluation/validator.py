@@ -14,7 +14,7 @@ from timm_multiexit.calibration.logits import LogitSet, collect_logits
 from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts, describe_times
 from timm_multiexit.calibration.temperature import fit_temperatures
-from timm_multiexit.calibration.thresholds import calibrate, search_budgets
+from timm_multiexit.calibration.thresholds import calibrate, check_wishes, search_budgets
 from timm_multiexit.evaluation.exit_table import (
     CreateLoader,
     ExitTable,
@@ -34,10 +34,11 @@ from timm_multiexit.evaluation.report import (
     report_order,
 )
 from timm_multiexit.evaluation.speed import time_exits, time_policies
-from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.policies.budgets import BudgetTable, parse_budget
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import InvalidValueError
+from timm_multiexit.utils.checks import check_int, is_list
+from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, brief
 from timm_multiexit.utils.text import format_table
 
 _logger = logging.getLogger(__name__)
@@ -85,6 +86,10 @@ class Questions:
         combine: As in `ExitPolicy`, of the policies that are chosen.
         time_rounds: How often policies and plain timm are timed; 0 for no times.
         needs_logits: Measure dynamic inference whatever memory the logits take.
+
+    Raises:
+        InvalidTypeError: A policy, a budget or a number is of another type.
+        InvalidValueError: A number is out of range, or the criterion or `combine` unknown.
     """
 
     policies: Mapping[str, ExitPolicy] = field(default_factory=dict)
@@ -95,6 +100,19 @@ class Questions:
     combine: str | None = None
     time_rounds: int = 5
     needs_logits: bool = False
+
+    def __post_init__(self) -> None:
+        wrong = [value for value in self.policies.values() if not isinstance(value, ExitPolicy)]
+        if wrong:
+            raise InvalidTypeError(f'policies must be ExitPolicies by name, got {brief(wrong[0])}.')
+        if not is_list(self.budgets):
+            raise InvalidTypeError(f"budgets must be a list of texts such as '60%', got {brief(self.budgets)}.")
+        for budget in self.budgets:
+            parse_budget(budget)
+        if self.max_drop is not None:
+            check_wishes(None, self.max_drop, self.delta, self.criterion, self.combine)
+        ExitPolicy(self.criterion, combine=self.combine)
+        object.__setattr__(self, 'time_rounds', check_int('time_rounds', self.time_rounds, 0))
 
 
 @dataclass
@@ -154,7 +172,7 @@ class Validator:
     ):
         if data.calibration is None and (questions.max_drop is not None or (questions.budgets and not model.budgets)):
             raise InvalidValueError('Budgets and max_drop need images to choose thresholds on: see ValidationData.')
-        self.model, self.data, self.questions = model, data, questions
+        self.model, self.data, self.questions = check_model(model), data, questions
         self.accelerator, self.name, self.show = accelerator, name, show
         self.costs = StageCosts.from_exit_costs(model.cost(data.config['input_size']))
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from timm_multiexit.exits.cost import CostMeter, empty_images, meta_copy
 from timm_multiexit.exits.taps import Taps
+from timm_multiexit.utils.checks import check_image_size
 from timm_multiexit.utils.errors import (
     InvalidTypeError,
     InvalidValueError,
@@ -254,7 +255,9 @@ def _check_timm(backbone: nn.Module, classifier: ClassifierArg | None, num_class
 
 def resolve_input_size(backbone: nn.Module, input_size: Sequence[int] | None) -> InputSize:
     """Return (channels, height, width) of an image: as given, else the backbone's own."""
-    channels, height, width = input_size or get_model_input_config(backbone)['input_size']
+    if input_size is not None:
+        return check_image_size('input_size', input_size)
+    channels, height, width = get_model_input_config(backbone)['input_size']
     return channels, height, width
 
 

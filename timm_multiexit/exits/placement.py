@@ -15,7 +15,16 @@ from timm_multiexit.exits.heads import HEADS, ExitHead
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.survey import ExitPoint, Survey, survey_backbone
 from timm_multiexit.exits.taps import resolve_tap
-from timm_multiexit.utils.errors import InvalidValueError, is_integer
+from timm_multiexit.utils.checks import check_choice, is_list
+from timm_multiexit.utils.errors import (
+    LIBRARY_ERRORS,
+    InvalidTypeError,
+    InvalidValueError,
+    MultiExitError,
+    brief,
+    is_integer,
+    one_line,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -43,16 +52,19 @@ def place_exits(
     Arguments and errors are those of `timm_multiexit.models.attach.attach_exits`; the backbone stays as it is. `info`
     is what is known of one that is not timm's.
     """
-    if head not in HEADS:
-        raise InvalidValueError(f"head must be one of {', '.join(HEADS)}, got '{head}'.")
+    check_choice('head', head, HEADS)
+    if head_widths is not None and not (is_list(head_widths) and all(map(is_list, head_widths))):
+        raise InvalidTypeError(
+            f'head_widths must be a list with one list of integers per exit, got {brief(head_widths)}.'
+        )
     input_size = resolve_input_size(backbone, input_size)
     model: Any = backbone
     preset = getattr(model, 'multiexit_preset', None)
-    if exits == 'auto' and preset is not None:
+    if isinstance(exits, str) and exits == 'auto' and preset is not None:
         exits = preset['exits']
         if head_widths is None and HEADS[head].is_paper:
             head_widths = preset['head_widths']
-    survey = survey_backbone(backbone, named_places(exits), input_size, info)
+    survey = survey_places(backbone, named_places(exits), input_size, info)
     points = _choose(backbone, exits, survey)
     if head_widths is not None and len(head_widths) != len(points):
         raise InvalidValueError(f'head_widths must have one list per exit ({len(points)}), got {len(head_widths)}.')
@@ -66,6 +78,21 @@ def place_exits(
 def named_places(exits: Any) -> list[str]:
     """Return the names of modules among what is asked for as exits."""
     return [item for item in exits if isinstance(item, str)] if isinstance(exits, (list, tuple)) else []
+
+
+def survey_places(
+    backbone: nn.Module, names: Sequence[str], input_size: tuple[int, int, int], info: ModuleInfo | None = None
+) -> Survey:
+    """Return what `survey_backbone` does; images that the backbone cannot take are an `InvalidValueError`."""
+    try:
+        return survey_backbone(backbone, names, input_size, info)
+    except MultiExitError:
+        raise
+    except LIBRARY_ERRORS as error:
+        raise InvalidValueError(
+            f'{type(backbone).__name__} cannot run on images {list(input_size)}: {one_line(error)}. Pass the'
+            ' input_size=(channels, height, width) that it takes.'
+        ) from error
 
 
 def stage_points(backbone: nn.Module, survey: Survey) -> tuple[ExitPoint, ...]:
@@ -91,13 +118,13 @@ def _choose(backbone: nn.Module, exits: ExitsArg, survey: Survey) -> Sequence[Ex
             f'{type(backbone).__name__} has one stage only ({stages[0].module}): name modules to tap.'
         )
     past_stem = early[1:] if len(early) >= 4 and not survey.is_isotropic else early
-    if exits == 'auto':
+    if isinstance(exits, str) and exits == 'auto':
         if survey.is_isotropic and len(stages) > 4:
             return [stages[round(len(stages) * quarter / 4) - 1] for quarter in (1, 2, 3)]
         return past_stem
     if is_integer(exits):
         return _spread(exits, past_stem if 1 <= exits <= len(past_stem) else early, survey.total)
-    raise InvalidValueError(f"exits must be 'auto', a number of exits or a list, got {exits!r}. {_legal(survey)}")
+    raise InvalidValueError(f"exits must be 'auto', a number of exits or a list, got {brief(exits)}. {_legal(survey)}")
 
 
 def _spread(count: int, early: Sequence[ExitPoint], total: Cost) -> list[ExitPoint]:

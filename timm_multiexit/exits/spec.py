@@ -3,7 +3,8 @@
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, brief, is_integer
+from timm_multiexit.utils.checks import is_list
+from timm_multiexit.utils.errors import CheckpointError, InvalidTypeError, InvalidValueError, brief, is_integer
 
 LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
@@ -39,6 +40,10 @@ class ExitSpec:
         for name in ('module', 'head'):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise InvalidValueError(f'The {name} of an exit must be text, got {brief(getattr(self, name))}.')
+        if not is_list(self.widths):
+            raise InvalidTypeError(
+                f'The widths of the exit at {brief(self.module)} must be a list of integers, got {brief(self.widths)}.'
+            )
         object.__setattr__(self, 'widths', tuple(self.widths))
         if self.layout not in LAYOUTS:
             raise InvalidValueError(
@@ -58,6 +63,10 @@ class ExitSpec:
                     f'The {name} of the exit at {brief(self.module)} must be an integer in [{least}, 65536], got'
                     f' {brief(number)}.'
                 )
+        # JSON cannot hold numpy's numbers.
+        for field in ('channels', 'reduction', 'num_prefix_tokens', 'output'):
+            object.__setattr__(self, field, int(getattr(self, field)))
+        object.__setattr__(self, 'widths', tuple(int(width) for width in self.widths))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the exit as JSON-ready values."""

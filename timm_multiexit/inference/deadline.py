@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_multiexit.exits.taps import ForwardStopped, RunHead, Taps
+from timm_multiexit.policies.leaving import check_answer
 from timm_multiexit.policies.policy import Prediction
 from timm_multiexit.utils.timing import read_wall_clock
 
@@ -61,11 +62,13 @@ class PartTimes:
             self._num_unrun = [count + 1 for count in self._num_unrun]
         multiple = seconds / self._unit()
         if self._num_unrun[part] > 1:  # what was assumed of it in the meantime holds from now on
-            known = [] if 2 * multiple <= self._expect_multiple(part) else self._multiples[part]
+            known = () if 2 * multiple <= self._expect_multiple(part) else tuple(self._multiples[part])
             faster = [known_multiple * self._hope(part) for known_multiple in known]
-            self._multiples[part] = deque(faster, maxlen=NUM_REMEMBERED)
+            # Whole before other threads see it: they may share what is known.
+            self._multiples[part] = deque([*faster, multiple], maxlen=NUM_REMEMBERED)
+        else:
+            self._multiples[part].append(multiple)
         self._num_unrun[part] = 0
-        self._multiples[part].append(multiple)
 
     def _hope(self, part: int) -> float:
         doubt = NUM_REMEMBERED / max(1, len(self._multiples[part]))
@@ -229,6 +232,9 @@ def predict_by_deadline(
     The backbone is in eval mode, images are [B, C, H, W], `end` is the deadline as the clock tells it, in seconds. What
     was queued on the stream before counts: it is waited for. What is measured on the way is added to `times`, which is
     what is known of such inputs.
+
+    Raises:
+        InvalidValueError: What answers is NaN.
     """
     race = _Race(times, end, run_head, lambda: clock(x.device))
     logits = taps.visit(backbone, x, race.visit)
@@ -237,4 +243,5 @@ def predict_by_deadline(
     if race.answer is None:
         raise RuntimeError("No tap fired: the backbone's forward calls none of the tapped modules.")
     idx, logits = race.answer
+    check_answer(idx, times.num_exits, logits)
     return Prediction(logits, torch.full(logits.shape[:1], idx, device=logits.device))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from timm_multiexit.exits.cost import find_dtype
 from timm_multiexit.exits.layouts import main_logits
 from timm_multiexit.exits.taps import ForwardStopped, RunHead, Taps
-from timm_multiexit.policies.leaving import PolicyRun
+from timm_multiexit.policies.leaving import PolicyRun, check_answer, raise_if_nan
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
-from timm_multiexit.utils.errors import InvalidValueError, StateError
+from timm_multiexit.utils.errors import StateError
 
 _logger = logging.getLogger(__name__)
 
@@ -71,11 +71,7 @@ class Route:
         if self._is_open is not None:
             leaves, is_nan = leaves & self._is_open, is_nan & self._is_open
         num_leaving, num_nan = torch.stack([leaves.sum(), is_nan.sum()]).tolist()
-        if num_nan:
-            raise InvalidValueError(
-                f'Exit {idx} gives NaN for {num_nan} of {self._num_open} images, no policy can decide on them: check'
-                ' the weights and the input.'
-            )
+        raise_if_nan(idx, len(self._policy.thresholds), num_nan, self._num_open)
         has_ballast = self._num_open < len(self._rows)
         if not num_leaving and not has_ballast:
             return None
@@ -95,6 +91,7 @@ class Route:
         """Return the answers in input order, given main's logits [N, C] of those that are left; None if nobody is.
 
         Raises:
+            InvalidValueError: Main gives NaN.
             RuntimeError: The forward has come to its end without all used exits.
         """
         if logits is not None:
@@ -107,6 +104,7 @@ class Route:
             if self._is_open is not None:
                 rows = self._order(torch.zeros_like(self._is_open))[: self._num_open]
             self._record(main, self._run.answer(main, logits), rows)
+            check_answer(main, main, self._answers[-1])
         exits = [torch.full_like(places, idx) for idx, places in zip(self._exits, self._places)]
         if len(exits) == 1:  # all at once, so in the order they came in
             return Prediction(self._answers[0], exits[0])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -141,7 +142,7 @@ class MultiExitLoss(nn.Module):
         multi_label: bool = False,
     ):
         super().__init__()
-        if output_loss not in OUTPUT_WEIGHTS:
+        if not isinstance(output_loss, str) or output_loss not in OUTPUT_WEIGHTS:
             raise InvalidValueError(f"output_loss must be 'kl', 'mse' or 'bernoulli', got {output_loss!r}.")
         if not isinstance(depth_weights, DepthWeights | None):
             raise InvalidTypeError(f'depth_weights must be a DepthWeights or None, got {depth_weights!r}.')
@@ -328,6 +329,7 @@ def create_loss(name: str, **overrides: Any) -> MultiExitLoss:
             a command-line flag left unset keeps the method's value.
 
     Raises:
+        InvalidTypeError: An argument does not exist.
         InvalidValueError: The name is unknown, or the arguments contradict the method.
 
     Example:
@@ -339,6 +341,10 @@ exit_weights=None)
         nearest = get_close_matches(str(name).lower(), LOSSES, n=1)
         hint = f"did you mean '{nearest[0]}'?" if nearest else 'timm_multiexit.losses.LOSSES describes them.'
         raise InvalidValueError(f'loss must be one of {", ".join(sorted(LOSSES))}, got {name!r}; {hint}')
+    names = list(signature(MultiExitLoss).parameters)
+    unknown = [key for key in overrides if key not in names]
+    if unknown:
+        raise InvalidTypeError(f"create_loss has no argument '{unknown[0]}', the arguments are {', '.join(names)}.")
     given = {key: value for key, value in overrides.items() if value is not None}
     return MultiExitLoss(**{**LOSSES[name], **given})
 

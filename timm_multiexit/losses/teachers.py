@@ -119,7 +119,7 @@ def checked_teacher(teacher: str | Sequence[int] | None) -> str | tuple[int, ...
             f"teacher must be None, 'main', 'all' or a list of classifiers such as [0, -1], got {teacher!r}. Name"
             ' classifiers by 0-based index, shallow to deep; main is -1.'
         )
-    return indices
+    return tuple(map(int, indices))
 
 
 def resolve_teacher(teacher: str | tuple[int, ...], weights: DepthWeights, count: int) -> dict[int, float]:

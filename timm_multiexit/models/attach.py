@@ -9,6 +9,7 @@ from timm_multiexit.exits.placement import ExitsArg, named_places, place_exits
 from timm_multiexit.exits.stages import stage_entries
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.timm_surface import TimmSurface
+from timm_multiexit.utils.checks import check_number
 from timm_multiexit.utils.errors import InvalidValueError, is_number
 
 
@@ -45,9 +46,9 @@ def attach_exits(
         num_classes: Width of the logits, likewise.
 
     Raises:
+        InvalidTypeError: The backbone is not a module, or another argument of the wrong type.
         InvalidValueError: The backbone has no such stages, the exit or head does not exist, the widths do not fit, or
-            the backbone is wrapped or has exits.
-        InvalidTypeError: The backbone is not a module.
+            the backbone is wrapped, has exits or does not take images of `input_size`.
 
     >>> import timm
     >>> model = attach_exits(timm.create_model('resnet18', num_classes=10))
@@ -63,6 +64,8 @@ def attach_exits(
     (4, Linear(in_features=9, out_features=4, bias=True))
     """
     check_attachable(backbone)
+    if drop_rate is not None:
+        drop_rate = check_number('drop_rate', drop_rate, 0, 1)
     if not named_places(exits):
         stage_entries(backbone)
     info = describe_module(backbone, classifier=classifier, num_classes=num_classes, input_size=input_size)

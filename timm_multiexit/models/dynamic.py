@@ -13,13 +13,14 @@ from torch import Tensor
 from timm_multiexit.calibration.logits import collect_logits
 from timm_multiexit.calibration.stage_costs import StageCosts, describe_times, measure_stages
 from timm_multiexit.calibration.temperature import fit_temperatures
-from timm_multiexit.calibration.thresholds import calibrate, search_budgets
+from timm_multiexit.calibration.thresholds import calibrate, check_wishes, search_budgets
 from timm_multiexit.inference.anytime import OwnThread
 from timm_multiexit.inference.deadline import learn_times, predict_by_deadline
 from timm_multiexit.inference.routing import Route, find_leaving
-from timm_multiexit.policies.budgets import parse_budget
+from timm_multiexit.policies.leaving import check_answer
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
-from timm_multiexit.utils.errors import InvalidValueError, StateError, brief, is_integer, is_number
+from timm_multiexit.utils.checks import check_images, check_int, check_ints, is_list
+from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, StateError, brief, is_number
 
 if TYPE_CHECKING:
     from timm_multiexit.models.multi_exit import MultiExitModel
@@ -47,8 +48,8 @@ def _choose_policy(model: MultiExitModel, policy: Any, threshold: Any, budget: A
     if len(given) > 1:
         raise InvalidValueError('policy, threshold and budget are mutually exclusive: pass one of them.')
     if threshold is not None:
-        threshold = threshold.tolist() if isinstance(threshold, Tensor) else threshold
-        is_one = isinstance(threshold, (Real, str))
+        threshold = threshold.tolist() if hasattr(threshold, 'tolist') else threshold
+        is_one = not is_list(threshold)
         return ExitPolicy('confidence', (threshold,) * len(model.exits) if is_one else tuple(threshold))
     if budget is not None:
         if model.budgets is None:
@@ -73,16 +74,12 @@ def _check_input(model: MultiExitModel, x: Tensor) -> None:
         )
     if model.num_classes < 2:
         raise StateError(f'The model must have 2 or more classes, got {model.num_classes}.')
-    if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape:
-        kind = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise InvalidValueError(f'Images must be a non-empty tensor [B, {model.in_chans}, H, W], got {kind}.')
+    check_images(x, model.in_chans, model.backbone)
 
 
 def _check_bucket_sizes(sizes: Sequence[int] | int | None) -> tuple[int, ...]:
-    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes or ())
-    if not all(is_integer(size, 1) for size in sizes):
-        raise InvalidValueError(f'bucket_sizes must be integers >= 1, got {list(sizes)}.')
-    return tuple(sorted(sizes))
+    sizes = () if sizes is None else sizes
+    return tuple(sorted(check_ints('bucket_sizes', sizes if is_list(sizes) else (sizes,), 1)))
 
 
 def try_leaving(model: MultiExitModel, input_size: Sequence[int] | None = None) -> tuple[bool, ...]:
@@ -102,11 +99,17 @@ def try_leaving(model: MultiExitModel, input_size: Sequence[int] | None = None) 
 def step_exits(model: MultiExitModel, x: Tensor) -> OwnThread:
     """Do `MultiExitModel.anytime`."""
     _check_input(model, x)
-    run_head = model._head_runner(x.shape[-2:])
+    run_head, num_exits = model._head_runner(x.shape[-2:]), len(model.exits)
 
     def step() -> Generator[tuple[int, Tensor], None, None]:
-        output = yield from model._taps.step(model.backbone, x, lambda idx, tensor: (idx, run_head(idx, tensor)))
-        yield len(model.exits), output
+        def answer(idx: int, tensor: Tensor) -> tuple[int, Tensor]:
+            logits = run_head(idx, tensor)
+            check_answer(idx, num_exits, logits)
+            return idx, logits
+
+        output = yield from model._taps.step(model.backbone, x, answer)
+        check_answer(num_exits, num_exits, output)
+        yield num_exits, output
 
     taps, num_classes = model._taps, model.num_classes
 
@@ -125,7 +128,8 @@ def predict_in_time(model: MultiExitModel, x: Tensor, deadline_ms: float) -> Pre
     called = time.perf_counter()
     _check_input(model, x)
     if not is_number(deadline_ms) or not 0 < deadline_ms <= MAX_MS:
-        raise InvalidValueError(f'deadline_ms must be > 0 and <= {MAX_MS:g}, got {brief(deadline_ms)}.')
+        error = InvalidValueError if isinstance(deadline_ms, Real) else InvalidTypeError
+        raise error(f'deadline_ms must be > 0 and <= {MAX_MS:g}, got {brief(deadline_ms)}.')
     run_head = model._head_runner(x.shape[-2:])
     with torch.no_grad():
         times = model._time_book.find(x)
@@ -142,15 +146,14 @@ def calibrate_model(
     loader: Iterable[Any],
     budget: str | None,
     max_drop: float | None,
-    delta: float,
+    delta: float | None,
     criterion: str,
     combine: str | None,
     measures_time: bool,
 ) -> ExitPolicy:
     """Do `MultiExitModel.calibrate`."""
-    if (budget is None) == (max_drop is None):
-        raise InvalidValueError('Pass either budget, as budget="60%", or max_drop, as max_drop=0.01.')
-    measures_time |= budget is not None and parse_budget(budget).unit == 'ms'
+    needs_times = check_wishes(budget, max_drop, delta, criterion, combine)
+    measures_time = measures_time or needs_times
     collected = collect_logits(model, loader)
     logits, targets, images = collected.logits, collected.targets, collected.first_batch
     costs = StageCosts.from_exit_costs(model.cost(collected.input_size))
@@ -175,5 +178,6 @@ def calibrate_model(
 def measure_model_times(model: MultiExitModel, images: Tensor, rounds: int = 10) -> StageCosts:
     """Do `MultiExitModel.measure_times`."""
     _check_input(model, images)
+    rounds = check_int('rounds', rounds, 1)
     run_head = model._head_runner(images.shape[-2:])
     return measure_stages(model.backbone, model._taps, images, run_head=run_head, rounds=rounds)

@@ -27,6 +27,7 @@ from timm_multiexit.models.outputs import DistilledOutputs, ExitOutputs, Exits, 
 from timm_multiexit.models.timm_surface import TimmSurface
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
+from timm_multiexit.utils.checks import check_image_size, check_images, check_instance, check_int, check_ints
 from timm_multiexit.utils.errors import InvalidValueError
 
 
@@ -123,7 +124,10 @@ class MultiExitModel(TimmSurface):
             `set_distilled_training(True)` a `DistilledOutputs`; with `exit_idx` the logits [B, C] of that exit.
 
         Raises:
-            InvalidValueError: Both `exits` and `exit_idx` are given, or the exit does not exist.
+            InvalidTypeError: With `exits` or `exit_idx`, the images are not a tensor or of another dtype than the
+                weights, or `exit_idx` is not an integer.
+            InvalidValueError: Both `exits` and `exit_idx` are given, the exit does not exist, or the images are of
+                another shape.
             StateError: One exit is trained alone under reentrant gradient checkpointing.
         """
         if exits is False and exit_idx is None:
@@ -135,10 +139,13 @@ class MultiExitModel(TimmSurface):
                 raise InvalidValueError('exits=True and exit_idx are mutually exclusive: pass one of them.')
             return self._forward_one(x, exit_idx)
         if exits:
-            return self._forward_all(x)
+            return self._forward_all(x, exits)
         return self.backbone(x)
 
-    def _forward_all(self, x: Tensor) -> ExitOutputs | DistilledOutputs:
+    def _forward_all(self, x: Tensor, exits: Any) -> ExitOutputs | DistilledOutputs:
+        if exits is not True:
+            check_instance('exits', exits, bool, hint='exit_idx=0 runs the first exit alone.')
+        check_images(x, self.in_chans, self.backbone, allows_empty=True)
         output, tensors, entering = self._taps.collect(self.backbone, x)
         results = [self._run_head(idx, tensor, x.shape[-2:]) for idx, tensor in enumerate(tensors)]
         features = (*(features for _, features in results), combine_features(entering))
@@ -153,16 +160,23 @@ class MultiExitModel(TimmSurface):
         return lambda idx, tensor: self._run_head(idx, tensor, image_size)[0]
 
     def _forward_one(self, x: Tensor, exit_idx: int) -> Tensor:
-        num_exits = len(self.exits)
-        if not -num_exits - 1 <= exit_idx <= num_exits:
-            raise InvalidValueError(
-                f'exit_idx must be in [{-num_exits - 1}, {num_exits}], got {exit_idx}. Main is {num_exits} or -1.'
-            )
-        idx = exit_idx % (num_exits + 1)
-        if idx == num_exits:
+        idx = self.find_classifier(exit_idx)
+        check_images(x, self.in_chans, self.backbone, allows_empty=True)
+        if idx == len(self.exits):
             return cast(Tensor, main_logits(self.backbone, self.backbone(x)))
         self._check_gradient()
         return self._head_runner(x.shape[-2:])(idx, self._taps.stop(self.backbone, x, idx))
+
+    def find_classifier(self, exit_idx: int) -> int:
+        """Return which classifier an index means, counted from 0; main is the number of exits, or -1.
+
+        Raises:
+            InvalidTypeError: It is not an integer.
+            InvalidValueError: There is no such classifier.
+        """
+        num_exits = len(self.exits)
+        number = check_int('exit_idx', exit_idx, -num_exits - 1, num_exits, hint=f'Main is {num_exits} or -1.')
+        return number % (num_exits + 1)
 
     def infer(
         self,
@@ -192,8 +206,9 @@ class MultiExitModel(TimmSurface):
             The answers [B, C] and the exit [B] of each image, in input order.
 
         Raises:
+            InvalidTypeError: The images are not a tensor, or of another dtype than the weights.
             InvalidValueError: More or less than one way to decide is given, it does not fit the exits, the batch is
-                empty, or an exit gives NaN.
+                empty or of another shape, or a classifier gives NaN.
             StateError: The model is in training mode, or has no table of budgets.
         """
         return dynamic.run_policy(self, x, policy, threshold, budget, bucket_sizes)
@@ -218,7 +233,8 @@ class MultiExitModel(TimmSurface):
             x: Images, [B, in_chans, H, W].
 
         Raises:
-            InvalidValueError: The batch is empty.
+            InvalidTypeError: The images are not a tensor, or of another dtype than the weights.
+            InvalidValueError: The batch is empty or of another shape; in the loop, a classifier gives NaN.
             StateError: The model is in training mode, a loop that began in another thread is continued, or exits,
                 classes or mode of the model have changed since it began.
         """
@@ -238,7 +254,9 @@ class MultiExitModel(TimmSurface):
             deadline_ms: Milliseconds from the call, above 0.
 
         Raises:
-            InvalidValueError: The deadline is not above 0, or the batch is empty.
+            InvalidTypeError: The images are not a tensor, or of another dtype than the weights.
+            InvalidValueError: The deadline is not above 0, the batch is empty or of another shape, or what answers is
+                NaN.
             StateError: The model is in training mode.
         """
         return dynamic.predict_in_time(self, x, deadline_ms)
@@ -249,7 +267,7 @@ class MultiExitModel(TimmSurface):
         *,
         budget: str | None = None,
         max_drop: float | None = None,
-        delta: float = 0.1,
+        delta: float | None = None,
         criterion: str = 'confidence',
         combine: str | None = None,
         measures_time: bool = False,
@@ -260,11 +278,11 @@ class MultiExitModel(TimmSurface):
         would be too sure of itself, nor what results are reported on.
 
         Args:
-            loader: Batches of images and class indices.
+            loader: Batches of images and class indices, see `timm_multiexit.data.batches`.
             budget: Mean cost of an image, '60%' of the plain backbone's MACs, '1.2GMACs', or '5ms' on this machine.
             max_drop: In place of a budget: the share of accuracy, in (0, 1), that may be lost against main, 0.01 for a
                 point; the cheapest policy that is known to lose no more with probability 1 - `delta`.
-            delta: See `max_drop`.
+            delta: See `max_drop`, with which alone it goes; 0.1 if not given.
             criterion: See `ExitPolicy`.
             combine: See `ExitPolicy`.
             measures_time: Find policies for budgets in milliseconds too; implied by such a budget. They are of this
@@ -274,9 +292,10 @@ class MultiExitModel(TimmSurface):
             The policy.
 
         Raises:
+            InvalidTypeError: An argument is of the wrong type.
             InvalidValueError: Not one of `budget` and `max_drop`, a number out of range, a budget that cannot be met,
                 or logits that are NaN.
-            DataError: The loader is empty.
+            DataError: The loader is empty, or gives something else; see `timm_multiexit.data.batches`.
             StateError: The model is in training mode.
         """
         return dynamic.calibrate_model(self, loader, budget, max_drop, delta, criterion, combine, measures_time)
@@ -286,7 +305,7 @@ class MultiExitModel(TimmSurface):
 
         Args:
             images: A batch [B, in_chans, H, W] of the size that will be used.
-            rounds: Turns of each part, of whose times the median counts.
+            rounds: Turns of each part, of whose times the median counts, 1 or more.
         """
         return dynamic.measure_model_times(self, images, rounds)
 
@@ -310,9 +329,10 @@ class MultiExitModel(TimmSurface):
 
         Source: MACs are torch's flop counter halved, on a copy of the model without data.
         """
+        size = self.input_size if input_size is None else check_image_size('input_size', input_size, self.in_chans)
         model = meta_copy(self)
         meter = CostMeter(model.backbone)
-        images = empty_images(self.backbone, input_size or self.input_size)
+        images = empty_images(self.backbone, size)
         paths: dict[int, Cost] = {}
         tensors: dict[int, Tensor] = {}
 
@@ -383,12 +403,11 @@ class MultiExitModel(TimmSurface):
         """Remove exits for good, 0 is the shallowest; the others keep their order and weights.
 
         Raises:
+            InvalidTypeError: It is not a list of integers.
             InvalidValueError: An exit does not exist.
         """
         num_exits = len(self.exits)
-        wrong = [idx for idx in exits if not -num_exits <= idx < num_exits]
-        if wrong:
-            raise InvalidValueError(f'exits must be in [0, {num_exits - 1}], got {wrong[0]}.')
+        exits = check_ints('exits', exits, -num_exits, num_exits - 1, hint='Main cannot be dropped.')
         dropped = {idx % num_exits for idx in exits}
         kept = [idx for idx in range(num_exits) if idx not in dropped]
         self._taps.remove(self.backbone)
@@ -429,7 +448,8 @@ class MultiExitModel(TimmSurface):
         self.exits.specs = tuple(specs)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give main and every exit a fresh classifier with `num_classes` outputs."""
+        """Give main and every exit a fresh classifier with `num_classes` outputs, 0 for none."""
+        num_classes = check_int('num_classes', num_classes, 0)
         self._timm.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
         if self.module_info is not None:
             self.module_info = replace(self.module_info, num_classes=num_classes)
@@ -449,3 +469,16 @@ def _fix_traced(value: Any, default: Any) -> Any:
 
 def _warn_renamed(old: str, new: str) -> None:
     warnings.warn(f'model.{old} is deprecated, use model.{new}.', DeprecationWarning, stacklevel=3)
+
+
+def check_model(model: Any) -> MultiExitModel:
+    """Return a model that has exits.
+
+    Raises:
+        InvalidTypeError: It is something else, as a plain timm model or one that is wrapped.
+    """
+    wrapped = next(
+        (name for name in ('_orig_mod', 'module') if isinstance(getattr(model, name, None), nn.Module)), None
+    )
+    hint = f'Pass the model inside: model.{wrapped}.' if wrapped else 'attach_exits(model) makes one of a timm model.'
+    return check_instance('model', model, MultiExitModel, hint=hint)

@@ -13,7 +13,7 @@ from timm_multiexit.exits.heads import ExitHead
 from timm_multiexit.exits.layouts import main_logits, to_map
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.taps import Taps
-from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.models.timm_surface import TimmSurface
 from timm_multiexit.utils.errors import InvalidValueError
 
@@ -118,6 +118,7 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
         exit_idx: The exit, 0 is the shallowest; -1 is main: the plain backbone, all of it, without hooks.
 
     Raises:
+        InvalidTypeError: It is not a `MultiExitModel`, or the exit is not an integer.
         InvalidValueError: The exit does not exist, or the backbone looks, on the way to it, at modules it does not use.
 
     >>> import timm, timm_multiexit as tme
@@ -126,9 +127,10 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
     >>> sum(param.numel() for param in network.parameters()) == model.cost()[0].fixed.params
     True
     """
+    check_model(model)
+    idx = model.find_classifier(exit_idx)
     twin = meta_copy(model)
-    trace = _trace(twin, model.input_size, exit_idx=exit_idx)
-    idx = exit_idx % (len(model.exits) + 1)
+    trace = _trace(twin, model.input_size, exit_idx=idx)
     if idx == len(model.exits):
         network = TruncatedModel(_copy_backbone(model, {}), idx, input_size=model.input_size)
     else:

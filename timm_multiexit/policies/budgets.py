@@ -4,10 +4,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Any, NamedTuple, TypeGuard
 
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, brief, is_number
+from timm_multiexit.utils.checks import check_instance, is_list
+from timm_multiexit.utils.errors import CheckpointError, InvalidTypeError, InvalidValueError, brief, is_number
 from timm_multiexit.utils.text import exit_names, format_table, macs_unit
 
 UNITS = ('MACs', 'ms')
@@ -61,6 +63,14 @@ def parse_budget(budget: str) -> Budget:
     return Budget(value * _SCALES[unit[:-4]], 'MACs') if unit.endswith('MACs') else Budget(value, unit)
 
 
+def _simplify(result: Any, *names: str) -> None:
+    """Make numpy's numbers Python's, which JSON can hold; others stay as they are."""
+    for name in names:
+        value = getattr(result, name)
+        if not isinstance(value, (int, float, NoneType)) or type(value).__module__ == 'numpy':
+            object.__setattr__(result, name, float(value))
+
+
 def _is_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and len(value) <= _MAX_TEXT
 
@@ -77,6 +87,7 @@ class PolicyResult:
         ms: Mean time per image in milliseconds; None if not measured.
 
     Raises:
+        InvalidTypeError: The policy is not an `ExitPolicy`, or the shares are not a list.
         InvalidValueError: A number out of range.
     """
 
@@ -87,6 +98,9 @@ class PolicyResult:
     ms: float | None = None
 
     def __post_init__(self) -> None:
+        check_instance('policy', self.policy, ExitPolicy)
+        if not is_list(self.shares):
+            raise InvalidTypeError(f'The shares of a policy must be a list of numbers, got {brief(self.shares)}.')
         object.__setattr__(self, 'shares', tuple(self.shares))
         if not is_number(self.accuracy) or not 0 <= self.accuracy <= 100:
             raise InvalidValueError(f'The accuracy of a policy must be in [0, 100], got {brief(self.accuracy)}.')
@@ -104,6 +118,8 @@ class PolicyResult:
                 raise InvalidValueError(
                     f'The {name} of a policy must be in [1e-9, 1e18], 0 or None, got {brief(value)}.'
                 )
+        _simplify(self, 'accuracy', 'macs', 'ms')
+        object.__setattr__(self, 'shares', tuple(float(share) for share in self.shares))
 
     def cost(self, unit: str) -> float | None:
         """Return the mean cost per image in 'MACs' or 'ms'; None if not known."""
@@ -125,6 +141,7 @@ class BudgetTable:
         measured_on: Hardware and batch size of the times.
 
     Raises:
+        InvalidTypeError: The points are not a list of `PolicyResult`s.
         InvalidValueError: No point or more than 1000, points of different models, costs that are missing or not in
             order.
     """
@@ -137,6 +154,8 @@ class BudgetTable:
     measured_on: str | None = None
 
     def __post_init__(self) -> None:
+        if not is_list(self.points) or not all(isinstance(point, PolicyResult) for point in self.points):
+            raise InvalidTypeError(f'The points of a table of budgets must be PolicyResults, got {brief(self.points)}.')
         object.__setattr__(self, 'points', tuple(self.points))
         if not 1 <= len(self.points) <= _MAX_POINTS:
             raise InvalidValueError(f'A table of budgets must have 1 to {_MAX_POINTS} points, got {len(self.points)}.')
@@ -146,6 +165,7 @@ class BudgetTable:
             raise InvalidValueError(f'measured_on must be text of at most {_MAX_TEXT} characters.')
         for unit in UNITS:
             self._check_costs(unit)
+        _simplify(self, 'total_macs', 'max_macs', 'total_ms', 'max_ms')
         if self.total_macs is None and self.total_ms is None:
             raise InvalidValueError('A table of budgets needs total_macs or total_ms, the cost of the plain backbone.')
         costs = self._costs(self._main_unit)

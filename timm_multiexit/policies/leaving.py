@@ -1,12 +1,14 @@
 """Who leaves where, on logits that are kept; and what such logits and their targets must be."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from timm_multiexit.policies.policy import CRITERIA, ExitPolicy, Prediction
-from timm_multiexit.utils.errors import InvalidValueError
+from timm_multiexit.utils.checks import check_instance, is_list
+from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError
 
 
 class PolicyRun:
@@ -90,6 +92,7 @@ def apply_policy(policy: ExitPolicy, logits: Sequence[Tensor]) -> Prediction:
         logits: One [N, C] tensor per classifier, main last.
 
     Raises:
+        InvalidTypeError: It is not an `ExitPolicy`, or the logits are not a list of float tensors.
         InvalidValueError: The policy is for another number of exits, the logits are NaN, empty or of different shapes.
 
     >>> early, main = torch.tensor([[3.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0]])
@@ -97,6 +100,7 @@ def apply_policy(policy: ExitPolicy, logits: Sequence[Tensor]) -> Prediction:
     Prediction(logits=tensor([[3., 0.],
             [0., 2.]]), exit_idx=tensor([0, 1]))
     """
+    check_instance('policy', policy, ExitPolicy)
     left = [(idx, answer[leaves], leaves) for idx, answer, leaves in assign(policy, walk(policy, logits))]
     _, first, leaves = left[0]
     answers, exit_idx = first.new_zeros(len(leaves), first.shape[1]), torch.zeros_like(leaves, dtype=torch.int64)
@@ -106,10 +110,22 @@ def apply_policy(policy: ExitPolicy, logits: Sequence[Tensor]) -> Prediction:
 
 
 def check_logits(logits: Sequence[Tensor]) -> None:
-    """Raise `InvalidValueError` unless these are finite logits of several classifiers for the same samples.
+    """Raise unless these are finite logits of several classifiers for the same samples.
 
     Minus infinity is allowed for some classes: those that are masked out.
+
+    Raises:
+        InvalidTypeError: They are not a list of float tensors.
+        InvalidValueError: They are too few, empty, NaN or of different shapes.
     """
+    wrong = next((single for single in logits if not _is_float(single)), None) if is_list(logits) else logits
+    if wrong is not None:
+        what = str(wrong.dtype) if isinstance(wrong, Tensor) else type(wrong).__name__
+        kind = f'{type(logits).__name__} with {what}' if is_list(logits) else what
+        hint = ' Pass outputs.logits.' if hasattr(logits, 'logits') else ''
+        raise InvalidTypeError(
+            f'logits must be a list of float tensors, one per classifier, main last, got {kind}.{hint}'
+        )
     shapes = sorted({tuple(single.shape) for single in logits})
     if len(logits) < 2 or len(shapes) != 1 or len(shapes[0]) != 2:
         raise InvalidValueError(
@@ -128,6 +144,24 @@ def check_logits(logits: Sequence[Tensor]) -> None:
                 f'The logits of {name} are NaN or infinite for {int(wrong.sum())} of {len(single)} samples: no policy'
                 ' can decide on them, check the weights and the input.'
             )
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def raise_if_nan(idx: int, num_exits: int, num_wrong: int, num: int) -> None:
+    """Raise `InvalidValueError` if a classifier, main is the number of exits, gives NaN for some of `num` images."""
+    if num_wrong:
+        name = 'Main' if idx == num_exits else f'Exit {idx}'
+        raise InvalidValueError(
+            f'{name} gives NaN or infinite logits for {num_wrong} of {num} images: check the weights and the input.'
+        )
+
+
+def check_answer(idx: int, num_exits: int, logits: Tensor) -> None:
+    """Raise `InvalidValueError` if a classifier's logits [N, C] cannot be an answer; see `raise_if_nan`."""
+    raise_if_nan(idx, num_exits, int((~logits.amax(-1).isfinite()).sum()), len(logits))  # NaN is the largest
 
 
 def checked_data(logits: Sequence[Tensor], targets: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
-from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, brief, is_number
+from timm_multiexit.utils.errors import CheckpointError, InvalidTypeError, InvalidValueError, brief, is_number
 
 
 class Prediction(NamedTuple):
@@ -82,6 +82,7 @@ class ExitPolicy:
             'geometric', the normalized geometric mean of their probabilities. Scores are of what answers.
 
     Raises:
+        InvalidTypeError: Thresholds or temperatures are not a tuple or list.
         InvalidValueError: Unknown criterion or combination, or a number out of range.
 
     >>> ExitPolicy('confidence', (0.9, None, 0.8)).used
@@ -96,11 +97,11 @@ class ExitPolicy:
     def __post_init__(self) -> None:
         if not isinstance(self.criterion, str) or self.criterion not in CRITERIA:
             raise InvalidValueError(f'criterion must be one of {", ".join(CRITERIA)}, got {brief(self.criterion)}.')
-        if self.combine not in (None, *COMBINATIONS):
+        if self.combine is not None and not (isinstance(self.combine, str) and self.combine in COMBINATIONS):
             raise InvalidValueError(f'combine must be None, {" or ".join(COMBINATIONS)}, got {brief(self.combine)}.')
         for name in ('thresholds', 'temperatures'):
             if not isinstance(getattr(self, name), (tuple, list)):
-                raise InvalidValueError(f'{name} must be a sequence of numbers, got {brief(getattr(self, name))}.')
+                raise InvalidTypeError(f'{name} must be a sequence of numbers, got {brief(getattr(self, name))}.')
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for threshold in self.thresholds:
             self._check_threshold(threshold)
@@ -111,6 +112,7 @@ class ExitPolicy:
         for value in self.temperatures:
             if not is_number(value) or not TEMPERATURES[0] <= value <= TEMPERATURES[1]:
                 raise InvalidValueError(f'A temperature must be in [0.01, 100], got {brief(value)}.')
+        object.__setattr__(self, 'temperatures', tuple(float(value) for value in self.temperatures))
         if self.temperatures and len(self.temperatures) != len(self.thresholds) + 1:
             raise InvalidValueError(
                 f'temperatures must be empty or have {len(self.thresholds) + 1} values, one per exit and one for main,'

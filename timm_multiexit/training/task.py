@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_multiexit.evaluation.metrics import ExitEvaluator
 from timm_multiexit.losses.multi_exit_loss import MultiExitLoss
 from timm_multiexit.losses.teachers import KDConfig
-from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.models.outputs import pack_outputs
+from timm_multiexit.utils.checks import check_instance
 from timm_multiexit.utils.errors import InvalidValueError
 
 
@@ -46,6 +47,7 @@ class MultiExitTask(TrainingTask):
         trains_main_alone: Run the backbone and its own classifier only, by their task term.
 
     Raises:
+        InvalidTypeError: The model has no exits, or the loss is not a `MultiExitLoss`.
         InvalidValueError: The loss does not fit the model's classifiers, it distils features and the widths of the
             heads do not allow it, the teacher has other classes, or the backbone has an auxiliary classifier.
 
@@ -71,6 +73,8 @@ class MultiExitTask(TrainingTask):
         verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        check_model(model)
+        check_instance('loss', loss, MultiExitLoss, hint="create_loss('eed') makes one.")
         if not model.is_backbone_frozen:
             check_auxiliary(model.backbone)
         loss.check_count(len(model.exits) + 1)

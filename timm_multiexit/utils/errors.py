@@ -1,6 +1,7 @@
 """Errors of this package, checks of numbers, and helpers for errors raised by other libraries."""
 
 import math
+import operator
 import reprlib
 from collections.abc import Iterable
 from numbers import Real
@@ -95,8 +96,17 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> TypeGuard[int]:
-    """Return whether a value is an integer from `least` to `most`, and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    """Return whether a value is an integer from `least` to `most`, numpy's included, and not a bool."""
+    if type(value) is int:
+        return least <= value <= most
+    # Tensors of one element say that they are integers too, whatever their dimensions and type.
+    is_bool = isinstance(value, bool) or str(getattr(value, 'dtype', '')) in ('bool', 'torch.bool')
+    if is_bool or getattr(value, 'ndim', 0):
+        return False
+    try:
+        return least <= operator.index(value) <= most
+    except TypeError:
+        return False
 
 
 # What timm and torch raise for keywords and values that they do not accept, and for weights that they cannot find.
