@@ -75,13 +75,7 @@ def create_model(
     """
     if not isinstance(model_name, ModelSource):
         check_instance('model_name', model_name, str, hint='timm.list_models() lists names.')
-    for name in ('num_classes', 'in_chans'):
-        if kwargs.get(name) is not None:
-            kwargs[name] = check_int(name, kwargs[name], 1)
-    if input_size is not None:
-        input_size = check_image_size('input_size', input_size)
-    if kwargs.get('features_only'):
-        raise InvalidValueError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
+    input_size = _check_arguments(input_size, kwargs)
     source = find_source(model_name, **kwargs)
     if source is not None and source.config.truncated is not None:
         if exits is not None:
@@ -109,6 +103,16 @@ def create_model(
     if pretrained:
         _logger.warning(f'{model_name} is trained, but not its exits ({len(model.exits)}): train them before use.')
     return model
+
+
+def _check_arguments(input_size: tuple[int, int, int] | None, kwargs: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Return the size of images as ints, and put the keywords for timm in form."""
+    for name, low in (('num_classes', 0), ('in_chans', 1)):
+        if kwargs.get(name) is not None:
+            kwargs[name] = check_int(name, kwargs[name], low)
+    if kwargs.get('features_only'):
+        raise InvalidValueError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
+    return None if input_size is None else check_image_size('input_size', input_size)
 
 
 def _find_origin(model: MultiExitModel, source: ModelSource | None, pretrained: bool, kwargs: dict[str, Any]) -> Origin:
