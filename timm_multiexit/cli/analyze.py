@@ -30,6 +30,9 @@ from timm_multiexit.utils.text import format_table
 _PROG = 'timm-multiexit analyze'
 _SAMPLES = Number(int, '>= 2', lambda number: number >= 2)
 
+# Arguments of a run that say how its data are read.
+_RUN_DATA = ('data_dir', 'dataset', 'class_map', 'input_img_mode', 'input_key', 'target_key')
+
 _FLAGS = (
     value('--data-dir', str, None, 'DIR', "data folder, if not the first run's"),
     value('--dataset', str, None, 'NAME', "timm data set, if not the first run's"),
@@ -57,7 +60,7 @@ def complete_args(args: Namespace, run: Run) -> Namespace:
     """Return the arguments, completed from the run's own where they do not name the data."""
     own = run.args
     given = {name: item for name, item in vars(args).items() if item is not None}
-    data = {name: own.get(name) for name in ('data_dir', 'dataset', 'class_map', 'input_img_mode')}
+    data = {name: own.get(name) for name in _RUN_DATA}
     # A given folder wins over the digits of a run without data.
     if args.data_dir and not args.dataset and own.get('is_demo'):
         data['dataset'] = ''
