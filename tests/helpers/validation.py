@@ -22,5 +22,6 @@ def parse(*flags):
     return args
 
 
-def make_validator(args, model, **kwargs):
-    return build_validator(args, model, resolve_data_config(vars(args), model=model), Accelerator(), **kwargs)
+def make_validator(args, model, config=None, **kwargs):
+    config = config or resolve_data_config(vars(args), model=model)
+    return build_validator(args, model, config, Accelerator(), **kwargs)

@@ -38,13 +38,19 @@ _FLAGS = (
     value('--dataset', str, None, 'NAME', "timm data set, if not the first run's"),
     value('--split', str, None, 'NAME', "split to measure on, if not that of the first run's table"),
     value('--out', str, 'output/analysis', 'DIR', 'where pictures and analysis.json are written'),
-    value('--reference', str, None, 'NAME', "run, or method of a run, that gains are over, if not the first of 'ce'"),
-    value('--samples', _SAMPLES, 500, 'N', 'images of the dissimilarity matrices, at most'),
-    value('--seed', non_negative_int, 0, 'N', 'of the choice of these'),
-    value('-b --batch-size', positive_int, 256, 'N', 'batch size'),
+    value(
+        '--reference',
+        str,
+        None,
+        'NAME',
+        'run that gains are over, by its name or its method, if not the first of method ce',
+    ),
+    value('--samples', _SAMPLES, 500, 'N', 'images of the dissimilarity matrices, at most so many'),
+    value('--seed', non_negative_int, 0, 'N', 'seed of the choice of --samples'),
+    value('-b --batch-size', positive_int, 256, 'N', 'images per batch'),
     value('-j --workers', non_negative_int, 4, 'N', 'data loading processes'),
     switch('--pin-mem', 'pin host memory for transfers'),
-    switch('--no-prefetcher', 'leave out the prefetcher'),
+    switch('--no-prefetcher', 'leave out the prefetcher, which normalizes images on the device'),
 )
 
 

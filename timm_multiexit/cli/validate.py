@@ -167,7 +167,6 @@ def read_questions(args: Namespace, num_exits: int) -> Questions:
 
 def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dict[str, Any]]:
     """Return the validation of the model that the flags name, and the sections about its inputs and its picture."""
-    check_alone(args)
     resolve_data(args)
     model = place_evaluated_model(args, create_evaluated_model(args), accelerator)
     data_config = resolve_images(args, model)
@@ -316,6 +315,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     setup_logging()
     args = create_validate_parser(prog).parse_args(argv)
     try:
+        check_alone(args)
         accelerator = create_accelerator(args)
         validation, sections = validate_again(args, accelerator)
         if args.results_file and accelerator.is_main_process:

@@ -45,15 +45,21 @@ _DATA_FLAGS = (
 
 _IMAGE_FLAGS = (
     switch('--use-train-size', "images as in training, as without it; timm's script takes the test size of its models"),
-    value('--crop-mode', Choice('center', 'squash', 'border'), None, None, "crop for evaluation, if not the model's"),
+    value(
+        '--crop-mode',
+        Choice('center', 'squash', 'border'),
+        None,
+        None,
+        "how images are brought to their size, if not the model's way",
+    ),
     value('--crop-border-pixels', positive_int, None, 'N', 'cut so many pixels off every side of the original image'),
 )
 
 _MODEL_FLAGS = (
     switch('--reparam', 'fuse branches and norms that the backbone can do without (RepVGG, MobileOne, ...)'),
-    switch('--test-pool', 'not in this script'),
-    switch('--tf-preprocessing', 'not in this script'),
-    switch('--aot-autograd', 'not in this script'),
+    switch('--test-pool', "not supported, for timm's own scripts"),
+    switch('--tf-preprocessing', "not supported, for timm's own scripts"),
+    switch('--aot-autograd', "not supported, for timm's own scripts"),
 )
 
 _VALIDATE_FLAGS = (
@@ -69,29 +75,73 @@ _VALIDATE_FLAGS = (
         '--metrics-avg', Choice('micro', 'macro', 'weighted'), None, None, 'precision, recall and F1 too, averaged so'
     ),
     value('--results-file', str, '', 'FILE', 'write the results to this file'),
-    value('--results-format', Choice('csv', 'json'), 'csv', None, 'csv: the table; json: all of it'),
+    value('--results-format', Choice('csv', 'json'), 'csv', None, 'csv has the table, json all results'),
     value('--num-gpu', positive_int, 1, 'N', 'taken if 1; torchrun starts several processes'),
 )
 
 # What `validate.py` reports of dynamic inference.
 _DYNAMIC_FLAGS = (
-    value('--calib-split', str, None, 'NAME', 'choose thresholds on this split, not the reported one'),
-    value('--calib-from-train', positive_int, None, 'N', 'choose them on what train.py --val-from-train N held out'),
-    value('--threshold', parse_thresholds, None, 'T', '0.9: of every exit; 0.9,none,0.8: of each, none: not used'),
-    value('--criterion', Choice(*CRITERIA), 'confidence', None, 'what a threshold is compared with'),
-    value('--combine', Choice(*COMBINATIONS), None, None, 'answer with the exits seen so far, together'),
-    value('--budget', str, [], 'B', 'mean cost of an image: 60%, 1.2GMACs or 5ms', nargs='+', action='extend'),
+    value('--calib-split', str, None, 'NAME', 'choose thresholds on this split, which must not be the reported one'),
     value(
-        '--max-drop', share_between, None, 'F', "0.01: main's accuracy to a point; not on images that chose the epoch"
+        '--calib-from-train',
+        positive_int,
+        None,
+        'N',
+        'choose thresholds on the images that train.py --val-from-train N held out',
     ),
-    value('--delta', share_between, None, 'P', 'chance that --max-drop is broken, 0.1 if not given'),
-    value('--time-rounds', non_negative_int, 5, 'N', 'rounds of timing policies and plain timm in turns, 0: none'),
+    value(
+        '--threshold',
+        parse_thresholds,
+        None,
+        'T',
+        'thresholds to measure: 0.9 for all exits, or 0.9,none,0.8 for each, none for one not used',
+    ),
+    value('--criterion', Choice(*CRITERIA), 'confidence', None, 'what the thresholds are compared with'),
+    value('--combine', Choice(*COMBINATIONS), None, None, 'let an exit answer with the mean of the exits up to it'),
+    value(
+        '--budget',
+        str,
+        [],
+        'B',
+        'choose thresholds for these mean costs of an image: 60%, 1.2GMACs or 5ms',
+        nargs='+',
+        action='extend',
+    ),
+    value(
+        '--max-drop',
+        share_between,
+        None,
+        'F',
+        "choose thresholds that lose at most this share of main's accuracy: 0.01 is a point",
+    ),
+    value('--delta', share_between, None, 'P', 'chance that --max-drop is exceeded, 0.1 if not given'),
+    value(
+        '--time-rounds',
+        non_negative_int,
+        5,
+        'N',
+        'rounds in which policies and plain timm are timed in turns, 0: no times',
+    ),
     switch(
         '--save-policy',
         "write the first --budget's policy, else --max-drop's, and all budgets into the model folder's config.json",
     ),
-    value('--compare', str, [], 'NAME', 'static models beside it: NAME, NAME:CHECKPOINT', nargs='+', action='extend'),
-    value('--plot', str, '', 'PNG', 'draw accuracy over MACs; with --results-file always, beside it'),
+    value(
+        '--compare',
+        str,
+        [],
+        'NAME',
+        'measure models without exits too: timm name, NAME:CHECKPOINT or local-dir:FOLDER',
+        nargs='+',
+        action='extend',
+    ),
+    value(
+        '--plot',
+        str,
+        '',
+        'PNG',
+        'draw accuracy over MACs into this file; with --results-file it is always drawn, beside it',
+    ),
 )
 
 
@@ -107,8 +157,8 @@ def create_validate_parser(prog: str = 'validate.py') -> ScriptParser:
     model = 'pretrained num_classes gp img_size in_chans input_size crop_pct mean std interpolation channels_last'
     compiled = 'fuser fast_norm torchcompile_mode torchscript torchcompile'
     name, train_split, seed = (replace(timm[dest], default=None) for dest in ('model', 'train_split', 'seed'))
-    train_split = replace(train_split, help="split that --calib-from-train is of, if not the run's")
-    seed = replace(seed, help="of --calib-from-train, if not the run's")
+    train_split = replace(train_split, help="training split that --calib-from-train takes images of, if not the run's")
+    seed = replace(seed, help="seed of the choice of --calib-from-train, if not the run's")
     name = replace(name, names='--model -m', help='timm name, local-dir:FOLDER or hf-hub:ORG/NAME')
     pretrained = replace(timm['pretrained'], help="take timm's trained weights; a folder's are always taken")
     num_classes = replace(timm['num_classes'], help="classes, if not the model's")
