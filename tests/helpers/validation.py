@@ -3,9 +3,8 @@
 from accelerate import Accelerator
 from timm.data import resolve_data_config
 
-from timm_multiexit.cli.flags.validate_args import create_validate_parser
+from timm_multiexit.cli.flags.validate_args import create_validate_parser, resolve_data
 from timm_multiexit.cli.validate import build_validator
-from timm_multiexit.data.digits import DIGITS
 
 DATA_CONFIG = {
     'input_size': (3, 32, 32),
@@ -19,11 +18,10 @@ DATA_CONFIG = {
 def parse(*flags):
     """Return arguments as validate.py has them when it begins: the digits' test split if no data is named."""
     args = create_validate_parser().parse_args([*flags, '--workers', '0'])
-    args.data_dir = args.data_dir or args.data
-    if not args.data_dir and not args.dataset:
-        args.dataset, args.split = DIGITS, 'test'
+    resolve_data(args)
     return args
 
 
-def make_validator(args, model, **kwargs):
-    return build_validator(args, model, resolve_data_config(vars(args), model=model), Accelerator(), **kwargs)
+def make_validator(args, model, config=None, **kwargs):
+    config = config or resolve_data_config(vars(args), model=model)
+    return build_validator(args, model, config, Accelerator(), **kwargs)

@@ -30,18 +30,27 @@ from timm_multiexit.utils.text import format_table
 _PROG = 'timm-multiexit analyze'
 _SAMPLES = Number(int, '>= 2', lambda number: number >= 2)
 
+# Arguments of a run that say how its data are read.
+_RUN_DATA = ('data_dir', 'dataset', 'class_map', 'input_img_mode', 'input_key', 'target_key')
+
 _FLAGS = (
     value('--data-dir', str, None, 'DIR', "data folder, if not the first run's"),
     value('--dataset', str, None, 'NAME', "timm data set, if not the first run's"),
     value('--split', str, None, 'NAME', "split to measure on, if not that of the first run's table"),
     value('--out', str, 'output/analysis', 'DIR', 'where pictures and analysis.json are written'),
-    value('--reference', str, None, 'NAME', "run, or method of a run, that gains are over, if not the first of 'ce'"),
-    value('--samples', _SAMPLES, 500, 'N', 'images of the dissimilarity matrices, at most'),
-    value('--seed', non_negative_int, 0, 'N', 'of the choice of these'),
-    value('-b --batch-size', positive_int, 256, 'N', 'batch size'),
+    value(
+        '--reference',
+        str,
+        None,
+        'NAME',
+        'run that gains are over, by its name or its method, if not the first of method ce',
+    ),
+    value('--samples', _SAMPLES, 500, 'N', 'images of the dissimilarity matrices, at most so many'),
+    value('--seed', non_negative_int, 0, 'N', 'seed of the choice of --samples'),
+    value('-b --batch-size', positive_int, 256, 'N', 'images per batch'),
     value('-j --workers', non_negative_int, 4, 'N', 'data loading processes'),
     switch('--pin-mem', 'pin host memory for transfers'),
-    switch('--no-prefetcher', 'leave out the prefetcher'),
+    switch('--no-prefetcher', 'leave out the prefetcher, which normalizes images on the device'),
 )
 
 
@@ -57,7 +66,7 @@ def complete_args(args: Namespace, run: Run) -> Namespace:
     """Return the arguments, completed from the run's own where they do not name the data."""
     own = run.args
     given = {name: item for name, item in vars(args).items() if item is not None}
-    data = {name: own.get(name) for name in ('data_dir', 'dataset', 'class_map', 'input_img_mode')}
+    data = {name: own.get(name) for name in _RUN_DATA}
     # A given folder wins over the digits of a run without data.
     if args.data_dir and not args.dataset and own.get('is_demo'):
         data['dataset'] = ''

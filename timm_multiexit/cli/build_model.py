@@ -3,6 +3,7 @@
 import logging
 import re
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,7 @@ def _init_classifiers(args: Namespace, model: nn.Module) -> None:
     classifiers += [head.fc for head in getattr(model, 'exits', ())]
     with torch.no_grad():
         for classifier in classifiers:
-            # Some have a norm before the linear layer.
-            linear = [module for module in classifier.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+            linear: Any = _last_linear(classifier)
             linear.weight.mul_(scale)
             if linear.bias is not None:
                 linear.bias.mul_(scale)
@@ -209,6 +209,35 @@ def create_regime(args: Namespace, model: nn.Module, source: ModelSource | None)
         warmup = 1.0 if is_trained and (has_fresh_classifier or not has_trained_heads) else 0.0
     trains_classifier = has_fresh_classifier and not backbone_epochs
     return Regime(name, backbone_epochs, warmup, args.exit_warmup_epochs, trains_classifier=trains_classifier)
+
+
+def keep_classes(model: MultiExitModel, labels: Sequence[int]) -> None:
+    """Leave only some classes in all classifiers of a model, in the order of `labels`.
+
+    Raises:
+        InvalidValueError: A classifier does not end with a linear layer of one output per class.
+    """
+    classifiers = [model.backbone.get_submodule(name) for name in classifier_names(model.backbone)]
+    places = torch.tensor(labels)
+    for classifier in (*classifiers, *(head.fc for head in model.exits)):
+        linear = _last_linear(classifier)
+        if linear is None or len(linear.weight) != model.num_classes:
+            raise InvalidValueError(
+                f'--valid-labels does not go with the classifier of {type(model.backbone).__name__}.'
+            )
+        for name in ('weight', 'bias'):
+            tensor = getattr(linear, name)
+            if tensor is not None:
+                setattr(linear, name, nn.Parameter(tensor.detach()[places.to(tensor.device)]))
+        setattr(linear, 'out_features' if isinstance(linear, nn.Linear) else 'out_channels', len(labels))
+    backbone: Any = model.backbone
+    backbone.num_classes = len(labels)
+
+
+def _last_linear(classifier: nn.Module) -> nn.Linear | nn.Conv2d | None:
+    """Return the layer that gives the logits: some classifiers have a norm before it."""
+    layers = [module for module in classifier.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    return layers[-1] if layers else None
 
 
 def split_name(text: str) -> tuple[str, str]:

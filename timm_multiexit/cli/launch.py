@@ -28,7 +28,7 @@ def setup_logging() -> None:
 
 def create_accelerator(args: Namespace) -> Accelerator:
     """Return the accelerator of a run; `torchrun`, `accelerate launch` and plain Python come to the same."""
-    for module in args.device_modules or ():
+    for module in getattr(args, 'device_modules', None) or ():  # validate.py has no such flag
         try:
             importlib.import_module(module)
         except ImportError as error:

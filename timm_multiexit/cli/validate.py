@@ -5,6 +5,7 @@ Takes a model folder, a training checkpoint or a timm name. Flags are timm's, an
 """
 
 import csv
+import gc
 import io
 import json
 import logging
@@ -18,13 +19,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.data.config import resolve_data_config
+from timm.layers import set_fast_norm
+from timm.models import reparameterize_model
+from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
 from timm_multiexit.checkpoints.save import hash_weights, save_policy
 from timm_multiexit.checkpoints.source import create_backbone, find_source
 from timm_multiexit.checkpoints.timm_checkpoint import build_exits, load_checkpoint, read_training_checkpoint
-from timm_multiexit.cli.build_model import create_static, model_kwargs
+from timm_multiexit.cli.build_model import create_static, keep_classes, model_kwargs
 from timm_multiexit.cli.flags.validate_args import (
     asked_flags,
+    check_alone,
     check_budgets,
     check_outputs,
     check_preparation,
@@ -35,18 +40,20 @@ from timm_multiexit.cli.flags.validate_args import (
     given_policy,
     picture_path,
     policy_path,
+    resolve_data,
 )
-from timm_multiexit.cli.launch import choose_precision, setup_logging
+from timm_multiexit.cli.launch import create_accelerator, setup_logging
 from timm_multiexit.cli.validate_data import create_validation_data
-from timm_multiexit.data.digits import DIGITS
+from timm_multiexit.evaluation.labels import LabelMetrics, read_valid_labels
 from timm_multiexit.evaluation.pictures import draw_validation
 from timm_multiexit.evaluation.stamp import describe_inputs, name_dataset
 from timm_multiexit.evaluation.validator import Questions, Validation, Validator
 from timm_multiexit.factory import create_model
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.utils.environment import describe_environment
-from timm_multiexit.utils.errors import InvalidValueError, MultiExitError, StateError
+from timm_multiexit.utils.errors import InvalidValueError, MultiExitError, StateError, one_line
 from timm_multiexit.utils.files import sha256, write_output
+from timm_multiexit.utils.text import format_table
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +84,38 @@ def create_evaluated_model(args: Namespace) -> MultiExitModel:
         model = build_exits(backbone, args.checkpoint) if args.checkpoint else MultiExitModel(backbone, [])
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
+    if args.valid_labels:
+        keep_classes(model, read_valid_labels(args.valid_labels, model.num_classes))
+    if args.reparam:
+        reparameterize_model(model, inplace=True)
     return model
+
+
+def place_evaluated_model(args: Namespace, model: MultiExitModel, accelerator: Accelerator) -> MultiExitModel:
+    """Return the model on its device, in eval mode, as the flags want it to run."""
+    if args.fast_norm:
+        set_fast_norm()
+    model.to(device=accelerator.device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None).eval()
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.torchcompile:
+        torch._dynamo.config.recompile_limit = 64  # one forward serves several modes and batch sizes
+        model.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    return model
+
+
+def resolve_images(args: Namespace, model: MultiExitModel) -> dict[str, Any]:
+    """Return timm's data configuration: the flags', else the model's, of the size that it was trained with."""
+    config = resolve_data_config(vars(args), model=model)
+    own = resolve_data_config(vars(args), model=model, use_test_size=True)
+    if own['input_size'] != config['input_size'] and not args.use_train_size:
+        _logger.info(
+            f'Images of {config["input_size"][-1]} px, as in training. For the size that timm tests this model with,'
+            f' give --img-size {own["input_size"][-1]} --crop-pct {own["crop_pct"]:g}.'
+        )
+    if args.crop_border_pixels:
+        config['crop_border_pixels'] = args.crop_border_pixels
+    return config
 
 
 def build_validator(
@@ -129,14 +167,9 @@ def read_questions(args: Namespace, num_exits: int) -> Questions:
 
 def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dict[str, Any]]:
     """Return the validation of the model that the flags name, and the sections about its inputs and its picture."""
-    args.data_dir = args.data_dir or args.data
-    if not args.data_dir and not args.dataset:
-        args.dataset, args.split = DIGITS, 'test'
-        _logger.info('No data named (--data-dir, --dataset): the test split of the handwritten digits.')
-    model = create_evaluated_model(args).to(accelerator.device).eval()
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    data_config = resolve_data_config(vars(args), model=model)
+    resolve_data(args)
+    model = place_evaluated_model(args, create_evaluated_model(args), accelerator)
+    data_config = resolve_images(args, model)
     # Hashed before the evaluation: a run that is still training may write new weights into its folder.
     weights = hash_own_weights(args, model) if accelerator.is_main_process else None
 
@@ -145,9 +178,12 @@ def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dic
             print(f'\n{text}', flush=True)
 
     validator = build_validator(args, model, data_config, accelerator, show=show)
+    labels = create_label_metrics(args, validator)
     in_chans = data_config['input_size'][0]
     statics = {name: create_static(name, num_classes=model.num_classes, in_chans=in_chans) for name in args.compare}
     validation = validator.run()
+    if labels is not None:
+        show(add_label_metrics(labels, validator, validation))
     has_dynamic = 'failure_auroc' in validation.sections
     if has_dynamic and not chooses_thresholds(args) and not args.budget:
         show('No budgets: give --calib-split NAME or --calib-from-train N to choose thresholds on.')
@@ -164,6 +200,50 @@ def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dic
         weights=weights,
     )
     return validation, {**inputs, **validation.sections, **picture}
+
+
+def create_label_metrics(args: Namespace, validator: Validator) -> LabelMetrics | None:
+    """Return what measures by the flags' other labels and averages; None if they name none."""
+    if not args.real_labels and not args.metrics_avg:
+        return None
+    if args.real_labels and validator.model.num_classes < 5:
+        raise InvalidValueError('--real-labels needs a model of the 1000 classes of ImageNet.')
+    dataset, num_exits = validator.data.dataset, len(validator.model.exits)
+    return LabelMetrics(num_exits, dataset, real_labels=args.real_labels, average=args.metrics_avg)
+
+
+def add_label_metrics(labels: LabelMetrics, validator: Validator, validation: Validation) -> str:
+    """Add these metrics to the rows of the table and return them as a table of their own."""
+    data = validator.data
+    found = labels.run(
+        validator.model,
+        data.create_loader(data.dataset, data.config),
+        accelerator=validator.accelerator,
+        channels_last=data.channels_last,
+    )
+    for row, values in zip(validation.table.rows, found.values()):
+        row |= values
+    return format_table([{'exit': name.removeprefix('exit'), **values} for name, values in found.items()])
+
+
+def validate_again(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dict[str, Any]]:
+    """Return what `validate` does; with `--retry` in smaller and smaller batches where memory runs out, as in timm."""
+    while True:
+        try:
+            return validate(args, accelerator)
+        except RuntimeError as error:
+            smaller = decay_batch_step(args.batch_size)
+            if not args.retry or not smaller or isinstance(error, MultiExitError) or not _lacks_memory(error):
+                raise
+            _logger.warning(f'{one_line(error)}. Again with --batch-size {smaller}.')
+        args.batch_size = smaller
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    return 'memory' in str(error).lower() and check_batch_size_retry(str(error))
 
 
 def hash_own_weights(args: Namespace, model: MultiExitModel) -> dict[str, str] | None:
@@ -235,8 +315,9 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     setup_logging()
     args = create_validate_parser(prog).parse_args(argv)
     try:
-        accelerator = Accelerator(mixed_precision=choose_precision(args, torch.cuda.is_available()))
-        validation, sections = validate(args, accelerator)
+        check_alone(args)
+        accelerator = create_accelerator(args)
+        validation, sections = validate_again(args, accelerator)
         if args.results_file and accelerator.is_main_process:
             write_results(args, validation, sections)
     except MultiExitError as error:

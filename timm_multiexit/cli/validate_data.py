@@ -3,8 +3,9 @@
 import copy
 import logging
 import os
+import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def create_validation_data(
     args: Namespace, model: MultiExitModel, data_config: dict[str, Any], accelerator: Accelerator
 ) -> ValidationData:
     """Return the images that the flags name, whose `data_dir`, `dataset` and `split` are resolved."""
-    create_loader = loader_creator(args, accelerator)
+    create_loader = logged(loader_creator(args, accelerator), args.log_freq)
     in_chans = data_config['input_size'][0]
     dataset = create_split(args, args.split, in_chans)
     num_classes = check_classes(dataset, None)
@@ -55,6 +56,33 @@ def create_validation_data(
     )
 
 
+def logged(create_loader: CreateLoader, every: int) -> CreateLoader:
+    """Return a function that creates the same loaders, which log how far they are after every so many batches."""
+    return lambda dataset, data_config: LoggedLoader(create_loader(dataset, data_config), every)
+
+
+class LoggedLoader:
+    """A loader that logs how far it is; all else is that of the loader."""
+
+    def __init__(self, loader: Any, every: int):
+        self.loader, self.every = loader, every
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        start, num = time.perf_counter(), 0
+        for idx, batch in enumerate(self.loader, 1):
+            yield batch
+            num += len(batch[0])
+            if idx % self.every == 0:
+                rate = num / (time.perf_counter() - start)
+                _logger.info(f'Test: {idx} of {len(self.loader)} batches, {num} images, {rate:.0f} img/s')
+
+
 def create_split(args: Namespace, split: str, in_chans: int) -> Any:
     """Return the data set of a split."""
     return create_checked_dataset(
@@ -64,6 +92,11 @@ def create_split(args: Namespace, split: str, in_chans: int) -> Any:
         class_map=args.class_map,
         download=args.dataset_download,
         batch_size=args.batch_size,
+        # The analysis has no flags for all of these.
+        num_samples=getattr(args, 'num_samples', None),
+        input_key=getattr(args, 'input_key', None),
+        target_key=getattr(args, 'target_key', None),
+        trust_remote_code=bool(getattr(args, 'dataset_trust_remote_code', False)),
         input_img_mode=choose_image_mode(args.input_img_mode, in_chans),
     )
 

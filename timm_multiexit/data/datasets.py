@@ -128,9 +128,9 @@ class CheckedImages(ImageDataset):
         with file:
             if self.load_bytes:
                 return file.read(), *labels
-            image = Image.open(file)
-            image.load()  # reads to the end: a file that was cut short shows itself here
-            image = _to_8_bits(image)
+            opened = Image.open(file)
+            opened.load()  # reads to the end: a file that was cut short shows itself here
+            image = _to_8_bits(opened)
             return image.convert(self.input_img_mode) if self.input_img_mode else image, *labels
 
     def _name(self, index: int) -> str:

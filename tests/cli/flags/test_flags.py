@@ -17,6 +17,7 @@ from timm_multiexit.cli.flags.validate_args import create_validate_parser
 from timm_multiexit.utils.errors import MultiExitError
 
 FROZEN = json.loads((Path(__file__).parent / 'timm_flags.json').read_text())
+FROZEN_VALIDATE = json.loads((Path(__file__).parent / 'timm_validate_flags.json').read_text())
 
 # Where a flag of timm's is not as in timm: dest -> (what differs, why). None is needed.
 DIFFERENCES: dict[str, tuple[str, str]] = {}
@@ -107,19 +108,64 @@ def test_flag_of_several_values_may_be_given_again():
     assert create_validate_parser().parse_args([]).budget == []
 
 
-def test_validate_parser_keeps_its_flags():
-    assert set(actions_of(create_validate_parser())) == set(
-        'data data_dir dataset split dataset_download class_map input_img_mode model pretrained num_classes gp img_size'
-        ' in_chans input_size crop_pct mean std interpolation channels_last model_kwargs exits exit_head head_widths amp'
-        ' amp_dtype checkpoint use_ema batch_size workers pin_mem no_prefetcher results_file results_format calib_split'
-        ' calib_from_train threshold criterion combine budget max_drop delta time_rounds compare plot train_split seed'
-        ' save_policy'.split()
-    )
+# validate.py's
+
+OWN_OF_VALIDATE = (
+    'exits exit_head head_widths calib_split calib_from_train threshold criterion combine budget max_drop delta'
+    ' time_rounds compare plot train_split save_policy'
+).split()
+
+DIFFERENCES_OF_VALIDATE = {
+    'model': ('default', 'a model must be named'),
+    'split': ('default', 'it depends on whether data is named; validation where it is'),
+    'seed': ('default', "that of the run that trained the model, which --calib-from-train's choice must repeat"),
+}
+
+NAMED_HERE_BY_VALIDATE = {'amp_dtype', 'model_dtype', 'interpolation', 'crop_mode', 'results_format', 'metrics_avg'}
+
+
+def test_frozen_table_of_validate_has_upstreams_57_flags_and_those_since():
+    assert FROZEN_VALIDATE['num_upstream'] == 57
+    assert len(FROZEN_VALIDATE['flags']) == 57 + len(FROZEN_VALIDATE['since_1_0_31']) == 60
+
+
+def test_every_flag_of_timms_validate_is_as_in_timm():
+    ours, theirs = actions_of(create_validate_parser()), FROZEN_VALIDATE['flags']
+    assert ours.keys() - theirs.keys() == set(OWN_OF_VALIDATE)
+    for dest, row in theirs.items():
+        found = describe(ours[dest])
+        if dest in NAMED_HERE_BY_VALIDATE:
+            assert {*(row['choices'] or ())} <= {*found['choices']}
+            found = {**found, 'choices': row['choices']}
+        key, _ = DIFFERENCES_OF_VALIDATE.get(dest, (None, None))
+        assert {name for name in row if found[name] != row[name]} == ({key} if key else set()), dest
+
+
+def test_values_of_validate_by_default():
     args = create_validate_parser().parse_args([])
-    assert (args.model, args.batch_size, args.workers, args.split) == (None, 256, 4, 'validation')
+    assert (args.model, args.batch_size, args.workers, args.split) == (None, 256, 4, None)
+    args = create_validate_parser().parse_args(['-m', 'resnet18', '--torchcompile', '--crop-mode', 'squash'])
+    assert (args.model, args.torchcompile, args.crop_mode) == ('resnet18', 'inductor', 'squash')
+
+
+@pytest.mark.parametrize('text', ['-3ms', '-5%', '-0.5GMACs', '-.5%'])
+def test_value_that_begins_like_a_number_is_no_flag(text):
+    assert create_validate_parser().parse_args(['--budget', text]).budget == [text]
+
+
+def test_negative_values_of_lists_are_no_flags(capsys):
+    assert parse_train_args('--eed --exit-teacher -1,0'.split()).exit_teacher == [-1, 0]
+    with pytest.raises(SystemExit):
+        parse_train_args([*DATA, '--lr', '-1e-3'])
+    assert capsys.readouterr().err == 'train.py: error: --lr must be >= 0, got -1e-3.\n'
+    with pytest.raises(SystemExit):
+        parse_train_args([*DATA, '-x'])
+    assert "unknown flag '-x'" in capsys.readouterr().err
 
 
 def test_every_flag_has_a_help_text_that_argparse_can_print():
+    assert all(action.help for action in create_validate_parser()._actions)
+    assert '--budget B' in create_validate_parser().format_help()
     parser = create_train_parser()
     assert all(action.help for action in parser._actions)
     assert 'images per process and batch (default: 128)' in ' '.join(parser.format_help().split())

@@ -51,37 +51,78 @@ EXIT_FLAGS: tuple[Flag, ...] = (
         parse_exits,
         None,
         'E',
-        'auto; 3: that many; [3] or 3, or 1,2: feature_info indices; layer1,layer2: module names',
+        'where exits are: auto, a number of exits, indices of feature_info ([3] or 1,2), or names of modules',
     ),
-    value('--exit-head', Choice(*HEADS), 'conv', None, 'type of the heads'),
+    value('--exit-head', Choice(*HEADS), 'conv', None, 'type of the heads of the exits'),
     value(
-        '--exit-widths', parse_widths, None, 'W', 'widths of the heads, 64-128,128: of each exit', dest='head_widths'
+        '--exit-widths',
+        parse_widths,
+        None,
+        'W',
+        'widths of the layers of each head: 64-128,128 are two of the first exit and one of the second',
+        dest='head_widths',
     ),
 )
 
 # How exits are trained.
 EXIT_TRAIN_FLAGS: tuple[Flag, ...] = (
     switch('--eed', 'Exit-Ensemble Distillation, the same as --exit-loss eed'),
-    value('--exit-loss', Choice(*LOSSES), None, None, 'ce, where there are exits and none is named'),
-    value('--exit-weights', parse_weights, None, 'W', "weights of the classifiers' losses, 1,0.5,2: main last"),
-    value('--exit-teacher', parse_teacher, None, 'T', "main, all, or 0,-1: indices, if not the loss's"),
-    value('--exit-output-loss', Choice(*OUTPUT_WEIGHTS), None, None, 'distance of outputs, kl if not given'),
-    value('--exit-output-weight', non_negative, None, 'W', "its weight, if not the loss's"),
-    value('--exit-feature-weight', non_negative, None, 'W', "weight of the distance of features, if not the loss's"),
+    value('--exit-loss', Choice(*LOSSES), None, None, 'loss of the exits, ce if not given'),
+    value('--exit-weights', parse_weights, None, 'W', "weight of each classifier's loss, main last: 1,0.5,2"),
+    value(
+        '--exit-teacher',
+        parse_teacher,
+        None,
+        'T',
+        "who teaches, if not the loss's: main, all, or indices of classifiers (0,-1)",
+    ),
+    value(
+        '--exit-output-loss',
+        Choice(*OUTPUT_WEIGHTS),
+        None,
+        None,
+        "distance from the teacher's outputs, kl if not given",
+    ),
+    value('--exit-output-weight', non_negative, None, 'W', "weight of --exit-output-loss, if not the loss's"),
+    value(
+        '--exit-feature-weight',
+        non_negative,
+        None,
+        'W',
+        "weight of the distance from the teacher's features, if not the loss's",
+    ),
     switch('--exit-projectors', "bring narrow features to main's width in training"),
-    value('--exit-temperature', positive, None, 'T', 'temperature of the distance, 3 if not given'),
+    value('--exit-temperature', positive, None, 'T', 'temperature of the distance of outputs, 3 if not given'),
     value('--exit-warmup-epochs', non_negative, 0.0, 'N', "epochs in which the teacher's weight rises from 0"),
     value('--exit-lr-scale', non_negative, 1.0, 'F', "factor of the heads' learning rate"),
     switch('--freeze-backbone', 'the same as --regime frozen'),
-    value('--regime', Choice('joint', 'frozen', 'mixed'), None, None, 'what trains; mixed: first the backbone'),
-    value('--backbone-epochs', positive_int, None, 'N', 'epochs of the backbone alone in mixed, half if not given'),
-    value('--head-warmup-epochs', non_negative, None, 'N', 'epochs of fresh heads alone, if not chosen by the model'),
+    value(
+        '--regime',
+        Choice('joint', 'frozen', 'mixed'),
+        None,
+        None,
+        'what trains: all, the heads alone, or first the backbone and then the heads',
+    ),
+    value(
+        '--backbone-epochs',
+        positive_int,
+        None,
+        'N',
+        'epochs of the backbone alone in --regime mixed, half of all if not given',
+    ),
+    value(
+        '--head-warmup-epochs',
+        non_negative,
+        None,
+        'N',
+        'epochs in which fresh heads train alone, if not chosen by the model',
+    ),
 )
 
 DATA_FLAGS = (
     value('--test-split', str, None, 'NAME', 'split of the final table, if not --val-split'),
     value('--val-from-train', positive_int, None, 'N', 'hold so many training images out to choose the epoch on'),
-    value('--bad-images', Choice('skip', 'stop'), 'skip', None, 'what to do with unreadable ones'),
+    value('--bad-images', Choice('skip', 'stop'), 'skip', None, 'what to do with images that cannot be read'),
     switch('--cache-images', 'keep decoded images in memory, in every loading process'),
 )
 
@@ -90,11 +131,19 @@ AUGMENTATION_FLAGS = (
 )
 
 RUN_FLAGS = (
-    value('--log-with', Choice('tensorboard', 'wandb'), [], None, 'write curves for these', nargs='+'),
-    switch('--progress', 'show a bar'),
+    value(
+        '--log-with', Choice('tensorboard', 'wandb'), [], None, 'write the curves of the run for these too', nargs='+'
+    ),
+    switch('--progress', 'show a progress bar'),
     value(
         '--push-to-hub', str, '', 'ORG/NAME', 'publish the best network there at the end, as `timm-multiexit publish`'
     ),
-    switch('--hub-private', 'into a private repository'),
-    value('--hub-license', str, None, 'ID', 'of the weights, if not that of those that training started from'),
+    switch('--hub-private', 'with --push-to-hub: into a private repository'),
+    value(
+        '--hub-license',
+        str,
+        None,
+        'ID',
+        'license of the weights with --push-to-hub, if not that of the weights training started from',
+    ),
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -144,6 +145,8 @@ class ScriptParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(exit_on_error=False, **kwargs)
+        # argparse takes -3 for a value and -3ms, -5% and -1,0 for flags; no flag here begins with a digit.
+        self._negative_number_matcher = re.compile(r'-\.?\d')
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Return the arguments, or end the program with code 2."""
@@ -209,7 +212,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]
             names = f'{{{",".join(flag.type.names)}}}' if isinstance(flag.type, Choice) else None
             options |= {'type': flag.type, 'metavar': flag.metavar or names}
         owner: Any = group
-        if flag.dest in ('torchscript', 'torchcompile'):
+        if flag.dest in ('torchscript', 'torchcompile', 'aot_autograd'):
             owner = exclusive = exclusive or group.add_mutually_exclusive_group()
         owner.add_argument(*flag.names.split(), **options)
 

@@ -9,6 +9,7 @@ from timm.loss import create_classification_loss, load_class_stats, resolve_clas
 from timm.optim import list_optimizers
 
 from timm_multiexit.cli.flags.parser import Flag, option_name
+from timm_multiexit.cli.flags.timm_rules import SHARED_RULES
 from timm_multiexit.losses.multi_exit_loss import LOSSES
 from timm_multiexit.utils.errors import InvalidValueError, one_line
 
@@ -53,19 +54,9 @@ def _lacks_sizes(args: Namespace) -> bool:
 
 # A condition that must not hold, and the message where it does.
 TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
-    (lambda a: a.torchscript, '--torchscript is not supported (torch.jit is deprecated). Use --torchcompile.'),
+    *SHARED_RULES,
     (lambda a: a.naflex_loader, "--naflex-loader is not supported. Use timm's own train.py."),
-    (lambda a: a.fuser, '--fuser {fuser} is not supported (fusers belong to TorchScript). Use --torchcompile.'),
     (lambda a: a.tta > 1, '--tta must be 0 or 1, got {tta}. Test-time augmentation is not supported.'),
-    (
-        lambda a: a.device not in ('cuda', 'cpu'),
-        "--device must be cuda (what Accelerate finds) or cpu, got '{device}'. Choose GPUs with CUDA_VISIBLE_DEVICES or"
-        ' accelerate launch.',
-    ),
-    (
-        lambda a: a.amp and a.model_dtype not in (None, 'float32'),
-        '--amp needs float32 weights, got --model-dtype {model_dtype}. Leave one of them out.',
-    ),
     (
         lambda a: a.kd_distill_type != 'logit' and a.exits is not None,
         '--kd-distill-type must be logit for a model with exits, got {kd_distill_type}.',

@@ -1,5 +1,6 @@
 """The command line of evaluation, and whether its flags fit the model, the processes and each other."""
 
+import logging
 from argparse import Namespace
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,41 +26,122 @@ from timm_multiexit.cli.flags.parser import (
     value,
 )
 from timm_multiexit.cli.flags.timm_flags import TIMM_FLAGS
+from timm_multiexit.cli.flags.timm_rules import VALIDATE_RULES, check_rules
+from timm_multiexit.data.digits import DIGITS
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.budgets import BudgetTable, PolicyResult, parse_budget
 from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
 from timm_multiexit.utils.errors import DiskError, InvalidValueError, StateError, one_line
 
+_logger = logging.getLogger(__name__)
+
+# timm's flags of `validate.py` that its `train.py` does not have.
+_DATA_FLAGS = (
+    value('--split', str, None, 'NAME', 'split to evaluate, if not validation (without data: test)'),
+    value('--num-samples', positive_int, None, 'N', 'images in the split, for streams that do not say'),
+    value('--real-labels', str, '', 'FILE', "JSON of ImageNet's reassessed labels (ReaL): accuracy by these too"),
+    value('--valid-labels', str, '', 'FILE', 'text file of class indices, one a line: the only classes of the answers'),
+)
+
+_IMAGE_FLAGS = (
+    switch('--use-train-size', "images as in training, as without it; timm's script takes the test size of its models"),
+    value(
+        '--crop-mode',
+        Choice('center', 'squash', 'border'),
+        None,
+        None,
+        "how images are brought to their size, if not the model's way",
+    ),
+    value('--crop-border-pixels', positive_int, None, 'N', 'cut so many pixels off every side of the original image'),
+)
+
+_MODEL_FLAGS = (
+    switch('--reparam', 'fuse branches and norms that the backbone can do without (RepVGG, MobileOne, ...)'),
+    switch('--test-pool', "not supported, for timm's own scripts"),
+    switch('--tf-preprocessing', "not supported, for timm's own scripts"),
+    switch('--aot-autograd', "not supported, for timm's own scripts"),
+)
+
 _VALIDATE_FLAGS = (
     value('--checkpoint', str, '', 'PATH', 'training checkpoint (*.pth.tar) to evaluate'),
     switch('--use-ema', "take the checkpoint's averaged weights"),
-    value('-b --batch-size', positive_int, 256, 'N', 'batch size'),
+    value('-b --batch-size', positive_int, 256, 'N', 'images per batch'),
     value('-j --workers', non_negative_int, 4, 'N', 'data loading processes'),
     switch('--pin-mem', 'pin host memory for transfers'),
-    switch('--no-prefetcher', 'leave out the prefetcher'),
+    switch('--no-prefetcher', 'leave out the prefetcher, which normalizes images on the device'),
+    switch('--retry', 'where memory runs out, begin again with a smaller batch'),
+    value('--log-freq', positive_int, 10, 'N', 'batches between log lines'),
+    value(
+        '--metrics-avg', Choice('micro', 'macro', 'weighted'), None, None, 'precision, recall and F1 too, averaged so'
+    ),
     value('--results-file', str, '', 'FILE', 'write the results to this file'),
-    value('--results-format', Choice('csv', 'json'), 'csv', None, 'csv: the table; json: all of it'),
+    value('--results-format', Choice('csv', 'json'), 'csv', None, 'csv has the table, json all results'),
+    value('--num-gpu', positive_int, 1, 'N', 'taken if 1; torchrun starts several processes'),
 )
 
 # What `validate.py` reports of dynamic inference.
 _DYNAMIC_FLAGS = (
-    value('--calib-split', str, None, 'NAME', 'choose thresholds on this split, not the reported one'),
-    value('--calib-from-train', positive_int, None, 'N', 'choose them on what train.py --val-from-train N held out'),
-    value('--threshold', parse_thresholds, None, 'T', '0.9: of every exit; 0.9,none,0.8: of each, none: not used'),
-    value('--criterion', Choice(*CRITERIA), 'confidence', None, 'what a threshold is compared with'),
-    value('--combine', Choice(*COMBINATIONS), None, None, 'answer with the exits seen so far, together'),
-    value('--budget', str, [], 'B', 'mean cost of an image: 60%, 1.2GMACs or 5ms', nargs='+', action='extend'),
+    value('--calib-split', str, None, 'NAME', 'choose thresholds on this split, which must not be the reported one'),
     value(
-        '--max-drop', share_between, None, 'F', "0.01: main's accuracy to a point; not on images that chose the epoch"
+        '--calib-from-train',
+        positive_int,
+        None,
+        'N',
+        'choose thresholds on the images that train.py --val-from-train N held out',
     ),
-    value('--delta', share_between, None, 'P', 'chance that --max-drop is broken, 0.1 if not given'),
-    value('--time-rounds', non_negative_int, 5, 'N', 'rounds of timing policies and plain timm in turns, 0: none'),
+    value(
+        '--threshold',
+        parse_thresholds,
+        None,
+        'T',
+        'thresholds to measure: 0.9 for all exits, or 0.9,none,0.8 for each, none for one not used',
+    ),
+    value('--criterion', Choice(*CRITERIA), 'confidence', None, 'what the thresholds are compared with'),
+    value('--combine', Choice(*COMBINATIONS), None, None, 'let an exit answer with the mean of the exits up to it'),
+    value(
+        '--budget',
+        str,
+        [],
+        'B',
+        'choose thresholds for these mean costs of an image: 60%, 1.2GMACs or 5ms',
+        nargs='+',
+        action='extend',
+    ),
+    value(
+        '--max-drop',
+        share_between,
+        None,
+        'F',
+        "choose thresholds that lose at most this share of main's accuracy: 0.01 is a point",
+    ),
+    value('--delta', share_between, None, 'P', 'chance that --max-drop is exceeded, 0.1 if not given'),
+    value(
+        '--time-rounds',
+        non_negative_int,
+        5,
+        'N',
+        'rounds in which policies and plain timm are timed in turns, 0: no times',
+    ),
     switch(
         '--save-policy',
         "write the first --budget's policy, else --max-drop's, and all budgets into the model folder's config.json",
     ),
-    value('--compare', str, [], 'NAME', 'static models beside it: NAME, NAME:CHECKPOINT', nargs='+', action='extend'),
-    value('--plot', str, '', 'PNG', 'draw accuracy over MACs; with --results-file always, beside it'),
+    value(
+        '--compare',
+        str,
+        [],
+        'NAME',
+        'measure models without exits too: timm name, NAME:CHECKPOINT or local-dir:FOLDER',
+        nargs='+',
+        action='extend',
+    ),
+    value(
+        '--plot',
+        str,
+        '',
+        'PNG',
+        'draw accuracy over MACs into this file; with --results-file it is always drawn, beside it',
+    ),
 )
 
 
@@ -70,19 +152,40 @@ def create_validate_parser(prog: str = 'validate.py') -> ScriptParser:
         description='Accuracy and cost of every exit of a model name, a model folder or a training checkpoint.',
     )
     timm = {flag.dest: flag for flags in TIMM_FLAGS.values() for flag in flags}
-    data = 'data data_dir dataset dataset_download class_map input_img_mode'
+    data = 'data data_dir dataset dataset_download class_map input_key input_img_mode target_key target_format'
+    data += ' dataset_trust_remote_code'
     model = 'pretrained num_classes gp img_size in_chans input_size crop_pct mean std interpolation channels_last'
+    compiled = 'fuser fast_norm torchcompile_mode torchscript torchcompile'
     name, train_split, seed = (replace(timm[dest], default=None) for dest in ('model', 'train_split', 'seed'))
-    train_split = replace(train_split, help="split that --calib-from-train is of, if not the run's")
-    seed = replace(seed, help="of --calib-from-train, if not the run's")
-    split = value('--split', str, 'validation', 'NAME', 'split to evaluate')
-    add_flags(parser, 'Data', (*(timm[dest] for dest in data.split()), split))
-    add_flags(parser, 'Model', (name, *(timm[dest] for dest in model.split()), timm['model_kwargs']))
+    train_split = replace(train_split, help="training split that --calib-from-train takes images of, if not the run's")
+    seed = replace(seed, help="seed of the choice of --calib-from-train, if not the run's")
+    name = replace(name, names='--model -m', help='timm name, local-dir:FOLDER or hf-hub:ORG/NAME')
+    pretrained = replace(timm['pretrained'], help="take timm's trained weights; a folder's are always taken")
+    num_classes = replace(timm['num_classes'], help="classes, if not the model's")
+    timm |= {'pretrained': pretrained, 'num_classes': num_classes}
+    own = {flag.dest: flag for flag in _MODEL_FLAGS}
+    scripting = (*(timm[dest] for dest in compiled.split()), own.pop('aot_autograd'))
+    add_flags(parser, 'Data', (*(timm[dest] for dest in data.split()), *_DATA_FLAGS))
+    images = (*(timm[dest] for dest in model.split()), *_IMAGE_FLAGS)
+    add_flags(parser, 'Model', (name, *images, *own.values(), timm['model_kwargs'], *scripting))
     add_flags(parser, 'Exits', EXIT_FLAGS)
-    add_flags(parser, 'Device', (timm['amp'], timm['amp_dtype']))
-    add_flags(parser, 'Evaluation', _VALIDATE_FLAGS)
+    add_flags(parser, 'Device', [timm[dest] for dest in ('device', 'amp', 'amp_dtype', 'model_dtype')])
+    add_flags(parser, 'Evaluation', (*_VALIDATE_FLAGS, timm['task'], timm['multilabel_threshold']))
     add_flags(parser, 'Dynamic inference', (*_DYNAMIC_FLAGS, train_split, seed))
+    naflex = replace(timm['naflex_max_seq_len'], help='tokens in evaluation')
+    add_flags(parser, "NaFlex, for timm's own validate.py", (timm['naflex_loader'], naflex))
     return parser
+
+
+def resolve_data(args: Namespace) -> None:
+    """Let `args` name the data: where no flag does, a split of the handwritten digits."""
+    args.data_dir = args.data_dir or args.data
+    is_demo = not args.data_dir and not args.dataset
+    if is_demo:
+        args.dataset = DIGITS
+    args.split = args.split or ('test' if is_demo else 'validation')
+    if is_demo:
+        _logger.info(f'No data named (--data-dir, --dataset): the {args.split} split of the handwritten digits.')
 
 
 _PICTURE_NAME = 'accuracy_vs_macs.png'
@@ -118,13 +221,22 @@ def given_policy(args: Namespace, num_exits: int) -> ExitPolicy:
     return policy
 
 
+def check_alone(args: Namespace) -> None:
+    """Raise for what can be told without model and data: flags that are not supported, and malformed budgets."""
+    check_rules(args, VALIDATE_RULES)
+    for budget in args.budget:
+        parse_budget(budget)
+
+
 def check_validate_args(args: Namespace, model: MultiExitModel, num_processes: int) -> None:
     """Raise where flags of dynamic inference do not fit the model, the processes or each other."""
+    check_alone(args)
     if args.save_policy:
         _check_saving(args, model)
     asked = asked_flags(args)
-    if asked and num_processes > 1:
-        raise StateError(f'{asked[0]} needs all logits in one process. Start it without accelerate launch.')
+    whole = asked + [option_name(dest) for dest in ('real_labels', 'metrics_avg') if getattr(args, dest)]
+    if whole and num_processes > 1:
+        raise StateError(f'{whole[0]} needs all logits in one process. Start it without accelerate launch.')
     if asked and not len(model.exits):
         raise InvalidValueError(f'{asked[0]} needs a model with exits, {args.model} has none. See --exits.')
     if args.threshold is not None:
@@ -132,13 +244,17 @@ def check_validate_args(args: Namespace, model: MultiExitModel, num_processes: i
     has_data = chooses_thresholds(args)
     if args.calib_split is not None and args.calib_from_train is not None:
         raise InvalidValueError('--calib-split and --calib-from-train exclude each other. Give one of them.')
-    for budget in args.budget:
-        parse_budget(budget)
     if args.budget and not has_data and model.budgets is None:
         raise InvalidValueError(f'--budget {args.budget[0]} needs data to choose thresholds on: {_DATA}.')
     if args.max_drop is not None and not has_data:
         raise InvalidValueError(f'--max-drop {args.max_drop} needs data to choose thresholds on: {_DATA}.')
     _check_effect(args, has_data)
+    _check_installed(args)
+
+
+def _check_installed(args: Namespace) -> None:
+    if args.metrics_avg and find_spec('sklearn') is None:
+        raise StateError('--metrics-avg needs scikit-learn. Install it with pip install "timm-multiexit[digits]".')
     if args.plot and find_spec('matplotlib') is None:
         raise StateError('--plot needs matplotlib. Install it with pip install "timm-multiexit[plots]".')
 
@@ -147,7 +263,7 @@ def _check_saving(args: Namespace, model: MultiExitModel) -> None:
     """Raise where `--save-policy` has no policy, or no folder whose model it is of."""
     if parse_model_name(args.model)[0] != 'local-dir':
         raise InvalidValueError(f'--save-policy needs --model local-dir:FOLDER, got {args.model}.')
-    for dest in ('checkpoint', 'exits', 'gp'):
+    for dest in ('checkpoint', 'exits', 'gp', 'valid_labels', 'crop_border_pixels', 'model_dtype'):
         if getattr(args, dest):
             raise InvalidValueError(
                 f"--save-policy and {option_name(dest)} exclude each other: the policy would be another model's."
