@@ -73,10 +73,10 @@ def save_pretrained(
                 config[CONFIG_KEY][name] = getattr(model, name).to_dict()
     with tempfile.TemporaryDirectory(prefix=f'.{directory.name}-', dir=directory.parent) as temporary:
         path = Path(temporary, CONFIG_NAME)
-        if getattr(model, 'module_info', None) is None:
-            save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
-        else:
+        if isinstance(model, MultiExitModel) and model.module_info is not None:
             write_module_config(model, path, config, data_config)
+        else:
+            save_config_for_hf(backbone, str(path), model_config=config, data_config=data_config)
         values = read_json(path)
         for name in _LABELS:
             values['pretrained_cfg'].pop(name, None)  # where timm keeps those of a loaded model; they go to the root
