@@ -18,7 +18,7 @@ BLOCKS = re.findall(r'```(\w+)\n(.*?)```', (ROOT / 'README.md').read_text(), re.
 
 def test_every_block_is_known():
     assert [language for language, _ in BLOCKS] == [
-        *('shell', 'shell', 'python', 'python', 'shell', 'python', 'python', 'shell', 'python', 'python')
+        *('shell', 'shell', 'python', 'python', 'python', 'shell', 'python', 'python', 'shell', 'python', 'python')
     ]
 
 

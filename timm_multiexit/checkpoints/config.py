@@ -34,7 +34,7 @@ from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, MultiExitError, brief, is_integer
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, MultiExitError, brief, is_integer, one_line
 from timm_multiexit.utils.untrusted import read_json
 
 FORMAT_VERSION = 1  # of what `config.json` says of exits; a file of a later one is refused
@@ -123,9 +123,9 @@ def _refuse_module(config: Mapping[str, Any]) -> None:
     section = config.get(CONFIG_KEY)
     module = section.get(MODULE_KEY) if isinstance(section, dict) else None
     if module is not None:
-        kind = module.get('type') if isinstance(module, dict) else None
+        kind = one_line(module.get('type') if isinstance(module, dict) else module, 80)
         raise CheckpointError(
-            f'it is of a module that timm cannot create, {brief(kind)}: build it, and call'
+            f'it is of a module that timm cannot create, {kind}: build it, and call'
             ' timm_multiexit.load_exits(module, FOLDER).'
         )
 

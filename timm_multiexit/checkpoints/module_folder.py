@@ -6,6 +6,7 @@ The code of the module is the user's, so no name can create it: `load_exits` tak
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -58,7 +59,7 @@ def load_exits(module: nn.Module, directory: str | os.PathLike[str]) -> MultiExi
     except MultiExitError as error:
         raise CheckpointError(f'{directory / CONFIG_NAME}: {error}') from error
     info = config.info
-    kept = {'input_size': info.input_size, 'classifier': info.classifiers, 'num_classes': info.num_classes}
+    kept: Any = {'input_size': info.input_size, 'classifier': info.classifiers, 'num_classes': info.num_classes}
     with torch.device('meta'):
         empty = MultiExitModel(meta_copy(module), config.exits, **kept)
     tensors = []

@@ -228,7 +228,7 @@ def describe_module(
     if classifier is not None:
         given = (classifier,) if isinstance(classifier, str) else tuple(classifier)
         _check_names(backbone, given)
-        names = tuple(_innermost(backbone, path, num_classes) for path in given)
+        names = tuple(_innermost(backbone, path) for path in given)
     if classifier is None or num_classes is None:
         scan = scan_module(backbone, size)
         num_classes = _width(name, scan.output) if num_classes is None else num_classes
@@ -421,7 +421,7 @@ def _gives(output: Any, num_classes: int) -> bool:
     return isinstance(output, Tensor) and output.ndim > 1 and num_classes in (output.shape[-1], output.shape[1])
 
 
-def _innermost(backbone: nn.Module, path: str, num_classes: int | None) -> str:
+def _innermost(backbone: nn.Module, path: str) -> str:
     """Return the classifier of a name: the module, or in a container of layers the last linear one."""
     module = backbone.get_submodule(path)
     if _has_own(module):
