@@ -56,7 +56,12 @@ def test_folder_holds_a_run_once_there_is_a_summary_or_a_checkpoint(tmp_path, na
         ('args.yaml', None, RunFolder.read_args, 'is not a training run: it has no args.yaml'),
         ('args.yaml', 'a: [', RunFolder.read_args, 'is not a training run: .*args.yaml must be a YAML file'),
         ('args.yaml', '- 1', RunFolder.read_args, 'args.yaml must be a mapping'),
-        ('args.yaml', 'model: resnet18', RunFolder.read_args, 'is not the args.yaml of a training run: it has no exit_loss'),
+        (
+            'args.yaml',
+            'model: resnet18',
+            RunFolder.read_args,
+            'is not the args.yaml of a training run: it has no exit_loss',
+        ),
         ('summary.csv', None, RunFolder.read_summary, 'summary.csv cannot be read: No such file or directory'),
         ('summary.csv', 'epoch,a\n0,b\n', RunFolder.read_summary, "could not convert string to float: 'b'"),
         ('results.json', None, RunFolder.read_results, 'has no results.json, which training writes when it ends'),

@@ -173,7 +173,9 @@ def _train_in_a_group(argv):
     ('sign', 'send', 'flags'),
     [
         (signal.SIGTERM, os.killpg, ()),
-        pytest.param(signal.SIGTERM, os.killpg, ('--no-prefetcher', '--use-multi-epochs-loader'), marks=pytest.mark.slow),
+        pytest.param(
+            signal.SIGTERM, os.killpg, ('--no-prefetcher', '--use-multi-epochs-loader'), marks=pytest.mark.slow
+        ),
         pytest.param(signal.SIGINT, os.killpg, (), marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, os.kill, (), marks=pytest.mark.slow),
     ],

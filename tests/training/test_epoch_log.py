@@ -29,7 +29,9 @@ def test_epochs_that_are_not_evaluated_have_a_line_and_no_row(caplog, tmp_path):
     log.folder = tmp_path
     for epoch in range(5):  # --val-interval 2: those of timm's own script
         is_evaluated = epoch in (1, 3, 4)
-        log.note_epoch(epoch, {'loss': epoch + 1.0}, {'top1': 50.0} if is_evaluated else {}, 0.1, is_evaluated=is_evaluated)
+        log.note_epoch(
+            epoch, {'loss': epoch + 1.0}, {'top1': 50.0} if is_evaluated else {}, 0.1, is_evaluated=is_evaluated
+        )
         log.end_epoch(SimpleNamespace(num_updates=epoch), 10.0)
     log.write()
     assert [message[:21] for message in caplog.messages] == [f'Epoch {n}/5  loss {n}.000' for n in range(1, 6)]

@@ -91,7 +91,7 @@ def _read_run(folder: Path, name: str) -> Run:
     args = run.read_args(_NEEDED_ARGS)
     if args['exits'] is not None and args['exit_loss'] not in LOSSES:
         raise CheckpointError(
-            f"exit_loss in {run.args_path} must be one of {', '.join(LOSSES)}, got {brief(args['exit_loss'])}."
+            f'exit_loss in {run.args_path} must be one of {", ".join(LOSSES)}, got {brief(args["exit_loss"])}.'
         )
     return Run(name, folder, args, run.read_summary(), results)
 
