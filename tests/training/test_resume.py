@@ -139,6 +139,8 @@ DAMAGED = {
     'run-epoch': ({'saver': {'run': RUN | {'epoch': '1'}}}, "is damaged: epoch must not be '1'"),
     'run-batch': ({'saver': {'run': RUN | {'batch': -1}}}, 'is damaged: batch must not be -1'),
     'summary': ({'saver': {'run': RUN | {'summary': [1]}}}, r'is damaged: summary must not be \[1\]'),
+    'rows': ({'saver': {'run': RUN | {'summary': {'rows': [{'a': 'b'}]}}}}, 'is damaged: summary must not be'),
+    'task': ({'task_state': 5}, 'is damaged: task_state must not be 5'),
     'epoch': ({'epoch': 'x'}, "is damaged: epoch must not be 'x'"),
     'version': ({'epoch': 1, 'version': [2]}, r'is damaged: version must not be \[2\]'),
 }
@@ -245,7 +247,7 @@ def test_finished_run_is_said_to_be_and_fewer_epochs_are_refused(train_run, imag
     assert 'epochs 3 to' not in err
     assert results.exists()
     line = train_run('--epochs', 1, '--resume', 'auto', refused=True)
-    assert line == '--epochs must be >= 2, as out/run/last.pth.tar has done, got 1 epochs in all.'
+    assert line == '--epochs must be >= 2, as out/run/last.pth.tar has done, got 1 in all.'
 
 
 def test_folder_that_another_process_works_in_is_refused(train_run, image_folder):
@@ -263,8 +265,6 @@ def test_folder_that_another_process_works_in_is_refused(train_run, image_folder
 
 
 ODD = {
-    'rows': lambda saved: saved['saver']['run'].update(summary={'rows': [5]}),
-    'no-rows': lambda saved: saved['saver']['run'].update(summary={}),
     'history': lambda saved: saved['saver'].update(checkpoint_files=5),
     'origin': lambda saved: saved.update(args=Namespace(origin=5)),
     'optimizer': lambda saved: saved.update(optimizer=[1]),

@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
 def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
     """Return the run that the flags describe. All that can be wrong is checked, and nothing is written."""
     check_trackers(args.log_with)
+    if args.resume and args.resume != 'auto':
+        read_resume(args.resume)  # before the folder that follows from it is asked
     folder = choose_output_dir(args)
     resume = _find_resume(args, folder)
     resumed = {} if resume is None else read_resume(resume)
@@ -224,7 +226,7 @@ def _check_epochs(args: Namespace, run: TrainingRun, resumed: Mapping[str, Any])
         done, flag = read_position(resumed)[0], f'{run.config.resume} has done'
     if done > run.num_epochs:
         name = '--epochs' if args.stop_epoch is None else '--stop-epoch'
-        raise InvalidValueError(f'{name} must be >= {done}, as {flag}, got {run.num_epochs} epochs in all.')
+        raise InvalidValueError(f'{name} must be >= {done}, as {flag}, got {run.num_epochs} in all.')
 
 
 def _check_metric(args: Namespace, model: Any) -> None:

@@ -272,30 +272,26 @@ def read_resume(path: str | os.PathLike[str]) -> dict[str, Any]:
             f'--resume must be a checkpoint of training or auto, got the folder {path}. {_hint(path)}'
         )
     if path.suffix == '.safetensors':
-        raise CheckpointError(f'{path} holds weights alone, and no state of a run. {_hint(path.parent, path)}')
+        raise CheckpointError(f'{path} holds weights alone, and no state of a run. {_hint(path)}')
     if not path.is_file():
         raise MissingFileError(f'Checkpoint {path} does not exist.')
     with path.open('rb') as file:
         if file.read(2) not in _TORCH_MAGIC:
-            hint = 'Flags are given by --config.' if path.suffix in ('.yaml', '.yml') else _hint(path.parent)
+            hint = 'Flags are given by --config.' if path.suffix in ('.yaml', '.yml') else _hint(path)
             raise CheckpointError(f'Cannot read checkpoint {path}: it is no file of torch.save. {hint}')
     checkpoint = read_training_checkpoint(path)
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(
-            f'{path} must hold a checkpoint of training, got {brief(checkpoint)}. {_hint(path.parent)}'
-        )
+        raise CheckpointError(f'{path} must hold a checkpoint of training, got {brief(checkpoint)}. {_hint(path)}')
     saver = checkpoint.get('saver') or {}
     run = (saver.get('run') if isinstance(saver, dict) else None) or {}
-    places = [
-        ('saver', saver, lambda value: isinstance(value, dict)),
-        ('run', run, lambda value: isinstance(value, dict)),
-    ]
+    state = checkpoint.get('task_state') or {}
+    places = [(name, value, _is_dict) for name, value in (('task_state', state), ('saver', saver), ('run', run))]
     places += [(name, checkpoint.get(name, 0) or 0, _is_count) for name in ('epoch', 'version')]
     if isinstance(run, dict) and run:
         places += [(name, run.get(name), is_allowed) for name, is_allowed in _RUN_KINDS.items()]
     for name, value, is_allowed in places:
         if not is_allowed(value):
-            raise CheckpointError(f'{path} is damaged: {name} must not be {brief(value)}. {_hint(path.parent)}')
+            raise CheckpointError(f'{path} is damaged: {name} must not be {brief(value)}. {_hint(path)}')
     return checkpoint
 
 
@@ -306,22 +302,39 @@ def _is_count(value: Any) -> bool:
     return is_integer(value, least=0)
 
 
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_table(value: Any) -> bool:
+    rows = value.get('rows') if isinstance(value, dict) else None
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and _is_count(row.get('epoch'))
+        and all(isinstance(key, str) and isinstance(number, (int, float)) for key, number in row.items())
+        for row in rows
+    )
+
+
 # What a run's state is made of.
 _RUN_KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(('epoch', 'batch', 'num_batches', 'seed', 'grad_accum_steps'), _is_count),
-    'summary': lambda value: isinstance(value, dict),
+    'summary': _is_table,
     **dict.fromkeys(('progress', 'plateau'), lambda value: value is None or isinstance(value, dict)),
 }
 
 
-def _hint(folder: Path, weights: Path | None = None) -> str:
-    """Return what to give in place of a folder, or of a file in it."""
-    for run in (folder, folder.parent):
-        if (run / 'last.pth.tar').is_file():
-            return f'Give --resume {run / "last.pth.tar"}.'
+def _hint(path: Path) -> str:
+    """Return what to give in place of a folder or a file."""
+    folder = path if path.is_dir() else path.parent
+    for last in (folder / 'last.pth.tar', folder.parent / 'last.pth.tar'):
+        if last.is_file() and last != path:
+            return f'Give --resume {last}.'
     if (folder / CONFIG_NAME).is_file():
         return f'Start a new run from it by --model local-dir:{folder} --pretrained.'
-    return f'Start a new run from it by --initial-checkpoint {weights}.' if weights else 'Give a *.pth.tar of a run.'
+    if path.suffix == '.safetensors':
+        return f'Start a new run from it by --initial-checkpoint {path}.'
+    return 'Give another *.pth.tar of a run.'
 
 
 @contextmanager

@@ -29,7 +29,7 @@ _NOT_LEARNT = frozenset(
         *('stop_epoch start_epoch multilabel_threshold log_interval val_interval recovery_interval').split(),
         *('checkpoint_hist save_epochs save_images workers pin_mem no_prefetcher output experiment').split(),
         *('log_wandb wandb_project wandb_tags wandb_resume_id log_with progress push_to_hub').split(),
-        *('hub_private hub_license use_multi_epochs_loader crop_pct').split(),
+        *('hub_private hub_license use_multi_epochs_loader crop_pct lr_base lr_base_size lr_base_scale').split(),
     )
 )
 
