@@ -285,6 +285,7 @@ def read_resume(path: str | os.PathLike[str]) -> dict[str, Any]:
     saver = checkpoint.get('saver') or {}
     run = (saver.get('run') if isinstance(saver, dict) else None) or {}
     state = checkpoint.get('task_state') or {}
+    places: list[tuple[str, Any, Callable[[Any], bool]]]
     places = [(name, value, _is_dict) for name, value in (('task_state', state), ('saver', saver), ('run', run))]
     places += [(name, checkpoint.get(name, 0) or 0, _is_count) for name in ('epoch', 'version')]
     if isinstance(run, dict) and run:
