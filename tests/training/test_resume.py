@@ -27,7 +27,7 @@ def test_resume_takes_the_checkpoint_that_is_furthest(tmp_path):
     assert find_resume(tmp_path / 'absent') is None
 
     def saved(epoch, batch):
-        return {'saver': {'run': {'epoch': epoch, 'batch': batch}}}
+        return {'saver': {'run': RUN | {'epoch': epoch, 'batch': batch}}}
 
     for name, position in (('recovery-1-9', (1, 9)), ('recovery-1-10', (1, 10)), ('recovery-0-99', (0, 99))):
         write_checkpoint(tmp_path, f'{name}.pth.tar', **saved(*position))
