@@ -275,7 +275,7 @@ REFUSED = {
     'momentum': (('--momentum', '0'), 'Cannot create --opt sgd: Nesterov momentum requires'),
     'betas': (('--opt', 'adamw', '--opt-betas', '0.9'), 'Cannot create --opt adamw: '),
     'teacher': (('--kd-model-name', 'local-dir:nowhere'), 'nowhere is not a model folder'),
-    'classes': (('--num-classes', '2'), 'The data has 3 classes, the model 2'),
+    'classes': (('--num-classes', '2'), '--num-classes must be at least 3, the classes of the data, got 2'),
 }
 
 

@@ -132,5 +132,5 @@ def test_processes_that_are_not_started_are_told_the_command_that_works(tmp_path
     )
     assert done.returncode != 0
     assert 'train.py: error: accelerate launch started one of several processes' in done.stderr
-    assert 'torchrun --nproc-per-node 2 train.py' in done.stderr
+    assert 'torchrun --nproc-per-node 2 -m timm_multiexit.cli.train' in done.stderr
     assert not (tmp_path / 'output').exists()

@@ -37,7 +37,7 @@ REFUSED = {
     'deepspeed': ({'ACCELERATE_USE_DEEPSPEED': '1'}, 'DEEPSPEED is not supported, .*Leave --use_deepspeed out'),
     'one-of-two': (
         {'ACCELERATE_USE_CPU': 'True', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500'},
-        'started one of several processes, .*torchrun --nproc-per-node 2 train.py',
+        'started one of several processes, .*torchrun --nproc-per-node 2 -m timm_multiexit.cli.train',
     ),
 }
 

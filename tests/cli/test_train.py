@@ -339,7 +339,7 @@ BAD_INPUT = {
     'contradiction': (('--eed', '--exit-loss', 'ce'), '--eed and --exit-loss ce contradict'),
     'no-teacher': (('--exit-loss', 'ce', '--exit-output-weight', '1'), 'the loss has no teacher'),
     'temperature': (('--eed', '--exit-temperature', '0'), '--exit-temperature must be > 0, got 0.'),
-    'classes': (('--num-classes', '1'), 'The data has 2 classes, the model 1'),
+    'classes': (('--num-classes', '1'), '--num-classes must be at least 2, the classes of the data, got 1.'),
     'metric': (('--eval-metric', 'exit7_top1', '--eed'), '--eval-metric must be one of loss, top1'),
     'epochs': (('--epochs', '0'), '--epochs must be >= 1, got 0.'),
     'fp16': (('--amp',), '--amp in float16 needs a GPU'),
@@ -435,7 +435,9 @@ def test_output_that_is_a_file_is_one_line(where, run_script, image_folder, tmp_
     argv = (*QUICK, '--eed', '--data-dir', image_folder, '--output', where, '--experiment', 'run')
     code, _, err = run_script(train.main, *argv)
     assert code == 2
-    assert 'could not be written' in err.splitlines()[-1]
+    assert err.splitlines()[-1] == (
+        f'train.py: error: --output and --experiment must name a folder, got {where}/run: file is a file.'
+    )
     assert (tmp_path / 'file').read_text() == 'mine'
 
 

@@ -63,7 +63,7 @@ def test_inference_is_timed_in_every_form_at_every_batch_size(run_script, thread
     )
     assert (code, err) == (0, '')
     assert 'test_resnet, heads conv, 64 pixels, cpu\n' in out
-    assert '1 torch threads' in out
+    assert '1 torch thread' in out
     single, batch = out.split('\nbatch 8, 2 rounds\n')
     assert '\nbatch 1, 10 rounds\n' in single
     single, batch = read_table(single, 'call'), read_table(batch, 'call')
@@ -198,7 +198,7 @@ def test_training_is_timed_for_every_loss_and_for_the_loop(run_script, threads):
     code, out, err = run_script(benchmark.main, 'train', *TINY, '--exit-head', 'linear', '--threads', 1)
     assert (code, err) == (0, '')
     assert 'torch 2.' in out
-    assert '1 torch threads' in out
+    assert '1 torch thread' in out
     steps = read_table(out, 'step')
     assert list(steps) == ['plain timm', 'plain timm again', *LOSSES]
     for row in steps.values():

@@ -35,7 +35,7 @@ def make_result(method, seed, extra=(), **top1):
         'seconds': 600.0,
         'commit': 'abc',
         'hardware': '2 x cpu',
-        'threads': '1 torch threads',
+        'threads': '1 torch thread',
         'versions': 'torch 2',
         'extra': list(extra),
     }

@@ -20,7 +20,7 @@ ENVIRONMENT = {
     'commit': '5ff385c',
     'versions': 'python 3.11.2, timm 1.0.31, torch 2.15.0',
     'hardware': '2 x Intel(R) Xeon(R) CPU @ 2.20GHz',
-    'threads': '1 torch threads',
+    'threads': '1 torch thread',
 }
 
 
@@ -222,7 +222,7 @@ def test_notes_say_what_numbers_are_of(metrics):
         'Time ratios are medians of 31 rounds, in each of which all policies take a batch of 64 images on `cpu` in turn',
         'the median of 29 rounds with a batch of 1 on `cpu`',
         'wrong at main: 3.21 % of the images; the reverse: 9.12 %; right at some classifier: 86.23 %',
-        '- Measured on 2 x Intel(R) Xeon(R) CPU @ 2.20GHz; 1 torch threads; python 3.11.2, timm 1.0.31, torch 2.15.0;'
+        '- Measured on 2 x Intel(R) Xeon(R) CPU @ 2.20GHz; 1 torch thread; python 3.11.2, timm 1.0.31, torch 2.15.0;'
         ' timm_multiexit at 5ff385c.',
         'timm_multiexit at 1234567.',
         '`args.yaml`: exit loss `eed`, epochs `16`, seed `42`',
@@ -253,7 +253,7 @@ def test_speed_is_of_one_measurement(metrics):
 def test_precision_is_what_was_measured_in_or_not_said(metrics):
     assert not re.search(r'float|\bamp\b|bf16', write_card(metrics))
     card = write_card(metrics | {'precision': 'amp bfloat16'})
-    assert '- Measured on 2 x Intel(R) Xeon(R) CPU @ 2.20GHz; 1 torch threads; amp bfloat16; python' in card
+    assert '- Measured on 2 x Intel(R) Xeon(R) CPU @ 2.20GHz; 1 torch thread; amp bfloat16; python' in card
     assert card.count('amp bfloat16') == 1  # training may have had another
 
 

@@ -295,8 +295,8 @@ def test_policies_of_other_thresholds_are_refused(run, folder):
     rows = read(run, 'validation.json')['dynamic']
     edit(run / 'validation.json', dynamic=[*rows[:2], rows[2] | {'thresholds': [0.123, 0.456]}])
     assert refused(run, folder) == (
-        f"budget 90% of {run / 'validation.json'} has other thresholds than the network's: run validate.py again with"
-        ' --save-policy.'
+        f"budget 90% of {run / 'validation.json'} has other thresholds than the network's: run timm-multiexit validate"
+        ' again with --save-policy.'
     )
     own = {'policy': "the model's own", 'kind': 'own', 'budget': None, 'combine': 'mean'}
     edit(run / 'validation.json', dynamic=[*rows[:2], rows[2] | own])
@@ -415,7 +415,7 @@ def test_refused_publication_leaves_the_earlier_one_whole(run, folder):
     write_publication(run, folder, REPO)
     before = contents(folder)
     set_origin(run, 'a file')
-    assert 'look it up and give it by train.py --hub-license' in refused(run, folder)
+    assert 'look it up and give it by train --hub-license' in refused(run, folder)
     assert "or local-dir:folder/model, got 'hf-hub:net'" in refused_name(run, folder)
     assert contents(folder) == before
     assert sorted(path.name for path in folder.parent.iterdir()) == ['publication', 'run']
@@ -472,7 +472,7 @@ def test_license_follows_from_what_training_started_from(origin, labels, base_mo
 @pytest.mark.parametrize(
     ('origin', 'labels', 'message'),
     [
-        (('a file',), {}, '(a file) is unknown: look it up and give it by train.py --hub-license'),
+        (('a file',), {}, '(a file) is unknown: look it up and give it by train --hub-license'),
         (('a file',), {'base_model': 'org/base'}, '(org/base) is unknown'),
         (
             ('timm/resnet18.fb_swsl_ig1b_ft_in1k', 'cc-by-nc-4.0'),

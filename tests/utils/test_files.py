@@ -1,19 +1,23 @@
 """Files that are whole or not there, and what is said where the disk refuses them."""
 
 import errno
+import fcntl
 import hashlib
+import multiprocessing
 import os
 import stat
+import time
 
 import pytest
 from safetensors import SafetensorError
 
 from timm_multiexit.checkpoints.save import save_pretrained
-from timm_multiexit.utils.errors import DiskError, HubError, MultiExitError
+from timm_multiexit.utils.errors import DiskError, HubError, MultiExitError, StateError
 from timm_multiexit.utils.files import (
     RESUME,
     RUN_AGAIN,
     explain_disk_errors,
+    lock_file,
     new_folder,
     replacing,
     sha256,
@@ -141,3 +145,39 @@ def test_full_disk_leaves_the_old_file_and_is_one_line(tmp_path, monkeypatch):
     assert '--resume' not in str(raised.value)
     assert [file.name for file in tmp_path.iterdir()] == ['rows.csv']
     assert path.read_text() == 'old'
+
+
+def _hold(path, ready):
+    file = lock_file(path)
+    if not os.fork():  # as processes that load data, which end seconds after the one they work for
+        time.sleep(20)
+        os._exit(0)
+    ready.set()
+    time.sleep(60)
+    file.close()
+
+
+def test_locked_file_is_free_when_its_process_is_killed(tmp_path):
+    context = multiprocessing.get_context('fork')
+    path, ready = tmp_path / 'run' / '.lock', context.Event()
+    path.parent.mkdir()
+    process = context.Process(target=_hold, args=(path, ready))
+    process.start()
+    ready.wait()
+    with pytest.raises(StateError) as caught:
+        lock_file(path)
+    line = f'{path.parent} is in use by another process, {process.pid} on {os.uname().nodename}: wait until it ends,'
+    assert str(caught.value) == f'{line} or name another folder.'
+    process.kill()
+    process.join()
+    with lock_file(path):
+        assert path.read_text() == f'{os.getpid()} on {os.uname().nodename}'
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_file_system_without_locks_does_without(number, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, 'lockf', refuse)
+    assert lock_file(tmp_path / '.lock') is None

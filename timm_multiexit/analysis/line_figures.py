@@ -101,7 +101,7 @@ def draw_diversity(rows: Mapping[str, Mapping[str, Any]], reference: str) -> Any
     """
     figure = new_figure(10, 4.6 + 0.2 * len(rows), f'Diversity of the teacher and gain over {reference}')
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, key, label, factor in (
+    for axes, key, xlabel, factor in (
         (panels[0], 'disagreement', 'mean pairwise disagreement of its members, %', 100),
         (panels[1], 'softmax_variance', 'variance of their probabilities', 1),
     ):
@@ -110,10 +110,10 @@ def draw_diversity(rows: Mapping[str, Mapping[str, Any]], reference: str) -> Any
             members = '+'.join(row['teacher']['members'])
             for kind, marker, filling in (('main', 'o', color), (ENSEMBLE, '^', 'white')):
                 text = legend_label(f'{name} ({members}): {"main" if kind == "main" else "ensemble"}')
-                text = text if axes is panels[0] else None
-                axes.plot(x, row['gain'][kind], marker, color=color, markerfacecolor=filling, markersize=8, label=text)
+                label = text if axes is panels[0] else None
+                axes.plot(x, row['gain'][kind], marker, color=color, markerfacecolor=filling, markersize=8, label=label)
         axes.axhline(0, color='0.5', linewidth=1)
-        axes.set_xlabel(label)
+        axes.set_xlabel(xlabel)
         axes.margins(0.15)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel('gain in top-1, points')

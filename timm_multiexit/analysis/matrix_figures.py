@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from timm_multiexit.utils.figures import annotate_cells, new_figure
+from timm_multiexit.utils.figures import annotate_cells, drawable, new_figure
 from timm_multiexit.utils.text import ENSEMBLE
 
 _MAX_NAMED = 12  # classes that fit beside a matrix
@@ -58,8 +58,9 @@ def _draw_confusions(
         axes.set_title('different predictions', fontsize=9)
         axes.set_facecolor('0.9')
         if class_names and len(class_names) == len(matrix) <= _MAX_NAMED:
-            axes.set_xticks(range(len(matrix)), class_names, rotation=90, fontsize=7)
-            axes.set_yticks(range(len(matrix)), class_names, fontsize=7)
+            labels = [drawable(label) for label in class_names]
+            axes.set_xticks(range(len(matrix)), labels, rotation=90, fontsize=7)
+            axes.set_yticks(range(len(matrix)), labels, fontsize=7)
     figure.colorbar(image, ax=list(panels), label='% of images', shrink=0.8)
 
 

@@ -15,6 +15,7 @@ from timm_multiexit.utils.untrusted import read_json, read_yaml
 
 ARGS_NAME = 'args.yaml'
 BEST_NAME = 'best'
+LOCK_NAME = '.lock'
 RESULTS_NAME = 'results.json'
 SUMMARY_NAME = 'summary.csv'
 VALIDATION_NAME = 'validation.json'
@@ -71,6 +72,11 @@ class RunFolder:
     def validation_path(self) -> Path:
         """`validation.json`: the results of `validate.py` for the best network, if the user put them there."""
         return self.path / VALIDATION_NAME
+
+    @property
+    def lock_path(self) -> Path:
+        """`.lock`: says who works in the folder."""
+        return self.path / LOCK_NAME
 
     @property
     def best(self) -> Path:
@@ -160,5 +166,12 @@ def read_summary(path: Path | str) -> list[dict[str, float]]:
 
 
 def read_origin(args: Mapping[str, Any]) -> Origin:
-    """Return what a run started from, as its arguments say; 'a file' for timm's own script, whose arguments do not."""
-    return Origin(**args['origin']) if args.get('origin') else Origin('a file')
+    """Return what a run started from, as its arguments say; 'a file' for timm's own script, whose arguments do not.
+
+    Raises:
+        CheckpointError: They say something else.
+    """
+    origin = args.get('origin')
+    if origin and not _is_origin(origin):
+        raise CheckpointError(f'origin of a run must be a mapping of base, license and commit, got {brief(origin)}.')
+    return Origin(**origin) if origin else Origin('a file')

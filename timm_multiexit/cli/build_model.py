@@ -55,7 +55,8 @@ def create_train_model(
         load_checkpoint(model, resume, use_ema=False)
     if num_classes and num_classes > model.num_classes:
         raise InvalidValueError(
-            f'The data has {num_classes} classes, the model {model.num_classes}: set --num-classes.'
+            f'--num-classes must be at least {num_classes}, the classes of the data, got'
+            f' {args.num_classes or f"a model of {model.num_classes}"}.'
         )
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)

@@ -55,7 +55,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if launched != accelerator.num_processes:
         raise StateError(
             f'{launched} processes were launched, and Accelerate runs {accelerator.num_processes}. Start them with'
-            f' torchrun --nproc-per-node {launched} train.py ...'
+            f' torchrun --nproc-per-node {launched} -m timm_multiexit.cli.train ...'
         )
     return accelerator
 
@@ -96,6 +96,7 @@ def _check_launcher() -> None:
     if on_cpu and 'MASTER_ADDR' in os.environ and 'WORLD_SIZE' not in os.environ:
         raise StateError(
             'accelerate launch started one of several processes, as it does on CPUs. Start them with'
-            ' torchrun --nproc-per-node 2 train.py ... or'
-            ' ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train.py ...'
+            ' torchrun --nproc-per-node 2 -m timm_multiexit.cli.train ... or'
+            ' ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m'
+            ' timm_multiexit.cli.train ...'
         )

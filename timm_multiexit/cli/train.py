@@ -7,7 +7,7 @@ import logging
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +23,6 @@ from timm.utils import random_seed, unwrap_model
 
 from timm_multiexit.checkpoints.run_folder import RunFolder, read_origin
 from timm_multiexit.checkpoints.source import find_source
-from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
 from timm_multiexit.cli.build_model import (
     check_image_size,
     create_regime,
@@ -39,6 +38,7 @@ from timm_multiexit.cli.build_training import (
     resolve_lr,
 )
 from timm_multiexit.cli.flags.parser import option_name
+from timm_multiexit.cli.flags.resume_rules import check_changes, format_changes
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.launch import create_accelerator, setup_logging
 from timm_multiexit.evaluation.metrics import evaluation_columns
@@ -48,11 +48,11 @@ from timm_multiexit.models.origin import Origin
 from timm_multiexit.publishing.licenses import PublicationInfo, find_license
 from timm_multiexit.publishing.push import publish_run
 from timm_multiexit.training.regimes import Regime, RegimeControl
-from timm_multiexit.training.resume import find_resume
+from timm_multiexit.training.resume import find_resume, read_position, read_resume
 from timm_multiexit.training.run import RunConfig, RunData, TrainingRun
 from timm_multiexit.training.trackers import TrackerConfig, check_trackers
 from timm_multiexit.training.trainer import Trainer, TrainerConfig
-from timm_multiexit.utils.errors import InvalidValueError, MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError, MultiExitError, one_line
 from timm_multiexit.utils.signals import Stopped
 
 _logger = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
     except Stopped as stopped:
         code = 128 + stopped.signal
         if run is not None and accelerator.is_main_process:
-            where = f'--output {run.folder.parent} --experiment {run.folder.name}'
-            print(f'{prog}: stopped, continue with --resume auto {where}', file=sys.stderr)
+            where = ['--resume', 'auto', '--output', str(run.folder.parent), '--experiment', run.folder.name]
+            print(f'{prog}: stopped, continue with {shlex.join(where)}', file=sys.stderr)
     finally:
         if run is not None:
             run.close()
@@ -96,8 +96,11 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
 def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
     """Return the run that the flags describe. All that can be wrong is checked, and nothing is written."""
     check_trackers(args.log_with)
+    if args.resume and args.resume != 'auto':
+        read_resume(args.resume)  # before the folder that follows from it is asked
     folder = choose_output_dir(args)
     resume = _find_resume(args, folder)
+    resumed = {} if resume is None else read_resume(resume)
     random_seed(args.seed, accelerator.process_index)
     datasets, num_classes = create_datasets(args)
     if args.is_demo:
@@ -107,7 +110,7 @@ def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
         )
     source = find_source(args.model, **args.model_kwargs)
     model = create_train_model(args, source, num_classes=num_classes, resume=resume)
-    origin = _find_origin(args, model, resume)
+    origin = _find_origin(args, model, resumed)
     check_publishing(args, origin, has_table=datasets[2] is not None, asks_hub=accelerator.is_main_process)
     _check_metric(args, model)
     data_config = resolve_data_config(vars(args), model=model)
@@ -133,11 +136,15 @@ def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
         'origin': None if origin is None else origin.to_dict(),
     }
     record = Namespace(**vars(args) | resolved)
+    if resume is not None:
+        _note_changes(record, resumed, resume, folder)
     config = _run_config(record, resume)
     trainer = _create_trainer(
         record, config, task, data, accelerator, regime=regime, batch_size=batch_size, mixup_fn=mixup_fn
     )
-    return TrainingRun(task, trainer, data=data, config=config, record=record, folder=folder)
+    run = TrainingRun(task, trainer, data=data, config=config, record=record, folder=folder)
+    _check_epochs(args, run, resumed)
+    return run
 
 
 def choose_output_dir(args: Namespace) -> Path:
@@ -148,10 +155,24 @@ def choose_output_dir(args: Namespace) -> Path:
     stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
     name = args.experiment or '-'.join(str(part) for part in (stamp, safe_model_name(args.model), size) if part)
     path = Path(args.output or 'output/train', name)
+    _check_folder(path)
     is_resumed = args.resume == 'auto' or (args.resume and Path(args.resume).parent.resolve() == path.resolve())
     if not is_resumed and RunFolder(path).holds_run:
         raise InvalidValueError(f'{path} holds a run: name another --experiment, or resume it with --resume auto.')
     return path
+
+
+def _check_folder(path: Path) -> None:
+    """Raise if a path cannot be a folder."""
+    try:
+        # Each is looked for by itself: of a path below a file the system says only that it does not exist.
+        found = next((part for part in (path, *path.parents) if part.exists()), None)
+    except OSError as error:
+        raise InvalidValueError(
+            f'--output and --experiment must name a folder, got {path}: {one_line(error)}.'
+        ) from error
+    if found is not None and not found.is_dir():
+        raise InvalidValueError(f'--output and --experiment must name a folder, got {path}: {found} is a file.')
 
 
 def _find_resume(args: Namespace, folder: Path) -> Path | None:
@@ -162,16 +183,50 @@ def _find_resume(args: Namespace, folder: Path) -> Path | None:
     return Path(path) if path else None
 
 
-def _find_origin(args: Namespace, model: Any, resume: Path | None) -> Origin | None:
+def _find_origin(args: Namespace, model: Any, resumed: Mapping[str, Any]) -> Origin | None:
     """Return what the weights started from, and note it on the model; of a resumed run what its first part did."""
     if not isinstance(model, MultiExitModel):
         return None
-    if resume:
-        before = read_training_checkpoint(resume).get('args')
-        model.origin = read_origin(vars(before) if isinstance(before, Namespace) else {})
+    if resumed:
+        model.origin = read_origin(vars(_args_of(resumed)))
     elif args.initial_checkpoint:
         model.origin = Origin('a file')
     return model.origin
+
+
+def _args_of(checkpoint: Mapping[str, Any]) -> Namespace:
+    """Return the flags that a checkpoint was written with, none if it does not say."""
+    found = checkpoint.get('args')
+    return found if isinstance(found, Namespace) else Namespace()
+
+
+def _note_changes(record: Namespace, resumed: Mapping[str, Any], resume: Path, folder: Path) -> None:
+    """Say and record which flags are other ones than those of the checkpoint, in so far as they change what is learnt.
+
+    Raises:
+        InvalidValueError: They change what the run minimises.
+    """
+    before = _args_of(resumed)
+    is_own = resume.parent.resolve() == folder.resolve()
+    changes = check_changes(record, before, resume, is_own=is_own)
+    history = getattr(before, 'resumed', None)
+    record.resumed = list(history) if isinstance(history, list) else []
+    if changes:
+        epoch = read_position(resumed)[0]
+        _logger.warning(f'Other flags than before from epoch {epoch + 1} on: {format_changes(changes)}.')
+        record.resumed.append({'epoch': epoch, 'checkpoint': str(resume), 'changed': changes})
+    if not record.resumed:
+        del record.resumed
+
+
+def _check_epochs(args: Namespace, run: TrainingRun, resumed: Mapping[str, Any]) -> None:
+    """Raise if more epochs are done than the run is to have."""
+    done, flag = args.start_epoch, f'--start-epoch {args.start_epoch}'
+    if done is None:
+        done, flag = read_position(resumed)[0], f'{run.config.resume} has done'
+    if done > run.num_epochs:
+        name = '--epochs' if args.stop_epoch is None else '--stop-epoch'
+        raise InvalidValueError(f'{name} must be >= {done}, as {flag}, got {run.num_epochs} in all.')
 
 
 def _check_metric(args: Namespace, model: Any) -> None:
@@ -259,6 +314,12 @@ def _log_start(args: Namespace, run: TrainingRun) -> None:
     counts = f'{sum(param.numel() for param in model.parameters()) / 1e6:.2f}M parameters'
     if isinstance(model, MultiExitModel):
         counts += f', exits at {", ".join(spec.module for spec in model.exits.specs)} by {args.exit_loss}'
+    if run.start_epoch >= run.num_epochs:
+        _logger.info(
+            f'All {run.num_epochs} epochs of {run.folder} are done, nothing is trained: only the table of its best'
+            ' network is measured again. Give more --epochs to train on.'
+        )
+        return
     precision = accelerator.mixed_precision.replace('no', args.model_dtype or 'float32')
     _logger.info(
         f'{run.record.model} ({counts}) on {len(run.data.train_loader.loader.dataset)} images,'

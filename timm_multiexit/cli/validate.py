@@ -259,9 +259,7 @@ def save_chosen_policy(args: Namespace, validation: Validation, weights: Mapping
     if path is None or validation.budgets is None:
         raise StateError('--save-policy needs a model folder and images to choose thresholds on.')
     if hash_weights(path.parent) != weights:
-        raise StateError(
-            f'{path.parent} got other weights in the meantime, so the policy was not saved. Run validate.py again.'
-        )
+        raise StateError(f'{path.parent} got other weights in the meantime, so the policy was not saved. Run it again.')
     save_policy(path.parent, validation.policy, validation.budgets)
     name = f'budget {args.budget[0]}' if args.budget else f'max drop {args.max_drop:g}'
     return (

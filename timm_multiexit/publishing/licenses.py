@@ -8,7 +8,7 @@ from timm_multiexit.publishing.card import DATASET_ID, REPO_ID
 from timm_multiexit.utils.errors import InvalidValueError, brief
 
 DEFAULT_LICENSE = 'apache-2.0'
-_HOW = 'train.py --hub-license, hub/publish.py --license, push_to_hub(license=...)'
+_HOW = 'train --hub-license, publish --license, push_to_hub(license=...)'
 
 
 class License(NamedTuple):

@@ -47,7 +47,9 @@ def read_run(run: Path, validation: Path | None) -> RunFiles:
     if validation is None and folder.validation_path.is_file():
         validation = folder.validation_path
     if validation is not None and not validation.is_file():
-        raise MissingFileError(f'{validation} does not exist: give a JSON file written by validate.py --results-file.')
+        raise MissingFileError(
+            f'{validation} does not exist: give a JSON file written by timm-multiexit validate --results-file.'
+        )
     measured = add_row_keys(results if validation is None else read_json(validation))
     where = validation or folder.results_path
     _check_weights(measured, where, folder.best)
@@ -85,13 +87,13 @@ def _check_policy(row: Mapping[str, Any], where: Path, config: ModelConfig) -> N
     if row['kind'] == 'budget':
         if config.budgets is None:
             raise CheckpointError(
-                f'{where} has budgets, the network has none: run validate.py again with --save-policy.'
+                f'{where} has budgets, the network has none: run timm-multiexit validate again with --save-policy.'
             )
         policy = config.budgets.select(row['budget']).policy
     if not has_policy(row, policy):
         raise CheckpointError(
-            f"{row['policy']} of {where} has other thresholds than the network's: run validate.py again with"
-            ' --save-policy.'
+            f"{row['policy']} of {where} has other thresholds than the network's: run timm-multiexit validate again"
+            ' with --save-policy.'
         )
 
 
@@ -107,13 +109,15 @@ def _find_picture(measured: Mapping[str, Any], validation: Path) -> Path | None:
     if not drawn or not path.is_file():
         return None
     if sha256(path) != drawn['sha256']:
-        raise CheckpointError(f'{path} is not the picture of {validation}: run validate.py again, or remove it.')
+        raise CheckpointError(
+            f'{path} is not the picture of {validation}: run timm-multiexit validate again, or remove it.'
+        )
     return path
 
 
 def _again(where: Path, best: Path) -> str:
     name = where if where.name != RESULTS_NAME else where.with_name(VALIDATION_NAME)
     return (
-        f'evaluate it by validate.py --model local-dir:{best} --data-dir DIR --results-format json --results-file'
-        f' {name}'
+        f'evaluate it by timm-multiexit validate --model local-dir:{best} --data-dir DIR --results-format json'
+        f' --results-file {name}'
     )

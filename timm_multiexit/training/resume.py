@@ -2,10 +2,11 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -13,14 +14,23 @@ from timm.scheduler import PlateauLRScheduler
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import unwrap_model
 
+from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
 from timm_multiexit.training.epoch_log import EpochLog
 from timm_multiexit.training.running_metrics import RunningMetrics
 from timm_multiexit.training.saver import RunSaver
 from timm_multiexit.training.trainer import Trainer
-from timm_multiexit.utils.errors import CheckpointError, MultiExitError, StateError
-from timm_multiexit.utils.files import RESUME, explain_disk_errors, write_text
+from timm_multiexit.utils.errors import (
+    CheckpointError,
+    MissingFileError,
+    MultiExitError,
+    StateError,
+    brief,
+    is_integer,
+    one_line,
+)
+from timm_multiexit.utils.files import RESUME, explain_disk_errors, lock_file, write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +67,7 @@ class RunState:
         self.num_batches, self.save_epochs, self.saver_options = num_batches, save_epochs, saver_options
         self.accelerator, self.optimizer = trainer.accelerator, trainer.raw_optimizer
         self.saver: RunSaver | None = None
+        self._lock: IO[str] | None = None
         self._progress_state: dict[str, Any] | None = None
 
     @property
@@ -65,11 +76,16 @@ class RunState:
         return self.saver.best_epoch if self.saver else None
 
     def open(self, folder: Path) -> None:
-        """Make the folder, or remove from it what a kill left half written."""
+        """Make the folder, or remove from it what a kill left half written; it is this run's alone until `close`.
+
+        Raises:
+            StateError: Another process works in it.
+        """
         if not self.accelerator.is_main_process:
             return
         with explain_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(RunFolder(folder).lock_path)
         scaler = self.accelerator.scaler
         self.saver = RunSaver(
             run_state=self._state,
@@ -84,33 +100,43 @@ class RunState:
         )
         self.saver.clean()
 
+    def close(self) -> None:
+        """Leave the folder to other processes."""
+        if self._lock is not None:
+            self._lock.close()
+
     def restore(self, path: Path, *, with_optimizer: bool = True) -> tuple[int, int]:
         """Load a checkpoint and return the epoch and the batch to continue with.
 
         Raises:
-            CheckpointError: It is of another optimizer, or from the middle of an epoch of other batches.
+            CheckpointError: It is of another optimizer, or from the middle of an epoch of other batches, or damaged.
         """
-        checkpoint = read_training_checkpoint(path)
+        checkpoint = read_resume(path)
         epoch, batch = read_position(checkpoint)
         run = (checkpoint.get('saver') or {}).get('run') or {}
         if batch:
             self._check_same_epoch(run, path)
-        resume_task_checkpoint(self.task, str(path), log_info=False)
+        with _explain_damage(path):
+            resume_task_checkpoint(self.task, str(path), log_info=False)
         if with_optimizer:
             load_optimizer(self.optimizer, checkpoint, path)
             if self.accelerator.scaler and _SCALER_KEY in checkpoint:
-                self.accelerator.scaler.load_state_dict(checkpoint[_SCALER_KEY])
+                with _explain_damage(path):
+                    self.accelerator.scaler.load_state_dict(checkpoint[_SCALER_KEY])
         if self.task.has_ema():
-            load_task_ema_checkpoint(self.task, str(path))
+            with _explain_damage(path):
+                load_task_ema_checkpoint(self.task, str(path))
         saver = self.saver
         is_own = saver is not None and path.parent.resolve() == Path(saver.checkpoint_dir).resolve()
         if run:
-            self._restore_run(run)
+            with _explain_damage(path):
+                self._restore_run(run)
         elif is_own and RunFolder(path.parent).summary_path.exists():
             self.epoch_log.summary.read(RunFolder(path.parent).summary_path, before=epoch)  # of timm's own script
         if saver is not None and is_own:
             self.trainer.epoch, self.trainer.batch = epoch, batch
-            saver.load_state_dict(checkpoint.get('saver') or {})
+            with _explain_damage(path):
+                saver.load_state_dict(checkpoint.get('saver') or {})
             if not batch:
                 self._save_milestone(epoch)  # a kill may have come before it
         return epoch, batch
@@ -219,7 +245,7 @@ def find_resume(folder: str | os.PathLike[str]) -> Path | None:
         found: dict[Path, tuple[int, int]] = {}
         for path in sorted(path for pattern in patterns for path in folder.glob(f'{pattern}.pth.tar')):
             try:
-                found[path] = read_position(read_training_checkpoint(path))
+                found[path] = read_position(read_resume(path))
             except MultiExitError as error:
                 _logger.warning(f'Skipped: {error}')
                 errors.append(error)
@@ -233,7 +259,96 @@ def find_resume(folder: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def read_position(checkpoint: dict[str, Any]) -> tuple[int, int]:
+def read_resume(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a checkpoint to resume from holds besides its weights, with a state of the run that can be used.
+
+    Raises:
+        MissingFileError: It does not exist.
+        CheckpointError: It is not a checkpoint of training, cannot be read, or holds something else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(
+            f'--resume must be a checkpoint of training or auto, got the folder {path}. {_hint(path)}'
+        )
+    if path.suffix == '.safetensors':
+        raise CheckpointError(f'{path} holds weights alone, and no state of a run. {_hint(path)}')
+    if not path.is_file():
+        raise MissingFileError(f'Checkpoint {path} does not exist.')
+    with path.open('rb') as file:
+        if file.read(2) not in _TORCH_MAGIC:
+            hint = 'Flags are given by --config.' if path.suffix in ('.yaml', '.yml') else _hint(path)
+            raise CheckpointError(f'Cannot read checkpoint {path}: it is no file of torch.save. {hint}')
+    checkpoint = read_training_checkpoint(path)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{path} must hold a checkpoint of training, got {brief(checkpoint)}. {_hint(path)}')
+    saver = checkpoint.get('saver') or {}
+    run = (saver.get('run') if isinstance(saver, dict) else None) or {}
+    state = checkpoint.get('task_state') or {}
+    places: list[tuple[str, Any, Callable[[Any], bool]]]
+    places = [(name, value, _is_dict) for name, value in (('task_state', state), ('saver', saver), ('run', run))]
+    places += [(name, checkpoint.get(name, 0) or 0, _is_count) for name in ('epoch', 'version')]
+    if isinstance(run, dict) and run:
+        places += [(name, run.get(name), is_allowed) for name, is_allowed in _RUN_KINDS.items()]
+    for name, value, is_allowed in places:
+        if not is_allowed(value):
+            raise CheckpointError(f'{path} is damaged: {name} must not be {brief(value)}. {_hint(path)}')
+    return checkpoint
+
+
+_TORCH_MAGIC = (b'PK', b'\x80\x02')  # torch.save's archive, and what it wrote before 1.6
+
+
+def _is_count(value: Any) -> bool:
+    return is_integer(value, least=0)
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_table(value: Any) -> bool:
+    rows = value.get('rows') if isinstance(value, dict) else None
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and _is_count(row.get('epoch'))
+        and all(isinstance(key, str) and isinstance(number, (int, float)) for key, number in row.items())
+        for row in rows
+    )
+
+
+# What a run's state is made of.
+_RUN_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(('epoch', 'batch', 'num_batches', 'seed', 'grad_accum_steps'), _is_count),
+    'summary': _is_table,
+    **dict.fromkeys(('progress', 'plateau'), lambda value: value is None or isinstance(value, dict)),
+}
+
+
+def _hint(path: Path) -> str:
+    """Return what to give in place of a folder or a file."""
+    folder = path if path.is_dir() else path.parent
+    for last in (folder / 'last.pth.tar', folder.parent / 'last.pth.tar'):
+        if last.is_file() and last != path:
+            return f'Give --resume {last}.'
+    if (folder / CONFIG_NAME).is_file():
+        return f'Start a new run from it by --model local-dir:{folder} --pretrained.'
+    if path.suffix == '.safetensors':
+        return f'Start a new run from it by --initial-checkpoint {path}.'
+    return 'Give another *.pth.tar of a run.'
+
+
+@contextmanager
+def _explain_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except MultiExitError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f'{path} does not fit this run, or is damaged: {one_line(error)}.') from error
+
+
+def read_position(checkpoint: Mapping[str, Any]) -> tuple[int, int]:
     """Return the epoch and the batch that a run is resumed at, given `read_training_checkpoint`'s dict.
 
     A checkpoint that timm's own script wrote is resumed at the next epoch.
@@ -263,9 +378,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any],
             missing = sorted(before.keys() - after.keys() - {'initial_lr'})
             if missing:
                 raise ValueError(f'it has no {", ".join(missing)}')
-    except (KeyError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"The optimizer in {path} does not fit this run's: {str(error).splitlines()[0].rstrip('.')}. Give the flags"
+            f"The optimizer in {path} does not fit this run's: {one_line(error)}. Give the flags"
             ' it was trained with, or --no-resume-opt.'
         ) from error
     for before, after in zip(own, optimizer.param_groups):

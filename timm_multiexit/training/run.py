@@ -247,7 +247,8 @@ class TrainingRun:
             raise Stopped(self.stopper.signal)
 
     def close(self) -> None:
-        """Drop the loaders: left to the garbage collector each of their processes takes five seconds to end."""
+        """Leave the folder, and drop the loaders, whose processes take five seconds each to be garbage collected."""
+        self.state.close()
         del self.data
 
     def report(self) -> None:

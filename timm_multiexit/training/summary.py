@@ -17,7 +17,7 @@ _TIMM_COLUMNS = ('epoch', 'train_loss', 'eval_loss', *(f'eval_{metric}' for metr
 
 
 class Summary:
-    """The rows of summary.csv, one per epoch that was evaluated: timm's columns in timm's order, then those of the exits.
+    """The rows of summary.csv, one per evaluated epoch: timm's columns in timm's order, then those of the exits.
 
     >>> summary = Summary()
     >>> row = summary.add(0, {'loss': 2.5, 'exit0_loss': 3.0}, {'loss': 2.0, 'top1': 60.0, 'exit0_top1': 50.0}, lr=0.1)
@@ -43,7 +43,7 @@ class Summary:
         return (*(key for key in _TIMM_COLUMNS if key in found), *others)
 
     def add(self, epoch: int, train: Mapping[str, float], eval: Mapping[str, float], lr: float) -> dict[str, float]:
-        """Add the row of an epoch and return it; rows of this epoch and of later ones, left by an earlier run, are dropped.
+        """Add the row of an epoch and return it; rows of it and of later ones, left by an earlier run, are dropped.
 
         Metrics of main or the whole have bare names (`loss`, `exit0_top1`); `eval` is empty if there was no evaluation.
         """

@@ -16,6 +16,7 @@ _LIBRARIES = ('timm', 'torch', 'torchvision', 'accelerate', 'safetensors', 'hugg
 
 def describe_environment() -> dict[str, str]:
     """Return what a measurement must be stamped with: commit, library versions, hardware, CPU threads of torch."""
+    threads = torch.get_num_threads()
     hardware = [f'{os.cpu_count()} x {_cpu_name()}']
     if torch.cuda.is_available():
         hardware.insert(0, f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}')
@@ -25,7 +26,7 @@ def describe_environment() -> dict[str, str]:
         'commit': _find_commit(Path(__file__)),
         'versions': ', '.join(versions),
         'hardware': ', '.join(hardware),
-        'threads': f'{torch.get_num_threads()} torch threads',
+        'threads': f'{threads} torch thread{"" if threads == 1 else "s"}',
     }
 
 

@@ -39,9 +39,18 @@ def encode_png(figure: Any) -> bytes:
     with rc_context({'text.parse_math': False}):  # for texts that are made while it is drawn
         for text in figure.findobj(Text):
             text.set_parse_math(False)
-            text.set_text(text.get_text().encode(errors='replace').decode())  # names of files may be no Unicode
+            text.set_text(drawable(text.get_text()))
         figure.savefig(content, dpi=150, format='png')
     return content.getvalue()
+
+
+def drawable(name: str) -> str:
+    r"""Return a name with question marks for what is no Unicode, as names of files may be; matplotlib raises for it.
+
+    >>> drawable('caf\udce9')
+    'caf?'
+    """
+    return name.encode(errors='replace').decode()
 
 
 def legend_label(name: str) -> str:

@@ -5,13 +5,16 @@ import hashlib
 import os
 import re
 import shutil
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
-from timm_multiexit.utils.errors import DiskError, InvalidValueError, MultiExitError, one_line
+from timm_multiexit.utils.errors import DiskError, InvalidValueError, MultiExitError, StateError, one_line
 
 # What to do once a file can be written: in training, and elsewhere.
 RESUME = 'then resume by --resume auto'
@@ -123,6 +126,38 @@ def write_output(path: Path, content: bytes) -> None:
     """Write a result, whole or not at all."""
     with replacing(path, advice='the results are printed above') as draft:
         draft.write_bytes(content)
+
+
+def lock_file(path: Path) -> IO[str] | None:
+    """Return a file that no other process can lock until this one closes it or ends, however it ends.
+
+    None where the system or the file system has no such locks. They are not inherited by processes that load data,
+    which outlive a killed run by seconds, and network file systems know them.
+
+    Raises:
+        StateError: Another process has it, on this machine or another.
+        OSError: The file cannot be written.
+    """
+    if sys.platform == 'win32':
+        return None
+    import fcntl
+
+    file = path.open('a+', encoding='utf-8', errors='replace')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = one_line(file.read(200)) or 'of an unknown number'
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise StateError(
+                f'{path.parent} is in use by another process, {owner}: wait until it ends, or name another folder.'
+            ) from error
+        return None
+    file.truncate(0)
+    file.write(f'{os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    return file
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -67,7 +67,8 @@ class Stopped(Exception):
 class Stopper:
     """Notes SIGTERM or SIGINT, so that a run can save and stop after the step; a second one interrupts.
 
-    A second SIGTERM within a second is the first one again. `signal` is the number of the signal that came, 0 for none. The processes of the accelerator stop together.
+    A second SIGTERM within a second is the first one again. `signal` is the number of the signal that came, 0 for none.
+    The processes of the accelerator stop together.
     """
 
     def __init__(self, accelerator: Accelerator):

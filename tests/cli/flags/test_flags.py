@@ -190,6 +190,8 @@ def test_without_data_the_defaults_are_the_digits():
     args.wandb_tags.append('mine')
     again = parse_train_args([])
     assert (again.scale, again.wandb_tags) == ([0.7, 1.0], [])
+    assert again.checkpoint_hist == 2
+    assert parse_train_args(['--experiment', 'sweep/a$b c']).experiment == 'sweep/a$b c'
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,7 @@ def test_flags_mean(argv, expected):
         ('--epochs x', "--epochs must be an integer >= 1, got 'x'."),
         ('--exit-loss x', "--exit-loss must be one of ce, phuong, byot, eed, beed, got 'x'."),
         ('--exits ,', "--exits must be auto, 3, [3], 1,2 or layer1,layer2, got ','."),
+        ('--exits -3', '--exits must be a number of exits >= 1, got -3: the index alone is [-3].'),
         ('--exit-weights a', "--exit-weights must be weights >= 0 such as 1,0.5,2, got 'a'."),
         ('--exit-teacher exit0', "--exit-teacher must be main, all, or indices such as 0,-1, got 'exit0'."),
         ('--exit-widths 1-x', "--exit-widths must be widths such as 64-128-512,128-512, got '1-x'."),
@@ -376,6 +379,11 @@ REFUSED = {
     '--train-img-sizes 32 --train-size-schedule progressive': 'needs two sizes, got --train-img-sizes [32].',
     '--wandb-resume-id a': '--wandb-resume-id needs --resume.',
     '--resume auto': '--resume auto needs --experiment',
+    '--experiment ../x': "--experiment must name a folder inside of --output, got '../x'. Name other places by --output.",
+    '--experiment /tmp/x': "--experiment must name a folder inside of --output, got '/tmp/x'.",
+    '--experiment a/../../x': 'must name a folder inside of --output',
+    '--experiment .': "must name a folder inside of --output, got '.'.",
+    '--experiment a\x1b[0m': 'must name a folder inside of --output',
     '--eed --backbone-epochs 3': '--backbone-epochs needs --regime mixed.',
     '--eed --regime mixed --epochs 9 --backbone-epochs 9': '--backbone-epochs must be < --epochs 9, got 9.',
     '--eed --freeze-backbone --head-warmup-epochs 1': 'Leave out --head-warmup-epochs',

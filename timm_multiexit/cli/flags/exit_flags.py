@@ -30,6 +30,8 @@ def parse_exits(text: str) -> str | int | list[int] | list[str]:
     items = [item.strip() for item in Items.split(bare) if item.strip()]
     if not items:
         raise argparse.ArgumentTypeError(f'must be auto, 3, [3], 1,2 or layer1,layer2, got {text!r}')
+    if bare.startswith('-') and bare[1:].isdecimal():
+        raise argparse.ArgumentTypeError(f'must be a number of exits >= 1, got {bare}: the index alone is [{bare}]')
     if all(item.removeprefix('-').isdecimal() for item in items):
         return [int(item) for item in items]
     return items

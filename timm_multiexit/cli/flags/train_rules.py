@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
@@ -44,6 +45,11 @@ def _distils_softmax(args: Namespace) -> bool:
     row = LOSSES[args.exit_loss]
     distance = args.exit_output_loss or row.get('output_loss', 'kl')
     return bool(args.exit_teacher or row.get('teacher')) and distance == 'kl' and args.exit_output_weight != 0
+
+
+def _leaves_output(name: str) -> bool:
+    path = Path(name)
+    return path.is_absolute() or not path.parts or '..' in path.parts or not name.isprintable()
 
 
 def _lacks_sizes(args: Namespace) -> bool:
@@ -127,6 +133,10 @@ TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
     (
         lambda a: a.train_size_schedule == 'progressive' and len(a.train_img_sizes) < 2,
         '--train-size-schedule progressive needs two sizes, got --train-img-sizes {train_img_sizes}.',
+    ),
+    (
+        lambda a: a.experiment and _leaves_output(a.experiment),
+        '--experiment must name a folder inside of --output, got {experiment!r}. Name other places by --output.',
     ),
     (lambda a: a.wandb_resume_id and not a.resume, '--wandb-resume-id needs --resume. Give the checkpoint too.'),
     (lambda a: a.resume == 'auto' and not a.experiment, '--resume auto needs --experiment, the name of the run.'),
