@@ -22,7 +22,13 @@ from torch import nn
 
 from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.cli.flags.train_rules import is_mixing, loss_kwargs
-from timm_multiexit.data.datasets import check_classes, choose_image_mode, class_names, create_checked_dataset
+from timm_multiexit.data.datasets import (
+    check_classes,
+    choose_image_mode,
+    class_names,
+    class_to_idx,
+    create_checked_dataset,
+)
 from timm_multiexit.data.holdout import hold_out
 from timm_multiexit.data.loaders import create_eval_loader, create_train_loader
 from timm_multiexit.evaluation.exit_table import CreateLoader
@@ -96,6 +102,10 @@ def create_datasets(args: Namespace) -> tuple[tuple[Any, Any, Any], int | None]:
     for other in (val, test):
         num_classes = check_classes(train, other)
     _check_distinct(args, train, val)
+    if num_classes == 1 and args.num_classes in (None, 1):
+        raise DataError(
+            f'The data has one class, {list(class_to_idx(train) or ())[0]!r}: there is nothing to tell apart.'
+        )
     if args.val_from_train:
         train, val = hold_out(train, args.val_from_train, seed=args.seed)
     return (train, val, test), num_classes
