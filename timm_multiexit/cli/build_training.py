@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from timm.task import (
 )
 from torch import nn
 
-from timm_multiexit.checkpoints.source import find_source
+from timm_multiexit.checkpoints.source import explain_weights, find_source
 from timm_multiexit.cli.flags.train_rules import is_mixing, loss_kwargs
 from timm_multiexit.data.datasets import (
     check_classes,
@@ -268,7 +269,8 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device) -> Trai
     try:
         if source is not None:
             teacher = source.create_backbone(pretrained=True).to(device=device, dtype=dtype)
-        return _create_task(args, model, teacher, {'device': device, 'dtype': dtype, 'verbose': False})
+        with explain_weights(teacher) if isinstance(teacher, str) else nullcontext():
+            return _create_task(args, model, teacher, {'device': device, 'dtype': dtype, 'verbose': False})
     except MultiExitError:
         raise
     except LIBRARY_ERRORS as error:
