@@ -39,10 +39,18 @@ def test_without_a_connection_they_are_refused_at_once(create, hub, monkeypatch)
     assert (str(caught.value), waits) == (REFUSED, [])
 
 
-@pytest.mark.parametrize('script', [train, validate], ids=['train', 'validate'])
-def test_scripts_say_the_whole_line(script, hub, monkeypatch, run_script):
+@pytest.mark.parametrize(
+    ('script', 'flags'),
+    [
+        (train, ('--pretrained',)),
+        (train, ('--kd-model-name', 'test_resnet')),
+        (validate, ('--pretrained',)),
+    ],
+    ids=['train', 'teacher', 'validate'],
+)
+def test_scripts_say_the_whole_line(script, flags, hub, monkeypatch, run_script):
     waits = disconnect(monkeypatch)
-    code, _, err = run_script(script.main, '--model', 'test_resnet', '--pretrained', '--num-classes', '10')
+    code, _, err = run_script(script.main, '--model', 'test_resnet', *flags, '--num-classes', '10')
     assert (code, waits) == (2, [])
     assert err.strip().splitlines()[-1].endswith(f'error: {REFUSED}')
 

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import timm_multiexit as tme
+from timm_multiexit.analysis.measuring import AnalysisData
 from timm_multiexit.analysis.runs import Run
+from timm_multiexit.analysis.study import Study
 from timm_multiexit.cli.analyze import complete_args, create_analyze_parser
+from timm_multiexit.utils.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,21 @@ def test_runs_without_any_split_need_one_named():
     run = Run('a', Path('a'), {'data_dir': 'a', 'dataset': '', 'test_split': None, 'val_split': ''}, [], {})
     with pytest.raises(tme.MultiExitError, match='Give one with --split'):
         complete_args(create_analyze_parser().parse_args(['a']), run)
+
+
+def test_failed_analysis_leaves_no_folder(tmp_path):
+    """A folder that was there, and what is in it, stays."""
+
+    def fail(in_chans):
+        raise DataError('no images')
+
+    run = Run('a', tmp_path, {'model': 'test_resnet', 'seed': 0, 'exit_loss': None}, [], {})
+    data = AnalysisData('digits', 'test', fail, lambda dataset, config: None)
+    (tmp_path / 'old').mkdir()
+    for out in ('new', 'deep/er/new', 'old'):
+        with pytest.raises(tme.MultiExitError):
+            Study([run], data, tmp_path / out, device=torch.device('cpu')).run()
+    assert [path.name for path in tmp_path.iterdir()] == ['old']
+    (tmp_path / 'file').touch()
+    with pytest.raises(tme.MultiExitError, match='^--out must be the path of a folder, got the file .*/file'):
+        Study([run], data, tmp_path / 'file', device=torch.device('cpu')).run()

@@ -451,3 +451,32 @@ def test_weights_are_named_where_they_are_the_folders(make_model, net_folder, mo
         assert (set(weights) if is_named else weights) == (
             {'model.safetensors', 'exits.safetensors'} if is_named else None
         )
+
+
+@pytest.mark.parametrize('flags', [('--model', 'local-dir:{run}'), ('--compare', 'local-dir:{run}')], ids=' '.join)
+def test_folder_of_a_run_is_told_from_that_of_its_model(flags, run_script, net_folder, tmp_path):
+    run = tmp_path / 'run'
+    run.mkdir()
+    net_folder.rename(run / 'best')
+    flags = [flag.format(run=run) for flag in flags]
+    model = () if '--model' in flags else ('--model', f'local-dir:{run}/best')
+    code, _, err = run_script(validate.main, *model, *flags, '-j', '0')
+    assert code == 2
+    assert err.strip().splitlines()[-1].endswith(f'{run} is the folder of a run, not of a model: give {run}/best.')
+
+
+def test_model_of_one_class_is_refused_before_the_evaluation(run_script, image_folder, monkeypatch):
+    monkeypatch.setattr('timm_multiexit.evaluation.validator.Validator.run', None)
+    (image_folder / 'classes.txt').write_text('cat')
+    flags = ('--model', 'test_resnet', '--exits', '1,3', '--num-classes', '1', '--img-size', '32', '-j', '0')
+    code, _, err = run_script(validate.main, *flags, '--class-map', image_folder / 'classes.txt', image_folder)
+    assert code == 2
+    assert 'test_resnet has one class, so that every answer is right' in err.strip().splitlines()[-1]
+
+
+def test_training_on_one_class_is_refused(run_script, image_folder):
+    (image_folder / 'classes.txt').write_text('dog')
+    flags = ('--model', 'test_resnet', '--img-size', '32', '-j', '0', '--class-map', image_folder / 'classes.txt')
+    code, _, err = run_script(train.main, *flags, image_folder)
+    assert code == 2
+    assert err.strip().splitlines()[-1].endswith("The data has one class, 'dog': there is nothing to tell apart.")

@@ -8,7 +8,13 @@ from accelerate import Accelerator
 from helpers.validation import DATA_CONFIG, parse
 
 from timm_multiexit.cli.build_training import loader_options
-from timm_multiexit.cli.validate_data import create_calibration_split, create_split, image_names, load_mixed_batch
+from timm_multiexit.cli.validate_data import (
+    create_calibration_split,
+    create_split,
+    find_training_args,
+    image_names,
+    load_mixed_batch,
+)
 from timm_multiexit.data.datasets import create_checked_dataset
 from timm_multiexit.data.digits import DIGITS
 from timm_multiexit.data.holdout import hold_out
@@ -149,3 +155,16 @@ def test_timed_images_come_from_all_classes():
 
     images = load_mixed_batch(Sorted(), config, 4, create_loader, accelerator.device)
     assert images[:, 0, 0, 0].round().tolist() == [0, 3, 6, 9]
+
+
+def test_arguments_of_the_run_that_cannot_be_read_are_an_error(tmp_path, monkeypatch):
+    """A missing file says nothing; a broken one may hide that the model was trained on the images."""
+    (tmp_path / 'run/best').mkdir(parents=True)
+    args = parse('--model', f'local-dir:{tmp_path}/run/best', '--calib-from-train', '150')
+    assert find_training_args(args) == {}
+    (tmp_path / 'run/args.yaml').write_text('a: [')
+    with pytest.raises(MultiExitError, match='/run is not a run of train.py: its args.yaml cannot be read'):
+        create_calibration_split(args, create_split(args, 'test', 3), 3)
+    (tmp_path / 'run/args.yaml').write_text('seed: 5')
+    monkeypatch.chdir(tmp_path / 'run/best')
+    assert find_training_args(parse('--model', 'local-dir:.')) == {'seed': 5}

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,23 @@ class Study:
         self.draws = True
 
     def run(self) -> dict[str, Any]:
-        """Write everything and return what `analysis.json` holds, numbers rounded to six digits after the point."""
+        """Write everything and return what `analysis.json` holds, numbers rounded to six digits after the point.
+
+        Folders that are made for it are removed again if nothing was written.
+        """
+        if self.out.exists() and not self.out.is_dir():
+            raise InvalidValueError(f'--out must be the path of a folder, got the file {self.out}.')
+        made = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
         with explain_disk_errors(self.out, advice=RUN_AGAIN):
             self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._run()
+        finally:
+            with suppress(OSError):  # of folders that are not empty
+                for folder in made:
+                    folder.rmdir()
+
+    def _run(self) -> dict[str, Any]:
         numbers = {run.name: self._describe(run) for run in self.runs}
         self._add_curves(numbers)
         if self.runs[0].is_multi_label:

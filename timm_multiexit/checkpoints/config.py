@@ -89,6 +89,9 @@ def read_model_config(directory: Path, *, overridden: Mapping[str, Any] | None =
         CheckpointError: `config.json` is missing, unreadable, of a newer format, or has values that are not allowed.
     """
     path = directory / CONFIG_NAME
+    best = directory / 'best'  # as `run_folder` names it
+    if not path.exists() and (best / CONFIG_NAME).is_file():
+        raise CheckpointError(f'{directory} is the folder of a run, not of a model: give {best}.')
     config = read_json(path)
     try:
         return _check(config, {name for name, value in (overridden or {}).items() if value is not None})

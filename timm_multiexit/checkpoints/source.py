@@ -3,6 +3,8 @@
 timm itself is never given a folder or a repository, only the architecture and what was checked of its configuration.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -144,9 +146,21 @@ def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwa
         return source.create_backbone(pretrained=pretrained, **kwargs)
     if not pretrained:
         return timm.create_model(str(model), **kwargs)
-    repo_id, file_name = _find_weights(str(model), kwargs)
-    with explain_download(repo_id, file_name, cache_dir=kwargs.get('cache_dir')):
+    with explain_weights(str(model), **kwargs):
         return timm.create_model(str(model), pretrained=True, **kwargs)
+
+
+@contextmanager
+def explain_weights(name: str, **kwargs: Any) -> Iterator[None]:
+    """Say in one line, and without waiting, why timm cannot load the trained weights that it has of a name.
+
+    Raises:
+        InvalidValueError: There are no trained weights of that name.
+        HubError: They cannot be downloaded.
+    """
+    repo_id, file_name = _find_weights(name, kwargs)
+    with explain_download(repo_id, file_name, cache_dir=kwargs.get('cache_dir')):
+        yield
 
 
 def _find_weights(name: str, kwargs: dict[str, Any]) -> tuple[str | None, str]:

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,9 +21,15 @@ from timm.task import (
 )
 from torch import nn
 
-from timm_multiexit.checkpoints.source import find_source
+from timm_multiexit.checkpoints.source import explain_weights, find_source
 from timm_multiexit.cli.flags.train_rules import is_mixing, loss_kwargs
-from timm_multiexit.data.datasets import check_classes, choose_image_mode, class_names, create_checked_dataset
+from timm_multiexit.data.datasets import (
+    check_classes,
+    choose_image_mode,
+    class_names,
+    class_to_idx,
+    create_checked_dataset,
+)
 from timm_multiexit.data.holdout import hold_out
 from timm_multiexit.data.loaders import create_eval_loader, create_train_loader
 from timm_multiexit.evaluation.exit_table import CreateLoader
@@ -96,6 +103,10 @@ def create_datasets(args: Namespace) -> tuple[tuple[Any, Any, Any], int | None]:
     for other in (val, test):
         num_classes = check_classes(train, other)
     _check_distinct(args, train, val)
+    if num_classes == 1 and args.num_classes in (None, 1):
+        raise DataError(
+            f'The data has one class, {list(class_to_idx(train) or ())[0]!r}: there is nothing to tell apart.'
+        )
     if args.val_from_train:
         train, val = hold_out(train, args.val_from_train, seed=args.seed)
     return (train, val, test), num_classes
@@ -258,7 +269,8 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device) -> Trai
     try:
         if source is not None:
             teacher = source.create_backbone(pretrained=True).to(device=device, dtype=dtype)
-        return _create_task(args, model, teacher, {'device': device, 'dtype': dtype, 'verbose': False})
+        with explain_weights(teacher) if isinstance(teacher, str) else nullcontext():
+            return _create_task(args, model, teacher, {'device': device, 'dtype': dtype, 'verbose': False})
     except MultiExitError:
         raise
     except LIBRARY_ERRORS as error:

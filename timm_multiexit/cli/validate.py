@@ -167,6 +167,8 @@ def read_questions(args: Namespace, num_exits: int) -> Questions:
 
 def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dict[str, Any]]:
     """Return the validation of the model that the flags name, and the sections about its inputs and its picture."""
+    if not (args.data or args.data_dir or args.dataset):
+        _logger.info('No data named (--data-dir, --dataset): a split of the handwritten digits.')
     resolve_data(args)
     model = place_evaluated_model(args, create_evaluated_model(args), accelerator)
     data_config = resolve_images(args, model)

@@ -25,7 +25,7 @@ from timm_multiexit.data.holdout import SubsetReader, TransformSubset, hold_out
 from timm_multiexit.evaluation.exit_table import CreateLoader
 from timm_multiexit.evaluation.validator import ValidationData
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.utils.errors import CheckpointError, DataError, InvalidValueError
+from timm_multiexit.utils.errors import DataError, InvalidValueError
 
 _logger = logging.getLogger(__name__)
 
@@ -179,10 +179,9 @@ def find_training_args(args: Namespace) -> dict[str, Any]:
     source, name = parse_model_name(args.model)
     if source != 'local-dir':
         return {}
-    try:
-        return RunFolder(Path(name).parent).read_args(needed=())
-    except CheckpointError:
-        return {}
+    run = RunFolder(Path(name).absolute().parent)
+    # One that is there and cannot be read is an error: its model may have been trained on the very images.
+    return run.read_args(needed=()) if run.args_path.exists() else {}
 
 
 def image_names(dataset: Any) -> set[str]:

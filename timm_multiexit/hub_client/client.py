@@ -178,9 +178,10 @@ def explain_download(
     """
     name, _, revision = (repo_id or '').partition('@')
     with explain_hub_errors(name, revision or 'main', file_name, kinds=CLIENT_ERRORS):
-        folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type='model')
-        if name and not any(folder.glob('snapshots/*/*')):
-            _check_connection(name, file_name, revision or None)
+        if name:
+            folder = Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type='model'))
+            if not any(folder.glob('snapshots/*/*')):
+                _check_connection(name, file_name, revision or None)
         try:
             yield
         except URLError as error:

@@ -166,6 +166,10 @@ def test_negative_values_of_lists_are_no_flags(capsys):
 def test_every_flag_has_a_help_text_that_argparse_can_print():
     assert all(action.help for action in create_validate_parser()._actions)
     assert '--budget B' in create_validate_parser().format_help()
+    # Each is read alone, without the flag before it.
+    for action in (*create_train_parser()._actions, *create_validate_parser()._actions):
+        assert not action.help.startswith(('its ', 'and ', 'of ', 'that ', 'these', 'not in')), action.dest
+        assert len(action.help.split()) > 1, action.dest
     parser = create_train_parser()
     assert all(action.help for action in parser._actions)
     assert 'images per process and batch (default: 128)' in ' '.join(parser.format_help().split())

@@ -1,6 +1,5 @@
 """The command line of evaluation, and whether its flags fit the model, the processes and each other."""
 
-import logging
 from argparse import Namespace
 from dataclasses import replace
 from importlib.util import find_spec
@@ -32,8 +31,6 @@ from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.budgets import BudgetTable, PolicyResult, parse_budget
 from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
 from timm_multiexit.utils.errors import DiskError, InvalidValueError, StateError, one_line
-
-_logger = logging.getLogger(__name__)
 
 # timm's flags of `validate.py` that its `train.py` does not have.
 _DATA_FLAGS = (
@@ -181,11 +178,8 @@ def resolve_data(args: Namespace) -> None:
     """Let `args` name the data: where no flag does, a split of the handwritten digits."""
     args.data_dir = args.data_dir or args.data
     is_demo = not args.data_dir and not args.dataset
-    if is_demo:
-        args.dataset = DIGITS
+    args.dataset = DIGITS if is_demo else args.dataset
     args.split = args.split or ('test' if is_demo else 'validation')
-    if is_demo:
-        _logger.info(f'No data named (--data-dir, --dataset): the {args.split} split of the handwritten digits.')
 
 
 _PICTURE_NAME = 'accuracy_vs_macs.png'
@@ -239,6 +233,10 @@ def check_validate_args(args: Namespace, model: MultiExitModel, num_processes: i
         raise StateError(f'{whole[0]} needs all logits in one process. Start it without accelerate launch.')
     if asked and not len(model.exits):
         raise InvalidValueError(f'{asked[0]} needs a model with exits, {args.model} has none. See --exits.')
+    if model.num_classes < 2 and len(model.exits):
+        raise InvalidValueError(
+            f'{args.model} has one class, so that every answer is right. Give a model of two or more.'
+        )
     if args.threshold is not None:
         given_policy(args, len(model.exits))
     has_data = chooses_thresholds(args)
