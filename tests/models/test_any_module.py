@@ -41,8 +41,9 @@ def make_net(cls=Net, **kwargs):
     return enliven(cls(**kwargs)).eval()
 
 
-def attach(module=None, exits=('block1', 'block2'), **kwargs):
-    return tme.attach_exits(module or make_net(), list(exits), input_size=SIZE, **kwargs).eval()
+def attach(module=..., exits=('block1', 'block2'), **kwargs):
+    module = make_net() if module is ... else module
+    return tme.attach_exits(module, list(exits), input_size=SIZE, **kwargs).eval()
 
 
 # What is found

@@ -43,12 +43,20 @@ def combine_features(entering: Sequence[Tensor]) -> Tensor:
     """Return main's features [B, D] of what entered its classifiers, [B, D], [B, D, 1, 1] or [B, L, D] tensors.
 
     Several of one width are averaged, as distilled models average their logits; of several widths (the branches of
-    multi-scale models) they are concatenated. Of a sequence of tokens the first counts, which attention pools read.
+    multi-scale models) they are concatenated. Of a sequence of tokens the first counts, which attention pools read; a
+    map, which a convolution classifies in front of the pooling (SqueezeNet), is averaged.
     """
-    flat = [tensor[:, 0] if tensor.ndim == 3 else tensor.flatten(1) for tensor in entering]
+    flat = [_flatten(tensor) for tensor in entering]
     if len({tensor.shape[1] for tensor in flat}) > 1:
         return torch.cat(flat, 1)
     return flat[0] if len(flat) == 1 else torch.stack(flat).mean(0)
+
+
+def _flatten(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 3:
+        return tensor[:, 0]
+    is_map = tensor.ndim == 4 and tensor.shape[2] * tensor.shape[3] > 1
+    return tensor.mean((2, 3)) if is_map else tensor.flatten(1)
 
 
 def read_layout(
