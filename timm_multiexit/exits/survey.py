@@ -179,7 +179,7 @@ def _run(
 def _is_channels_last(
     arrivals: dict[int, list[_Arrival]], entries: Entries, input_size: tuple[int, int, int]
 ) -> bool | None:
-    """Return whether maps are NHWC, by those of which `feature_info` leaves no doubt, else the shape; None if neither."""
+    """Return whether maps are NHWC, by those of which `feature_info`, else the shape, leaves no doubt; None if none."""
     for idx, entry in enumerate(entries):
         for arrival in arrivals.get(idx, []):
             for tensor in _tensors(arrival.output):
