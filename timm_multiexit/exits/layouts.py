@@ -63,12 +63,20 @@ def combine_features(entering: Sequence[Tensor]) -> Tensor:
     """Return main's features [B, D] of what entered its classifiers, [B, D], [B, D, 1, 1] or [B, L, D] tensors.
 
     Several of one width are averaged, as distilled models average their logits; of several widths (the branches of
-    multi-scale models) they are concatenated. Of a sequence of tokens the first counts, which attention pools read.
+    multi-scale models) they are concatenated. Of a sequence of tokens the first counts, which attention pools read; a
+    map, which a convolution classifies in front of the pooling (SqueezeNet), is averaged.
     """
-    flat = [tensor[:, 0] if tensor.ndim == 3 else tensor.flatten(1) for tensor in entering]
+    flat = [_flatten(tensor) for tensor in entering]
     if len({tensor.shape[1] for tensor in flat}) > 1:
         return torch.cat(flat, 1)
     return flat[0] if len(flat) == 1 else torch.stack(flat).mean(0)
+
+
+def _flatten(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 3:
+        return tensor[:, 0]
+    is_map = tensor.ndim == 4 and tensor.shape[2] * tensor.shape[3] > 1
+    return tensor.mean((2, 3)) if is_map else tensor.flatten(1)
 
 
 def read_layout(
@@ -86,8 +94,8 @@ def read_layout(
         channels = entry.get('num_chs')
         last = tensor.shape[3] == channels and (tensor.shape[1] != channels or entry['last'])
         if channels is None or channels not in (tensor.shape[1], tensor.shape[3]):
-            aspect = input_size[1] / input_size[2]
-            last = abs(tensor.shape[1] / tensor.shape[2] - aspect) < abs(tensor.shape[2] / tensor.shape[3] - aspect)
+            fits_last, fits_first = fit_layouts(tensor.shape, input_size)
+            last = fits_last < fits_first or (fits_last == fits_first and entry['last'])
         if last:
             return 'NHWC', 0, tensor.shape[3], (tensor.shape[1], tensor.shape[2])
         return 'NCHW', 0, tensor.shape[1], (tensor.shape[2], tensor.shape[3])
@@ -96,6 +104,12 @@ def read_layout(
         if grid:
             return 'NLC', tensor.shape[1] - grid[0] * grid[1], tensor.shape[2], grid
     return None
+
+
+def fit_layouts(shape: Sequence[int], input_size: tuple[int, int, int]) -> tuple[float, float]:
+    """Return how far the aspect of a map of four sides is from the image's, as [B, H, W, C] and as [B, C, H, W]."""
+    aspect = input_size[1] / input_size[2]
+    return abs(shape[1] / shape[2] - aspect), abs(shape[2] / shape[3] - aspect)
 
 
 def _find_grid(length: int, reduction: int | None, input_size: tuple[int, int, int]) -> tuple[int, int] | None:
