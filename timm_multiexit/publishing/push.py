@@ -20,6 +20,7 @@ from timm_multiexit.publishing.publication import (
     write_publication,
     write_publication_config,
 )
+from timm_multiexit.utils.errors import InvalidTypeError
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 from timm_multiexit.utils.untrusted import read_json
 
@@ -72,8 +73,14 @@ def push_to_hub(
 
     Raises:
         HubError: See `hub_client.client.push_folder`.
+        InvalidTypeError: The model is a truncated or a plain one.
         InvalidValueError: See `licenses.resolve_license`.
     """
+    if not isinstance(model, MultiExitModel):
+        raise InvalidTypeError(
+            f'model must be a MultiExitModel to be published, got {type(model).__name__}: save_pretrained writes a folder'
+            ' of it, which `hf upload` pushes.'
+        )
     origin = model.origin or find_origin(model.pretrained_cfg, pretrained=True)
     base, license_ = find_license(origin, PublicationInfo(license, base_model))
     if table is None:
