@@ -114,7 +114,7 @@ def test_older_folder_is_published_with_the_number_of_classes_at_the_root_alone(
     config = json.loads((tmp_path / 'config.json').read_text())
     config['model_args']['num_classes'] = 10
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    write_publication_config(tmp_path, 'multiexit', License('mit', 'mit', None), REPO)
+    write_publication_config(tmp_path, 'multiexit', License('mit', None, None, 'chosen'), REPO)
     config = json.loads((tmp_path / 'config.json').read_text())
     assert config['num_classes'] == 10
     assert 'num_classes' not in config['model_args']

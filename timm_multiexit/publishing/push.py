@@ -78,8 +78,8 @@ def push_to_hub(
     """
     if not isinstance(model, MultiExitModel):
         raise InvalidTypeError(
-            f'model must be a MultiExitModel to be published, got {type(model).__name__}: save_pretrained writes a folder'
-            ' of it, which `hf upload` pushes.'
+            f'model must be a MultiExitModel to be published, got {type(model).__name__}: save_pretrained writes a'
+            ' folder of it, which `hf upload` pushes.'
         )
     origin = model.origin or find_origin(model.pretrained_cfg, pretrained=True)
     base, license_ = find_license(origin, PublicationInfo(license, base_model))
