@@ -117,6 +117,19 @@ def test_named_exits_replace_the_folders_own(folder):
     assert torch.equal(other.backbone.conv1[0].weight, model.backbone.conv1[0].weight)
 
 
+def test_number_of_classes_is_at_the_root_alone_and_older_folders_load_as_before(folder):
+    model, path = folder
+    config = json.loads((path / 'config.json').read_text())
+    assert config['num_classes'] == 5
+    assert 'num_classes' not in config['model_args']  # transformers would pass it twice
+    images = torch.randn(2, 3, 64, 64)
+    for change in (lambda config: None, lambda config: config['model_args'].update(num_classes=5)):
+        edit_config(path, change)
+        assert equal_outputs(model, tme.create_model(f'local-dir:{path}', pretrained=True).eval(), images)
+        assert torch.equal(timm.create_model(f'local-dir:{path}', pretrained=True).eval()(images), model(images))
+        assert tme.create_model(f'local-dir:{path}', pretrained=True, num_classes=7)(images).shape == (2, 7)
+
+
 def test_data_config_is_written_for_plain_timm(tmp_path):
     config = {'input_size': (3, 64, 64), 'mean': (0.1, 0.2, 0.3), 'std': (0.5, 0.5, 0.5), 'crop_pct': 1.0}
     tme.save_pretrained(make_model(), tmp_path, data_config=config)

@@ -10,6 +10,8 @@ from helpers import enliven
 from helpers.runs import REPO
 
 import timm_multiexit as tme
+from timm_multiexit.publishing.licenses import License
+from timm_multiexit.publishing.publication import write_publication_config
 from timm_multiexit.publishing.push import push_to_hub
 
 
@@ -97,3 +99,22 @@ def test_what_a_model_started_from_goes_through_repositories_and_folders(weights
 def test_backbone_made_elsewhere_counts_as_started_from_the_weights_it_could_have(weights, license_of):
     model = tme.attach_exits(timm.create_model(SWSL, num_classes=2), 1)
     assert license_of(model) == ('cc-by-nc-4.0', f'timm/{SWSL}')
+
+
+def test_truncated_model_is_refused_with_what_to_do(hub, make_model):
+    with pytest.raises(
+        TypeError, match='must be a MultiExitModel to be published, got TruncatedModel: save_pretrained'
+    ):
+        push_to_hub(tme.truncate(make_model(), 0), REPO, license='mit')
+    assert hub.repositories == {}
+
+
+def test_older_folder_is_published_with_the_number_of_classes_at_the_root_alone(make_model, tmp_path):
+    tme.save_pretrained(make_model(), tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['model_args']['num_classes'] = 10
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    write_publication_config(tmp_path, 'multiexit', License('mit', None, None, 'chosen'), REPO)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['num_classes'] == 10
+    assert 'num_classes' not in config['model_args']

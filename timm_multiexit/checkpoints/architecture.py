@@ -46,7 +46,7 @@ def create_architecture(config: ModelConfig, directory: Path, given: dict[str, A
         raise CheckpointError(f'Cannot create {config.architecture} of {directory}: {one_line(error)}.') from error
 
 
-def describe_backbone(config: ModelConfig, directory: Path, given: Mapping[str, Any]) -> nn.Module:
+def create_empty_architecture(config: ModelConfig, directory: Path, given: Mapping[str, Any]) -> nn.Module:
     """Return the weights' architecture on the meta device; of `given` only what no file can set is used.
 
     Raises:
@@ -67,14 +67,14 @@ def describe_backbone(config: ModelConfig, directory: Path, given: Mapping[str, 
     return backbone
 
 
-def describe_model(config: ModelConfig, directory: Path, given: Mapping[str, Any]) -> MultiExitModel:
+def create_empty_model(config: ModelConfig, directory: Path, given: Mapping[str, Any]) -> MultiExitModel:
     """Return the model on the meta device, if its exits match the backbone.
 
     Raises:
-        CheckpointError: See `describe_backbone`; or an exit's place does not exist, or its head does not fit there.
+        CheckpointError: See `create_empty_architecture`; or an exit's place does not exist, or its head does not fit.
     """
     specs = config.exits or ()
-    backbone = describe_backbone(config, directory, given).eval()
+    backbone = create_empty_architecture(config, directory, given).eval()
     modules = dict(backbone.named_modules())
     for spec in specs:
         if spec.module not in modules:
@@ -98,10 +98,10 @@ def describe_model(config: ModelConfig, directory: Path, given: Mapping[str, Any
     return model
 
 
-def describe_truncated(config: ModelConfig, directory: Path, given: Mapping[str, Any]) -> TruncatedModel:
-    """Return the truncated model of a configuration on the meta device; see `describe_model` for errors."""
+def create_empty_truncated(config: ModelConfig, directory: Path, given: Mapping[str, Any]) -> TruncatedModel:
+    """Return the truncated model of a configuration on the meta device; see `create_empty_model` for errors."""
     truncated = cast(Truncation, config.truncated)
-    model = describe_model(replace(config, exits=truncated.specs), directory, given).train()
+    model = create_empty_model(replace(config, exits=truncated.specs), directory, given).train()
     with torch.device('meta'):
         return cut_out(model, truncated.exit_idx)
 

@@ -22,7 +22,7 @@ _Shapes = Mapping[str, tuple[int, ...]]
 
 
 def find_specs(backbone: nn.Module, state: Mapping[str, Tensor], path: Any) -> list[ExitSpec]:
-    """Return the exits whose weights are in a state dict, none if there are none.
+    """Return the exits whose weights are in a state dict, an empty list without any.
 
     Heads and widths are read from the shapes; the places are those of 'auto', or of that number of exits, whichever has
     the channels that the heads take.
@@ -77,7 +77,7 @@ def _find_widths(head: str, shapes: _Shapes) -> list[int]:
         if match := re.match(r'convs\.(\d+)\..*(conv|conv_pw)\.weight$', key):
             widths[int(match[1])] = shape[0]
     found = [widths.get(idx, 0) for idx in range(max(widths, default=-1) + 1)]
-    # Where the map already has the first width there is no convolution for it.
+    # Where the map already has the first width a convolution for it is left out.
     narrow = shapes.get('convs.0.conv_dw.weight') if head == 'conv' else None
     return found if narrow is None else [narrow[0], *found]
 

@@ -15,10 +15,10 @@ from timm_multiexit.checkpoints.architecture import (
     check_finite,
     check_state,
     create_architecture,
+    create_empty_architecture,
+    create_empty_model,
+    create_empty_truncated,
     cut_out,
-    describe_backbone,
-    describe_model,
-    describe_truncated,
     exit_tensors,
     fill_unsaved_buffers,
 )
@@ -57,7 +57,7 @@ def load_pretrained(
         raise CheckpointError(f'{directory} holds a plain timm model: name the exits to attach, or exits="auto".')
     path = directory / EXITS_NAME
     headers = _read_headers(directory) if pretrained else []
-    empty = describe_model(config, directory, kwargs)
+    empty = create_empty_model(config, directory, kwargs)
     if pretrained:
         check_state(empty.backbone.state_dict(), headers[0], directory / BACKBONE_NAME)
         check_state(exit_tensors(empty), headers[1], path)
@@ -113,7 +113,7 @@ def load_truncated(directory: Path, config: ModelConfig, *, pretrained: bool = T
         return cut_out(MultiExitModel(backbone, truncated.specs, drop_rate=drop_rate), truncated.exit_idx)
     path = directory / BACKBONE_NAME
     header = read_header(path)
-    network = describe_truncated(_with_rates(config, kwargs, directory), directory, kwargs)
+    network = create_empty_truncated(_with_rates(config, kwargs, directory), directory, kwargs)
     check_state(network.state_dict(), header, path)
     # Copies: tensors of a file are mapped to it, and would change with it.
     own = network.state_dict()
@@ -153,7 +153,7 @@ def load_backbone(config: ModelConfig, directory: Path, *, pretrained: bool = Tr
     Raises:
         CheckpointError: timm cannot create the architecture, or the weights do not match it.
     """
-    empty = describe_backbone(config, directory, kwargs)
+    empty = create_empty_architecture(config, directory, kwargs)
     if pretrained:
         _check_weights(empty, config, directory)
     return _load_backbone(config, directory, pretrained=pretrained, **kwargs)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from timm_multiexit.checkpoints.architecture import (
     check_finite,
-    describe_backbone,
-    describe_model,
-    describe_truncated,
+    create_empty_architecture,
+    create_empty_model,
+    create_empty_truncated,
     exit_tensors,
     fill_unsaved_buffers,
     unsaved_buffers,
@@ -233,12 +233,12 @@ def _describe_files(
     """Return the model that a configuration describes, on the meta device, and the tensors of each of its files."""
     empty: Any
     if config.truncated is not None and config.truncated.specs:
-        empty = describe_truncated(config, directory, given)
+        empty = create_empty_truncated(config, directory, given)
         return empty, {BACKBONE_NAME: empty.state_dict()}
     if config.exits is None:
-        empty = describe_backbone(config, directory, given)
+        empty = create_empty_architecture(config, directory, given)
         return empty, {BACKBONE_NAME: empty.state_dict()}
-    empty = describe_model(config, directory, given)
+    empty = create_empty_model(config, directory, given)
     return empty, {BACKBONE_NAME: empty.backbone.state_dict(), EXITS_NAME: exit_tensors(empty)}
 
 

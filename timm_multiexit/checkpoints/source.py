@@ -15,7 +15,7 @@ import torch
 from timm.models import parse_model_name
 from torch import nn
 
-from timm_multiexit.checkpoints.architecture import describe_backbone, describe_truncated
+from timm_multiexit.checkpoints.architecture import create_empty_architecture, create_empty_truncated
 from timm_multiexit.checkpoints.config import ModelConfig, read_model_config
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_NAME, EXITS_NAME
 from timm_multiexit.checkpoints.load import load_backbone, load_pretrained, load_truncated
@@ -129,8 +129,8 @@ def create_empty_backbone(model: str | ModelSource) -> nn.Module:
         if source is None:
             return timm.create_model(str(model))
     if source.config.truncated is not None:
-        return describe_truncated(source.config, source.folder, {})
-    return describe_backbone(source.config, source.folder, {})
+        return create_empty_truncated(source.config, source.folder, {})
+    return create_empty_architecture(source.config, source.folder, {})
 
 
 def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:

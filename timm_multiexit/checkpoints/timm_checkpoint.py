@@ -2,6 +2,7 @@
 
 import logging
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.models import adapt_input_conv, get_model_input_config, load_state_dict
+from timm.models._helpers import _torch_load
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import Tensor, nn
 
@@ -143,8 +145,10 @@ def read_training_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _read_metadata(path: str) -> Any:
-    # A safetensors file holds tensors alone.
-    return {} if path.endswith('.safetensors') else load_checkpoint_metadata(path)
+    if path.endswith('.safetensors'):  # holds tensors alone
+        return {}
+    # Files of torch before 1.6 cannot be mapped, as timm's function does.
+    return load_checkpoint_metadata(path) if zipfile.is_zipfile(path) else _torch_load(path)
 
 
 def _read(reader: Callable[..., Any], path: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -149,6 +149,8 @@ def write_publication_config(folder: Path, tag: str, license_: License, repo_id:
     old = ('origin_url', 'paper_name', 'description', 'notes', 'test_crop_pct', 'label_offset')
     kept = {name: value for name, value in values['pretrained_cfg'].items() if name not in old}
     values['pretrained_cfg'] = {**kept, 'tag': tag, 'license': license_.name or license_.id, 'paper_ids': _EED}
+    if 'num_classes' in values:  # of older runs: transformers would pass it twice
+        values.get('model_args', {}).pop('num_classes', None)
     # The origin of whatever is trained from these weights, wherever the folder is then.
     values[CONFIG_KEY]['origin'] = Origin(repo_id or 'a folder', license_.name or license_.id).to_dict()
     _write_json(folder / CONFIG_NAME, values)

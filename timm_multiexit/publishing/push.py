@@ -10,7 +10,7 @@ from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.save import hash_weights, save_pretrained
 from timm_multiexit.evaluation.exit_table import ExitTable, make_table
 from timm_multiexit.hub_client.client import PushResult, check_push, push_folder
-from timm_multiexit.models.multi_exit import MultiExitModel, check_model
+from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import find_origin
 from timm_multiexit.publishing.licenses import NO_INFO, PublicationInfo, find_license
 from timm_multiexit.publishing.publication import (
@@ -20,7 +20,7 @@ from timm_multiexit.publishing.publication import (
     write_publication,
     write_publication_config,
 )
-from timm_multiexit.utils.errors import InvalidValueError
+from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 from timm_multiexit.utils.untrusted import read_json
 
@@ -73,9 +73,14 @@ def push_to_hub(
 
     Raises:
         HubError: See `hub_client.client.push_folder`.
+        InvalidTypeError: The model is a truncated or a plain one.
         InvalidValueError: See `licenses.resolve_license`.
     """
-    check_model(model)
+    if not isinstance(model, MultiExitModel):
+        raise InvalidTypeError(
+            f'model must be a MultiExitModel to be published, got {type(model).__name__}: save_pretrained writes a'
+            ' folder of it, which `hf upload` pushes.'
+        )
     if model.module_info is not None:
         raise InvalidValueError(
             f'model must have a timm backbone to be published, got {type(model.backbone).__name__}, which nobody could'
