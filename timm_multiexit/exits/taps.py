@@ -262,7 +262,7 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
         InvalidValueError: There is none.
     """
     model: Any = backbone
-    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    classifier = _find_classifier(model) if hasattr(model, 'get_classifier') else None
     parts: list[Any] = list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
     parts = [leaf for part in parts for leaf in (part if isinstance(part, nn.ModuleList) else [part])]
     # A timm head that pools before its linear layer is entered by a map.
@@ -275,6 +275,15 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
             ' exits need a classification model, and num_classes above 0 where the default is 0.'
         )
     return names
+
+
+def _find_classifier(backbone: Any) -> Any:
+    """Return the classifier; without classes, where it is sought in a block that is gone (SHViT), what is left there."""
+    try:
+        return backbone.get_classifier()
+    except AttributeError:
+        name = str(backbone.pretrained_cfg['classifier'])
+        return backbone.get_submodule(name.rpartition('.')[0])
 
 
 def _silent_message(name: str) -> str:

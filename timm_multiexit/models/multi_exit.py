@@ -423,8 +423,9 @@ class MultiExitModel(TimmSurface):
         self.backbone.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
         for head in self.exits:
             cast(ExitHead, head).reset_classifier(num_classes)
-        self._forget_inference()
-        self._taps.install(self.backbone)
+        # The name of main's may be another one without classes.
+        self._taps.remove(self.backbone)
+        self._set_taps()
 
 
 def _fix_traced(value: Any, default: Any) -> Any:
