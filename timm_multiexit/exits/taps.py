@@ -278,7 +278,7 @@ def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
 
 
 def _find_classifier(backbone: Any) -> Any:
-    """Return the classifier; without classes, where it is sought in a block that is gone (SHViT), what is left there."""
+    """Return the classifier, or without classes what is left of a block that went with it (SHViT)."""
     try:
         return backbone.get_classifier()
     except AttributeError:
