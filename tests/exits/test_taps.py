@@ -110,8 +110,11 @@ def test_samples_leave_every_tensor_of_an_output_that_has_one_row_per_sample():
     module = nn.Sequential(Branches(), nn.Identity())
     taps = Taps(['0'], ['1'])
     taps.install(module)
-    output = taps.visit(module, torch.tensor([1.0, 2.0, 3.0]), lambda idx, x: torch.tensor([1]) if idx == 0 else None)
+    keep_second = lambda idx, x: torch.tensor([1]) if idx == 0 else None  # noqa: E731
+    output = taps._run(module, torch.tensor([1.0, 2.0, 3.0]), keep_second)
     assert type(output) is list
+    # The first of several outputs is main's.
+    assert taps.visit(module, torch.tensor([1.0, 2.0, 3.0]), keep_second).tolist() == [2.0]
     assert (output[0].tolist(), output[1]['twice'].tolist()) == ([2.0], [4.0])
     assert (output[2].tolist(), output[3], output[4].item()) == ([7.0, 8.0], 'name', 9.0)
 

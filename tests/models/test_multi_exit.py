@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from timm.layers import set_reentrant_ckpt
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
-from torch import nn
 from torch.torch_version import TorchVersion
 
 from timm_multiexit.exits.spec import ExitSpec
@@ -353,7 +352,7 @@ def test_reset_classifier_to_zero_leaves_features_as_logits(make_model, x):
 
 @pytest.mark.parametrize(
     'attribute',
-    ['num_classes', 'num_features', 'head_hidden_size', 'feature_info', 'pretrained_cfg', 'default_cfg'],
+    ['num_classes', 'num_features', 'head_hidden_size', 'feature_info', 'pretrained_cfg'],
 )
 def test_attribute_is_the_backbones(make_model, attribute):
     model = make_model('test_resnet', num_classes=17)
@@ -400,13 +399,6 @@ def test_layer_decay_puts_heads_at_the_full_rate_and_the_stem_at_the_lowest(make
     assert lowest == {min(scales.values())}
     assert max(lowest) < order[0]
     assert all(shallow < deep for shallow, deep in zip(order, order[1:]))
-
-
-def test_layer_decay_without_a_group_matcher_is_an_error_that_says_so(make_model):
-    model = make_model('test_resnet')
-    model.backbone = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(MultiExitError, match='group_matcher'):
-        model.group_matcher()
 
 
 def test_ema_copy_follows_the_model_and_answers_to_itself(make_model, x):

@@ -76,6 +76,19 @@ def test_model_without_classes_gives_features_and_gets_classifiers_later(make_sm
         assert torch.equal(new, old)
 
 
+def test_classes_may_go_and_come_where_the_classifier_is_inside_a_block_that_goes_with_it(make_empty):
+    images = torch.empty(2, 3, 64, 64, device='meta')
+    made = attach_exits(make_empty('shvit_s1', num_classes=0), input_size=(3, 64, 64))
+    model = attach_exits(make_empty('shvit_s1', num_classes=7), input_size=(3, 64, 64))
+    model.reset_classifier(0)
+    for each in (made, model):
+        width = each.head_hidden_size
+        assert [tuple(each(images, exits=True).logits[-1].shape), each.feature_widths()[-1]] == [(2, width), width]
+        each.reset_classifier(5)
+        assert {tuple(logits.shape) for logits in each(images, exits=True).logits} == {(2, 5)}
+        assert tuple(each(images, exits=True).features[-1].shape) == (2, width)
+
+
 @pytest.mark.parametrize('name', QUICK)
 def test_one_channel_reaches_images_costs_and_answers(name):
     gray = tme.create_model(name, num_classes=10, in_chans=1).eval()

@@ -308,7 +308,8 @@ def test_it_tells_of_itself_what_timm_asks(make, x):
     assert (network.num_classes, network.num_features) == (10, spec.channels)
     assert network.head_hidden_size == network.head.fc.in_features == model.exits[1].num_features
     assert network.get_classifier() is network.head.fc
-    assert network.pretrained_cfg == network.default_cfg == model.pretrained_cfg
+    assert network.pretrained_cfg == model.pretrained_cfg
+    assert network.default_cfg == model.default_cfg | {'classifier': 'exits.1.fc'}
     assert resolve_data_config({}, model=network) == resolve_data_config({}, model=model)
     assert get_model_input_config(network)['input_size'] == get_model_input_config(model)['input_size']
     assert network.input_size == model.input_size
