@@ -244,6 +244,29 @@ def test_layer_decay_groups_the_heads_with_the_last_layer():
     assert {layers[name] for name in layers if name.startswith('exits.')} == {max(layers.values())}
 
 
+def test_map_of_as_many_channels_as_rows_is_read_by_the_other_maps_or_refused():
+    class Last(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.stem, self.norm1 = nn.Conv2d(3, width, 4, 4), nn.LayerNorm(width)
+            self.pool, self.norm2, self.fc = nn.AvgPool2d(2), nn.LayerNorm(width), nn.Linear(width, 5)
+
+        def forward(self, x):
+            x = self.norm1(self.stem(x).permute(0, 2, 3, 1))
+            x = self.norm2(self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+            return self.fc(x.mean((1, 2)))
+
+    # 4x4 places: [1, 4, 4, 4] tells nothing, [1, 2, 2, 4] of the other exit does.
+    with pytest.raises(InvalidValueError, match=r'norm1.*\[1, 4, 4, 4\] may be \[B, C, H, W\] or \[B, H, W, C\]'):
+        attach(Last(4), ['norm1'])
+    model = attach(Last(4), ['norm1', 'norm2'])
+    assert [(s.module, s.layout, s.channels, s.reduction) for s in model.exits.specs] == [
+        ('norm1', 'NHWC', 4, 4),
+        ('norm2', 'NHWC', 4, 8),
+    ]
+    assert [spec.layout for spec in attach(Last(6), ['norm1']).exits.specs] == ['NHWC']
+
+
 # Copies
 
 

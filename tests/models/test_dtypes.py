@@ -43,7 +43,7 @@ def test_all_that_a_model_can_works_in_its_dtype(make_backbone, name, dtype):
     assert model.can_leave == (True,) * len(model.exits)
     scores = logits[0].float().softmax(1).amax(1).sort().values
     policy = tme.ExitPolicy('confidence', (float(scores[2:4].mean()), None, None))
-    found, expected = model.infer(x, policy), tme.apply_policy(logits, policy)
+    found, expected = model.infer(x, policy), tme.apply_policy(policy, logits)
     assert found.exit_idx.tolist() == expected.exit_idx.tolist()
     assert sorted(set(found.exit_idx.tolist())) == [0, 3]
     # Up to the rounding of batches of other sizes.

@@ -74,8 +74,8 @@ def read_layout(
         channels = entry.get('num_chs')
         last = tensor.shape[3] == channels and (tensor.shape[1] != channels or entry['last'])
         if channels is None or channels not in (tensor.shape[1], tensor.shape[3]):
-            aspect = input_size[1] / input_size[2]
-            last = abs(tensor.shape[1] / tensor.shape[2] - aspect) < abs(tensor.shape[2] / tensor.shape[3] - aspect)
+            fits_last, fits_first = fit_layouts(tensor.shape, input_size)
+            last = fits_last < fits_first or (fits_last == fits_first and entry['last'])
         if last:
             return 'NHWC', 0, tensor.shape[3], (tensor.shape[1], tensor.shape[2])
         return 'NCHW', 0, tensor.shape[1], (tensor.shape[2], tensor.shape[3])
@@ -84,6 +84,12 @@ def read_layout(
         if grid:
             return 'NLC', tensor.shape[1] - grid[0] * grid[1], tensor.shape[2], grid
     return None
+
+
+def fit_layouts(shape: Sequence[int], input_size: tuple[int, int, int]) -> tuple[float, float]:
+    """Return how far the aspect of a map of four sides is from the image's, as [B, H, W, C] and as [B, C, H, W]."""
+    aspect = input_size[1] / input_size[2]
+    return abs(shape[1] / shape[2] - aspect), abs(shape[2] / shape[3] - aspect)
 
 
 def _find_grid(length: int, reduction: int | None, input_size: tuple[int, int, int]) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from timm_multiexit.exits.backbone import (
     scan_module,
 )
 from timm_multiexit.exits.cost import Cost, CostMeter, meta_copy
-from timm_multiexit.exits.layouts import combine_features, read_layout
+from timm_multiexit.exits.layouts import combine_features, fit_layouts, read_layout
 from timm_multiexit.exits.stages import Entries, stage_entries
 from timm_multiexit.exits.taps import Taps, resolve_tap
 from timm_multiexit.utils.errors import InvalidValueError
@@ -117,7 +117,7 @@ def survey_backbone(
         check_width(backbone, output, info)
     points, rejected = [], {}
     known = [entries[stages[name]] if name in stages else {} for name in taps_at]
-    last = _is_channels_last(arrivals, known)
+    last = _is_channels_last(arrivals, known, input_size)
     for idx, name in enumerate(taps_at):
         entry = {**known[idx], 'last': last}
         point = _read_point(name, stages.get(name), entry, arrivals.get(idx, []), input_size)
@@ -176,15 +176,29 @@ def _run(
     return arrivals, output, meter.read()
 
 
-def _is_channels_last(arrivals: dict[int, list[_Arrival]], entries: Entries) -> bool:
-    """Return whether maps are NHWC, by those of which `feature_info` leaves no doubt."""
+def _is_channels_last(
+    arrivals: dict[int, list[_Arrival]], entries: Entries, input_size: tuple[int, int, int]
+) -> bool | None:
+    """Return whether maps are NHWC, by those of which `feature_info`, else the shape, leaves no doubt; None if none."""
     for idx, entry in enumerate(entries):
         for arrival in arrivals.get(idx, []):
             for tensor in _tensors(arrival.output):
                 is_channels = [size == entry.get('num_chs') for size in tensor.shape]
                 if tensor.ndim == 4 and is_channels[1] != is_channels[3]:
                     return is_channels[3]
-    return False
+    for idx in range(len(entries)):
+        for arrival in arrivals.get(idx, []):
+            for tensor in _tensors(arrival.output):
+                if tensor.ndim == 4 and not _is_ambiguous(tensor, input_size):
+                    fits_last, fits_first = fit_layouts(tensor.shape, input_size)
+                    return fits_last < fits_first
+    return None
+
+
+def _is_ambiguous(tensor: Tensor, input_size: tuple[int, int, int]) -> bool:
+    """Whether a map has as many channels as rows and columns, so that its shape does not tell which is which."""
+    fits_last, fits_first = fit_layouts(tensor.shape, input_size)
+    return fits_last == fits_first
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -202,6 +216,10 @@ def _read_point(
     if [tensor._version for tensor in _tensors(output)] != versions:
         return 'the layer after it changes its output in place, tap that one'
     items = output if isinstance(output, (tuple, list)) else [output]
+    if entry['last'] is None and 'num_chs' not in entry:
+        doubtful = [item for item in _tensors(output) if item.ndim == 4 and _is_ambiguous(item, input_size)]
+        if doubtful:
+            return f'its output {list(doubtful[0].shape)} may be [B, C, H, W] or [B, H, W, C]: try another input_size'
     found = []
     for idx, item in enumerate(items):
         layout = read_layout(item, entry, input_size) if isinstance(item, Tensor) else None
