@@ -118,6 +118,8 @@ def survey_backbone(
     points, rejected = [], {}
     known = [entries[stages[name]] if name in stages else {} for name in taps_at]
     last = _is_channels_last(arrivals, known, input_size)
+    if last is None:
+        last = _try_larger(backbone, taps, input_size)
     for idx, name in enumerate(taps_at):
         entry = {**known[idx], 'last': last}
         point = _read_point(name, stages.get(name), entry, arrivals.get(idx, []), input_size)
@@ -195,6 +197,17 @@ def _is_channels_last(
     return None
 
 
+def _try_larger(backbone: nn.Module, taps: Taps, input_size: tuple[int, int, int]) -> bool | None:
+    """Return whether maps are NHWC, by which sides grow with the image; None if it takes no other size."""
+    channels, height, width = input_size
+    larger = channels, 2 * height, 2 * width
+    try:
+        arrivals, _, _ = _run(backbone, taps, larger)
+    except Exception:  # backbones raise all kinds of errors for sizes that they do not take
+        return None
+    return _is_channels_last(arrivals, [{} for _ in taps.names], larger)
+
+
 def _is_ambiguous(tensor: Tensor, input_size: tuple[int, int, int]) -> bool:
     """Whether a map has as many channels as rows and columns, so that its shape does not tell which is which."""
     fits_last, fits_first = fit_layouts(tensor.shape, input_size)
@@ -219,7 +232,7 @@ def _read_point(
     if entry['last'] is None and 'num_chs' not in entry:
         doubtful = [item for item in _tensors(output) if item.ndim == 4 and _is_ambiguous(item, input_size)]
         if doubtful:
-            return f'its output {list(doubtful[0].shape)} may be [B, C, H, W] or [B, H, W, C]: try another input_size'
+            return f'its output {list(doubtful[0].shape)} may be [B, C, H, W] or [B, H, W, C], tap another module'
     found = []
     for idx, item in enumerate(items):
         layout = read_layout(item, entry, input_size) if isinstance(item, Tensor) else None
