@@ -244,7 +244,7 @@ def test_layer_decay_groups_the_heads_with_the_last_layer():
     assert {layers[name] for name in layers if name.startswith('exits.')} == {max(layers.values())}
 
 
-def test_map_of_as_many_channels_as_rows_is_read_by_the_other_maps_or_refused():
+def test_map_of_as_many_channels_as_rows_is_read_by_other_maps_or_a_larger_image_or_refused():
     class Last(nn.Module):
         def __init__(self, width):
             super().__init__()
@@ -256,15 +256,15 @@ def test_map_of_as_many_channels_as_rows_is_read_by_the_other_maps_or_refused():
             x = self.norm2(self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
             return self.fc(x.mean((1, 2)))
 
-    # 4x4 places: [1, 4, 4, 4] tells nothing, [1, 2, 2, 4] of the other exit does.
-    with pytest.raises(InvalidValueError, match=r'norm1.*\[1, 4, 4, 4\] may be \[B, C, H, W\] or \[B, H, W, C\]'):
-        attach(Last(4), ['norm1'])
-    model = attach(Last(4), ['norm1', 'norm2'])
-    assert [(s.module, s.layout, s.channels, s.reduction) for s in model.exits.specs] == [
-        ('norm1', 'NHWC', 4, 4),
-        ('norm2', 'NHWC', 4, 8),
-    ]
-    assert [spec.layout for spec in attach(Last(6), ['norm1']).exits.specs] == ['NHWC']
+    # 4x4 places: [1, 4, 4, 4] tells nothing, [1, 2, 2, 4] of the other exit does, or [1, 8, 8, 4] of a larger image.
+    for exits in (['norm1'], ['norm1', 'norm2']):
+        specs = attach(Last(4), exits).exits.specs
+        assert [(s.layout, s.channels, s.reduction) for s in specs] == [('NHWC', 4, 4), ('NHWC', 4, 8)][: len(exits)]
+    first = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    assert [spec.layout for spec in attach(first, ['1']).exits.specs] == ['NCHW']
+    fixed = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    with pytest.raises(InvalidValueError, match=r'\[1, 4, 4, 4\] may be \[B, C, H, W\] or \[B, H, W, C\], tap another'):
+        attach(fixed, ['1'])
 
 
 # Copies

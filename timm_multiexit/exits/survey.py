@@ -118,6 +118,8 @@ def survey_backbone(
     points, rejected = [], {}
     known = [entries[stages[name]] if name in stages else {} for name in taps_at]
     last = _is_channels_last(arrivals, known, input_size)
+    if last is None and any(tensor.ndim == 4 for idx in range(len(known)) for tensor in _arrived(arrivals, idx)):
+        last = _try_larger(backbone, taps, input_size)
     for idx, name in enumerate(taps_at):
         entry = {**known[idx], 'last': last}
         point = _read_point(name, stages.get(name), entry, arrivals.get(idx, []), input_size)
@@ -181,18 +183,31 @@ def _is_channels_last(
 ) -> bool | None:
     """Return whether maps are NHWC, by those of which `feature_info`, else the shape, leaves no doubt; None if none."""
     for idx, entry in enumerate(entries):
-        for arrival in arrivals.get(idx, []):
-            for tensor in _tensors(arrival.output):
-                is_channels = [size == entry.get('num_chs') for size in tensor.shape]
-                if tensor.ndim == 4 and is_channels[1] != is_channels[3]:
-                    return is_channels[3]
+        for tensor in _arrived(arrivals, idx):
+            is_channels = [size == entry.get('num_chs') for size in tensor.shape]
+            if tensor.ndim == 4 and is_channels[1] != is_channels[3]:
+                return is_channels[3]
     for idx in range(len(entries)):
-        for arrival in arrivals.get(idx, []):
-            for tensor in _tensors(arrival.output):
-                if tensor.ndim == 4 and not _is_ambiguous(tensor, input_size):
-                    fits_last, fits_first = fit_layouts(tensor.shape, input_size)
-                    return fits_last < fits_first
+        for tensor in _arrived(arrivals, idx):
+            if tensor.ndim == 4 and not _is_ambiguous(tensor, input_size):
+                fits_last, fits_first = fit_layouts(tensor.shape, input_size)
+                return fits_last < fits_first
     return None
+
+
+def _arrived(arrivals: dict[int, list[_Arrival]], idx: int) -> list[Tensor]:
+    return [tensor for arrival in arrivals.get(idx, []) for tensor in _tensors(arrival.output)]
+
+
+def _try_larger(backbone: nn.Module, taps: Taps, input_size: tuple[int, int, int]) -> bool | None:
+    """Return whether maps are NHWC, by which sides grow with the image; None if it takes no other size."""
+    channels, height, width = input_size
+    larger = channels, 2 * height, 2 * width
+    try:
+        arrivals, _, _ = _run(backbone, taps, larger)
+    except Exception:  # backbones raise all kinds of errors for sizes that they do not take
+        return None
+    return _is_channels_last(arrivals, [{} for _ in taps.names], larger)
 
 
 def _is_ambiguous(tensor: Tensor, input_size: tuple[int, int, int]) -> bool:
@@ -219,7 +234,7 @@ def _read_point(
     if entry['last'] is None and 'num_chs' not in entry:
         doubtful = [item for item in _tensors(output) if item.ndim == 4 and _is_ambiguous(item, input_size)]
         if doubtful:
-            return f'its output {list(doubtful[0].shape)} may be [B, C, H, W] or [B, H, W, C]: try another input_size'
+            return f'its output {list(doubtful[0].shape)} may be [B, C, H, W] or [B, H, W, C], tap another module'
     found = []
     for idx, item in enumerate(items):
         layout = read_layout(item, entry, input_size) if isinstance(item, Tensor) else None
