@@ -179,7 +179,7 @@ def test_what_is_no_checkpoint_comes_with_what_to_give(tmp_path):
     assert refused(best / 'model.safetensors') == (
         f'{best}/model.safetensors holds weights alone, and no state of a run. {hint}'
     )
-    assert refused(best.parent / 'args.yaml').endswith('it is no file of torch.save. Flags are given by --config.')
+    assert refused(best.parent / 'args.yaml').endswith('it was not written by torch.save. Flags are given by --config.')
     assert refused(best.parent / 'last.pth.tar').startswith('Cannot read checkpoint ')
 
 
@@ -220,7 +220,7 @@ def test_run_goes_on_with_its_own_loss_and_says_what_else_has_changed(train_run,
         (('--eed', '--smoothing', '0'), f'--smoothing must be 0.1, as in {own}, got 0.0.'),
     ):
         line = train_run(*flags, '--epochs', 2, '--resume', 'auto', refused=True)
-        assert line.startswith(f'{message} Give the loss that the run was begun with, or go on in a run of its own:')
+        assert line.startswith(f'{message} Give the loss that the run was begun with, or continue in a run of its own:')
     changed = ('--eed', '--epochs', 2, '--weight-decay', 0.1, '--log-interval', 7)
     assert 'Other flags than before from epoch 2 on: --epochs 2 (was 1), --weight-decay 0.1 (was 2e-05).' in train_run(
         *changed, '--resume', 'auto'

@@ -278,7 +278,7 @@ def read_resume(path: str | os.PathLike[str]) -> dict[str, Any]:
     with path.open('rb') as file:
         if file.read(2) not in _TORCH_MAGIC:
             hint = 'Flags are given by --config.' if path.suffix in ('.yaml', '.yml') else _hint(path)
-            raise CheckpointError(f'Cannot read checkpoint {path}: it is no file of torch.save. {hint}')
+            raise CheckpointError(f'Cannot read checkpoint {path}: it was not written by torch.save. {hint}')
     checkpoint = read_training_checkpoint(path)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{path} must hold a checkpoint of training, got {brief(checkpoint)}. {_hint(path)}')

@@ -30,7 +30,7 @@ def new_figure(width: float, height: float, title: str = '') -> Any:
 def encode_png(figure: Any) -> bytes:
     """Return a figure as a PNG of 150 pixels per inch; texts, which have names in them, are drawn as they are.
 
-    Between two dollar signs matplotlib would read formulas, and raise where they are none.
+    Between two dollar signs matplotlib would read formulas, and raise for other text.
     """
     from matplotlib import rc_context
     from matplotlib.text import Text
@@ -45,7 +45,7 @@ def encode_png(figure: Any) -> bytes:
 
 
 def drawable(name: str) -> str:
-    r"""Return a name with question marks for what is no Unicode, as names of files may be; matplotlib raises for it.
+    r"""Return a name with question marks for what is not Unicode, as names of files may be; matplotlib raises for it.
 
     >>> drawable('caf\udce9')
     'caf?'

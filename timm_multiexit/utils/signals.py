@@ -36,7 +36,7 @@ def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def outlive_signals() -> None:
-    """Let this process, which loads data, go on after SIGTERM and SIGINT: the one it works for saves, and ends it.
+    """Let this process, which loads data, outlive SIGTERM and SIGINT: the one it works for saves, and ends it.
 
     Schedulers send them to all processes of a job, and torch gives up a run whose loading processes end. A later
     SIGTERM does end it, as torch does with processes that hang.

@@ -65,7 +65,7 @@ def check_changes(record: Namespace, before: Namespace, checkpoint: Path, *, is_
         is_own: It is in the folder of this run.
 
     Raises:
-        InvalidValueError: A run would go on with another loss than it has begun with.
+        InvalidValueError: A run would continue with another loss than it has begun with.
     """
     changes = find_changes(vars(record), vars(before))
     for name in _LOSS:
@@ -73,7 +73,7 @@ def check_changes(record: Namespace, before: Namespace, checkpoint: Path, *, is_
             was, now = changes[name]
             raise InvalidValueError(
                 f'{option_name(name)} must be {brief(was)}, as in {checkpoint}, got {brief(now)}. Give the loss that'
-                f' the run was begun with, or go on in a run of its own: --resume {checkpoint} --experiment NEW.'
+                f' the run was begun with, or continue in a run of its own: --resume {checkpoint} --experiment NEW.'
             )
     return changes
 
