@@ -46,17 +46,19 @@ def test_runs_without_any_split_need_one_named():
         complete_args(create_analyze_parser().parse_args(['a']), run)
 
 
-def test_failed_analysis_leaves_no_folder(tmp_path):
+def test_failed_analysis_leaves_no_folder(tmp_path, monkeypatch):
     """A folder that was there, and what is in it, stays."""
 
-    def fail(in_chans):
+    def fail(study):
+        assert study.out.is_dir()
         raise DataError('no images')
 
-    run = Run('a', tmp_path, {'model': 'test_resnet', 'seed': 0, 'exit_loss': None}, [], {})
-    data = AnalysisData('digits', 'test', fail, lambda dataset, config: None)
+    monkeypatch.setattr(Study, '_run', fail)
+    run = Run('a', tmp_path, {'seed': 0, 'exit_loss': 'ce', 'exits': 'auto', 'task': 'classification'}, [], {})
+    data = AnalysisData('digits', 'test', lambda in_chans: None, lambda dataset, config: None)
     (tmp_path / 'old').mkdir()
     for out in ('new', 'deep/er/new', 'old'):
-        with pytest.raises(tme.MultiExitError):
+        with pytest.raises(DataError, match='no images'):
             Study([run], data, tmp_path / out, device=torch.device('cpu')).run()
     assert [path.name for path in tmp_path.iterdir()] == ['old']
     (tmp_path / 'file').touch()

@@ -158,7 +158,7 @@ def choose_image_mode(given: str | None, in_chans: int) -> str:
     ('L', 'HSV')
 
     Raises:
-        InvalidValueError: There is no such mode, or it has another number of channels.
+        InvalidValueError: Not such a mode, or one of another number of channels.
     """
     if given is None and in_chans in (1, 3):
         return 'L' if in_chans == 1 else 'RGB'

@@ -7,10 +7,10 @@ from typing import Any
 from timm_multiexit.utils.errors import InvalidValueError
 
 # A condition that must not hold, and the message where it does.
-Rule = tuple[Callable[[Namespace], Any], str]
+FlagRule = tuple[Callable[[Namespace], Any], str]
 
 # Of both scripts.
-SHARED_RULES: tuple[Rule, ...] = (
+SHARED_RULES: tuple[FlagRule, ...] = (
     (lambda a: a.torchscript, '--torchscript is not supported (torch.jit is deprecated). Use --torchcompile.'),
     (lambda a: a.fuser, '--fuser {fuser} is not supported (fusers belong to TorchScript). Use --torchcompile.'),
     (
@@ -24,7 +24,7 @@ SHARED_RULES: tuple[Rule, ...] = (
     ),
 )
 
-VALIDATE_RULES: tuple[Rule, ...] = (
+VALIDATE_RULES: tuple[FlagRule, ...] = (
     *SHARED_RULES,
     (lambda a: a.naflex_loader, "--naflex-loader is not supported. Use timm's own validate.py."),
     (lambda a: a.aot_autograd, '--aot-autograd is not supported. Use --torchcompile aot_eager or --torchcompile.'),
@@ -58,7 +58,7 @@ VALIDATE_RULES: tuple[Rule, ...] = (
 )
 
 
-def check_rules(args: Namespace, rules: Iterable[Rule]) -> None:
+def check_rules(args: Namespace, rules: Iterable[FlagRule]) -> None:
     """Raise `InvalidValueError` for the first rule that the arguments break."""
     for is_broken, line in rules:
         if is_broken(args):
