@@ -316,27 +316,22 @@ OTHERS = {
     'create_model: num_classes=-1': (
         lambda w: tme.create_model('test_resnet', num_classes=-1),
         VALUE,
-        r'num_classes must be an integer >= 1, got -1\.',
-    ),
-    'create_model: num_classes=0': (
-        lambda w: tme.create_model('test_resnet', num_classes=0),
-        VALUE,
-        'num_classes must be an integer >= 1, got 0',
+        r'num_classes must be an integer >= 0, got -1\.',
     ),
     "create_model: num_classes='10'": (
         lambda w: tme.create_model('test_resnet', num_classes='10'),
         TYPE,
-        "num_classes must be an integer >= 1, got '10'",
+        "num_classes must be an integer >= 0, got '10'",
     ),
     'create_model: num_classes=2.0': (
         lambda w: tme.create_model('test_resnet', num_classes=2.0),
         TYPE,
-        'num_classes must be an integer >= 1, got 2.0',
+        'num_classes must be an integer >= 0, got 2.0',
     ),
     'create_model: num_classes=True': (
         lambda w: tme.create_model('test_resnet', num_classes=True),
         TYPE,
-        'num_classes must be an integer >= 1, got True',
+        'num_classes must be an integer >= 0, got True',
     ),
     'create_model: in_chans=0': (
         lambda w: tme.create_model('test_resnet', in_chans=0),
@@ -351,9 +346,13 @@ OTHERS = {
     'attach_exits: name': (
         lambda w: tme.attach_exits('resnet18'),
         TYPE,
-        r"backbone must be a Module, got 'resnet18'\. create_model makes a model of a name\.",
+        r"backbone must be a module, got 'resnet18': create_model\('resnet18'\) makes one with exits\.",
     ),
-    'attach_exits: class': (lambda w: tme.attach_exits(type(w.plain)), TYPE, 'must be a Module, got the class itself'),
+    'attach_exits: class': (
+        lambda w: tme.attach_exits(type(w.plain)),
+        TYPE,
+        'must be a module, got the class ResNet: make one',
+    ),
     'attach_exits: head_widths=[8]': (
         lambda w: tme.attach_exits(w.plain, [1], head_widths=[8]),
         TYPE,
@@ -384,7 +383,7 @@ OTHERS = {
         VALUE,
         r'ResNet cannot run on images \[1, 64, 64\]: .*channels',
     ),
-    'exit_points: 3': (lambda w: tme.exit_points(3), TYPE, 'backbone must be a Module, got 3. Pass a timm model or'),
+    'exit_points: 3': (lambda w: tme.exit_points(3), TYPE, 'backbone must be a module, got 3, of type int'),
     'MultiExitModel.cost: channels': (
         lambda w: w.model.cost((1, 32, 32)),
         VALUE,
@@ -600,11 +599,16 @@ OTHERS = {
         TYPE,
         r"model must be a Module, got 'last\.pth\.tar'",
     ),
-    'push_to_hub: plain': (lambda w: tme.push_to_hub(w.plain, 'me/net'), TYPE, 'must be a MultiExitModel, got ResNet'),
+    'push_to_hub: plain': (
+        lambda w: tme.push_to_hub(w.plain, 'me/net'),
+        TYPE,
+        'must be a MultiExitModel to be published, got ResNet',
+    ),
+    'load_exits: name': (lambda w: tme.load_exits('resnet18', 'x'), TYPE, "backbone must be a module, got 'resnet18'"),
     'push_to_hub: swapped': (
         lambda w: tme.push_to_hub('me/net', w.model),
         TYPE,
-        "must be a MultiExitModel, got 'me/net'",
+        "must be a MultiExitModel to be published, got 'me/net'",
     ),
     'Questions: budgets': (
         lambda w: Questions(budgets='60%'),

@@ -272,7 +272,7 @@ def test_data_of_other_classes_is_refused(folder, tmp_path, capsys):
     images = shutil.copytree(folder / 'images', tmp_path / 'images')
     shutil.copytree(images / 'val/dog', images / 'val/eel')
     message = fails(capsys, folder, '--data-dir', images, '--out', tmp_path, names=('plain',))
-    assert message.startswith('plain has 2 classes, the validation split has others')
+    assert message.startswith('plain on the validation split: Class indices must be in [0, 1] for 2 classes, got 2.')
 
 
 def test_folder_that_is_no_run_is_refused(folder, tmp_path, capsys):

@@ -345,7 +345,7 @@ BAD_INPUT = {
     'fp16': (('--amp',), '--amp in float16 needs a GPU'),
     'resume': (('--resume', 'nowhere.pth.tar'), 'Checkpoint nowhere.pth.tar does not exist'),
     'initial': (('--initial-checkpoint', 'nowhere.pth'), 'Checkpoint nowhere.pth does not exist'),
-    'config': (('--config', 'nowhere.yaml'), 'Cannot read --config nowhere.yaml: No such file'),
+    'config': (('--config', 'nowhere.yaml'), '--config nowhere.yaml cannot be read: No such file'),
     'split': (('--val-split', 'test2'), "must be one of train, val, got 'test2'"),
     'dataset': (('--dataset', 'torch/nonsense'), "No data set 'torch/nonsense'"),
     'package': (('--dataset', 'hfds/beans'), 'install the package'),

@@ -163,7 +163,7 @@ def test_arguments_of_the_run_that_cannot_be_read_are_an_error(tmp_path, monkeyp
     args = parse('--model', f'local-dir:{tmp_path}/run/best', '--calib-from-train', '150')
     assert find_training_args(args) == {}
     (tmp_path / 'run/args.yaml').write_text('a: [')
-    with pytest.raises(MultiExitError, match='/run is not a run of train.py: its args.yaml cannot be read'):
+    with pytest.raises(MultiExitError, match='/run is not a training run: .*args.yaml must be a YAML file'):
         create_calibration_split(args, create_split(args, 'test', 3), 3)
     (tmp_path / 'run/args.yaml').write_text('seed: 5')
     monkeypatch.chdir(tmp_path / 'run/best')

@@ -97,7 +97,7 @@ WRONG = {
     'text': (['ab'], r'^A batch must be a pair .* got str\.$'),
     'keys': (
         [{'x': X, 'y': Y}],
-        r"^A batch that is a dict must have images as one of pixel_values, image, .* 'x', 'y'",
+        r"^A batch that is a dict must have images as one of pixel_values, image, .* \['x', 'y'\]\.$",
     ),
     'no labels': ([{'image': X}], r"class indices as one of labels, label, .* got the keys \['image'\]\.$"),
     'swapped': ([(Y, X)], r'^Images must be a batch \[B, C, H, W\], got \[6\] of int64\.$'),

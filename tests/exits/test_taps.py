@@ -384,8 +384,14 @@ def test_model_can_be_copied_after_a_forward_with_gradients(make_model, exits):
 
 def test_model_can_be_copied_after_a_forward_that_failed(make_model):
     model = make_model()
-    with pytest.raises(RuntimeError):
-        model(torch.randn(2, 5, 64, 64), exits=True)
+
+    def fail(*args):
+        raise RuntimeError('in the middle')
+
+    handle = model.backbone.global_pool.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match='in the middle'):
+        model(torch.randn(2, 3, 64, 64), exits=True)
+    handle.remove()
     assert num_hooks(copy.deepcopy(model)) == len(model.exits) + 1
 
 

@@ -6,7 +6,7 @@ import torch
 from helpers.members import QUICK
 
 import timm_multiexit as tme
-from timm_multiexit.cli.build_model import check_image_size
+from timm_multiexit.cli.build_model import check_takes_images
 from timm_multiexit.exits.cost import empty_images, find_dtype
 from timm_multiexit.utils.errors import InvalidValueError, StateError
 
@@ -113,6 +113,6 @@ def test_another_default_dtype_or_device_changes_nothing(make_backbone):
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_size_of_images_is_checked_in_the_models_dtype(make_backbone, dtype):
     model = make(make_backbone, 'test_vit', dtype)
-    check_image_size(model, SIZE)
+    check_takes_images(model, SIZE)
     with pytest.raises(InvalidValueError, match=r'does not take images of \[1, 64, 64\]'):
-        check_image_size(model, (1, 64, 64))
+        check_takes_images(model, (1, 64, 64))

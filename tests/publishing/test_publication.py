@@ -195,9 +195,9 @@ def test_command_has_the_last_part_of_paths(words, expected, run, folder):
     ids=['text', 'list', 'keywords', 'folder', 'checkpoint', 'colon', 'hub', 'address', 'file', 'bucket', 'relative'],
 )
 def test_arguments_have_the_last_part_of_paths(value, expected, run, folder):
-    edit(run / 'args.yaml', model_kwargs=value)
+    edit(run / 'args.yaml', class_map=value)
     write_publication(run, folder, REPO)
-    assert yaml.safe_load((folder / 'args.yaml').read_text())['model_kwargs'] == expected
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['class_map'] == expected
 
 
 def test_compared_networks_have_the_last_part_of_paths(run, folder):
@@ -286,7 +286,7 @@ def test_results_of_other_weights_are_refused(name, run, folder):
     safetensors.torch.save_file(tensors, weights)
     line = refused(run, folder)
     assert line.startswith(
-        f'{run / name} has results of other weights than those of {run}/best: evaluate it by validate.py'
+        f'{run / name} has results of other weights than those of {run}/best: evaluate it by timm-multiexit validate'
     )
     assert not folder.exists()
 
@@ -343,7 +343,7 @@ def test_picture_of_another_evaluation_is_refused(run, folder):
     picture = run / 'accuracy_vs_macs.png'
     picture.write_bytes(picture.read_bytes() + b'0')
     assert refused(run, folder) == (
-        f'{picture} is not the picture of {run / "validation.json"}: run validate.py again, or remove it.'
+        f'{picture} is not the picture of {run / "validation.json"}: run timm-multiexit validate again, or remove it.'
     )
     picture.unlink()
     assert write_publication(run, folder, REPO)['has_picture'] is False
@@ -366,7 +366,7 @@ def test_run_that_stopped_early_says_how_many_epochs_it_had(tmp_path, folder):
 
 def test_validation_that_is_not_there_is_refused(run, folder, tmp_path):
     assert refused(run, folder, validation=tmp_path / 'nosuch.json') == (
-        f'{tmp_path}/nosuch.json does not exist: give a JSON file written by validate.py --results-file.'
+        f'{tmp_path}/nosuch.json does not exist: give a JSON file written by timm-multiexit validate --results-file.'
     )
 
 

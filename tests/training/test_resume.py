@@ -130,9 +130,9 @@ def test_run_of_something_else_is_one_line_and_its_folder_stays_as_it_is(flags, 
 
 RUN = {'epoch': 1, 'batch': 0, 'num_batches': 3, 'seed': 42, 'grad_accum_steps': 1, 'summary': {'rows': []}}
 DAMAGED = {
-    'none': (None, 'must hold a checkpoint of training, got None'),
-    'list': ([1, 2], r'must hold a checkpoint of training, got \[1, 2\]'),
-    'tensor': (torch.zeros(1), 'must hold a checkpoint of training, got tensor'),
+    'none': (None, 'must hold a dict, got None'),
+    'list': ([1, 2], r'must hold a dict, got \[1, 2\]'),
+    'tensor': (torch.zeros(1), 'must hold a dict, got tensor'),
     'saver': ({'saver': [1]}, r'is damaged: saver must not be \[1\]'),
     'run': ({'saver': {'run': 5}}, 'is damaged: run must not be 5'),
     'empty-run': ({'saver': {'run': {'batch': 1}}}, 'is damaged: epoch must not be None'),

@@ -59,7 +59,10 @@ class Measurer:
         model = run.files.load_best(**run.args['model_kwargs']).to(self.device).eval()
         data_config = resolve_data_config({}, model=model)
         input_size = data_config['input_size']
-        collected = collect_logits(model, self._create_loader(data_config))
+        try:
+            collected = collect_logits(model, self._create_loader(data_config))
+        except DataError as error:
+            raise DataError(f'{run.name} on the {self.data.split} split: {error}') from error
         targets = self._check_targets(run, collected)
         top1 = measure_top1(collected.logits, targets)
         _check_reported(run, self.data.split, top1, len(targets))
@@ -90,12 +93,7 @@ class Measurer:
         return self.data.create_loader(dataset, data_config)
 
     def _check_targets(self, run: Run, collected: LogitSet) -> Tensor:
-        targets, num_classes = collected.targets, collected.logits[-1].shape[1]
-        if targets.ndim != 1 or targets.min() < 0 or targets.max() >= num_classes:
-            raise DataError(
-                f'{run.name} has {num_classes} classes, the {self.data.split} split has others. Give the data that it'
-                ' was trained on.'
-            )
+        targets = collected.targets
         if self.targets is not None and not torch.equal(self.targets, targets):
             raise DataError(
                 f'{run.name} got other images than the runs before it. Repair or remove images that cannot be read.'

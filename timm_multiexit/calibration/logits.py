@@ -95,7 +95,7 @@ class _Columns:
         self._held, self._num_bytes = [], 0
 
     def join(self) -> list[Tensor]:
-        """Return the columns, and forget them; empty if there are none."""
+        """Return the columns, and forget them; empty without rows."""
         if self._held:
             self._copy()
         joined = []

@@ -166,7 +166,7 @@ def _check_model(model: Any) -> None:
             raise InvalidTypeError(
                 f'{where} must not be a {kind}: use {where}.merge_and_unload(), which merges adapters.'
             )
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
+    if any(isinstance(value, Tensor) and value.is_meta for value in model.state_dict().values()):
         raise StateError('The model must have data, got weights on the meta device.')
     backbone: Any = model.backbone if isinstance(model, (MultiExitModel, TruncatedModel)) else model
     cfg = getattr(backbone, 'pretrained_cfg', None)

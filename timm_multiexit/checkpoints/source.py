@@ -168,6 +168,8 @@ def _find_weights(name: str, kwargs: dict[str, Any]) -> tuple[str | None, str]:
     if kwargs.get('pretrained_cfg') or kwargs.get('pretrained_cfg_overlay'):
         return None, BACKBONE_NAME  # a file, most often
     cfg = timm.models.get_pretrained_cfg(name)
+    if cfg is None and '.' not in name:
+        return None, BACKBONE_NAME  # an older name, which timm maps to one of today's
     if cfg is None or not cfg.has_weights:
         raise InvalidValueError(
             f"timm has no trained weights of '{name}': start without them, or take a name of timm.list_pretrained()."

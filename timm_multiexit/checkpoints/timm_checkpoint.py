@@ -77,7 +77,7 @@ def _find_prefix(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> st
     inner = model.backbone if isinstance(model, MultiExitModel) else model
     names = sorted(without(inner.state_dict(), *TRAINING_ONLY), key=len)
     ends = [key.removesuffix(names[-1]) for key in state if names and key.endswith(names[-1])]
-    found = sorted({end for end in ends if end in ('',) or end.endswith('.')}, key=len)
+    found = sorted({end for end in ends if not end or end.endswith('.')}, key=lambda end: (len(end), end))
     found = [prefix for prefix in found if all(f'{prefix}{name}' in state for name in names)]
     if not found or found[0] == '':
         return ''

@@ -147,7 +147,7 @@ def _init_classifiers(args: Namespace, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_image_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+def check_takes_images(model: nn.Module, input_size: tuple[int, int, int]) -> None:
     """Raise if a model, still on the CPU, does not take images of (channels, height, width)."""
     try:
         meta_copy(model)(empty_images(model, input_size, 2))

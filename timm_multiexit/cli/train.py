@@ -24,7 +24,7 @@ from timm.utils import random_seed, unwrap_model
 from timm_multiexit.checkpoints.run_folder import RunFolder, read_origin
 from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.cli.build_model import (
-    check_image_size,
+    check_takes_images,
     create_regime,
     create_train_model,
     place_model,
@@ -117,7 +117,7 @@ def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
     regime = create_regime(args, model, source)
     if regime.name == 'frozen':
         model.freeze_backbone(trains_classifier=regime.trains_classifier)
-    check_image_size(model, data_config['input_size'])
+    check_takes_images(model, data_config['input_size'])
     model = place_model(args, model, accelerator)
     if args.kd_model_name:
         # Where the tasks look for how the student's images are normalized.

@@ -110,7 +110,7 @@ def _is_list_of_targets(value: Any) -> bool:
 
 def _collate(samples: Sequence[Any]) -> Any:
     try:
-        return default_collate(samples)
+        return default_collate(list(samples))
     except (TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise DataError(f'A list of single samples cannot be made a batch: {one_line(error)}.') from error
 

@@ -86,7 +86,9 @@ def evaluate_loader(
             images = images.to(device, dtype)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            evaluation.input_size = evaluation.input_size if any(evaluation.input_size) else tuple(images.shape[1:])
+            if not any(evaluation.input_size):
+                channels, height, width = images.shape[1:]
+                evaluation.input_size = channels, height, width
             with accelerator.autocast() if accelerator else nullcontext():
                 logits = model(images, exits=True).logits if num_exits else (model(images),)
             target = target if multi_label else labels.add(target, logits[-1].shape[-1])

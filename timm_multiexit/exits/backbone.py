@@ -214,7 +214,7 @@ def describe_module(
     What is not given is found by one forward of a data-free copy.
 
     Raises:
-        InvalidValueError: What is given does not fit the module, or there is no telling which module is the classifier.
+        InvalidValueError: What is given does not fit the module, or which module is the classifier cannot be told.
     """
     name = type(backbone).__name__
     if is_timm_like(backbone):

@@ -76,7 +76,7 @@ def place_exits(
 
 
 def named_places(exits: Any) -> list[str]:
-    """Return the names of modules among what is asked for as exits."""
+    """Return the names of modules among the `exits` of `attach_exits`."""
     return [item for item in exits if isinstance(item, str)] if isinstance(exits, (list, tuple)) else []
 
 

@@ -179,7 +179,7 @@ class _Race:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def visit(self, idx: int, tensor: Tensor) -> None:
-        """Answer here, or go on, or stop."""
+        """Answer here, continue, or stop."""
         times = self._times
         if idx >= times.num_exits:
             return

@@ -172,7 +172,7 @@ class MultiExitModel(TimmSurface):
 
         Raises:
             InvalidTypeError: It is not an integer.
-            InvalidValueError: There is no such classifier.
+            InvalidValueError: The classifier does not exist.
         """
         num_exits = len(self.exits)
         number = check_int('exit_idx', exit_idx, -num_exits - 1, num_exits, hint=f'Main is {num_exits} or -1.')

@@ -4,6 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from timm_multiexit.checkpoints.config import read_model_config
 from timm_multiexit.checkpoints.load import load_pretrained
 from timm_multiexit.checkpoints.run_folder import RunFolder
@@ -20,7 +22,7 @@ from timm_multiexit.publishing.publication import (
     write_publication,
     write_publication_config,
 )
-from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError
+from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, brief
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 from timm_multiexit.utils.untrusted import read_json
 
@@ -77,8 +79,9 @@ def push_to_hub(
         InvalidValueError: See `licenses.resolve_license`.
     """
     if not isinstance(model, MultiExitModel):
+        what = type(model).__name__ if isinstance(model, nn.Module) else brief(model)
         raise InvalidTypeError(
-            f'model must be a MultiExitModel to be published, got {type(model).__name__}: save_pretrained writes a'
+            f'model must be a MultiExitModel to be published, got {what}: save_pretrained writes a'
             ' folder of it, which `hf upload` pushes.'
         )
     if model.module_info is not None:

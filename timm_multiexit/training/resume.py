@@ -280,8 +280,6 @@ def read_resume(path: str | os.PathLike[str]) -> dict[str, Any]:
             hint = 'Flags are given by --config.' if path.suffix in ('.yaml', '.yml') else _hint(path)
             raise CheckpointError(f'Cannot read checkpoint {path}: it was not written by torch.save. {hint}')
     checkpoint = read_training_checkpoint(path)
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f'{path} must hold a checkpoint of training, got {brief(checkpoint)}. {_hint(path)}')
     saver = checkpoint.get('saver') or {}
     run = (saver.get('run') if isinstance(saver, dict) else None) or {}
     state = checkpoint.get('task_state') or {}

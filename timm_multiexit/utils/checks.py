@@ -62,7 +62,7 @@ def check_ints(
         InvalidTypeError: It is not a list of integers.
         InvalidValueError: One is out of range.
     """
-    items = list(values) if is_list(values) else [None]
+    items: list[Any] = list(values) if is_list(values) else [None]
     wrong = [item for item in items if not is_integer(item)]
     if not wrong:
         numbers = tuple(operator.index(item) for item in items)

@@ -101,7 +101,7 @@ def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> 
         return least <= value <= most
     # Tensors of one element say that they are integers too, whatever their dimensions and type.
     is_bool = isinstance(value, bool) or str(getattr(value, 'dtype', '')) in ('bool', 'torch.bool')
-    if is_bool or getattr(value, 'ndim', 0):
+    if is_bool or getattr(value, 'ndim', False):
         return False
     try:
         return least <= operator.index(value) <= most
