@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     setup_logging()
     args = create_validate_parser(prog).parse_args(argv)
     try:
-        accelerator = Accelerator(mixed_precision=choose_precision(args, torch.cuda.is_available()))
+        accelerator = Accelerator(mixed_precision=choose_precision(args, torch.accelerator.is_available()))
         validation, sections = validate(args, accelerator)
         if args.results_file and accelerator.is_main_process:
             write_results(args, validation, sections)

@@ -59,8 +59,8 @@ TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
     (lambda a: a.tta > 1, '--tta must be 0 or 1, got {tta}. Test-time augmentation is not supported.'),
     (
         lambda a: a.device not in ('cuda', 'cpu'),
-        "--device must be cuda (what Accelerate finds) or cpu, got '{device}'. Choose GPUs with CUDA_VISIBLE_DEVICES or"
-        ' accelerate launch.',
+        "--device must be cuda (any accelerator that Accelerate finds) or cpu, got '{device}'. Choose GPUs with"
+        ' CUDA_VISIBLE_DEVICES or accelerate launch.',
     ),
     (
         lambda a: a.amp and a.model_dtype not in (None, 'float32'),
