@@ -284,6 +284,7 @@ struct Call {  // one call of an operator, turned from the device's arguments to
   const c10::OperatorHandle& op;
   std::string name = op.schema().operator_name().name;
   bool indexes = name.find("index") != std::string::npos;
+  bool assigns = name == "aten::_index_put_impl_";  // by index; what reads by index has composite kernels above this
   bool is_ours = false;
   std::string stranger;               // a tensor of the CPU among them
   const char* host_wait = nullptr;
@@ -294,12 +295,13 @@ struct Call {  // one call of an operator, turned from the device's arguments to
   at::Tensor take(const at::Tensor& tensor, bool is_index = false) {
     if (!tensor.defined()) return tensor;
     if (!on_device(tensor)) {
-      if (is_index) host_wait = "index from host";
-      else if (tensor.dim() > 0) stranger = c10::str(tensor.sizes());
+      if (is_index && assigns) host_wait = "copy from host";
+      if (!is_index && tensor.dim() > 0) stranger = c10::str(tensor.sizes());
       return tensor;
     }
     is_ours = true;
-    if (is_index && (tensor.scalar_type() == at::kBool || tensor.scalar_type() == at::kByte)) host_wait = "mask as index";
+    bool is_mask = tensor.scalar_type() == at::kBool || tensor.scalar_type() == at::kByte;
+    if (is_index && assigns && is_mask) host_wait = "aten::nonzero";
     (writing ? writes : reads).push_back(tensor);
     aliases.emplace_back(tensor, to_cpu(tensor));
     return aliases.back().second;
@@ -365,6 +367,7 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   TORCH_CHECK(!call.is_ours || call.stranger.empty(), "Expected all tensors to be on the same device, but ", call.name,
               " got a tensor of shape ", call.stranger, " on cpu beside tensors on ", kDevice);
   if (waiting_kernels.count(call.name)) call.host_wait = call.name.c_str();
+  if (call.assigns && (*stack)[first + 2].toTensor().numel() == 1) call.host_wait = nullptr;  // a mask is filled
   launch(call.name, call.reads, {});
   if (call.host_wait) host_waits_for_stream(call.host_wait);
   {
@@ -461,11 +464,10 @@ at::Tensor convolution(
     at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups) {
   auto shift = bias.value_or(at::Tensor());
   check_device("aten::convolution", {input, weight, shift});
-  launch("aten::convolution", {input, weight, shift}, {});
   AsCpu guard;
   auto result = to_device(at::convolution(
       to_cpu(input), to_cpu(weight), to_cpu(shift), stride, padding, dilation, transposed, output_padding, groups));
-  launch("aten::convolution", {}, {result});
+  launch("aten::convolution", {input, weight, shift}, {result});
   return result;
 }
 
@@ -474,13 +476,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
     at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups,
     std::array<bool, 3> mask) {
   check_device("aten::convolution_backward", {grad, input, weight});
-  launch("aten::convolution_backward", {grad, input, weight}, {});
   AsCpu guard;
   std::vector<int64_t> sizes{transposed ? weight.size(1) * groups : weight.size(0)};  // of the bias
   auto [input_grad, weight_grad, bias_grad] = at::convolution_backward(
       to_cpu(grad), to_cpu(input), to_cpu(weight), sizes, stride, padding, dilation, transposed, output_padding, groups, mask);
   auto result = std::make_tuple(to_device(input_grad), to_device(weight_grad), to_device(bias_grad));
-  launch("aten::convolution_backward", {}, {std::get<0>(result), std::get<1>(result), std::get<2>(result)});
+  launch("aten::convolution_backward", {grad, input, weight},
+         {std::get<0>(result), std::get<1>(result), std::get<2>(result)});
   return result;
 }
 
@@ -614,6 +616,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 #define LOWER_PRECISION(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
 #define FULL_PRECISION(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
+#define FULL_PRECISION_DTYPE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32_set_opt_dtype)
 #define WIDEST(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, promote)
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
@@ -621,6 +624,7 @@ TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::m
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
   AT_FORALL_LOWER_PRECISION_FP(LOWER_PRECISION)
   AT_FORALL_FP32(FULL_PRECISION)
+  AT_FORALL_FP32_SET_OPT_DTYPE(FULL_PRECISION_DTYPE)
   AT_FORALL_PROMOTE(WIDEST)
 }
 
