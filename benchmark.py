@@ -62,7 +62,7 @@ def train(args):
     accelerator = create_accelerator(create_train_args(args))
     device = accelerator.device
     # A GPU works behind the program's back: several steps at a time, or the wait for it would count.
-    turn = 10 if device.type == 'cuda' else 1
+    turn = 1 if device.type == 'cpu' else 10
     torch.manual_seed(0)
     shape = (args.batch_size, 3, args.img_size, args.img_size)
     ready = [
@@ -113,7 +113,7 @@ def add_common_flags(command, *, model, img_size, rounds):
     command.add_argument('--img-size', type=int, default=img_size, metavar='N', help=f'default: {img_size}')
     command.add_argument('--rounds', type=int, default=rounds, metavar='N', help=f'default: {rounds}')
     command.add_argument('--channels-last', action='store_true', help='channels_last memory format')
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     command.add_argument('--device', type=parse_device, default=device, metavar='NAME', help=f'default: {device}')
     command.add_argument('--threads', type=int, metavar='N', help="CPU threads, if not torch's number; 1: CPU time")
 
@@ -130,7 +130,7 @@ def create_parser():
     command.set_defaults(run=heads)
     command = commands.add_parser('infer', help='forward passes')
     add_common_flags(command, model='resnet18', img_size=224, rounds=20)
-    sizes = (1, 32, 64, 256) if torch.cuda.is_available() else (1, 32)
+    sizes = (1, 32, 64, 256) if torch.accelerator.is_available() else (1, 32)
     command.add_argument(
         '--batch-sizes', nargs='+', type=int, default=sizes, metavar='N', help=f'default: {" ".join(map(str, sizes))}'
     )

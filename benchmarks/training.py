@@ -25,7 +25,8 @@ def create_train_args(args: Namespace, loss: str | None = None) -> Namespace:
     Without `data_dir` the data is what it takes where none is named, images that come with an installed package. Of a
     folder it takes the images as the recipes for small ones do.
     """
-    flags = f'--model {args.model} --img-size {args.img_size} --batch-size {args.batch_size} --device {args.device}'
+    device = 'cpu' if torch.device(args.device).type == 'cpu' else 'cuda'  # train.py's word for all accelerators
+    flags = f'--model {args.model} --img-size {args.img_size} --batch-size {args.batch_size} --device {device}'
     # A low rate: the weights must stay finite on noise. timm's interval between log lines, at which numbers are read.
     flags += f' --num-classes {args.num_classes} --opt sgd --lr 1e-4 --log-interval 50'
     flags += ' --amp --amp-dtype bfloat16' if args.amp else ''

@@ -105,7 +105,7 @@ def _single():
 
 @pytest.mark.parametrize('has_gpu', [False, True])
 def test_float16_on_a_cpu_is_one_line(has_gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: has_gpu)
     with pytest.raises(MultiExitError, match='--amp in float16 needs a GPU .*--amp-dtype bfloat16') as error:
         create_accelerator(make_args(amp=True))
     assert '\n' not in str(error.value)

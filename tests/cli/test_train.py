@@ -356,7 +356,7 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize(('flags', 'message'), cases(BAD_INPUT, slow=('encoder',)))
 def test_bad_input_is_one_clear_line_and_nothing_is_written(flags, message, train_on_images, tmp_path):
-    if flags[0] == '--amp' and torch.cuda.is_available():
+    if flags[0] == '--amp' and torch.accelerator.is_available():
         pytest.skip('float16 runs on this GPU')
     run, (_, out, err) = train_on_images('run', *flags, code=2)
     line = err.strip().splitlines()[-1]

@@ -138,7 +138,7 @@ def test_without_data_the_digits_are_measured(run_script, tmp_path):
     ids=['none', 'name', 'folder', 'checkpoint', 'exits', 'classes', 'split', 'fp16'],
 )
 def test_bad_input_is_one_clear_line(flags, message, run_script, image_folder):
-    if '--amp' in flags and torch.cuda.is_available():
+    if '--amp' in flags and torch.accelerator.is_available():
         pytest.skip('float16 runs on this GPU')
     code, _, err = run_script(validate.main, *flags, '-j', '0', '--data-dir', image_folder)
     assert code == 2

@@ -2,7 +2,9 @@
 
 import platform
 import subprocess
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from timm_multiexit.utils.environment import _cpu_name, _find_commit, describe_environment
@@ -49,6 +51,20 @@ def test_environment_names_the_threads_that_torch_uses():
         assert describe_environment()['threads'] == '3 torch threads'
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ('module', 'name'),
+    [(SimpleNamespace(get_device_name=lambda: 'Maker GPU 7'), 'Maker GPU 7'), (SimpleNamespace(), 'mps')],
+    ids=['name', 'kind'],
+)
+def test_any_accelerator_is_named_with_its_number(module, name, monkeypatch):
+    accelerator = torch.accelerator
+    monkeypatch.setattr(accelerator, 'is_available', lambda: True)
+    monkeypatch.setattr(accelerator, 'device_count', lambda: 2)
+    monkeypatch.setattr(accelerator, 'current_accelerator', lambda: torch.device('mps'))
+    monkeypatch.setattr(torch, 'get_device_module', lambda device: module)
+    assert describe_environment()['hardware'].startswith(f'2 x {name}, ')
 
 
 def test_cpu_is_named_by_its_model_where_the_system_tells_it(tmp_path):

@@ -34,7 +34,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         except ImportError as error:
             raise InvalidValueError(f"Cannot import '{module}' of --device-modules: {one_line(error)}.") from error
     _check_launcher()
-    has_gpu = torch.cuda.is_available() and args.device != 'cpu'
+    has_gpu = torch.accelerator.is_available() and args.device != 'cpu'
     precision = choose_precision(args, has_gpu)
     if precision is None:
         _check_launched_precision(has_gpu)
@@ -42,11 +42,14 @@ def create_accelerator(args: Namespace) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     launched = int(os.environ.get('WORLD_SIZE', 1))
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        # Told to be on the CPU, Accelerate joins the processes that torchrun started; else it runs each for itself.
-        cpu=args.device == 'cpu' or (launched > 1 and not torch.accelerator.is_available()),
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            # Told to be on the CPU, Accelerate joins the processes that torchrun started; else it runs each for itself.
+            cpu=args.device == 'cpu' or (launched > 1 and not torch.accelerator.is_available()),
+        )
+    except ValueError as error:  # not every accelerator takes float16
+        raise InvalidValueError(f'Cannot set up Accelerate: {one_line(error)}') from error
     if accelerator.distributed_type not in _SUPPORTED:
         raise StateError(
             f'Accelerate must be launched for one process or DistributedDataParallel, got'

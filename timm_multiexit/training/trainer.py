@@ -249,8 +249,8 @@ class Trainer:
         self.task.update_ema(step=self.num_updates)
         if self.scheduler is not None:
             self.scheduler.step_update(num_updates=self.num_updates)
-        if config.synchronize and self.accelerator.device.type == 'cuda':
-            torch.cuda.synchronize()
+        if config.synchronize and self.accelerator.device.type != 'cpu':
+            torch.accelerator.synchronize(self.accelerator.device)
 
     def _log(self, progress: RunningMetrics, num_batches: int) -> None:
         means = progress.metrics()

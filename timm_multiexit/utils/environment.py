@@ -18,8 +18,8 @@ def describe_environment() -> dict[str, str]:
     """Return what a measurement must be stamped with: commit, library versions, hardware, CPU threads of torch."""
     threads = torch.get_num_threads()
     hardware = [f'{os.cpu_count()} x {_cpu_name()}']
-    if torch.cuda.is_available():
-        hardware.insert(0, f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}')
+    if torch.accelerator.is_available():
+        hardware.insert(0, f'{torch.accelerator.device_count()} x {_accelerator_name()}')
     versions = [f'python {platform.python_version()}', f'timm_multiexit {__version__}']
     versions += [f'{name} {version(name)}' for name in _LIBRARIES]
     return {
@@ -46,6 +46,14 @@ def _find_commit(path: Path) -> str:
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'
     return described.stdout.strip()
+
+
+def _accelerator_name() -> str:
+    """Return the name of the current accelerator, or where its backend does not tell it its kind, such as 'mps'."""
+    device = torch.accelerator.current_accelerator()
+    assert device is not None  # is_available() said so
+    get_name = getattr(torch.get_device_module(device), 'get_device_name', None)
+    return str(get_name() if get_name else device.type)
 
 
 def _cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:

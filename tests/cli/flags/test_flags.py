@@ -352,7 +352,7 @@ REFUSED = {
     '--naflex-loader': "Use timm's own train.py",
     '--fuser te': '--fuser te is not supported',
     '--tta 2': '--tta must be 0 or 1, got 2.',
-    '--device cuda:1': "--device must be cuda (what Accelerate finds) or cpu, got 'cuda:1'.",
+    '--device cuda:1': "--device must be cuda (any accelerator that Accelerate finds) or cpu, got 'cuda:1'.",
     '--amp --model-dtype bfloat16': '--amp needs float32 weights, got --model-dtype bfloat16.',
     '--eed --kd-model-name resnet18 --kd-distill-type feature': '--kd-distill-type must be logit for a model with exits, got feature.',
     '--exits 1 --kd-distill-type token': '--kd-distill-type must be logit for a model with exits, got token.',
