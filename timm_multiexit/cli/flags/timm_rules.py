@@ -15,8 +15,8 @@ SHARED_RULES: tuple[FlagRule, ...] = (
     (lambda a: a.fuser, '--fuser {fuser} is not supported (fusers belong to TorchScript). Use --torchcompile.'),
     (
         lambda a: a.device not in ('cuda', 'cpu'),
-        "--device must be cuda (any accelerator that Accelerate finds) or cpu, got '{device}'. Choose GPUs with CUDA_VISIBLE_DEVICES or"
-        ' accelerate launch.',
+        "--device must be cuda (any accelerator that Accelerate finds) or cpu, got '{device}'. Choose GPUs with"
+        ' CUDA_VISIBLE_DEVICES or accelerate launch.',
     ),
     (
         lambda a: a.amp and a.model_dtype not in (None, 'float32'),
