@@ -243,5 +243,5 @@ def predict_by_deadline(
     if race.answer is None:
         raise RuntimeError("No tap fired: the backbone's forward calls none of the tapped modules.")
     idx, logits = race.answer
-    check_answer(idx, times.num_exits, logits)
+    check_answer(idx, times.num_exits, logits, waits=True)
     return Prediction(logits, torch.full(logits.shape[:1], idx, device=logits.device))

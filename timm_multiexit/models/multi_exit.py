@@ -208,7 +208,7 @@ class MultiExitModel(TimmSurface):
         Raises:
             InvalidTypeError: The images are not a tensor, or of another dtype than the weights.
             InvalidValueError: More or less than one way to decide is given, it does not fit the exits, the batch is
-                empty or of another shape, or a classifier gives NaN.
+                empty or of another shape, or an exit, or on the CPU main, gives NaN.
             StateError: The model is in training mode, or has no table of budgets.
         """
         return dynamic.run_policy(self, x, policy, threshold, budget, bucket_sizes)
@@ -234,7 +234,7 @@ class MultiExitModel(TimmSurface):
 
         Raises:
             InvalidTypeError: The images are not a tensor, or of another dtype than the weights.
-            InvalidValueError: The batch is empty or of another shape; in the loop, a classifier gives NaN.
+            InvalidValueError: The batch is empty or of another shape; in the loop, on the CPU, a classifier gives NaN.
             StateError: The model is in training mode, a loop that began in another thread is continued, or exits,
                 classes or mode of the model have changed since it began.
         """
