@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from timm_multiexit.utils import signals
 from timm_multiexit.utils.signals import Stopper, outlive_signals
@@ -56,3 +57,16 @@ def test_second_signal_interrupts_if_it_is_another_one(second, seconds, interrup
         else:
             os.kill(os.getpid(), second)
     assert stopper.signal == signal.SIGTERM
+
+
+def test_signal_that_comes_while_processes_agree_counts_the_next_time():
+    """Otherwise the process that got it would stop alone, and the others wait for it in the next step."""
+
+    def gather(asked):
+        gathered = torch.cat([asked, torch.tensor([0])])
+        stopper.signal = signal.SIGTERM  # the handler's work, after what was sent
+        return gathered
+
+    stopper = Stopper(SimpleNamespace(num_processes=2, device=torch.device('cpu'), gather=gather))
+    assert not stopper.is_asked()
+    assert stopper.is_asked()

@@ -55,9 +55,9 @@ def test_run_has_the_sample_and_says_how_to_repeat_it():
     sample = draw_sample(2, 'some text')
     expected = {str(value) for value in (*sample.families, *sample.chunks)}
     assert {name.split('[')[1].rstrip(']') for name in ids if '[' in name} == expected
-    assert len([name for name in ids if '[' in name]) == 2 + 2 * 5  # chunks, and five tests of each family
+    assert len([name for name in ids if '[' in name]) == 2 + 2 * 7  # chunks, and seven tests of each family
     assert "repeat with --zoo-sample 2 --zoo-seed 'some text'" in printed
-    assert len(collect()[0]) > len(FAMILIES) * 5
+    assert len(collect()[0]) > len(FAMILIES) * 7
     assert '--zoo-sample must be >= 1, got 0' in collect('--zoo-sample', '0')[1]
 
 

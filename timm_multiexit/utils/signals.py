@@ -107,4 +107,5 @@ class Stopper:
             found = int(self.accelerator.gather(asked).max())
             if found and not self.signal:  # of another process: the one to this process is still to come
                 self.signal, self._noted = found, time.monotonic()
+            return bool(found)  # a signal that came meanwhile counts the next time, in all of them
         return bool(self.signal)
