@@ -23,7 +23,7 @@ REFUSED = {
     '--torchscript': '--torchscript is not supported (torch.jit is deprecated). Use --torchcompile.',
     '--aot-autograd': '--aot-autograd is not supported. Use --torchcompile aot_eager',
     '--fuser te': '--fuser te is not supported',
-    '--device cuda:1': "--device must be cuda (what Accelerate finds) or cpu, got 'cuda:1'.",
+    '--device cuda:1': "--device must be cuda (any accelerator that Accelerate finds) or cpu, got 'cuda:1'.",
     '--amp --model-dtype bfloat16': '--amp needs float32 weights, got --model-dtype bfloat16.',
     '--naflex-loader': "--naflex-loader is not supported. Use timm's own validate.py.",
     '--num-gpu 2': '--num-gpu 2 is not supported (DataParallel). Start a process for each GPU with torchrun',
