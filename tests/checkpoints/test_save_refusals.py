@@ -251,3 +251,14 @@ def test_model_that_was_compiled_in_place_is_saved(model, tmp_path):
     model.compile()
     tme.save_pretrained(model, tmp_path)
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).num_classes == 10
+
+
+@pytest.mark.parametrize('value', [nn.Linear(2, 2), torch.ones(1)], ids=['module', 'buffer'])
+def test_weights_beside_backbone_and_exits_are_refused(value, model, tmp_path):
+    if isinstance(value, nn.Module):
+        model.extra = value
+    else:
+        model.register_buffer('extra', value)
+    with pytest.raises(tme.CheckpointError, match="backbone and exits alone to be saved, got 'extra"):
+        tme.save_pretrained(model, tmp_path / 'net')
+    assert not any(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_multiexit.losses.multi_exit_loss import LOSSES, MultiExitLoss, create_loss
 from timm_multiexit.losses.teachers import DepthWeights
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError, MultiExitError
 
 
 class Outputs(NamedTuple):
@@ -690,3 +690,24 @@ def test_overrides_that_contradict_the_row_are_errors(overrides):
 def test_multi_label_is_allowed_where_no_softmax_is_distilled():
     assert create_loss('eed', output_loss='mse', multi_label=True).multi_label
     assert create_loss('ce', multi_label=True).multi_label
+
+
+@pytest.mark.parametrize(
+    ('target', 'expected'),
+    [
+        (torch.tensor([1, 0, 3], dtype=torch.int32), torch.tensor([1, 0, 3])),
+        (F.one_hot(torch.tensor([1, 0, 3]), 5), F.one_hot(torch.tensor([1, 0, 3]), 5).float()),
+    ],
+    ids=['int32', 'one-hot'],
+)
+def test_targets_of_other_integers_mean_the_same(target, expected):
+    outputs = Outputs(tuple(torch.randn(3, 5) for _ in range(3)), (torch.randn(3, 4),) * 3)
+    loss = create_loss('eed')
+    assert torch.equal(loss(outputs, target), loss(outputs, expected))
+
+
+@pytest.mark.parametrize('target', [None, torch.arange(2), torch.tensor(1)], ids=['none', 'two', 'scalar'])
+def test_targets_of_other_samples_are_one_line(target):
+    outputs = Outputs(tuple(torch.randn(3, 5) for _ in range(3)), (torch.randn(3, 4),) * 3)
+    with pytest.raises(InvalidValueError, match='target must have one row for each of 3 samples'):
+        create_loss('eed')(outputs, target)

@@ -20,6 +20,7 @@ from timm_multiexit.exits.cost import meta_copy
 from timm_multiexit.exits.survey import survey_backbone
 from timm_multiexit.models.attach import check_attachable
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.checks import check_path
 from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, MultiExitError
 from timm_multiexit.utils.untrusted import read_header
 
@@ -52,6 +53,7 @@ def load_exits(module: nn.Module, directory: str | os.PathLike[str]) -> MultiExi
     True
     """
     check_attachable(module)
+    check_path('directory', directory)
     directory = Path(directory)
     config = read_module_config(directory)
     try:

@@ -37,6 +37,7 @@ from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.truncation import TruncatedModel
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy
+from timm_multiexit.utils.checks import check_path
 from timm_multiexit.utils.errors import (
     CheckpointError,
     DiskError,
@@ -100,8 +101,7 @@ def save_pretrained(
         InvalidValueError: The names of the classes are not one per class.
         DiskError: The disk is full or not writable; the folder is as it was.
     """
-    if not isinstance(directory, (str, os.PathLike)):
-        raise InvalidTypeError(f'directory must be a path, got {brief(directory)}.')
+    check_path('directory', directory)
     _check_model(model)
     with explain_disk_errors(directory, advice=RUN_AGAIN):
         write_model(model, Path(directory), data_config=data_config, label_names=label_names)
@@ -144,6 +144,7 @@ def write_model(
         files = _collect_tensors(model)
         if not _is_of_module(model):
             _check_way_back(model, files, path, directory)
+        _check_all_is_written(model)
         for name, tensors in files.items():
             _save_tensors(tensors, Path(temporary, name))
         directory.mkdir(parents=True, exist_ok=True)
@@ -209,6 +210,17 @@ def _collect_tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     if not isinstance(model, MultiExitModel):
         return {BACKBONE_NAME: model.state_dict()}
     return {BACKBONE_NAME: model.backbone.state_dict(), EXITS_NAME: exit_tensors(model)}
+
+
+def _check_all_is_written(model: nn.Module) -> None:
+    """Raise for weights of the model itself, which are neither the backbone's nor those of the exits."""
+    if isinstance(model, MultiExitModel):
+        other = [key for key in model.state_dict() if not key.startswith(('backbone.', 'exits.'))]
+        if other:
+            raise CheckpointError(
+                f'{type(model).__name__} must have weights in backbone and exits alone to be saved, got'
+                f' {brief(other[0])}. Nothing was written: remove it, or torch.save(model.state_dict(), PATH).'
+            )
 
 
 def _check_way_back(model: nn.Module, files: Mapping[str, Mapping[str, Tensor]], draft: Path, directory: Path) -> None:

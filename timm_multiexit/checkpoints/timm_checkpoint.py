@@ -20,7 +20,7 @@ from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.truncation import TruncatedModel
-from timm_multiexit.utils.checks import check_instance
+from timm_multiexit.utils.checks import check_instance, check_path
 from timm_multiexit.utils.errors import CheckpointError, MissingFileError, MultiExitError, brief, one_line
 from timm_multiexit.utils.untrusted import check_pointer
 
@@ -54,6 +54,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, use_ema: 
         CheckpointError: The file cannot be read, or its weights do not match the model.
     """
     check_instance('model', model, nn.Module)
+    check_path('path', path)
     state = read_weights(path, use_ema=use_ema)
     prefix = _find_prefix(model, state, path)
     state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}

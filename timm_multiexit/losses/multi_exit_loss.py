@@ -18,7 +18,7 @@ from timm_multiexit.losses.distances import (
     upcast,
 )
 from timm_multiexit.losses.teachers import DepthWeights, KDConfig, checked_teacher, resolve_teacher
-from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, checked_number, checked_weights
+from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, brief, checked_number, checked_weights
 
 # One row for each method. The names mean the forms that the EED paper (arXiv 2104.00299) compares; where an original
 # differs, the row says so. Every row can be changed by the keyword arguments of `create_loss`.
@@ -283,8 +283,13 @@ class MultiExitLoss(nn.Module):
         return stacked, sum(others, first)
 
     def _task_rows(self, logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-        if target.is_floating_point():
-            target = target.to(logits[0].dtype)
+        if not isinstance(target, torch.Tensor) or target.ndim not in (1, 2) or len(target) != len(logits[0]):
+            what = list(target.shape) if isinstance(target, torch.Tensor) else brief(target)
+            raise InvalidValueError(
+                f'target must have one row for each of {len(logits[0])} samples, class indices [B] or scores [B, C],'
+                f' got {what}.'
+            )
+        target = target.to(logits[0].dtype) if target.is_floating_point() or target.ndim == 2 else target.long()
         rows = [self.criterion(tensor, target) for tensor in logits]
         if any(row.dim() != 0 for row in rows):
             raise InvalidValueError(

@@ -280,7 +280,7 @@ class TrainingRun:
             chosen += ' this split' if is_same else f' {images}'
         print(
             f'\n{config.model} on the {data.split} split, {table.num_samples} images{chosen}:\n\n{table}\n\n'
-            f'{files.best} is the network: create_model("local-dir:{files.best}", pretrained=True)\n',
+            f'{files.best} is the network: create_model({json.dumps(f"local-dir:{files.best}")}, pretrained=True)\n',
             flush=True,
         )
         results = {

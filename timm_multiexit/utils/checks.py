@@ -1,6 +1,7 @@
 """Checks of arguments: each returns what it accepts in one form, or raises one line before any work is done."""
 
 import operator
+import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -22,6 +23,16 @@ def check_instance(name: str, value: Any, kind: type[Kind], *, hint: str = '') -
         what = 'the class itself' if isinstance(value, type) and issubclass(value, kind) else _describe(value)
         raise InvalidTypeError(f'{name} must be {_article(kind.__name__)}, got {what}.{hint and " "}{hint}')
     return value
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raise unless the value is a path.
+
+    Raises:
+        InvalidTypeError: It is something else, or empty text.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise InvalidTypeError(f'{name} must be a path, got {brief(value)}.')
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
