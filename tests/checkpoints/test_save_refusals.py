@@ -262,3 +262,29 @@ def test_weights_beside_backbone_and_exits_are_refused(value, model, tmp_path):
     with pytest.raises(tme.CheckpointError, match="backbone and exits alone to be saved, got 'extra"):
         tme.save_pretrained(model, tmp_path / 'net')
     assert not any(tmp_path.iterdir())
+
+
+def test_layer_of_another_kind_is_refused(model, tmp_path):
+    name = next(name for name, module in model.backbone.named_modules() if isinstance(module, nn.ReLU))
+    model.backbone.set_submodule(name, nn.Tanh())
+    with pytest.raises(tme.CheckpointError, match=f'backbone.{name} must be a ReLU, as it was created, .* got Tanh'):
+        tme.save_pretrained(model, tmp_path / 'net')
+    assert not any(tmp_path.iterdir())
+
+
+def test_layers_that_only_training_has_are_no_change(tmp_path):
+    """Their rates are not saved: the model comes back without them."""
+    model = tme.create_model('test_resnet', exits=[1], num_classes=10, drop_path_rate=0.2).eval()
+    x = torch.randn(2, 3, 64, 64)
+    tme.save_pretrained(model, tmp_path)
+    assert torch.equal(tme.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
+def test_precision_comes_back_where_it_is_asked_for(dtype, model, tmp_path):
+    model = model.to(dtype).eval()
+    x = torch.randn(2, 3, 64, 64, dtype=dtype)
+    tme.save_pretrained(model, tmp_path)
+    loaded = tme.create_model(f'local-dir:{tmp_path}', pretrained=True, dtype=dtype).eval()
+    for one, other in zip(loaded(x, exits=True).logits, model(x, exits=True).logits):
+        assert torch.equal(one, other)

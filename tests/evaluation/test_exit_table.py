@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_multiexit.evaluation.exit_table import evaluate, evaluate_loader
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError, MultiExitError
 
 
 def make_batches(count, size=4, classes=10):
@@ -72,3 +72,10 @@ def test_table_of_several_labels_has_its_own_columns(make_model):
 def test_empty_loader_is_named(make_model):
     with pytest.raises(MultiExitError, match='loader is empty'):
         evaluate(make_model(), [])
+
+
+def test_logits_that_are_nan_are_no_table(make_model):
+    model = make_model(exits=[1], input_size=(3, 32, 32))
+    torch.nn.init.constant_(model.exits[0].fc.bias, float('nan'))
+    with pytest.raises(InvalidValueError, match='^exit 0 gives NaN|^exit0 gives NaN'):
+        evaluate(model, [(torch.randn(4, 3, 32, 32), torch.arange(4))])

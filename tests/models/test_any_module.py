@@ -418,3 +418,19 @@ def test_model_of_a_module_is_not_published():
 def test_exit_points_of_a_module_are_refused_with_what_to_do_instead():
     with pytest.raises(InvalidValueError, match='Net names no stages'):
         tme.exit_points(Net(), SIZE)
+
+
+@pytest.mark.parametrize(
+    ('classifier', 'message'),
+    [
+        ('0', r'classifier must give 5 logits, got 0 of Sequential, which gives 8'),
+        (['2', '0'], r'classifier must give 5 logits, got 0 of'),
+        (3, r'classifier must name a module of Sequential, got 3'),
+    ],
+    ids=['other', 'list', 'number'],
+)
+def test_layer_that_does_not_give_the_logits_is_not_taken_for_the_classifier(classifier, message):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(InvalidValueError, match=message):
+        tme.attach_exits(net, ['1'], input_size=(3, 32, 32), classifier=classifier)
+    assert not net[1]._forward_hooks

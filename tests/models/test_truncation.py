@@ -12,10 +12,11 @@ from timm.layers import set_reentrant_ckpt
 from timm.models import get_model_input_config
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.nn.utils import prune
 
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.truncation import TruncatedModel, truncate
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import MultiExitError, StateError
 
 # Batch norms, layer norms, tokens with a class token; keywords make the backbones draw random numbers in training.
 FAMILIES = {
@@ -459,3 +460,14 @@ def test_family_member_trains_cut_as_it_does_whole(family):
     missed = [name for name, grad in zip(params, grads) if grad is None]
     assert bool(missed) == (family in NOT_REACHED)
     assert all(name.startswith(NOT_REACHED[family]) for name in missed)
+
+
+def test_pruned_model_is_refused_with_what_to_do(make_model):
+    model = make_model(exits=[1, 2])
+    conv = next(module for module in model.backbone.modules() if isinstance(module, torch.nn.Conv2d))
+    prune.l1_unstructured(conv, 'weight', 0.5)
+    with pytest.raises(StateError, match=r'weight is computed from parameters .*torch\.nn\.utils\.prune\.remove'):
+        truncate(model, 0)
+    prune.remove(conv, 'weight')
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(truncate(model.eval(), 0)(x), model(x, exit_idx=0), rtol=0, atol=0)

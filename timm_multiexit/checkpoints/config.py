@@ -3,7 +3,6 @@
 Nothing of the file reaches timm but what is listed here.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 
 import timm
 from timm.models._hub import _parse_model_cfg
-from torch import Tensor
 
 from timm_multiexit.checkpoints.config_rules import (
     _MAX_EXITS,
@@ -25,16 +23,13 @@ from timm_multiexit.checkpoints.config_rules import (
     EXITS_NAME,
     MODEL_ARGS,
     MODULE_KEY,
-    MODULE_RULES,
     _pick,
 )
-from timm_multiexit.exits.backbone import ModuleInfo
 from timm_multiexit.exits.spec import ExitSpec
-from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, MultiExitError, brief, is_integer, one_line
+from timm_multiexit.utils.errors import CheckpointError, MultiExitError, brief, is_integer, one_line
 from timm_multiexit.utils.untrusted import read_json
 
 FORMAT_VERSION = 1  # of what `config.json` says of exits; a file of a later one is refused
@@ -117,7 +112,7 @@ def _check(config: dict[str, Any], overridden: set[str]) -> ModelConfig:
     clean = {'architecture': architecture, 'model_args': model_args, 'pretrained_cfg': cleaned, **_pick(config, _ROOT)}
     pretrained_cfg, architecture, model_args = _parse_model_cfg(clean, {})
     return ModelConfig(
-        architecture, model_args, _complete(pretrained_cfg, architecture, model_args), **_read_section(config)
+        architecture, model_args, _complete(pretrained_cfg, architecture, model_args), **read_section(config)
     )
 
 
@@ -177,7 +172,7 @@ def _find_cut(config: Mapping[str, Any]) -> dict[str, Any]:
     return cut or {}
 
 
-def _read_section(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return exits, policy and budgets."""
     section = config.get(CONFIG_KEY)
     if section is None:
@@ -230,86 +225,3 @@ def _read_policies(section: Mapping[str, Any], num_exits: int) -> dict[str, Any]
         budgets = BudgetTable.from_dict(budgets)
         budgets.points[0].policy.check_exits(num_exits)
     return {'policy': policy, 'budgets': budgets}
-
-
-@dataclass(frozen=True)
-class ModuleConfig:
-    """What the folder of a model around a module that is not timm's says, checked.
-
-    Attributes:
-        info: What the module has to be.
-        exits: Its exits.
-        policy: Of a calibrated model.
-        budgets: Of a calibrated model.
-        origin: What the weights started from, where it is known.
-    """
-
-    info: ModuleInfo
-    exits: tuple[ExitSpec, ...]
-    policy: ExitPolicy | None = None
-    budgets: BudgetTable | None = None
-    origin: Origin | None = None
-
-
-def read_module_config(directory: Path) -> ModuleConfig:
-    """Return the checked configuration of a folder of a model around a module that is not timm's.
-
-    Raises:
-        CheckpointError: The folder is not of one, or `config.json` is missing, unreadable, of a newer format, or has
-            values that are not allowed.
-    """
-    path = directory / CONFIG_NAME
-    values = read_json(path)
-    try:
-        info, section = _read_module(values), _read_section(values)
-    except MultiExitError as error:
-        raise CheckpointError(f'{path}: {error}') from error
-    kept = {name: section.get(name) for name in ('policy', 'budgets', 'origin')}
-    return ModuleConfig(info, section.get('exits') or (), **kept)
-
-
-def _read_module(values: Mapping[str, Any]) -> ModuleInfo:
-    section = values.get(CONFIG_KEY)
-    module = section.get(MODULE_KEY) if isinstance(section, dict) else None
-    if module is None:
-        raise CheckpointError(
-            "it is not of a module of one's own: create_model('local-dir:FOLDER', pretrained=True) loads timm models."
-        )
-    if not isinstance(module, dict):
-        raise CheckpointError(f'{MODULE_KEY} must be an object, got {brief(module)}.')
-    for name, rule in MODULE_RULES.items():
-        if not rule.allows(module.get(name)):
-            raise CheckpointError(f'{name} must be {rule.text}, got {brief(module.get(name))}.')
-    channels, height, width = module['input_size']
-    return ModuleInfo(tuple(module['classifiers']), module['num_classes'], (channels, height, width))
-
-
-def write_module_config(
-    model: MultiExitModel, path: Path, model_config: dict[str, Any], data_config: Mapping[str, Any] | None
-) -> None:
-    """Write the `config.json` of a model around a module that is not timm's, as timm's `save_config_for_hf` does.
-
-    Args:
-        model: The model.
-        path: The file.
-        model_config: What is at the root of it, with the section of exits.
-        data_config: Preprocessing.
-    """
-    assert model.module_info is not None
-    other = [key for key, value in model.backbone.state_dict().items() if not isinstance(value, Tensor)]
-    if other:
-        raise InvalidValueError(f'The state dict of a module must hold tensors to be saved, got {brief(other[0])}.')
-    info, kind = model.module_info, type(model.backbone)
-    described = {
-        'type': f'{kind.__module__}.{kind.__qualname__}',
-        'classifiers': list(info.classifiers),
-        'num_classes': info.num_classes,
-        'input_size': list(info.input_size),
-    }
-    values = {
-        'num_classes': info.num_classes,
-        'pretrained_cfg': {'input_size': list(info.input_size), **(data_config or {})},
-        **model_config,
-    }
-    values[CONFIG_KEY] = {**values[CONFIG_KEY], MODULE_KEY: described}
-    path.write_text(json.dumps(values, indent=2), encoding='utf-8')

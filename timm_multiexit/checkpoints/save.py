@@ -31,8 +31,9 @@ from timm_multiexit.checkpoints.architecture import (
     fill_unsaved_buffers,
     unsaved_buffers,
 )
-from timm_multiexit.checkpoints.config import FORMAT_VERSION, ModelConfig, read_model_config, write_module_config
+from timm_multiexit.checkpoints.config import FORMAT_VERSION, ModelConfig, read_model_config
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, CONFIG_NAME, EXITS_NAME
+from timm_multiexit.checkpoints.module_folder import write_module_config
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.truncation import TruncatedModel
 from timm_multiexit.policies.budgets import BudgetTable
@@ -71,6 +72,9 @@ _CHANGES = (
     (r'(^|\.)total_(ops|params)$', "delete the profiler's buffers: del module.total_ops, module.total_params"),
 )
 
+# Layers that do nothing in evaluation: their rates are not part of a model's configuration.
+_TRAINING_LAYERS = ('Identity', 'Dropout', 'Dropout2d', 'DropPath', 'DropBlock2d')
+
 
 def save_pretrained(
     model: nn.Module,
@@ -82,6 +86,9 @@ def save_pretrained(
     """Write a model to a folder that `create_model('local-dir:...', pretrained=True)` and plain timm load.
 
     That of a model around a module that is not timm's, `load_exits(module, directory)` loads.
+
+    Weights of another dtype than float32 keep it in the file; timm, and `create_model`, make float32 of them unless
+    told `dtype=`. What has no weights and is not in the configuration, as hooks, is not kept.
 
     All files are written beside the folder first and moved into it when they are whole; other files in the folder
     stay.
@@ -234,6 +241,7 @@ def _check_way_back(model: nn.Module, files: Mapping[str, Mapping[str, Tensor]],
     empty, expected = _describe_files(config, directory, given)
     for name, tensors in files.items():
         _check_equal(model, tensors, expected[name])
+    _check_layers(model, empty)
     check_finite(model, 'The model')
     if isinstance(model, TruncatedModel) and model.spec is not None:
         _check_buffers(model, empty)
@@ -274,6 +282,22 @@ def _check_equal(model: nn.Module, tensors: Mapping[str, Tensor], expected: Mapp
         f' {len(unknown)} weights are new, {len(missing)} are gone, {len(other)} have another shape or type ({names}).'
         f' Nothing was written: {step}.'
     )
+
+
+def _check_layers(model: nn.Module, empty: nn.Module) -> None:
+    """Raise for a layer without weights that was replaced by one of another kind."""
+    created = dict(empty.named_modules())
+    for name, module in model.named_modules():
+        before = created.get(name)
+        if before is None or type(module) is type(before) or module.state_dict():
+            continue
+        now, then = type(module).__name__, type(before).__name__
+        is_layer = not any(module.children()) and not any(before.children())
+        if is_layer and now not in _TRAINING_LAYERS and then not in _TRAINING_LAYERS:
+            raise CheckpointError(
+                f'{name} must be a {then}, as it was created, to come back, got {now}. Nothing was written:'
+                ' torch.save(model.state_dict(), PATH) keeps the weights.'
+            )
 
 
 def _check_buffers(model: TruncatedModel, empty: nn.Module) -> None:

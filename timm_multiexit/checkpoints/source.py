@@ -4,7 +4,7 @@ timm itself is never given a folder or a repository, only the architecture and w
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +22,13 @@ from timm_multiexit.checkpoints.load import load_backbone, load_pretrained, load
 from timm_multiexit.hub_client.client import explain_download, fetch_files
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
-from timm_multiexit.utils.errors import InvalidValueError
+from timm_multiexit.utils.errors import (
+    LIBRARY_ERRORS,
+    InvalidValueError,
+    MissingFileError,
+    MultiExitError,
+    one_line,
+)
 
 _Model = TypeVar('_Model', bound=nn.Module)
 
@@ -138,16 +144,28 @@ def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwa
 
     Raises:
         MultiExitError: See `find_source`.
-        InvalidValueError: There are no trained weights of that name.
+        InvalidValueError: There are no trained weights of that name, or timm does not take the keywords.
+        MissingFileError: `checkpoint_path` does not exist.
         HubError: They cannot be downloaded.
     """
     source = find_source(model, **kwargs)
     if source is not None:
         return source.create_backbone(pretrained=pretrained, **kwargs)
-    if not pretrained:
-        return timm.create_model(str(model), **kwargs)
-    with explain_weights(str(model), **kwargs):
-        return timm.create_model(str(model), pretrained=True, **kwargs)
+    with explain_weights(str(model), **kwargs) if pretrained else nullcontext():
+        return _create(str(model), pretrained=pretrained, **kwargs)
+
+
+def _create(name: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **kwargs)
+    except (MultiExitError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, FileNotFoundError) and kwargs.get('checkpoint_path'):
+            raise MissingFileError(f'checkpoint_path {kwargs["checkpoint_path"]} does not exist.') from error
+        raise
+    except (*LIBRARY_ERRORS, AttributeError) as error:
+        raise InvalidValueError(
+            f'Cannot create {name}: {one_line(error)}. Check the keywords for timm.create_model.'
+        ) from error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Accuracy and cost of every classifier of a model, and of other models on the same images."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from timm_multiexit.data.batches import LabelCheck, read_batches
 from timm_multiexit.evaluation.metrics import ExitEvaluator
 from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.utils.checks import check_image_size
-from timm_multiexit.utils.errors import DataError
+from timm_multiexit.utils.errors import DataError, InvalidValueError
 from timm_multiexit.utils.text import ENSEMBLE, format_table
 
 # (data set, timm's data configuration) -> batches of images and class indices, every image once and in order
@@ -159,13 +160,16 @@ def evaluate(
 
     Raises:
         InvalidTypeError: It is not a `MultiExitModel`, or not a loader.
-        InvalidValueError: The input size or the threshold is out of range.
+        InvalidValueError: The input size or the threshold is out of range, or a classifier gives NaN.
         DataError: The loader is empty, or gives something else; see `timm_multiexit.data.batches`.
     """
     check_model(model)
     if input_size is not None:
         input_size = check_image_size('input_size', input_size, model.in_chans)
     result = evaluate_loader(model, loader, device=device, multi_label=multi_label, threshold=threshold)
+    for name, metrics in result.metrics.items():
+        if math.isnan(metrics.get('ece', 0.0)):
+            raise InvalidValueError(f'{name} gives NaN or infinite logits: check the weights and the images.')
     return make_table(model, result.metrics, input_size=input_size or result.input_size, num_samples=result.num_samples)
 
 

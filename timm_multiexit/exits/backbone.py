@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from timm_multiexit.exits.cost import CostMeter, empty_images, meta_copy
 from timm_multiexit.exits.taps import Taps
-from timm_multiexit.utils.checks import check_image_size
+from timm_multiexit.utils.checks import check_image_size, is_list
 from timm_multiexit.utils.errors import (
     InvalidTypeError,
     InvalidValueError,
@@ -226,9 +226,7 @@ def describe_module(
     if num_classes is not None and not is_integer(num_classes, 1):
         raise InvalidValueError(f'num_classes must be an integer >= 1, got {brief(num_classes)}.')
     if classifier is not None:
-        given = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        _check_names(backbone, given)
-        names = tuple(_innermost(backbone, path) for path in given)
+        names = tuple(_innermost(backbone, path) for path in _checked_names(backbone, classifier))
     if classifier is None or num_classes is None:
         scan = scan_module(backbone, size)
         num_classes = _width(name, scan.output) if num_classes is None else num_classes
@@ -246,7 +244,7 @@ def _check_timm(backbone: nn.Module, classifier: ClassifierArg | None, num_class
         )
     if classifier is not None:
         own = classifier_names(backbone)
-        if ((classifier,) if isinstance(classifier, str) else tuple(classifier)) != own:
+        if (tuple(classifier) if is_list(classifier) else (classifier,)) != own:
             raise InvalidValueError(
                 f'classifier must be that of {type(backbone).__name__}, {", ".join(own)}, got {brief(classifier)}:'
                 ' leave it out.'
@@ -399,6 +397,13 @@ def check_width(backbone: nn.Module, output: Any, info: ModuleInfo) -> None:
         raise InvalidValueError(
             f'num_classes must be that of {type(backbone).__name__}, {width}, got {info.num_classes}.'
         )
+    for path in info.classifiers:
+        layer = backbone.get_submodule(path)
+        given = getattr(layer, 'out_features', None) or getattr(layer, 'out_channels', None)
+        if is_integer(given) and given != width:
+            raise InvalidValueError(
+                f'classifier must give {width} logits, got {path} of {type(backbone).__name__}, which gives {given}.'
+            )
 
 
 def _find_classifier(name: str, scan: Scan, num_classes: int) -> str:
@@ -408,7 +413,8 @@ def _find_classifier(name: str, scan: Scan, num_classes: int) -> str:
         if before < after == scan.macs and _has_own(call.module) and _gives(call.output, num_classes):
             return call.name
     raise InvalidValueError(
-        f'{name} does not show which module gives its {num_classes} logits: name it, as classifier="fc".'
+        f'{name} does not show which module gives its {num_classes} logits: name it, as classifier="fc", or if a'
+        ' parameter of its own does, make that an nn.Linear.'
     )
 
 
@@ -430,7 +436,9 @@ def _innermost(backbone: nn.Module, path: str) -> str:
     return f'{path}.{layers[-1][0]}' if layers else path
 
 
-def _check_names(backbone: nn.Module, names: Sequence[Any]) -> None:
+def _checked_names(backbone: nn.Module, classifier: Any) -> tuple[str, ...]:
+    """Return the name or names of the classifier as a tuple; raise unless they are of modules."""
+    names = tuple(classifier) if is_list(classifier) else (classifier,)
     modules = dict(backbone.named_modules())
     unknown = [name for name in names if not isinstance(name, str) or name not in modules or not name]
     if unknown or not names:
@@ -439,6 +447,7 @@ def _check_names(backbone: nn.Module, names: Sequence[Any]) -> None:
         raise InvalidValueError(
             f'classifier must name a module of {type(backbone).__name__}, got {brief(wrong)}{hint}.'
         )
+    return names
 
 
 def nearest_names(name: str, modules: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from timm_multiexit.calibration.thresholds import calibrate, check_wishes, searc
 from timm_multiexit.inference.anytime import OwnThread
 from timm_multiexit.inference.deadline import learn_times, predict_by_deadline
 from timm_multiexit.inference.routing import Route, find_leaving
+from timm_multiexit.policies.budgets import parse_budget
 from timm_multiexit.policies.leaving import check_answer
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
 from timm_multiexit.utils.checks import check_images, check_int, check_ints, is_list
@@ -52,6 +53,7 @@ def _choose_policy(model: MultiExitModel, policy: Any, threshold: Any, budget: A
         is_one = not is_list(threshold)
         return ExitPolicy('confidence', (threshold,) * len(model.exits) if is_one else tuple(threshold))
     if budget is not None:
+        parse_budget(budget)
         if model.budgets is None:
             raise StateError(
                 f'The model has no table of budgets to look up {budget!r} in: call model.calibrate(loader, budget=...)'

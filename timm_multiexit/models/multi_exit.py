@@ -369,6 +369,7 @@ class MultiExitModel(TimmSurface):
             freeze: False undoes it.
             trains_classifier: Leave main's own classifier free, for one that is as fresh as the heads.
         """
+        check_instance('freeze', freeze, bool)
         if freeze == self.is_backbone_frozen:
             return
         params = dict(self.backbone.named_parameters())

@@ -15,7 +15,7 @@ from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.taps import Taps
 from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.models.timm_surface import TimmSurface
-from timm_multiexit.utils.errors import InvalidValueError
+from timm_multiexit.utils.errors import InvalidValueError, StateError
 
 
 class TruncatedModel(TimmSurface):
@@ -129,6 +129,7 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
     """
     check_model(model)
     idx = model.find_classifier(exit_idx)
+    _check_copies(model)
     twin = meta_copy(model)
     trace = _trace(twin, model.input_size, exit_idx=idx)
     if idx == len(model.exits):
@@ -143,6 +144,17 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
     network.is_backbone_frozen, network.module_info = model.is_backbone_frozen, model.module_info
     network.training, network.exits.training = model.training, model.exits.training
     return network
+
+
+def _check_copies(model: nn.Module) -> None:
+    """Raise for tensors that are computed from parameters and kept, which cannot be copied."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise StateError(
+                    f'{name}.{key} is computed from parameters and cannot be copied: make it permanent first, as'
+                    ' torch.nn.utils.prune.remove(module, name) does.'
+                )
 
 
 def _cut(model: MultiExitModel, idx: int, twin: nn.Module, read: set[int]) -> TruncatedModel:

@@ -139,6 +139,8 @@ def check_images(x: Any, in_chans: int, backbone: nn.Module, *, allows_empty: bo
         if len(shape) == 4 and shape[1] != in_chans == shape[3]:
             hint = ' Put channels before height and width: x.permute(0, 3, 1, 2).'
         raise InvalidValueError(f'Images must be a non-empty tensor [B, {in_chans}, H, W], got {list(shape)}.{hint}')
+    if x.layout is not torch.strided:
+        raise InvalidTypeError('Images must be a dense tensor, got a sparse one: x.to_dense().')
     param = next(backbone.parameters(), None)
     if param is not None and (x.dtype != param.dtype or x.device != param.device):
         _check_weights_match(x, backbone)
