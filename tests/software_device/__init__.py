@@ -25,8 +25,9 @@ CPU is not: tensors of the CPU beside its own are refused; copies to pinned memo
     assert races != []  # other.wait_stream(...) and events order streams, and so does a wait of the host between them
 
 Kinds of waits: 'item', 'copy to host', 'copy from host' (both but for `non_blocking=True`; to the host that needs pinned
-memory, which `tensor.to('cpu', non_blocking=True)` makes itself), 'stream', 'event', 'device', and the names of kernels whose
-results have a size that the host must know ('aten::nonzero', by which masks index too). `queue` and `kernel_seconds` delay only what waits: kernels run at their launch.
+memory, which `tensor.to('cpu', non_blocking=True)` makes itself), 'stream', 'event', 'device', and the names of kernels
+whose results have a size that the host must know ('aten::nonzero', by which masks index too). `queue` and
+`kernel_seconds` delay only what waits: kernels run at their launch.
 
 Tests that use it live in this folder, whose conftest.py runs each file in a process of its own, since a device that is
 registered stays. The source is compiled once (half a minute) and kept with other extensions of torch (environment
