@@ -24,8 +24,8 @@ CPU is not: tensors of the CPU beside its own are refused; copies to pinned memo
         model(images)
     assert races != []  # other.wait_stream(...) and events order streams, and so does a wait of the host between them
 
-Kinds of waits: 'item', 'copy to host', 'copy from host' (both but for `non_blocking=True`; to the host that needs pinned
-memory, which `tensor.to('cpu', non_blocking=True)` makes itself), 'stream', 'event', 'device', and the names of kernels
+Kinds of waits: 'item', 'copy to host', 'copy from host' (both but for `non_blocking=True`; to the host that needs
+pinned memory, which `tensor.to('cpu', non_blocking=True)` makes itself), 'stream', 'event', 'device', and the names of kernels
 whose results have a size that the host must know ('aten::nonzero', by which masks index too). `queue` and
 `kernel_seconds` delay only what waits: kernels run at their launch.
 

@@ -26,7 +26,7 @@ def images(device):
 
 
 def predict_after(model, images, queued, deadline):
-    """Return the exit that answers a call that finds `queued` seconds of work on the stream, and the seconds it took."""
+    """Return which exit answers a call that finds `queued` seconds of work on the stream, and its own seconds."""
     software_device.queue(queued)
     began = time.perf_counter()
     exit_idx = model.predict(images, deadline_ms=1e3 * deadline).exit_idx[0].item()

@@ -92,7 +92,9 @@ def _find_img_size(args: Namespace, source: ModelSource | None) -> Any:
     try:
         return resolve_model_input_args(name, vars(args), **given).get('img_size')
     except LIBRARY_ERRORS as error:
-        raise InvalidValueError(f'Cannot create {args.model}: {one_line(error)}. Check the name, --img-size and --model-kwargs.') from error
+        raise InvalidValueError(
+            f'Cannot create {args.model}: {one_line(error)}. Check the name, --img-size and --model-kwargs.'
+        ) from error
 
 
 def _create_architecture(args: Namespace, source: ModelSource | None, num_classes: int | None) -> Any:
