@@ -13,6 +13,7 @@ import timm
 import torch
 
 import timm_multiexit as tme
+from benchmarks.gpu import measure_table
 from benchmarks.inference import InferenceBenchmark
 from benchmarks.training import create_train_args, measure_loop, measure_steps
 from benchmarks.zoo import POPULAR, count_heads, count_layouts
@@ -20,6 +21,7 @@ from timm_multiexit.cli.flags.exit_flags import parse_exits
 from timm_multiexit.cli.launch import create_accelerator
 from timm_multiexit.exits.heads import HEADS
 from timm_multiexit.losses.multi_exit_loss import LOSSES
+from timm_multiexit.utils import markdown
 from timm_multiexit.utils.environment import describe_environment
 from timm_multiexit.utils.errors import InvalidValueError, one_line
 from timm_multiexit.utils.text import format_table
@@ -80,6 +82,24 @@ def train(args):
     print('', format_table(measure_loop(args, accelerator, ready, turn)), sep='\n')
 
 
+def gpu(args):
+    """Print the table of a GPU: channels_last and bfloat16, every form at every batch size, as Markdown."""
+    torch.manual_seed(0)
+    model = tme.create_model(args.model, exits=args.exits, head=args.exit_head, input_size=(3, *2 * (args.img_size,)))
+    model.to(args.device, torch.bfloat16, memory_format=torch.channels_last).eval()
+    print(f'{args.model}, heads {args.exit_head}, {args.img_size} pixels, {args.device}, bfloat16, channels_last')
+    print(', '.join(describe_environment().values()))
+    if args.device.type != 'cuda':
+        print('Without CUDA there are no rows of CUDA graphs.')
+    rows = measure_table(
+        model, args.batch_sizes, rounds=args.rounds, shares=args.shares, compiled=not args.no_torchcompile
+    )
+    cells = [
+        {key: value if isinstance(value, str) else markdown.number(value) for key, value in row.items()} for row in rows
+    ]
+    print(f'\n{markdown.table(cells, left=("call",))}', flush=True)
+
+
 def heads(args):
     """Print what each exit costs as a share of its backbone."""
     print(format_table(count_heads(args.models)))
@@ -106,16 +126,25 @@ def parse_device(text):
 
 
 def add_common_flags(command, *, model, img_size, rounds):
-    """Add the flags of `infer` and `train`, with these defaults."""
+    """Add the flags of `infer`, `gpu` and `train`, with these defaults."""
     command.add_argument('--model', default=model, metavar='NAME', help=f'timm name (default: {model})')
     command.add_argument('--exits', type=parse_exits, default='auto', metavar='E', help='as in train.py')
     command.add_argument('--exit-head', default='conv', choices=tuple(HEADS), help='default: conv')
     command.add_argument('--img-size', type=int, default=img_size, metavar='N', help=f'default: {img_size}')
     command.add_argument('--rounds', type=int, default=rounds, metavar='N', help=f'default: {rounds}')
-    command.add_argument('--channels-last', action='store_true', help='channels_last memory format')
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     command.add_argument('--device', type=parse_device, default=device, metavar='NAME', help=f'default: {device}')
     command.add_argument('--threads', type=int, metavar='N', help="CPU threads, if not torch's number; 1: CPU time")
+
+
+def add_infer_flags(command, *, sizes):
+    """Add the flags that `infer` and `gpu` share, with these batch sizes."""
+    command.add_argument(
+        '--batch-sizes', nargs='+', type=int, default=sizes, metavar='N', help=f'default: {" ".join(map(str, sizes))}'
+    )
+    command.add_argument(
+        '--shares', nargs='*', type=float, default=(0.5,), metavar='F', help='leaving at each exit (default: 0.5)'
+    )
 
 
 def create_parser():
@@ -131,23 +160,25 @@ def create_parser():
     command = commands.add_parser('infer', help='forward passes')
     add_common_flags(command, model='resnet18', img_size=224, rounds=20)
     sizes = (1, 32, 64, 256) if torch.accelerator.is_available() else (1, 32)
-    command.add_argument(
-        '--batch-sizes', nargs='+', type=int, default=sizes, metavar='N', help=f'default: {" ".join(map(str, sizes))}'
-    )
-    command.add_argument(
-        '--shares', nargs='*', type=float, default=(0.5,), metavar='F', help='leaving at each exit (default: 0.5)'
-    )
+    add_infer_flags(command, sizes=sizes)
     command.add_argument(
         '--bucket-sizes', nargs='+', type=int, metavar='N', help='batch sizes that infer continues with'
     )
+    command.add_argument('--channels-last', action='store_true', help='channels_last memory format')
     command.add_argument('--torchcompile', action='store_true', help='compiled forms beside, by inductor')
     command.set_defaults(run=infer)
+    command = commands.add_parser('gpu', help='forward passes on a GPU, in all forms of serving, as a table')
+    add_common_flags(command, model='resnet50', img_size=224, rounds=20)
+    add_infer_flags(command, sizes=(1, 16, 64, 256))
+    command.add_argument('--no-torchcompile', action='store_true', help='leave the compiled forms out')
+    command.set_defaults(run=gpu)
     command = commands.add_parser('train', help='training steps, and the loop of train.py')
     add_common_flags(command, model='cifar_resnet18', img_size=32, rounds=5)
     command.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='default: 64')
     command.add_argument('--num-classes', type=int, default=100, metavar='N', help='default: 100')
     command.add_argument('--data-dir', metavar='DIR', help='images of train/ for the loop, of --num-classes classes')
     command.add_argument('--losses', nargs='+', default=list(LOSSES), choices=tuple(LOSSES), help='default: all')
+    command.add_argument('--channels-last', action='store_true', help='channels_last memory format')
     command.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     command.add_argument('--torchcompile', action='store_true', help='torch.compile, by inductor')
     command.set_defaults(run=train)

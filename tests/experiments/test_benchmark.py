@@ -195,6 +195,22 @@ def test_compiled_forms_are_compared_with_plain_timm_compiled(make_model, monkey
     torch.testing.assert_close(tuple(given), tuple(wanted))
 
 
+def test_the_table_for_a_gpu_has_every_form_at_every_batch_size(run_script, threads):
+    flags = ('--img-size', 64, '--batch-sizes', 1, 2, '--no-torchcompile')
+    code, out, err = run_script(benchmark.main, 'gpu', *COMMON, *flags)
+    assert (code, err) == (0, '')
+    assert 'cpu, bfloat16, channels_last\n' in out
+    assert '\nWithout CUDA there are no rows of CUDA graphs.\n' in out
+    rows = [line.split(' | ') for line in out.splitlines() if line.startswith('| ')][2:]
+    calls = [*FIXED, *SEQUENTIAL]
+    shares = ['infer, 50 % leaving', 'exits=True, then policy, 50 %']
+    assert [row[:2] for row in rows] == [
+        *(['| 1', call] for call in calls),
+        *(['| 2', call] for call in (*calls, *shares)),
+    ]
+    assert all(0 < number(row[2]) < math.inf for row in rows)
+
+
 def test_training_is_timed_for_every_loss_and_for_the_loop(run_script, threads):
     code, out, err = run_script(benchmark.main, 'train', *TINY, '--exit-head', 'linear', '--threads', 1)
     assert (code, err) == (0, '')
