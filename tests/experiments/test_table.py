@@ -88,7 +88,8 @@ def test_pairs_are_of_one_seed(results):
         ([0.3, 0.5, 0.4], 'above 0'),
         ([-0.3, -0.5, -0.4], 'below 0'),
         ([0.1, -0.1, 0.0], 'no difference seen'),
-        ([1.0, 1.5, 1.1], 'not resolved'),  # above 0, but by how much is not known to 0.4 points
+        ([1.0, 1.5, 1.1], 'above 0'),  # by how much is not known to 0.5 points
+        ([0.6, -0.2, 0.1], 'not resolved'),  # half of the interval is 1.0
     ],
 )
 def test_reading_says_what_the_interval_says(differences, reading):
@@ -116,6 +117,22 @@ def test_table_has_means_deviations_differences_and_what_is_missing(results):
     assert '5000 images held out of train' in text
     missing = [f'{method} seed {seed}' for seed in range(3) for method in ('phuong-kl', 'eed-mse')]
     assert f'Planned and missing: {", ".join(missing)}.' in text
+
+
+def test_curves_say_how_main_learns(results):
+    curves = {'plain': (50.0, 70.0, 71.0), 'ce': (52.0, 60.0, 70.0), 'eed-kl': (60.0, 70.5, 70.0)}
+    for result in results:
+        accuracies = [top1 + result['seed'] for top1 in curves[result['method']]]
+        result['validation'] = [{'eval_top1': top1, 'train_main_top1': top1 + 10} for top1 in accuracies]
+        if (result['method'], result['seed']) == ('eed-kl', 2):
+            result['validation'][1]['eval_top1'] = result['validation'][2]['eval_top1'] = 71.9  # ce's end is at 72
+    text = format_tables([SMALL], results, list(METHODS))
+    header = "| method | main at the end, training images | sd of changes between epochs | epochs to ce's end |"
+    assert header in text
+    assert '| `plain` | 82.00 ± 1.00 | 13.44 | 2.0 |' in text  # of changes by 20 and 1
+    assert '| `ce` | 81.00 ± 1.00 | 1.41 | 3.0 |' in text
+    # Changes by 10.5 and -0.5 twice, then by 9.9 and 0.
+    assert '| `eed-kl` | 81.00 ± 1.00 | 7.52 | 2.0, 2 of 3 runs |' in text
 
 
 def test_plan_without_results_takes_one_line():
@@ -148,7 +165,7 @@ def test_script_prints_and_writes_the_tables(tmp_path, results, run_script):
     readme = tmp_path / 'README.md'
     readme.write_text(f'# A\n{START}\nold\n{END}\nrest\n')
     others = [read_plan(path) for path in PLANS if path.stem != 'small']
-    assert len(others) == 8
+    assert len(others) == 9
     expected = format_tables([SMALL, *others], results, list(METHODS))  # what was measured comes first
     assert run_script(table.main, *flags, '--readme', readme) == (0, '', '')
     assert readme.read_text() == f'# A\n{START}\n{expected}{END}\nrest\n'

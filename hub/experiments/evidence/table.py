@@ -13,8 +13,8 @@ from timm_multiexit.utils.errors import CheckpointError, InvalidValueError
 from timm_multiexit.utils.markdown import code, escape, table
 from timm_multiexit.utils.text import ENSEMBLE
 
-# Half-width of a 95 % interval, in points of accuracy, above which a difference is not resolved.
-RESOLUTION = 0.4
+# Half-width of a 95 % interval around 0, in points of accuracy, above which a difference is not resolved.
+RESOLUTION = 0.5
 
 START, END = '<!-- evidence -->', '<!-- /evidence -->'
 
@@ -45,6 +45,8 @@ def describe_difference(differences: Sequence[float]) -> str:
 
     >>> describe_difference([0.5, 0.6, 0.55]), describe_difference([0.0, 2.0]), describe_difference([1.0])
     ('+0.55 ± 0.12, above 0', '+1.00 ± 12.71, not resolved', '+1.00, one pair')
+    >>> describe_difference([0.1, -0.1, 0.0])
+    '+0.00 ± 0.25, no difference seen'
     >>> describe_difference([])
     '-'
     """
@@ -53,12 +55,10 @@ def describe_difference(differences: Sequence[float]) -> str:
     mean, half = interval(differences)
     if math.isinf(half):
         return f'{mean:+.2f}, one pair'
-    if half > RESOLUTION:
-        reading = 'not resolved'
-    elif abs(mean) <= half:
-        reading = 'no difference seen'
-    else:
+    if abs(mean) > half:
         reading = 'above 0' if mean > 0 else 'below 0'
+    else:
+        reading = 'not resolved' if half > RESOLUTION else 'no difference seen'
     return f'{mean:+.2f} ± {half:.2f}, {reading}'
 
 
@@ -127,8 +127,43 @@ def format_group(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> s
         for baseline in baselines(method, present)
         if paired(results, method, baseline, 'main')
     ]
-    text = table(rows, left=('method',))
-    return f'{text}\n\n{table(differences, left=("difference",))}' if differences else text
+    parts = [table(rows, left=('method',))]
+    curves = [_curve_row(method, results) for method in present]
+    if all(len(row) > 1 for row in curves):
+        parts.append(table(curves, left=('method',)))
+    if differences:
+        parts.append(table(differences, left=('difference',)))
+    return '\n\n'.join(parts)
+
+
+def _curve_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return how main of a method learns, means over seeds; without curves in the results, the method alone.
+
+    Accuracies are of the images that the epoch is chosen on, but for the augmented training images of the last epoch.
+    """
+    curves = {result['seed']: result.get('validation') for result in results if result['method'] == method}
+    row = {'method': code(method)}
+    if not all(curves.values()):
+        return row
+    fits = [curve[-1]['train_main_top1'] for curve in curves.values() if 'train_main_top1' in curve[-1]]
+    row['main at the end, training images'] = _mean_and_sd(fits) if len(fits) == len(curves) else '-'
+    changes = [
+        statistics.stdev(after['eval_top1'] - before['eval_top1'] for before, after in zip(curve, curve[1:]))
+        for curve in curves.values()
+    ]
+    row['sd of changes between epochs'] = f'{statistics.fmean(changes):.2f}'
+    heads = next((f'-{part}' for part in method.split('-') if part in _HEADS), '')
+    ends = {r['seed']: r['validation'][-1] for r in results if r['method'] == f'ce{heads}' and 'validation' in r}
+    reached = [
+        next((epoch for epoch, values in enumerate(curve, 1) if values['eval_top1'] >= ends[seed]['eval_top1']), None)
+        for seed, curve in curves.items()
+        if seed in ends
+    ]
+    found = [epoch for epoch in reached if epoch is not None]
+    row["epochs to ce's end"] = f'{statistics.fmean(found):.1f}' if found else '-'
+    if found and len(found) < len(reached):
+        row["epochs to ce's end"] += f', {len(found)} of {len(reached)} runs'
+    return row
 
 
 def _header(name: str) -> str:
