@@ -17,7 +17,7 @@ from benchmarks.gpu import measure_table
 from benchmarks.inference import InferenceBenchmark
 from benchmarks.training import create_train_args, measure_loop, measure_steps
 from benchmarks.zoo import POPULAR, count_heads, count_layouts
-from timm_multiexit.cli.flags.exit_flags import parse_exits
+from timm_multiexit.cli.flags.exit_flags import join_shares, parse_exits
 from timm_multiexit.cli.launch import create_accelerator
 from timm_multiexit.exits.heads import HEADS
 from timm_multiexit.losses.multi_exit_loss import LOSSES
@@ -199,7 +199,7 @@ def check_args(args):
 
 def main(argv=None):
     """Run the command line and return the exit code."""
-    args = create_parser().parse_args(argv)
+    args = create_parser().parse_args(join_shares(argv))
     try:
         check_args(args)
         if getattr(args, 'threads', None):

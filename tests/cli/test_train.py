@@ -116,9 +116,10 @@ def test_without_exits_the_checkpoint_is_plain_timm(train_on_images):
         (('--exits', '[1]'), ['layer1.0']),
         (('--exits', '1,3'), ['layer1.0', 'layer3.0']),
         (('--exits', 'layer2'), ['layer2.0']),
+        (('--exits', '0.5', '.75'), ['act1', 'layer1.0']),
         (('--exit-loss', 'phuong'), ['layer1.0', 'layer2.0', 'layer3.0']),
     ],
-    ids=['count', 'index', 'indices', 'name', 'auto'],
+    ids=['count', 'index', 'indices', 'name', 'shares', 'auto'],
 )
 def test_exits_flag(flags, taps, train_on_images):
     run, _ = train_on_images('run', '--epochs', '1', *flags)
@@ -135,9 +136,10 @@ def test_exits_without_a_loss_train_with_ce(train_on_images):
     )
 
 
-def test_exits_flag_does_not_swallow_the_data_folder(run_script, image_folder):
+@pytest.mark.parametrize('exits', [('1,2',), ('0.5', '0.75')], ids=['indices', 'shares'])
+def test_exits_flag_does_not_swallow_the_data_folder(run_script, image_folder, exits):
     code, _, err = run_script(
-        train.main, *QUICK, '--epochs', '1', '--exits', '1,2', image_folder, '--output', 'out', '--experiment', 'run'
+        train.main, *QUICK, '--epochs', '1', '--exits', *exits, image_folder, '--output', 'out', '--experiment', 'run'
     )
     assert code == 0, err
 
@@ -328,7 +330,8 @@ BAD_INPUT = {
     'exits-name': (('--exits', 'layer9'), "no module 'layer9', nearest are layer"),
     'exits-index': (('--exits', '[9]'), 'no exit 9. Its stages are 0 (act1, 1/2), 1 (layer1.0, 1/4)'),
     'exits-count': (('--exits', '9'), 'The number of exits must be in [1, 4]'),
-    'exits-empty': (('--exits', ','), "--exits must be auto, 3, [3], 1,2 or layer1,layer2, got ','."),
+    'exits-share': (('--exits', '0.5,1.5'), '--exits must be in (0, 1), got 1.5.'),
+    'exits-empty': (('--exits', ','), "--exits must be auto, 3, [3], 1,2, 0.25,0.5 or layer1,layer2, got ','."),
     'encoder': (('--model', 'mobilenetv5_300m_enc', '--eed'), 'has no classifier module'),
     'features': (
         ('--eed', '--exit-feature-weight', '1', '--exit-widths', '16-32-48-64,32-48-64,48-64'),

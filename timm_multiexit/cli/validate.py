@@ -27,6 +27,7 @@ from timm_multiexit.checkpoints.save import hash_weights, save_policy
 from timm_multiexit.checkpoints.source import create_backbone, find_source
 from timm_multiexit.checkpoints.timm_checkpoint import build_exits, load_checkpoint, read_training_checkpoint
 from timm_multiexit.cli.build_model import create_static, keep_classes, model_kwargs
+from timm_multiexit.cli.flags.exit_flags import join_shares
 from timm_multiexit.cli.flags.validate_args import (
     asked_flags,
     check_alone,
@@ -313,7 +314,7 @@ def write_results(args: Namespace, validation: Validation, sections: Mapping[str
 def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
     setup_logging()
-    args = create_validate_parser(prog).parse_args(argv)
+    args = create_validate_parser(prog).parse_args(join_shares(argv))
     try:
         check_alone(args)
         accelerator = create_accelerator(args)

@@ -356,26 +356,25 @@ def scan_module(backbone: nn.Module, input_size: InputSize) -> Scan:
             calls.append(_Call(names[idx], modules[names[idx]], value, (entered.get(idx, macs), macs)))
 
     with meter:
-        output = run_empty(backbone, copy, taps, input_size, note)
+        output = run_empty(backbone, copy, taps, empty_images(backbone, input_size), note)
     return Scan(calls, output, meter.read().macs)
 
 
-def run_empty(backbone: nn.Module, copy: nn.Module, taps: Taps, input_size: InputSize, visitor: Any) -> Any:
-    """Run a data-free copy of a backbone with a visitor at its taps, and return its output.
+def run_empty(backbone: nn.Module, copy: nn.Module, taps: Taps, images: Tensor, visitor: Any) -> Any:
+    """Run a data-free copy of a backbone on such images with a visitor at its taps, and return its output.
 
     Raises:
         InvalidValueError: It does not run without data, or not on images of this size; not for timm's models.
     """
-    images = empty_images(backbone, input_size)
     if is_timm_like(backbone):
         return taps.visit(copy, images, visitor)
     try:
         return taps.visit(copy, images, visitor)
     except Exception as error:  # a module of any kind
         raise InvalidValueError(
-            f'{type(backbone).__name__} cannot be surveyed with images of {list(input_size)} by a forward without data'
-            f' (device meta): {one_line(error)}. Check input_size; forward must not read values of tensors, nor make'
-            ' tensors elsewhere than on the device of its input.'
+            f'{type(backbone).__name__} cannot be surveyed with images of {list(images.shape[1:])} by a forward without'
+            f' data (device meta): {one_line(error)}. Check input_size; forward must not read values of tensors, nor'
+            ' make tensors elsewhere than on the device of its input.'
         ) from error
 
 

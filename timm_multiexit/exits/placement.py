@@ -2,8 +2,10 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from timm_multiexit.utils.errors import (
     MultiExitError,
     brief,
     is_integer,
+    is_number,
     one_line,
 )
 
@@ -35,7 +38,7 @@ HEAD_MACS_FRAC = 0.04
 # ... and leaves the exit cheaper than the plain network by this share of what the backbone has still ahead of it.
 SPARED_FRAC = 0.5
 
-ExitsArg = str | int | Sequence[int] | Sequence[str]
+ExitsArg = str | int | Sequence[int] | Sequence[str] | Sequence[float]
 
 
 def place_exits(
@@ -64,11 +67,17 @@ def place_exits(
         exits = preset['exits']
         if head_widths is None and HEADS[head].is_paper:
             head_widths = preset['head_widths']
-    survey = survey_places(backbone, named_places(exits), input_size, info)
-    points = _choose(backbone, exits, survey)
+    shares = shares_of_macs(exits)
+    survey = survey_places(backbone, None if shares else named_places(exits), input_size, info)
+    num_classes = model.num_classes if info is None else info.num_classes
+    if shares:
+        # Widths that are given are the caller's to answer for.
+        pays = partial(_pays, head=head, survey=survey, num_classes=num_classes) if head_widths is None else bool
+        points: Sequence[ExitPoint] = _choose_by_shares(backbone, shares, survey, head, pays)
+    else:
+        points = _choose(backbone, exits, survey)
     if head_widths is not None and len(head_widths) != len(points):
         raise InvalidValueError(f'head_widths must have one list per exit ({len(points)}), got {len(head_widths)}.')
-    num_classes = model.num_classes if info is None else info.num_classes
     return [
         _build_spec(point, head, survey, None if head_widths is None else tuple(head_widths[idx]), num_classes)
         for idx, point in enumerate(points)
@@ -80,8 +89,27 @@ def named_places(exits: Any) -> list[str]:
     return [item for item in exits if isinstance(item, str)] if isinstance(exits, (list, tuple)) else []
 
 
+def shares_of_macs(exits: Any) -> list[float]:
+    """Return the `exits` of `attach_exits` where they are shares of the backbone's MACs, rising; else an empty list.
+
+    Raises:
+        InvalidValueError: They are out of range, not all of them are shares, or two are the same.
+    """
+    items = list(exits) if isinstance(exits, (list, tuple)) else []
+    shares = [item for item in items if isinstance(item, float) or (is_number(item) and not is_integer(item))]
+    if not shares:
+        return []
+    if len(shares) < len(items):
+        raise InvalidValueError(f"exits must be all shares of the backbone's MACs or none, got {brief(items)}.")
+    if not all(is_number(share) and 0 < share < 1 for share in shares):
+        raise InvalidValueError(f"exits must be shares of the backbone's MACs in (0, 1), got {brief(items)}.")
+    if len(set(shares)) < len(shares):
+        raise InvalidValueError(f'exits must name each place once, got {brief(items)}.')
+    return sorted(map(float, shares))
+
+
 def survey_places(
-    backbone: nn.Module, names: Sequence[str], input_size: tuple[int, int, int], info: ModuleInfo | None = None
+    backbone: nn.Module, names: Sequence[str] | None, input_size: tuple[int, int, int], info: ModuleInfo | None = None
 ) -> Survey:
     """Return what `survey_backbone` does; images that the backbone cannot take are an `InvalidValueError`."""
     try:
@@ -143,6 +171,43 @@ def _spread(count: int, early: Sequence[ExitPoint], total: Cost) -> list[ExitPoi
     return chosen
 
 
+def _choose_by_shares(
+    backbone: nn.Module, shares: Sequence[float], survey: Survey, head: str, pays: Callable[[ExitPoint], bool]
+) -> list[ExitPoint]:
+    """Return the points whose shares of the MACs are nearest to these, one for each, where an exit pays."""
+    by_macs: dict[int, ExitPoint] = {}
+    for point in survey.points:
+        known = by_macs.get(point.cost.macs)
+        if known is None or known.index is None:  # what costs nothing, a norm or pooling, belongs to what it ends
+            by_macs[point.cost.macs] = point
+    points = [point for macs, point in by_macs.items() if 0 < macs < survey.total.macs]
+    while len(points) >= len(shares):
+        chosen = _nearest(points, [share * survey.total.macs for share in shares])
+        dear = [point for point in chosen if not pays(point)]
+        if not dear:
+            return chosen
+        points = [point for point in points if point not in dear]
+    places = [f'{point.module} ({point.cost.macs / survey.total.macs:.0%})' for point in points if pays(point)]
+    listed = ', '.join(places[:10] + ['...'] * (len(places) > 10)) or 'none'
+    raise InvalidValueError(
+        f"exits must be at most {len(places)} shares for {type(backbone).__name__} with heads '{head}', got"
+        f' {len(shares)}: the ends of its blocks where such an exit costs less than main are {listed}.'
+    )
+
+
+def _nearest(points: Sequence[ExitPoint], targets: Sequence[float]) -> list[ExitPoint]:
+    """Return a point for each of the rising numbers of MACs, rising too, with the least sum of distances."""
+    # Of the targets so far among the first 0, 1, 2, ... points: the sum, and the points.
+    best: list[tuple[float, list[ExitPoint]]] = [(0.0, [])] * (len(points) + 1)
+    for target in targets:
+        longer: list[tuple[float, list[ExitPoint]]] = [(math.inf, [])]
+        for (spent, chosen), point in zip(best, points):
+            taken = spent + abs(point.cost.macs - target), [*chosen, point]
+            longer.append(min(longer[-1], taken, key=itemgetter(0)))
+        best = longer
+    return best[-1][1]
+
+
 def _pick(backbone: nn.Module, exits: Sequence[int] | Sequence[str], survey: Survey) -> list[ExitPoint]:
     """Return the points named by index or module, checked and in order of depth."""
     by_index = {point.index: point for point in survey.stages}
@@ -175,11 +240,9 @@ def _build_spec(
     point: ExitPoint, head: str, survey: Survey, widths: tuple[int, ...] | None, num_classes: int
 ) -> ExitSpec:
     """Return the exit at a point, its widths given or found by the head's rule and the cost it may have."""
-    # The nearest count where sizes are not powers of two apart (299 pixels, say).
-    halvings = max(1, round(math.log2(point.size[0] / survey.last_size[0])))
+    halvings = _count_halvings(point, survey)
     kind = HEADS[head]
-    same = ('module', 'channels', 'reduction', 'layout', 'num_prefix_tokens', 'output')
-    spec = ExitSpec(head=head, **{name: getattr(point, name) for name in same})
+    spec = _to_spec(point, head)
     if widths is not None:
         most = kind.num_widths(halvings)
         # The paper's heads may end on a larger map than the last stage's.
@@ -198,6 +261,25 @@ def _build_spec(
             return spec
     _logger.warning(f'No head at {point.module} is as cheap as it should be; the narrowest is taken: {spec.widths}.')
     return spec
+
+
+def _to_spec(point: ExitPoint, head: str, widths: tuple[int, ...] = ()) -> ExitSpec:
+    same = ('module', 'channels', 'reduction', 'layout', 'num_prefix_tokens', 'output')
+    return ExitSpec(head=head, widths=widths, **{name: getattr(point, name) for name in same})
+
+
+def _count_halvings(point: ExitPoint, survey: Survey) -> int:
+    """Return how often a map is halved to the last one's size, 1 at least."""
+    # The nearest count where sizes are not powers of two apart (299 pixels, say).
+    return max(1, round(math.log2(point.size[0] / survey.last_size[0])))
+
+
+def _pays(point: ExitPoint, *, head: str, survey: Survey, num_classes: int) -> bool:
+    """Return whether the narrowest head at a point costs less than what leaving there spares."""
+    candidates = HEADS[head].candidates(point.channels, survey.num_features, _count_halvings(point, survey))
+    macs = _head_macs(_to_spec(point, head, candidates[-1]), point, num_classes)
+    ahead = survey.total.macs - point.cost.macs
+    return macs < ahead if len(candidates) == 1 else macs <= SPARED_FRAC * ahead
 
 
 def _head_macs(spec: ExitSpec, point: ExitPoint, num_classes: int) -> int:

@@ -15,9 +15,9 @@ from timm_multiexit.exits.backbone import (
     run_empty,
     scan_module,
 )
-from timm_multiexit.exits.cost import Cost, CostMeter, meta_copy
+from timm_multiexit.exits.cost import Cost, CostMeter, empty_images, meta_copy
 from timm_multiexit.exits.layouts import combine_features, fit_layouts, read_layout
-from timm_multiexit.exits.stages import Entries, stage_entries
+from timm_multiexit.exits.stages import Entries, find_block_ends, stage_entries
 from timm_multiexit.exits.taps import Taps, resolve_tap
 from timm_multiexit.utils.errors import InvalidValueError
 
@@ -89,13 +89,13 @@ class _Arrival(NamedTuple):
 @torch.inference_mode(False)  # inference tensors have no version to tell a change in place by
 @torch.no_grad()
 def survey_backbone(
-    backbone: nn.Module, names: Sequence[str], input_size: tuple[int, int, int], info: ModuleInfo | None = None
+    backbone: nn.Module, names: Sequence[str] | None, input_size: tuple[int, int, int], info: ModuleInfo | None = None
 ) -> Survey:
     """Run a data-free copy once with a tap at every stage and every named module.
 
     Args:
         backbone: A classification model; it stays as it is.
-        names: Further modules.
+        names: Further modules; None for those at which its blocks end.
         input_size: (channels, height, width) of an image.
         info: What is known of a model that is not timm's.
 
@@ -103,9 +103,8 @@ def survey_backbone(
         InvalidValueError: It has no classifier, no module of such a name, no stages where no names are given, or it
             does not run without data.
     """
-    entries = stage_entries(backbone, is_needed=not names)
+    entries, names = _find_places(backbone, names, input_size)
     modules = dict(backbone.named_modules())
-    _check_names(backbone, names, modules, entries)
     stages: dict[str, int] = {}
     for idx, entry in enumerate(entries):
         if entry['module'] in modules and entry['module']:
@@ -153,13 +152,21 @@ def _find_last_size(backbone: nn.Module, input_size: tuple[int, int, int]) -> tu
     return 1, 1
 
 
-def _check_names(backbone: nn.Module, names: Sequence[str], modules: Mapping[str, nn.Module], entries: Entries) -> None:
+def _find_places(
+    backbone: nn.Module, names: Sequence[str] | None, input_size: tuple[int, int, int]
+) -> tuple[Entries, Sequence[str]]:
+    """Return the stages, and the named modules, checked, or those at which blocks end."""
+    entries = stage_entries(backbone, is_needed=names is not None and not names)
+    if names is None:
+        return entries, find_block_ends(backbone, entries, input_size)
+    modules = dict(backbone.named_modules())
     unknown = [name for name in names if name not in modules or not name]
     if unknown:
         stages = ', '.join(entry['module'] for entry in entries)
         more = f'; its stages are {stages}' if stages else ''
         hint = nearest_names(unknown[0], modules)
         raise InvalidValueError(f"{type(backbone).__name__} has no module '{unknown[0]}'{hint}{more}.")
+    return entries, names
 
 
 def _run(
@@ -174,7 +181,7 @@ def _run(
         arrivals.setdefault(idx, []).append(_Arrival(output, versions, meter.read()))
 
     with meter:
-        output = run_empty(backbone, copy, taps, input_size, note)
+        output = run_empty(backbone, copy, taps, empty_images(backbone, input_size), note)
     return arrivals, output, meter.read()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from timm_multiexit.exits.backbone import ClassifierArg, check_backbone, describe_module
-from timm_multiexit.exits.placement import ExitsArg, named_places, place_exits
+from timm_multiexit.exits.placement import ExitsArg, named_places, place_exits, shares_of_macs
 from timm_multiexit.exits.stages import stage_entries
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.timm_surface import TimmSurface
@@ -33,7 +33,8 @@ def attach_exits(
             one resolution three, at a quarter, half and three quarters of its depth; the CIFAR networks of this
             package have their paper's places and, with head='paper' or 'bottleneck', widths. An int for that many of
             them, spread evenly in cost, the stem only if there are not enough others; a list of ints for indices into
-            `feature_info`; a list of strings for module names.
+            `feature_info`; a list of strings for module names; a list of floats in (0, 1) for shares of the
+            backbone's MACs, each at the end of the nearest block.
         head: 'conv', narrow and cheap; 'paper', the paper's widths, so that features can be distilled; 'bottleneck',
             of the same widths, with a bottleneck in place of each convolution; 'linear', norm, pooling and a linear
             layer.
@@ -66,7 +67,7 @@ def attach_exits(
     check_attachable(backbone)
     if drop_rate is not None:
         drop_rate = check_number('drop_rate', drop_rate, 0, 1)
-    if not named_places(exits):
+    if not named_places(exits) and not shares_of_macs(exits):
         stage_entries(backbone)
     info = describe_module(backbone, classifier=classifier, num_classes=num_classes, input_size=input_size)
     specs = place_exits(backbone, exits, head=head, head_widths=head_widths, input_size=input_size, info=info)

@@ -1,8 +1,21 @@
 """Flags of exits, of their training and of runs, beside timm's; and what their values mean."""
 
 import argparse
+import re
+import sys
+from collections.abc import Sequence
 
-from timm_multiexit.cli.flags.parser import Choice, Flag, Items, non_negative, positive, positive_int, switch, value
+from timm_multiexit.cli.flags.parser import (
+    Choice,
+    Flag,
+    Items,
+    non_negative,
+    positive,
+    positive_int,
+    share_between,
+    switch,
+    value,
+)
 from timm_multiexit.exits.heads import HEADS
 from timm_multiexit.losses.distances import OUTPUT_WEIGHTS
 from timm_multiexit.losses.multi_exit_loss import LOSSES
@@ -16,11 +29,13 @@ parse_thresholds = Items(
 )
 
 
-def parse_exits(text: str) -> str | int | list[int] | list[str]:
+def parse_exits(text: str) -> str | int | list[int] | list[float] | list[str]:
     """Return what `--exits` means: one value with commas, so that it never swallows the data folder after it.
 
     >>> parse_exits('auto'), parse_exits('3'), parse_exits('[3]'), parse_exits('3,'), parse_exits('layer1,layer2')
     ('auto', 3, [3], [3], ['layer1', 'layer2'])
+    >>> parse_exits('0.25,0.5')
+    [0.25, 0.5]
     """
     bare = text.strip()
     if bare == 'auto':
@@ -29,12 +44,38 @@ def parse_exits(text: str) -> str | int | list[int] | list[str]:
         return int(bare)
     items = [item.strip() for item in Items.split(bare) if item.strip()]
     if not items:
-        raise argparse.ArgumentTypeError(f'must be auto, 3, [3], 1,2 or layer1,layer2, got {text!r}')
+        raise argparse.ArgumentTypeError(f'must be auto, 3, [3], 1,2, 0.25,0.5 or layer1,layer2, got {text!r}')
     if bare.startswith('-') and bare[1:].isdecimal():
         raise argparse.ArgumentTypeError(f'must be a number of exits >= 1, got {bare}: the index alone is [{bare}]')
     if all(item.removeprefix('-').isdecimal() for item in items):
         return [int(item) for item in items]
+    if all(_NUMBER.fullmatch(item) for item in items):
+        return [share_between(item) for item in items]
     return items
+
+
+def join_shares(argv: Sequence[str] | None) -> list[str]:
+    """Return a command line, the program's if None, in which shares behind `--exits` are one value.
+
+    No data folder has a name like a share.
+
+    >>> join_shares(['--exits', '0.25', '.5', '-b', '4'])
+    ['--exits', '0.25,.5', '-b', '4']
+    >>> join_shares(['--exits', '2', '0.5'])
+    ['--exits', '2', '0.5']
+    """
+    joined: list[str] = []
+    for word in sys.argv[1:] if argv is None else argv:
+        is_share = _SHARE.fullmatch(word) and len(joined) > 1 and joined[-2] == '--exits'
+        if is_share and all(_SHARE.fullmatch(item) for item in joined[-1].split(',')):
+            joined[-1] += f',{word}'
+        else:
+            joined.append(word)
+    return joined
+
+
+_NUMBER = re.compile(r'-?\d*\.?\d+(e-?\d+)?')
+_SHARE = re.compile(r'0?\.\d+')
 
 
 def parse_teacher(text: str) -> str | list[int]:
@@ -53,7 +94,8 @@ EXIT_FLAGS: tuple[Flag, ...] = (
         parse_exits,
         None,
         'E',
-        'where exits are: auto, a number of exits, indices of feature_info ([3] or 1,2), or names of modules',
+        'where exits are: auto, a number of exits, indices of feature_info ([3] or 1,2), shares of the MACs (0.25 0.5),'
+        ' or names of modules',
     ),
     value('--exit-head', Choice(*HEADS), 'conv', None, 'type of the heads of the exits'),
     value(

@@ -9,7 +9,14 @@ from copy import deepcopy
 from typing import Any
 
 from timm_multiexit.cli.flags.config_file import read_config
-from timm_multiexit.cli.flags.exit_flags import AUGMENTATION_FLAGS, DATA_FLAGS, EXIT_FLAGS, EXIT_TRAIN_FLAGS, RUN_FLAGS
+from timm_multiexit.cli.flags.exit_flags import (
+    AUGMENTATION_FLAGS,
+    DATA_FLAGS,
+    EXIT_FLAGS,
+    EXIT_TRAIN_FLAGS,
+    RUN_FLAGS,
+    join_shares,
+)
 from timm_multiexit.cli.flags.parser import ScriptParser, add_flags, option_name
 from timm_multiexit.cli.flags.timm_flags import TIMM_FLAGS
 from timm_multiexit.cli.flags.train_rules import check_args
@@ -79,7 +86,7 @@ def parse_train_args(argv: Sequence[str] | None = None, prog: str = 'train.py') 
     defaults = {action.dest: action.default for action in actions}
     for action in actions:
         action.default = argparse.SUPPRESS  # so that only what is given comes back
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(join_shares(argv)))
     chosen = read_config(given['config'], create_train_parser()) if given.get('config') else {}
     chosen |= given
     is_demo = not any(chosen.get(name) for name in ('data', 'data_dir', 'dataset'))
