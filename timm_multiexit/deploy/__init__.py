@@ -1,1 +1,1 @@
-"""From a model to programs that run without PyTorch."""
+"""Programs for devices: exits in ONNX and torch.export form, and what runs them."""
