@@ -131,8 +131,9 @@ def _join(stages: Sequence[bytes]) -> 'ModelProto':
     from onnx import compose, helper
 
     whole: Any = None
-    for idx, content in enumerate(stages):
-        stage = compose.add_prefix(onnx.load_from_string(content), f'stage_{idx}_')
+    loaded = [onnx.load_from_string(content) for content in stages]
+    for idx, stage in enumerate(loaded):
+        stage = compose.add_prefix(stage, f'stage_{idx}_')
         if whole is None:
             whole, states = stage, []
         else:
@@ -155,7 +156,8 @@ def _join(stages: Sequence[bytes]) -> 'ModelProto':
                 values[place] = wanted.get(name, name)
     for value in whole.graph.output:
         value.name = wanted[value.name]
-    model: ModelProto = helper.make_model(whole.graph, opset_imports=whole.opset_import, ir_version=whole.ir_version)
+    model: ModelProto = helper.make_model(whole.graph, opset_imports=loaded[0].opset_import)
+    model.ir_version = loaded[0].ir_version
     return model
 
 
