@@ -1,1 +1,1 @@
-"""Programs for devices: exits in ONNX and torch.export form, and what runs them."""
+"""From a model to programs that run without PyTorch."""

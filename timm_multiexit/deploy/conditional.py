@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from timm_multiexit.deploy.graph import BATCH, ExitGraph, graph_inputs, rename_values
+from timm_multiexit.deploy.graph import BATCH, ExitGraph, rename_values
 from timm_multiexit.policies.policy import CRITERIA, ExitPolicy
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -41,9 +41,7 @@ class _Block:
 
     def branch(self, outputs: Sequence[ValueInfoProto], values: Sequence[str]) -> Any:
         """Return the block as a branch with these outputs, which have the given values."""
-        self.nodes += [
-            helper.make_node('Identity', [value], [output.name]) for value, output in zip(values, outputs)
-        ]
+        self.nodes += [helper.make_node('Identity', [value], [output.name]) for value, output in zip(values, outputs)]
         return helper.make_graph(self.nodes, self.suffix, [], outputs, initializer=self.initializers)
 
 
@@ -207,7 +205,9 @@ class _Conditional:
         """Return the value of a classifier's logits."""
         return 'image' if name == self.graph.image else name
 
-    def _write_if(self, block: _Block, condition: str, then: Any, other: Any, values: Mapping[str, Any]) -> dict[str, str]:
+    def _write_if(
+        self, block: _Block, condition: str, then: Any, other: Any, values: Mapping[str, Any]
+    ) -> dict[str, str]:
         names = {name: f'{name}_of_{then.name}' for name in values}
         node = helper.make_node('If', [condition], list(names.values()), then_branch=then, else_branch=other)
         block.nodes.append(node)
@@ -245,8 +245,13 @@ def make_conditional(
         helper.make_tensor_value_info('logits', TensorProto.FLOAT, [1, graph.num_classes]),
         helper.make_tensor_value_info('exit_idx', TensorProto.INT64, [1]),
     ]
-    block.nodes += [helper.make_node('Identity', [logits], ['logits']), helper.make_node('Identity', [exit_idx], ['exit_idx'])]
-    model = graph.make_model(helper.make_graph(block.nodes, 'conditional', inputs, outputs, initializer=block.initializers))
+    block.nodes += [
+        helper.make_node('Identity', [logits], ['logits']),
+        helper.make_node('Identity', [exit_idx], ['exit_idx']),
+    ]
+    model = graph.make_model(
+        helper.make_graph(block.nodes, 'conditional', inputs, outputs, initializer=block.initializers)
+    )
     notes: dict[str, str] = {'criterion': criterion, 'combine': combine or 'none'}
     if policy is not None:
         notes['thresholds'] = json.dumps(policy.thresholds)

@@ -705,9 +705,7 @@ class Runner:
             raise RunnerError('budget must be a share or MACs on a device: for a time use predict(deadline_ms).')
         points = self.manifest['budgets']
         if not points:
-            raise RunnerError(
-                f'The network has no table of budgets to look {budget!r} up in: calibrate it first.'
-            )
+            raise RunnerError(f'The network has no table of budgets to look {budget!r} up in: calibrate it first.')
         plain = self.manifest['plain_macs']
         value = float(match[1]) * (plain / 100 if match[2] == '%' else _SCALES[match[2][:-4]])
         lowest = min(point['macs'] for point in points)
