@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from timm_multiexit.data.batches import LabelCheck, read_batches
+from timm_multiexit.deploy.export import write_programs
+from timm_multiexit.deploy.manifest import MANIFEST_NAME, read_manifest
 from timm_multiexit.deploy.programs import check_extra
-from timm_multiexit.deploy.runner import MANIFEST, RunnerError, check_files, read_manifest
 from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.checks import check_number, check_path
-from timm_multiexit.utils.errors import CheckpointError, DataError, InvalidValueError, one_line
-from timm_multiexit.utils.files import explain_disk_errors, sha256, write_text
+from timm_multiexit.utils.errors import DataError, InvalidValueError, one_line
+from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, sha256, write_text
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-    from timm_multiexit.deploy.graph import ExitGraph
 
 PRECISION = 'int8'
 
@@ -82,28 +81,24 @@ def quantize(
     limit = check_number('limit', limit, 0, 100)
     check_extra()
     folder = Path(folder)
-    manifest = _read(folder)
+    manifest = read_manifest(folder)
     fp32 = manifest['programs']['fp32']
     if not fp32['stages']:
         raise InvalidValueError(f"{folder} has no stages, which int8 programs are made of: export it with forms 'stages'.")
+    policy = None if manifest['policy'] is None else ExitPolicy.from_dict(manifest['policy'])
     images = _read_calibration(calibration, manifest['preprocessing']['input_size'])
-    stages = [(folder / path).read_bytes() for path in fp32['stages']]
-    graph = _cut(_quantize(_join(stages), images), images[:1])
-    programs, files = _write_programs(graph, fp32)
-    before, after, targets = _collect(stages, [files[path] for path in programs['stages']], held_out, manifest)
-    result = _compare(before, after, targets, manifest)
-    _refuse_losses(result, manifest, limit)
-    _write(folder, manifest, programs, files, result, limit)
+    stages = [folder / path for path in fp32['stages']]
+    whole = _prepare_cuts(_quantize(_join(stages), images), images[:1])
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.int8-') as draft:
+        forms = [form for form, programs in fp32.items() if programs]
+        programs = write_programs(whole, Path(draft), forms, policy, below=f'{PRECISION}/')
+        made = [Path(draft, path) for path in programs['stages']]
+        before, after, targets = _collect(stages, made, held_out, manifest)
+        result = _compare(before, after, targets, manifest)
+        _refuse_losses(result, manifest, limit)
+        _move(Path(draft), folder)
+    _describe(folder, manifest, programs, result, limit)
     return result
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = read_manifest(folder)
-        check_files(folder, manifest)
-    except RunnerError as error:
-        raise CheckpointError(str(error)) from error
-    return manifest
 
 
 def _read_calibration(loader: Iterable[Any], size: Sequence[int]) -> np.ndarray:
@@ -125,13 +120,13 @@ def _to_array(images: Tensor, size: Sequence[int]) -> np.ndarray:
     return array
 
 
-def _join(stages: Sequence[bytes]) -> 'ModelProto':
+def _join(stages: Sequence[Path]) -> 'ModelProto':
     """Return the chain as one program: `image` -> the logits of all classifiers, main last."""
     import onnx
     from onnx import compose, helper
 
     whole: Any = None
-    loaded = [onnx.load_from_string(content) for content in stages]
+    loaded = [onnx.load(path) for path in stages]
     for idx, stage in enumerate(loaded):
         stage = compose.add_prefix(stage, f'stage_{idx}_')
         if whole is None:
@@ -205,17 +200,15 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _cut(quantized: 'ModelProto', images: np.ndarray) -> 'ExitGraph':
-    """Return the graph in which each reader of a quantized value dequantizes it for itself.
+def _prepare_cuts(quantized: 'ModelProto', image: np.ndarray) -> 'ModelProto':
+    """Return the program in which each reader of a quantized value dequantizes it for itself.
 
-    So it is the uint8 value that later stages take, and what they compute of it is what the whole computes.
+    So it is the uint8 value that crosses a cut, and what a later stage computes of it is what the whole computes.
     """
     from onnx import helper
 
-    from timm_multiexit.deploy.graph import ExitGraph
-
+    _restore_logits(quantized)
     makers = {node.output[0]: node for node in quantized.graph.node if node.op_type == 'DequantizeLinear'}
-    results = {value.name for value in quantized.graph.output}
     nodes, readers = [], dict.fromkeys(makers, 0)
     for node in quantized.graph.node:
         for place, name in enumerate(node.input):
@@ -225,59 +218,61 @@ def _cut(quantized: 'ModelProto', images: np.ndarray) -> 'ExitGraph':
                 readers[name] += 1
                 node.input[place] = copy.output[0]
                 nodes.append(copy)
-        if node.op_type != 'DequantizeLinear' or node.output[0] in results:
+        if node.op_type != 'DequantizeLinear':
             nodes.append(node)
     kept = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del quantized.graph.node[:]
     quantized.graph.node.extend(kept)
-    graph = ExitGraph(quantized)
-    _learn_shapes(graph, images)
-    return graph
+    _note_shapes(quantized, image)
+    return quantized
 
 
-def _learn_shapes(graph: 'ExitGraph', image: np.ndarray) -> None:
-    """Tell the graph the shapes of all values that cross its cuts, read off two batches of different size."""
+def _restore_logits(model: 'ModelProto') -> None:
+    """Let the logits be floats, as they are computed: of 256 values, confidences would be coarse."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    for value in model.graph.output:
+        nodes = [makers[value.name]]
+        while nodes[-1].op_type in ('DequantizeLinear', 'QuantizeLinear'):
+            nodes.append(makers[nodes[-1].input[0]])
+        *rounding, maker = nodes
+        if rounding:
+            source = rounding[-1].input[0]
+            for node in model.graph.node:
+                for names in (node.input, node.output):
+                    names[:] = [value.name if name == source else name for name in names]
+            rounding[0].output[0] = f'{value.name}_rounded'  # which nobody reads
+
+
+def _note_shapes(model: 'ModelProto', image: np.ndarray) -> None:
+    """Write the shapes of the values that cross cuts into a program, read off two batches of different size."""
     import onnxruntime
-    from onnx import TensorProto, ValueInfoProto, helper
+    from onnx import ValueInfoProto, helper
 
+    from timm_multiexit.deploy.graph import ExitGraph
+
+    graph = ExitGraph(model)
     names = sorted({name for label in range(len(graph.exits) - 1) for name in graph.crossing(label)} - {graph.image})
     if not names:
         return
-    model = type(graph.model).FromString(graph.model.SerializeToString())
-    del model.graph.output[:]
-    model.graph.output.extend(ValueInfoProto(name=name) for name in names)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
+    probe = graph.model
+    del probe.graph.output[:]
+    probe.graph.output.extend(ValueInfoProto(name=name) for name in names)
+    session = onnxruntime.InferenceSession(probe.SerializeToString(), providers=['CPUExecutionProvider'])
     found = [session.run(names, {graph.image: np.repeat(image, size, axis=0)}) for size in _PROBE_SIZES]
     for name, first, second in zip(names, *found):
         sizes: list[int | str] = []
         for one, other in zip(first.shape, second.shape):
             rows = other - one
             sizes.append(one if rows == 0 else 'batch' if rows == 1 else f'{rows}*batch')
+        kept = [value for value in model.graph.value_info if value.name != name]
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(kept)
         kind = helper.np_dtype_to_tensor_dtype(first.dtype)
-        assert kind != TensorProto.UNDEFINED
-        graph.info[name] = helper.make_tensor_value_info(name, kind, sizes)
-
-
-def _write_programs(graph: 'ExitGraph', fp32: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return the programs in the forms that there are in fp32, as the manifest names them, and their contents."""
-    from timm_multiexit.deploy.conditional import make_conditional
-
-    files: dict[str, bytes] = {}
-    programs: dict[str, Any] = {'conditional': None}
-    made = {'fixed': map(graph.fixed, range(len(graph.exits))), 'stages': graph.stages()}
-    for form, models in made.items():
-        programs[form] = [f'{PRECISION}/{path}' for path in fp32[form]]
-        files |= {path: model.SerializeToString() for path, model in zip(programs[form], models)}
-    one = fp32['conditional']
-    if one is not None:
-        programs['conditional'] = {**one, 'path': f'{PRECISION}/{one["path"]}'}
-        model = make_conditional(graph, criterion=one['criterion'], combine=one['combine'])
-        files[programs['conditional']['path']] = model.SerializeToString()
-    return programs, files
+        model.graph.value_info.append(helper.make_tensor_value_info(name, kind, sizes))
 
 
 def _collect(
-    before: Sequence[bytes], after: Sequence[bytes], loader: Iterable[Any], manifest: Mapping[str, Any]
+    before: Sequence[Path], after: Sequence[Path], loader: Iterable[Any], manifest: Mapping[str, Any]
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Return the logits [N, C] of all classifiers by two chains, and the class indices [N]."""
     chains = [_Chain(before), _Chain(after)]
@@ -298,13 +293,13 @@ def _collect(
 class _Chain:
     """Stages, as they are run one after the other."""
 
-    def __init__(self, stages: Sequence[bytes]):
+    def __init__(self, stages: Sequence[Path]):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         providers = ['CPUExecutionProvider']
-        self._sessions = [onnxruntime.InferenceSession(stage, options, providers=providers) for stage in stages]
+        self._sessions = [onnxruntime.InferenceSession(str(stage), options, providers=providers) for stage in stages]
 
     def __call__(self, images: np.ndarray) -> list[Tensor]:
         """Return the logits of all classifiers."""
@@ -353,26 +348,23 @@ def _refuse_losses(result: QuantizationResult, manifest: Mapping[str, Any], limi
         )
 
 
-def _write(
-    folder: Path,
-    manifest: dict[str, Any],
-    programs: dict[str, Any],
-    files: Mapping[str, bytes],
-    result: QuantizationResult,
-    limit: float,
+def _move(draft: Path, folder: Path) -> None:
+    with explain_disk_errors(folder, advice=RUN_AGAIN):
+        shutil.rmtree(folder / PRECISION, ignore_errors=True)
+        (draft / PRECISION).rename(folder / PRECISION)
+
+
+def _describe(
+    folder: Path, manifest: dict[str, Any], programs: dict[str, Any], result: QuantizationResult, limit: float
 ) -> None:
-    """Write the programs and then the manifest, without which nobody reads them."""
+    """Write the manifest of the folder with the programs in it."""
     import onnxruntime
 
-    kept = {name: entry for name, entry in manifest['files'].items() if not name.startswith(f'{PRECISION}/')}
-    with explain_disk_errors(folder, advice='then run it again'):
-        shutil.rmtree(folder / PRECISION, ignore_errors=True)
-        for name, content in files.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-    added = {name: {'size': len(content), 'sha256': sha256(folder / name)} for name, content in files.items()}
-    changed = {
+    paths = [path for path in (folder / PRECISION).rglob('*') if path.is_file()]
+    files = {name: entry for name, entry in manifest['files'].items() if not name.startswith(f'{PRECISION}/')}
+    for path in sorted(paths):
+        files[path.relative_to(folder).as_posix()] = {'size': path.stat().st_size, 'sha256': sha256(path)}
+    values = {
         **manifest,
         'versions': {**manifest['versions'], 'onnxruntime': onnxruntime.__version__},
         'programs': {**manifest['programs'], PRECISION: programs},
@@ -382,6 +374,6 @@ def _write(
             'top1': {'fp32': list(result.fp32), 'int8': list(result.int8)},
             'policies': list(result.policies),
         },
-        'files': kept | added,
+        'files': dict(sorted(files.items())),
     }
-    write_text(folder / MANIFEST, json.dumps(changed, indent=2, allow_nan=False) + '\n')
+    write_text(folder / MANIFEST_NAME, json.dumps(values, indent=2, allow_nan=False) + '\n')
