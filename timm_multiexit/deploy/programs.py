@@ -58,7 +58,7 @@ def copy_for_export(model: MultiExitModel) -> MultiExitModel:
     copy = deepcopy(model).eval().cpu().float()
     for module in copy.modules():
         if getattr(module, 'grad_checkpointing', False):
-            module.grad_checkpointing = False
+            vars(module)['grad_checkpointing'] = False
     return copy.requires_grad_(False)
 
 
@@ -144,7 +144,6 @@ def _root(error: BaseException) -> BaseException:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what the exporter tells its own developers from the user."""
-    level = logging.getLogger('torch.onnx').level
     loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript', 'onnx_ir', 'torch.export')]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
