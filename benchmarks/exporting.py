@@ -1,4 +1,4 @@
-"""Whether exported programs say what the model says: one member of each of timm's families, and the paper's networks."""
+"""Whether exported programs say what the model says: members of timm's families, and the paper's networks."""
 
 import json
 import multiprocessing

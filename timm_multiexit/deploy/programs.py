@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OPSET = 20
 EXTRA_MISSING = 'onnx, onnxscript and onnxruntime are not all installed: pip install "timm-multiexit[onnx]".'
 
-_MAX_BATCH = 4096
+MAX_BATCH = 4096
 _MAX_PROTO_BYTES = 2 * 10**9  # of a protobuf message, which a file of ONNX is
 
 
@@ -82,7 +82,7 @@ def trace_program(model: MultiExitModel, input_size: tuple[int, int, int]) -> Ex
                 f'input_size must be one that the model takes, got {list(input_size)}: {one_line(error)}.'
             ) from error
         try:
-            shapes = ({0: Dim('batch', min=1, max=_MAX_BATCH)},)
+            shapes = ({0: Dim('batch', min=1, max=MAX_BATCH)},)
             return torch.export.export(module, (image,), dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise InvalidValueError(
