@@ -1,4 +1,4 @@
-"""One program for single images that leaves by itself where a policy says so: nested `If`, weights in their branches."""
+"""One program for single images that leaves by itself where a policy says so: nested `If` with weights inside."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from timm_multiexit.deploy.graph import BATCH, ExitGraph, rename_values
 from timm_multiexit.policies.policy import CRITERIA, ExitPolicy
@@ -39,7 +39,7 @@ class _Block:
         self.initializers.append(numpy_helper.from_array(np.array(value, kind), name))
         return name
 
-    def branch(self, outputs: Sequence[ValueInfoProto], values: Sequence[str]) -> Any:
+    def branch(self, outputs: Sequence[ValueInfoProto], values: Sequence[str]) -> GraphProto:
         """Return the block as a branch with these outputs, which have the given values."""
         self.nodes += [helper.make_node('Identity', [value], [output.name]) for value, output in zip(values, outputs)]
         return helper.make_graph(self.nodes, self.suffix, [], outputs, initializer=self.initializers)
@@ -83,8 +83,7 @@ class _Conditional:
         own = {idx for idx, owner in graph.labels.items() if owner == label}
         if label == self.num_exits:
             self._copy(block, own)
-            logits = self._rename_read(graph.exits[label])
-            answer, _ = self._answer(block, label, logits, memory)
+            answer, _ = self._answer(block, label, graph.exits[label], memory)
             return [answer, block.constant([label], np.int64)]
         trunk = own & graph.cone(*graph.exits[label + 1 :])
         self._copy(block, trunk)
@@ -107,18 +106,18 @@ class _Conditional:
         found = self._write_if(block, visited['leaves'], left, staying, self._result)
         return [found['logits'], found['exit_idx']]
 
-    def _skip(self, label: int, memory: Mapping[str, str]) -> Any:
+    def _skip(self, label: int, memory: Mapping[str, str]) -> GraphProto:
         """Return the branch of an exit that is not used."""
         block = _Block(f'skip_{label}')
         answer = block.constant(np.zeros(self._visit['answer'][1]), np.float32)
         values = [block.constant([False], np.bool_), answer, *(memory[name] for name in self._memory)]
         return block.branch(self._describe(self._visit, block.suffix), values)
 
-    def _run(self, label: int, nodes: Iterable[int], threshold: str, memory: Mapping[str, str]) -> Any:
+    def _run(self, label: int, nodes: Iterable[int], threshold: str, memory: Mapping[str, str]) -> GraphProto:
         """Return the branch of an exit that is used: its head, what it answers, and whether that is enough."""
         block = _Block(f'head_{label}')
         self._copy(block, nodes)
-        answer, memory = self._answer(block, label, self._rename_read(self.graph.exits[label]), memory)
+        answer, memory = self._answer(block, label, self.graph.exits[label], memory)
         leaves, memory = self._leaves(block, answer, threshold, memory)
         values = [leaves, answer, *(memory[name] for name in self._memory)]
         return block.branch(self._describe(self._visit, block.suffix), values)
@@ -201,12 +200,8 @@ class _Conditional:
             else:
                 block.nodes.append(rename_values(node, names))
 
-    def _rename_read(self, name: str) -> str:
-        """Return the value of a classifier's logits."""
-        return 'image' if name == self.graph.image else name
-
     def _write_if(
-        self, block: _Block, condition: str, then: Any, other: Any, values: Mapping[str, Any]
+        self, block: _Block, condition: str, then: GraphProto, other: GraphProto, values: Iterable[str]
     ) -> dict[str, str]:
         names = {name: f'{name}_of_{then.name}' for name in values}
         node = helper.make_node('If', [condition], list(names.values()), then_branch=then, else_branch=other)
@@ -245,13 +240,10 @@ def make_conditional(
         helper.make_tensor_value_info('logits', TensorProto.FLOAT, [1, graph.num_classes]),
         helper.make_tensor_value_info('exit_idx', TensorProto.INT64, [1]),
     ]
-    block.nodes += [
-        helper.make_node('Identity', [logits], ['logits']),
-        helper.make_node('Identity', [exit_idx], ['exit_idx']),
-    ]
-    model = graph.make_model(
-        helper.make_graph(block.nodes, 'conditional', inputs, outputs, initializer=block.initializers)
-    )
+    for value, name in ((logits, 'logits'), (exit_idx, 'exit_idx')):
+        block.nodes.append(helper.make_node('Identity', [value], [name]))
+    whole = helper.make_graph(block.nodes, 'conditional', inputs, outputs, initializer=block.initializers)
+    model = graph.make_model(whole)
     notes: dict[str, str] = {'criterion': criterion, 'combine': combine or 'none'}
     if policy is not None:
         notes['thresholds'] = json.dumps(policy.thresholds)

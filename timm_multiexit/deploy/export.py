@@ -129,11 +129,10 @@ def write_programs(
     if 'stages' in forms:
         programs['stages'] = [write(stage, f'stages/{name}.onnx') for stage, name in zip(graph.stages(), names)]
     if 'conditional' in forms:
-        rule = {'criterion': 'confidence', 'combine': None}
-        if policy is not None:
-            rule = {'criterion': policy.criterion, 'combine': policy.combine}
-        program = make_conditional(graph, policy=policy, **rule)
-        programs['conditional'] = {'path': write(program, 'conditional.onnx'), **rule}
+        rule = policy or ExitPolicy()
+        program = make_conditional(graph, criterion=rule.criterion, combine=rule.combine, policy=policy)
+        path = write(program, 'conditional.onnx')
+        programs['conditional'] = {'path': path, 'criterion': rule.criterion, 'combine': rule.combine}
     return programs
 
 

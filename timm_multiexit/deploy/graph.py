@@ -1,11 +1,12 @@
 """The graph of all classifiers, cut into one program per exit and into a chain of stages."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import sympy
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
@@ -169,29 +170,20 @@ class ExitGraph:
         """
         order = sorted(nodes)
         support, needed = self.support(order)
-        first = next(iter(inputs.values()))
-        body: list[NodeProto] = []
         extra: list[TensorProto] = []
-        external = [_to_batch_first(self._value(name), outside, extra) for name, outside in inputs.items()]
-        for value, restore in external:
-            body += restore
-        for idx in support:
-            node = self.nodes[idx]
-            if node.output[0] == BATCH:
-                body.append(helper.make_node('Shape', [first], [BATCH], start=0, end=1))
-            else:
-                body.append(node)
-        body += [self.nodes[idx] for idx in order]
-        given = []
-        for outside, name in outputs.items():
-            value, leave = _from_batch_first(self._value(name), outside, extra)
-            body += leave
-            given.append(value)
+        given = [_cross(self._value(name), outside, extra, is_input=True) for name, outside in inputs.items()]
+        made = [_cross(self._value(name), outside, extra, is_input=False) for outside, name in outputs.items()]
+        batch = helper.make_node('Shape', [given[0][0].name], [BATCH], start=0, end=1)
         graph = helper.make_graph(
-            body,
+            [
+                *(node for _, node in given),
+                *(batch if self.nodes[idx].output[0] == BATCH else self.nodes[idx] for idx in support),
+                *(self.nodes[idx] for idx in order),
+                *(node for _, node in made),
+            ],
             'program',
-            [value for value, _ in external],
-            given,
+            [value for value, _ in given],
+            [value for value, _ in made],
             initializer=[*(self.initializers[name] for name in needed), *extra],
         )
         return self.make_model(_without_identities(graph))
@@ -226,7 +218,7 @@ def _batch_place(value: ValueInfoProto) -> tuple[int, int, list[int]]:
     places = [idx for idx, dim in enumerate(dims) if not isinstance(dim, int)]
     if len(places) == 1:
         rows = dims[places[0]] / sympy.Symbol(BATCH)
-        if rows.is_Integer:
+        if rows.is_Integer and (rows == 1 or places[0] == 0):
             return places[0], int(rows), [dim if isinstance(dim, int) else 0 for dim in dims]
     raise InvalidValueError(
         f'The model cannot be cut into stages: the value {value.name}, which later stages need, has the shape {dims},'
@@ -234,54 +226,30 @@ def _batch_place(value: ValueInfoProto) -> tuple[int, int, list[int]]:
     )
 
 
-def _describe(name: str, value: ValueInfoProto, sizes: Sequence[int]) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, [BATCH, *sizes])
+def _cross(
+    value: ValueInfoProto, outside: str, extra: list[TensorProto], *, is_input: bool
+) -> tuple[ValueInfoProto, NodeProto]:
+    """Return the input or output of a program that is a value with the batch first, and the node between them.
 
-
-def _to_batch_first(
-    value: ValueInfoProto, outside: str, extra: list[TensorProto]
-) -> tuple[ValueInfoProto, list[NodeProto]]:
-    """Return the input that gives a value, which has the batch first, and the nodes that make the value of it."""
+    A constant that the node reads is added to `extra`.
+    """
     place, rows, sizes = _batch_place(value)
+    source, target = (outside, value.name) if is_input else (value.name, outside)
     others = [size for idx, size in enumerate(sizes) if idx != place]
-    return _move(value.name, outside, place, rows, others, value, extra, is_input=True)
-
-
-def _from_batch_first(
-    value: ValueInfoProto, outside: str, extra: list[TensorProto]
-) -> tuple[ValueInfoProto, list[NodeProto]]:
-    """Return the output that has the batch first, and the nodes that make it of a value."""
-    place, rows, sizes = _batch_place(value)
-    others = [size for idx, size in enumerate(sizes) if idx != place]
-    return _move(value.name, outside, place, rows, others, value, extra, is_input=False)
-
-
-def _move(
-    name: str,
-    outside: str,
-    place: int,
-    rows: int,
-    others: list[int],
-    value: ValueInfoProto,
-    extra: list[TensorProto],
-    *,
-    is_input: bool,
-) -> tuple[ValueInfoProto, list[NodeProto]]:
-    if rows > 1 and place > 0:
-        raise InvalidValueError(f'The model cannot be cut into stages: the value {name} has the batch inside.')
-    source, target = (outside, name) if is_input else (name, outside)
-    if place == 0 and rows == 1:
-        return _describe(outside, value, others), [helper.make_node('Identity', [source], [target])]
-    if place == 0:
-        sizes = [-1, *others] if is_input else [-1, rows, *others]
-        shape = numpy_helper.from_array(np.array(sizes, np.int64), f'{outside}_shape')
+    if place:
+        order = [place, *(idx for idx in range(len(sizes)) if idx != place)]
+        perm = [order.index(idx) for idx in range(len(order))] if is_input else order
+        node = helper.make_node('Transpose', [source], [target], perm=perm)
+    elif rows > 1:
+        shape = numpy_helper.from_array(
+            np.array([-1, *others] if is_input else [-1, rows, *others]), f'{outside}_shape'
+        )
         extra.append(shape)
         node = helper.make_node('Reshape', [source, shape.name], [target])
-        return _describe(outside, value, [rows, *others]), [node]
-    order = [place, *(idx for idx in range(len(others) + 1) if idx != place)]
-    if is_input:
-        order = [order.index(idx) for idx in range(len(order))]
-    return _describe(outside, value, others), [helper.make_node('Transpose', [source], [target], perm=order)]
+        others = [rows, *others]
+    else:
+        node = helper.make_node('Identity', [source], [target])
+    return helper.make_tensor_value_info(outside, value.type.tensor_type.elem_type, [BATCH, *others]), node
 
 
 def _without_identities(graph: GraphProto) -> GraphProto:

@@ -78,7 +78,7 @@ def describe_model(
 def find_class_names(model: MultiExitModel, class_names: Sequence[str] | None = None) -> list[str] | None:
     """Return the names of the classes: as given, else those that the model was loaded with; see `describe_model`."""
     if class_names is None:
-        names = model.pretrained_cfg.get('label_names')
+        names = model.pretrained_cfg.get('label_names') or ()
         fits = is_list(names) and len(names) == model.num_classes and all(isinstance(name, str) for name in names)
         return list(names) if fits else None
     if not is_list(class_names) or not all(isinstance(name, str) for name in class_names):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OPSET = 20
 EXTRA_MISSING = 'onnx, onnxscript and onnxruntime are not all installed: pip install "timm-multiexit[onnx]".'
 
-_MAX_BATCH = 4096
+MAX_BATCH = 4096
 _MAX_PROTO_BYTES = 2 * 10**9  # of a protobuf message, which a file of ONNX is
 
 
@@ -58,7 +58,7 @@ def copy_for_export(model: MultiExitModel) -> MultiExitModel:
     copy = deepcopy(model).eval().cpu().float()
     for module in copy.modules():
         if getattr(module, 'grad_checkpointing', False):
-            module.grad_checkpointing = False
+            vars(module)['grad_checkpointing'] = False
     return copy.requires_grad_(False)
 
 
@@ -82,7 +82,7 @@ def trace_program(model: MultiExitModel, input_size: tuple[int, int, int]) -> Ex
                 f'input_size must be one that the model takes, got {list(input_size)}: {one_line(error)}.'
             ) from error
         try:
-            shapes = ({0: Dim('batch', min=1, max=_MAX_BATCH)},)
+            shapes = ({0: Dim('batch', min=1, max=MAX_BATCH)},)
             return torch.export.export(module, (image,), dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise InvalidValueError(
@@ -144,7 +144,6 @@ def _root(error: BaseException) -> BaseException:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what the exporter tells its own developers from the user."""
-    level = logging.getLogger('torch.onnx').level
     loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript', 'onnx_ir', 'torch.export')]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
