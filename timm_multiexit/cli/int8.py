@@ -1,0 +1,106 @@
+"""Flags of int8 programs, and the images that they are calibrated and compared on."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from timm_multiexit.cli.flags.parser import non_negative, positive_int, switch, value
+from timm_multiexit.data.datasets import check_classes, choose_image_mode, create_checked_dataset
+from timm_multiexit.deploy.manifest import read_manifest
+from timm_multiexit.deploy.quantize import QuantizationResult, quantize
+from timm_multiexit.deploy.runner import prepare
+from timm_multiexit.utils.errors import DataError, InvalidValueError
+from timm_multiexit.utils.text import format_table
+
+_BATCH_SIZE = 64
+
+INT8_FLAGS = (
+    switch('--int8', 'add int8 programs, and refuse them where accuracy falls'),
+    value(
+        '--calib-data',
+        str,
+        None,
+        'DATA',
+        'images for --int8: a folder with a folder per class, or with one of these per split; digits; or a data set'
+        ' such as hfds/ORG/NAME',
+    ),
+    value('--calib-split', str, 'validation', 'NAME', 'split of these images, best one that was not trained on'),
+    value('--calib-images', positive_int, 256, 'N', 'images that the ranges of int8 are those of'),
+    value('--held-out-images', positive_int, 2000, 'N', 'other images of the split, on which accuracy is compared'),
+    value('--int8-limit', non_negative, 1.0, 'P', 'points of accuracy that an exit or a saved policy may lose'),
+)
+
+
+def check_int8_flags(args: Namespace, *, default: Any = None) -> None:
+    """Raise unless the flags go together; `default` is what takes the place of `--calib-data`, if anything does.
+
+    Raises:
+        InvalidValueError: They do not.
+    """
+    if args.int8 and args.calib_data is None and default is None:
+        raise InvalidValueError('--int8 needs images to calibrate on: give --calib-data DATA.')
+    if not args.int8 and args.calib_data is not None:
+        raise InvalidValueError('--calib-data is for --int8: give both, or neither.')
+
+
+def add_int8(
+    folder: Path, args: Namespace, *, dataset: str | None = None, root: str | None = None
+) -> QuantizationResult:
+    """Add int8 programs to an exported folder as the flags say.
+
+    The images of the split are drawn by chance, always the same: those of calibration, and others to compare on.
+
+    Args:
+        folder: What `export` wrote.
+        args: Of `INT8_FLAGS`.
+        dataset: Data set where `--calib-data` names none; see `create_checked_dataset`.
+        root: Its folder.
+
+    Raises:
+        DataError: There are too few images, or they are a stream.
+        MultiExitError: See `quantize`.
+    """
+    if args.calib_data is not None:
+        is_folder = Path(args.calib_data).is_dir()
+        dataset, root = ('', args.calib_data) if is_folder else (args.calib_data, None)
+    manifest = read_manifest(folder, checks_hashes=False)
+    cfg = manifest['preprocessing']
+    mode = choose_image_mode(None, cfg['input_size'][0])
+    images = create_checked_dataset(dataset or '', root=root, split=args.calib_split, input_img_mode=mode)
+    if isinstance(images, IterableDataset) or not hasattr(images, '__len__'):
+        raise DataError('--calib-data must have a known number of images, got a stream.')
+    count = check_classes(images, None)
+    if count and count != manifest['num_classes']:
+        raise DataError(f'--calib-data must have the {manifest["num_classes"]} classes of the model, got {count}.')
+    if len(images) <= args.calib_images:
+        raise DataError(
+            f'--calib-images must be less than the {len(images)} images of the split {args.calib_split}, as others are'
+            f' needed to compare on, got {args.calib_images}.'
+        )
+
+    def transform(image: Any) -> Tensor:
+        return torch.from_numpy(prepare(image, cfg)[0])  # as a device does
+
+    images.transform = transform
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = order[: args.calib_images], order[args.calib_images :][: args.held_out_images]
+    calibration, held_out = (DataLoader(Subset(images, part), batch_size=_BATCH_SIZE) for part in parts)
+    return quantize(folder, calibration, held_out, limit=args.int8_limit)
+
+
+def describe_int8(result: QuantizationResult) -> str:
+    """Return what int8 costs, as a table."""
+    names = [*map(str, range(len(result.fp32) - 1)), 'main']
+    rows = [
+        {'exit': name, 'fp32, top-1': before, 'int8, top-1': after}
+        for name, before, after in zip(names, result.fp32, result.int8)
+    ]
+    lines = [f'On {result.images} held-out images:', format_table(rows)]
+    if result.policies:
+        lost = max(policy['fp32'] - policy['int8'] for policy in result.policies)
+        lines.append(f'The {len(result.policies)} saved policies lose at most {max(0.0, lost):.2f} points.')
+    return '\n'.join(lines)
