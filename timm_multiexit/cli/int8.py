@@ -35,13 +35,13 @@ INT8_FLAGS = (
 )
 
 
-def check_int8_flags(args: Namespace, *, default: Any = None) -> None:
-    """Raise unless the flags go together; `default` is what takes the place of `--calib-data`, if anything does.
+def check_int8_flags(args: Namespace, *, has_default: bool = False) -> None:
+    """Raise unless the flags go together; `has_default` where something takes the place of `--calib-data`.
 
     Raises:
         InvalidValueError: They do not.
     """
-    if args.int8 and args.calib_data is None and default is None:
+    if args.int8 and args.calib_data is None and not has_default:
         raise InvalidValueError('--int8 needs images to calibrate on: give --calib-data DATA.')
     if not args.int8 and args.calib_data is not None:
         raise InvalidValueError('--calib-data is for --int8: give both, or neither.')

@@ -56,7 +56,7 @@ def quantize(
     *,
     limit: float = 1.0,
 ) -> QuantizationResult:
-    """Add int8 programs to an exported folder, in all forms that it has in fp32, and say in its manifest what they cost.
+    """Add int8 programs to an exported folder, in the forms that it has in fp32; its manifest says what they cost.
 
     Weights are int8 with a scale per channel, of 7 bits, for products of 8 bits overflow on processors without VNNI;
     activations are uint8, their ranges those of the calibration images. The stages are joined, quantized once and cut
@@ -84,7 +84,9 @@ def quantize(
     manifest = read_manifest(folder)
     fp32 = manifest['programs']['fp32']
     if not fp32['stages']:
-        raise InvalidValueError(f"{folder} has no stages, which int8 programs are made of: export it with forms 'stages'.")
+        raise InvalidValueError(
+            f"{folder} has no stages, which int8 programs are made of: export it with forms 'stages'."
+        )
     policy = None if manifest['policy'] is None else ExitPolicy.from_dict(manifest['policy'])
     images = _read_calibration(calibration, manifest['preprocessing']['input_size'])
     stages = [folder / path for path in fp32['stages']]
@@ -126,11 +128,12 @@ def _join(stages: Sequence[Path]) -> 'ModelProto':
     from onnx import compose, helper
 
     whole: Any = None
+    states: list[str] = []
     loaded = [onnx.load(path) for path in stages]
     for idx, stage in enumerate(loaded):
         stage = compose.add_prefix(stage, f'stage_{idx}_')
         if whole is None:
-            whole, states = stage, []
+            whole = stage
         else:
             inputs = [value.name for value in stage.graph.input]
             whole = compose.merge_models(whole, stage, io_map=list(zip(states, inputs)))
