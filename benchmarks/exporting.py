@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from timm_multiexit.deploy.graph import ExitGraph
 from timm_multiexit.deploy.programs import copy_for_export, trace_onnx
 from timm_multiexit.factory import create_model
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.policies.leaving import apply_policy
+from timm_multiexit.policies.policy import CRITERIA, ExitPolicy
 from timm_multiexit.utils.environment import describe_environment
 from timm_multiexit.utils.errors import one_line
 from timm_multiexit.utils.files import write_text
@@ -127,6 +130,83 @@ def check_conditional(program: onnxruntime.InferenceSession, image: Tensor, expe
                 raise ValueError(f'the conditional program left at {exit_idx}, not at {place}')
             worst = max(worst, compare([logits], [expected[place]]))
     return worst
+
+
+def feed_policy(image: np.ndarray, policy: ExitPolicy) -> dict[str, np.ndarray]:
+    """Return the inputs of a conditional program for an image [1, C, H, W] and a policy."""
+    thresholds = [np.nan if value is None else value for value in policy.thresholds]
+    temperatures = policy.temperatures or (1.0,) * (len(thresholds) + 1)
+    return {
+        'image': image,
+        'thresholds': np.array(thresholds, np.float32),
+        'temperatures': np.array(temperatures, np.float32),
+    }
+
+
+def draw_policy(
+    generator: np.random.Generator, logits: Sequence[np.ndarray], criterion: str, combine: str | None
+) -> ExitPolicy:
+    """Return a random policy: a quarter of the exits not used, half of the time temperatures.
+
+    Thresholds are anywhere between the scores of the images, so that some of these leave at each exit.
+    """
+    num_exits = len(logits) - 1
+    temperatures = () if generator.random() < 0.5 else tuple(np.exp(generator.normal(size=num_exits + 1)).clip(0.1, 9))
+    if criterion == 'patience':
+        thresholds = [int(generator.integers(1, 3)) for _ in range(num_exits)]
+    else:
+        score = CRITERIA[criterion].score
+        assert score is not None
+        scores = [score(torch.from_numpy(single)).numpy() for single in logits[:-1]]
+        thresholds = [float(generator.uniform(each.min(), each.max())) for each in scores]
+    used = generator.random(num_exits) < 0.75
+    return ExitPolicy(
+        criterion, tuple(value if use else None for value, use in zip(thresholds, used)), temperatures, combine
+    )
+
+
+def compare_policies(
+    graph: ExitGraph,
+    images: np.ndarray,
+    logits: Sequence[np.ndarray],
+    *,
+    count: int,
+    kinds: Sequence[tuple[str, str | None]],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return how many of some random policies say of an image what `apply_policy` says of the model's own logits.
+
+    Args:
+        graph: All classifiers.
+        images: [N, C, H, W]; each policy is asked about one of them.
+        logits: Eager logits of these images, one [N, classes] array per classifier.
+        count: Policies.
+        kinds: Criterion and combination of the policies, in turn.
+        seed: Of thresholds, temperatures and images.
+    """
+    generator = np.random.default_rng(seed)
+    programs = {kind: open_program(make_conditional(graph, criterion=kind[0], combine=kind[1])) for kind in kinds}
+    left: Counter[int] = Counter()
+    equal = unused = 0
+    worst = 0.0
+    for number in range(count):
+        kind = kinds[number % len(kinds)]
+        policy = draw_policy(generator, logits, *kind)
+        place = int(generator.integers(len(images)))
+        answer, exit_idx = programs[kind].run(None, feed_policy(images[place : place + 1], policy))
+        expected = apply_policy(policy, [torch.from_numpy(single[place : place + 1]) for single in logits])
+        difference = compare([answer], [expected.logits])
+        equal += exit_idx.tolist() == expected.exit_idx.tolist() and difference <= LIMIT
+        unused += None in policy.thresholds
+        worst = max(worst, difference)
+        left[int(exit_idx[0])] += 1
+    return {
+        'policies': count,
+        'equal': equal,
+        'with unused exits': unused,
+        'left at': dict(sorted(left.items())),
+        'largest difference': worst,
+    }
 
 
 def _work(name: str, results: Any) -> None:

@@ -62,6 +62,17 @@ def copy_for_export(model: MultiExitModel) -> MultiExitModel:
     return copy.requires_grad_(False)
 
 
+@torch.no_grad()
+def check_takes_images(model: MultiExitModel, input_size: tuple[int, int, int]) -> None:
+    """Raise `InvalidValueError` unless a model takes images of (channels, height, width)."""
+    try:
+        model(torch.zeros(1, *input_size), exits=True)
+    except Exception as error:
+        raise InvalidValueError(
+            f'input_size must be one that the model takes, got {list(input_size)}: {one_line(error)}.'
+        ) from error
+
+
 def trace_program(model: MultiExitModel, input_size: tuple[int, int, int]) -> ExportedProgram:
     """Return the program of all classifiers, image [batch, C, H, W] -> one [batch, num_classes] tensor for each.
 
@@ -72,22 +83,19 @@ def trace_program(model: MultiExitModel, input_size: tuple[int, int, int]) -> Ex
     Raises:
         InvalidValueError: The model does not take images of this size, or `torch.export` cannot trace it.
     """
-    module = _AllLogits(model)
-    image = torch.zeros(2, *input_size)
+    check_takes_images(model, input_size)
     with torch.no_grad(), _quiet():
         try:
-            module(image)
-        except Exception as error:
-            raise InvalidValueError(
-                f'input_size must be one that the model takes, got {list(input_size)}: {one_line(error)}.'
-            ) from error
-        try:
             shapes = ({0: Dim('batch', min=1, max=MAX_BATCH)},)
-            return torch.export.export(module, (image,), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(
+                _AllLogits(model), (torch.zeros(2, *input_size),), dynamic_shapes=shapes, strict=False
+            )
         except Exception as error:
             raise InvalidValueError(
                 f'{type(model.backbone).__name__} cannot be exported: torch.export says {one_line(error)}.'
             ) from error
+    simplify_pooling(program)
+    return program
 
 
 def trace_onnx(model: MultiExitModel, input_size: tuple[int, int, int]) -> 'ModelProto':
@@ -106,7 +114,6 @@ def convert_program(program: ExportedProgram, name: str) -> 'ModelProto':
             f'The weights of a model must have at most {_MAX_PROTO_BYTES:,} bytes to be a file of ONNX, got'
             f" {num_bytes:,}: use formats=('pt2',)."
         )
-    simplify_pooling(program)
     num_outputs = len(program.graph_signature.user_outputs)
     names = [*(f'exit_{idx}' for idx in range(num_outputs - 1)), 'main']
     with _quiet():

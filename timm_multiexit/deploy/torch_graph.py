@@ -1,7 +1,6 @@
 """The program of all classifiers, cut into programs of `torch.export`: one per exit, and a chain of stages."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -140,8 +139,3 @@ def _trace(module: fx.GraphModule, inputs: Sequence[fx.Node]) -> ExportedProgram
             return torch.export.export(module, tuple(examples), dynamic_shapes=tuple(shapes), strict=False)
     except Exception as error:
         raise InvalidValueError(f'The model cannot be cut: torch.export says {one_line(error)}.') from error
-
-
-def save_program(program: ExportedProgram, path: Any) -> None:
-    """Write a program for `torch.export.load`."""
-    torch.export.save(program, path)
