@@ -19,9 +19,7 @@ IMAGES = np.random.default_rng(0).normal(size=(4, *SIZE)).astype(np.float32)
 
 def contents(folder):
     return {
-        f'onnx/{path.relative_to(folder).as_posix()}': path.read_bytes()
-        for path in folder.rglob('*')
-        if path.is_file()
+        f'onnx/{path.relative_to(folder).as_posix()}': path.read_bytes() for path in folder.rglob('*') if path.is_file()
     }
 
 
@@ -88,7 +86,10 @@ WRONG = {
         r'main\.onnx has changed',
     ),
     'unknown key': (with_manifest(lambda manifest: manifest.update(more=1)), "unknown key 'more'"),
-    'path out of it': (with_manifest(lambda manifest: manifest['files'].update({'../../x.onnx': ENTRY})), 'a file must'),
+    'path out of it': (
+        with_manifest(lambda manifest: manifest['files'].update({'../../x.onnx': ENTRY})),
+        'a file must',
+    ),
     'pickle': (with_manifest(lambda manifest: manifest['files'].update({'fixed/x.bin': ENTRY})), 'ONNX alone.*x.bin'),
     'script': (with_manifest(lambda manifest: manifest['files'].update({'setup.py': ENTRY})), 'ONNX alone.*setup.py'),
     'file that is not there': (

@@ -143,7 +143,23 @@ def test_folder_without_files_is_refused(hub, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name', ['pytorch_model.bin', 'a.PT', 'x.ckpt', 'w.npz', '../x.json', '/etc/passwd', 'a//b', '/b', 'a/', 'a/../b', 'a/.b', 'a/b.bin', '', '.x']
+    'name',
+    [
+        'pytorch_model.bin',
+        'a.PT',
+        'x.ckpt',
+        'w.npz',
+        '../x.json',
+        '/etc/passwd',
+        'a//b',
+        '/b',
+        'a/',
+        'a/../b',
+        'a/.b',
+        'a/b.bin',
+        '',
+        '.x',
+    ],
 )
 def test_file_that_may_not_come_is_refused_before_any_request(hub, name):
     refused(fetch_files, REPO, ['config.json', name])

@@ -16,6 +16,7 @@ from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.cli.flags.exit_flags import parse_thresholds
 from timm_multiexit.cli.flags.parser import Choice, ScriptParser, add_flags, positive_int, value
 from timm_multiexit.cli.flags.validate_args import given_policy
+from timm_multiexit.cli.int8 import INT8_FLAGS, add_int8, check_int8_flags, describe_int8
 from timm_multiexit.deploy.export import FORMATS, FORMS, export
 from timm_multiexit.deploy.manifest import MANIFEST_NAME
 from timm_multiexit.deploy.programs import check_extra
@@ -109,8 +110,12 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-multiexit export')
     parser = ScriptParser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add_flags(parser, 'Export', _FLAGS)
     add_flags(parser, 'Policy of the conditional program and the manifest', _POLICY_FLAGS)
+    add_flags(parser, 'int8', INT8_FLAGS)
     args = parser.parse_args(argv)
     try:
+        check_int8_flags(args)
+        if args.int8 and not ('onnx' in args.formats and 'stages' in args.forms):
+            raise InvalidValueError('--int8 is made of the stages in ONNX: ask for both by --formats and --forms.')
         if 'onnx' in args.formats:
             check_extra()
         model = create_exported_model(args.model)
@@ -125,6 +130,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-multiexit export')
             policy=choose_policy(args, model),
         )
         print(describe_folder(args.output))
+        if args.int8:
+            print(describe_int8(add_int8(args.output, args)))
         print(f'Wrote {args.output}: python {args.output / "runner.py"} {args.output} PICTURE answers.')
     except MultiExitError as error:
         print(f'{prog}: error: {error}', file=sys.stderr)

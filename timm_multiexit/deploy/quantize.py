@@ -84,9 +84,7 @@ def quantize(
     manifest = read_manifest(folder)
     fp32 = manifest['programs']['fp32']
     if not fp32['stages']:
-        raise InvalidValueError(
-            f"{folder} has no stages, which int8 programs are made of: export it with forms 'stages'."
-        )
+        raise InvalidValueError(f"{folder} has no stages, of which int8 programs are made: export the form 'stages'.")
     policy = None if manifest['policy'] is None else ExitPolicy.from_dict(manifest['policy'])
     images = _read_calibration(calibration, manifest['preprocessing']['input_size'])
     stages = [folder / path for path in fp32['stages']]
