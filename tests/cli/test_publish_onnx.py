@@ -42,6 +42,14 @@ def test_flags_that_do_not_go_together_are_one_line(call, tmp_path):
 @pytest.mark.slow
 def test_programs_are_published_used_and_taken_back(call, trained, hub, tmp_path):
     run = shutil.copytree(trained, tmp_path / 'run', ignore=shutil.ignore_patterns('*.pth.tar'))
+    for flags, line in (
+        (('--calib-images', 11), '--calib-images must be less than the 11 images of the split validation'),
+        (('--calib-data', tmp_path / 'nowhere'), 'nowhere'),
+    ):
+        code, _, err = call(run, REPO, '--onnx', '--int8', *flags)
+        assert (code, err.count('\n')) == (2, 1)
+        assert line in err
+        assert not (run / 'publication').exists()
     int8 = ('--int8', '--calib-images', 6, '--int8-limit', 100)
     code, out, err = call(run, REPO, '--yes', '--onnx', *int8)
     assert (code, err) == (0, '')
@@ -84,14 +92,3 @@ def test_programs_are_published_used_and_taken_back(call, trained, hub, tmp_path
     assert code == 0
     assert {path for path in repository.find('main').files if path.startswith('onnx/')} == {'onnx/model.onnx'}
     assert 'Without PyTorch' not in hub.content(repository.find('main').files['README.md']).decode()
-
-
-@pytest.mark.slow
-def test_int8_that_loses_too_much_is_one_line_and_writes_nothing(call, trained, tmp_path):
-    run = shutil.copytree(trained, tmp_path / 'run', ignore=shutil.ignore_patterns('*.pth.tar'))
-    code, _, err = call(run, '--onnx', '--int8', '--calib-images', 11)
-    assert code == 2
-    assert '--calib-images must be less than the 11 images of the split validation' in err
-    code, _, err = call(run, '--onnx', '--int8', '--calib-data', tmp_path / 'nowhere')
-    assert (code, err.count('\n')) == (2, 1)
-    assert not (run / 'publication').exists()

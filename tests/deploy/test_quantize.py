@@ -166,9 +166,12 @@ def test_all_forms_of_a_real_network_agree(make_model, tmp_path):
         for idx, logits in enumerate(whole.run(None, {'image': part})):
             np.testing.assert_array_equal(logits, found[idx])
             np.testing.assert_allclose(runner(part, exit_idx=idx), logits, rtol=1e-5, atol=1e-5)
-    answer = runner.infer(images.numpy())
+    shares = [torch.from_numpy(logits).softmax(-1).topk(2).values for _, logits in runner.anytime(images.numpy())]
+    medians = [float((single[:, 0] - single[:, 1]).median()) for single in shares[:2]]
+    policy = {'criterion': 'margin', 'combine': 'geometric', 'thresholds': medians}
+    answer = runner.infer(images.numpy(), policy)
     runner._programs = {**runner._programs, 'stages': []}  # so that the conditional program answers
-    each = runner.infer(images.numpy())
+    each = runner.infer(images.numpy(), policy)
     np.testing.assert_array_equal(each.exit_idx, answer.exit_idx)
     np.testing.assert_allclose(each.logits, answer.logits, rtol=1e-4, atol=1e-5)
     assert len(set(answer.exit_idx.tolist())) > 1

@@ -16,7 +16,7 @@ from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.cli.flags.exit_flags import parse_thresholds
 from timm_multiexit.cli.flags.parser import Choice, ScriptParser, add_flags, positive_int, value
 from timm_multiexit.cli.flags.validate_args import given_policy
-from timm_multiexit.cli.int8 import INT8_FLAGS, add_int8, check_int8_flags, describe_int8
+from timm_multiexit.cli.int8 import INT8_FLAGS, add_int8, check_int8_flags, describe_int8, draw_images
 from timm_multiexit.deploy.export import FORMATS, FORMS, export
 from timm_multiexit.deploy.manifest import MANIFEST_NAME
 from timm_multiexit.deploy.programs import check_extra
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-multiexit export')
         if 'onnx' in args.formats:
             check_extra()
         model = create_exported_model(args.model)
+        images = draw_images(args, model) if args.int8 else None
         size = None if args.img_size is None else (model.in_chans, args.img_size, args.img_size)
         export(
             model,
@@ -130,8 +131,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-multiexit export')
             policy=choose_policy(args, model),
         )
         print(describe_folder(args.output))
-        if args.int8:
-            print(describe_int8(add_int8(args.output, args)))
+        if images is not None:
+            print(describe_int8(add_int8(args.output, images, limit=args.int8_limit)))
         print(f'Wrote {args.output}: python {args.output / "runner.py"} {args.output} PICTURE answers.')
     except MultiExitError as error:
         print(f'{prog}: error: {error}', file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +10,16 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from timm_multiexit.cli.flags.parser import non_negative, positive_int, switch, value
 from timm_multiexit.data.datasets import check_classes, choose_image_mode, create_checked_dataset
+from timm_multiexit.data.digits import DIGITS
 from timm_multiexit.deploy.manifest import read_manifest
 from timm_multiexit.deploy.quantize import QuantizationResult, quantize
 from timm_multiexit.deploy.runner import prepare
+from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.utils.errors import DataError, InvalidValueError
 from timm_multiexit.utils.text import format_table
 
 _BATCH_SIZE = 64
+_LIBRARIES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')  # as timm names their data sets
 
 INT8_FLAGS = (
     switch('--int8', 'add int8 programs, and refuse them where accuracy falls'),
@@ -47,49 +50,69 @@ def check_int8_flags(args: Namespace, *, has_default: bool = False) -> None:
         raise InvalidValueError('--calib-data is for --int8: give both, or neither.')
 
 
-def add_int8(
-    folder: Path, args: Namespace, *, dataset: str | None = None, root: str | None = None
-) -> QuantizationResult:
-    """Add int8 programs to an exported folder as the flags say.
+class Int8Images(NamedTuple):
+    """Images that were drawn for int8 programs.
 
-    The images of the split are drawn by chance, always the same: those of calibration, and others to compare on.
+    Attributes:
+        dataset: Where they are from.
+        calibration: Indices of those that ranges are taken of.
+        held_out: Indices of those that accuracy is compared on.
+    """
+
+    dataset: Any
+    calibration: list[int]
+    held_out: list[int]
+
+
+def draw_images(
+    args: Namespace, model: MultiExitModel, *, dataset: str | None = None, root: str | None = None
+) -> Int8Images:
+    """Return the images that the flags name, drawn by chance from their split, always the same.
 
     Args:
-        folder: What `export` wrote.
         args: Of `INT8_FLAGS`.
+        model: Whose images they are.
         dataset: Data set where `--calib-data` names none; see `create_checked_dataset`.
         root: Its folder.
 
     Raises:
-        DataError: There are too few images, or they are a stream.
-        MultiExitError: See `quantize`.
+        DataError: There are too few images, they are a stream, or of other classes.
+        MissingFileError: There is no such folder.
     """
     if args.calib_data is not None:
-        is_folder = Path(args.calib_data).is_dir()
+        is_name = args.calib_data == DIGITS or args.calib_data.startswith(_LIBRARIES)
+        is_folder = Path(args.calib_data).is_dir() or not is_name
         dataset, root = ('', args.calib_data) if is_folder else (args.calib_data, None)
-    manifest = read_manifest(folder, checks_hashes=False)
-    cfg = manifest['preprocessing']
-    mode = choose_image_mode(None, cfg['input_size'][0])
+    mode = choose_image_mode(None, model.in_chans)
     images = create_checked_dataset(dataset or '', root=root, split=args.calib_split, input_img_mode=mode)
     if isinstance(images, IterableDataset) or not hasattr(images, '__len__'):
         raise DataError('--calib-data must have a known number of images, got a stream.')
     count = check_classes(images, None)
-    if count and count > manifest['num_classes']:
-        raise DataError(f'--calib-data must have the {manifest["num_classes"]} classes of the model, got {count}.')
+    if count and count > model.num_classes:
+        raise DataError(f'--calib-data must have the {model.num_classes} classes of the model, got {count}.')
     if len(images) <= args.calib_images:
         raise DataError(
             f'--calib-images must be less than the {len(images)} images of the split {args.calib_split}, as others are'
             f' needed to compare on, got {args.calib_images}.'
         )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+    rest = order[args.calib_images :]
+    return Int8Images(images, order[: args.calib_images], rest[: args.held_out_images])
+
+
+def add_int8(folder: Path, images: Int8Images, *, limit: float) -> QuantizationResult:
+    """Add int8 programs to an exported folder; see `quantize`."""
+    cfg = read_manifest(folder, checks_hashes=False)['preprocessing']
 
     def transform(image: Any) -> Tensor:
         return torch.from_numpy(prepare(image, cfg)[0])  # as a device does
 
-    images.transform = transform
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-    parts = order[: args.calib_images], order[args.calib_images :][: args.held_out_images]
-    calibration, held_out = (DataLoader(Subset(images, part), batch_size=_BATCH_SIZE) for part in parts)
-    return quantize(folder, calibration, held_out, limit=args.int8_limit)
+    images.dataset.transform = transform
+    calibration, held_out = (
+        DataLoader(Subset(images.dataset, part), batch_size=_BATCH_SIZE)
+        for part in (images.calibration, images.held_out)
+    )
+    return quantize(folder, calibration, held_out, limit=limit)
 
 
 def describe_int8(result: QuantizationResult) -> str:

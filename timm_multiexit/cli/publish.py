@@ -12,7 +12,7 @@ from typing import Any
 
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.cli.flags.parser import ScriptParser, add_flags, switch, value
-from timm_multiexit.cli.int8 import INT8_FLAGS, add_int8, check_int8_flags, describe_int8
+from timm_multiexit.cli.int8 import INT8_FLAGS, add_int8, check_int8_flags, describe_int8, draw_images
 from timm_multiexit.deploy.export import export
 from timm_multiexit.deploy.manifest import read_manifest
 from timm_multiexit.deploy.programs import check_extra
@@ -49,10 +49,13 @@ def programs_adder(args: Namespace) -> AddPrograms | None:
     check_extra()
 
     def add(model: MultiExitModel, folder: Path) -> dict[str, Any]:
+        of_run = RunFolder(args.run).read_args() if args.int8 else {}
+        images = (
+            draw_images(args, model, dataset=of_run.get('dataset'), root=of_run.get('data_dir')) if args.int8 else None
+        )
         export(model, folder)
-        if args.int8:
-            of_run = RunFolder(args.run).read_args()
-            print(describe_int8(add_int8(folder, args, dataset=of_run.get('dataset'), root=of_run.get('data_dir'))))
+        if images is not None:
+            print(describe_int8(add_int8(folder, images, limit=args.int8_limit)))
         return describe_programs(folder, args.calib_split)
 
     return add
