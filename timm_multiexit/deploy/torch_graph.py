@@ -1,6 +1,7 @@
 """The program of all classifiers, cut into programs of `torch.export`: one per exit, and a chain of stages."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
