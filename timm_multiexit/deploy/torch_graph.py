@@ -1,9 +1,10 @@
 """The program of all classifiers, cut into programs of `torch.export`: one per exit, and a chain of stages."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from timm_multiexit.deploy.programs import MAX_BATCH
@@ -124,9 +125,9 @@ def _trace(module: fx.GraphModule, inputs: Sequence[fx.Node]) -> ExportedProgram
     """Return a module as a program; the batch of its inputs is of any size."""
     examples, shapes = [], []
     for node in inputs:
-        value: Tensor = node.meta['val']
+        value: Any = node.meta['val']
         dynamic = [dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
-        if dynamic != [0] or int(value.shape[0].node.hint) != 2:
+        if dynamic != [0] or value.shape[0].node.hint != 2:
             raise InvalidValueError(
                 f'The model cannot be cut into stages: {node.name}, which later stages need, has the shape'
                 f' {list(value.shape)}, not one row per image.'
