@@ -39,13 +39,18 @@ def test_what_a_publication_wrote_is_deleted_and_all_else_stays(hub, folder):
 
 
 def test_every_file_of_a_publication_is_owned(hub, folder):
-    write(folder, dict.fromkeys(OWNED_FILES, b'{}') | {'README.md': CARD})
+    owned = {path.replace('*', 'exit_0') for path in OWNED_FILES}
+    theirs = {'onnx/model.onnx': b'', 'onnx/fixed/notes.txt': b'', 'onnx/int8/model.onnx': b''}
+    hub.add(REPO, theirs | {'metrics.json': b'', 'exits.safetensors': b''})
+    write(folder, dict.fromkeys(owned, b'{}') | {'README.md': CARD})
     push_folder(folder, REPO)
+    assert owned | {*theirs} < set(tree(hub))
     marks = {'metrics.json', 'exits.safetensors'}
-    for path in {*OWNED_FILES} - marks:
+    for path in owned - marks:
         (folder / path).unlink()
+    assert {path for path, action in plan_push(folder, REPO).actions.items() if action == 'delete'} == owned - marks
     push_folder(folder, REPO)
-    assert set(tree(hub)) == {*marks, 'notes/recipe.txt'}
+    assert set(tree(hub)) == {*marks, *theirs, 'notes/recipe.txt'}
 
 
 THEIRS = {
@@ -138,7 +143,23 @@ def test_folder_without_files_is_refused(hub, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name', ['pytorch_model.bin', 'a.PT', 'x.ckpt', 'w.npz', '../x.json', '/etc/passwd', 'a/b', '', '.x']
+    'name',
+    [
+        'pytorch_model.bin',
+        'a.PT',
+        'x.ckpt',
+        'w.npz',
+        '../x.json',
+        '/etc/passwd',
+        'a//b',
+        '/b',
+        'a/',
+        'a/../b',
+        'a/.b',
+        'a/b.bin',
+        '',
+        '.x',
+    ],
 )
 def test_file_that_may_not_come_is_refused_before_any_request(hub, name):
     refused(fetch_files, REPO, ['config.json', name])

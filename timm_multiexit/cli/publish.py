@@ -5,15 +5,22 @@ sends only what has changed.
 """
 
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.cli.flags.parser import ScriptParser, add_flags, switch, value
+from timm_multiexit.cli.int8 import INT8_FLAGS, add_int8, check_int8_flags, describe_int8, draw_images
+from timm_multiexit.deploy.export import export
+from timm_multiexit.deploy.manifest import read_manifest
+from timm_multiexit.deploy.programs import check_extra
 from timm_multiexit.hub_client.client import PushPlan, check_push, full_name, plan_push, push_folder
+from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.publishing.card_tables import headline
 from timm_multiexit.publishing.licenses import PublicationInfo
-from timm_multiexit.publishing.publication import PUBLICATION_NAME, write_publication
+from timm_multiexit.publishing.publication import PUBLICATION_NAME, AddPrograms, write_publication
 from timm_multiexit.utils.errors import HubError, InvalidValueError, MultiExitError
 
 _FLAGS = (
@@ -28,7 +35,42 @@ _FLAGS = (
     value('--license', str, None, 'ID', 'license of the weights, if not that of the weights training started from'),
     value('--base-model', str, None, 'ORG/NAME', 'what training started from, if the run does not say'),
     value('--dataset-id', str, None, 'ORG/NAME', 'data set on the Hub, such as uoft-cs/cifar10'),
+    switch('--onnx', 'add ONNX programs that stop early, and a runner for them that needs no PyTorch'),
 )
+
+
+def programs_adder(args: Namespace) -> AddPrograms | None:
+    """Return what writes the ONNX programs that the flags ask for; None if they ask for none."""
+    if args.int8 and not args.onnx:
+        raise InvalidValueError('--int8 is for the programs of --onnx: give both.')
+    check_int8_flags(args, has_default=True)
+    if not args.onnx:
+        return None
+    check_extra()
+
+    def add(model: MultiExitModel, folder: Path) -> dict[str, Any]:
+        of_run = RunFolder(args.run).read_args() if args.int8 else {}
+        images = (
+            draw_images(args, model, dataset=of_run.get('dataset'), root=of_run.get('data_dir')) if args.int8 else None
+        )
+        export(model, folder)
+        if images is not None:
+            print(describe_int8(add_int8(folder, images, limit=args.int8_limit)))
+        return describe_programs(folder, args.calib_split)
+
+    return add
+
+
+def describe_programs(folder: Path, split: str) -> dict[str, Any]:
+    """Return what the card says of an exported folder, whose int8 programs were calibrated on a split."""
+    manifest = read_manifest(folder)
+    sizes = {}
+    for precision, programs in manifest['programs'].items():
+        sizes[precision] = {
+            form: [manifest['files'][path]['size'] for path in programs[form]] for form in ('fixed', 'stages')
+        }
+    int8 = manifest['int8'] and {**manifest['int8'], 'split': split}
+    return {'opset': manifest['opset'], 'bytes': sizes, 'int8': int8}
 
 
 def describe_plan(plan: PushPlan, folder: Path) -> str:
@@ -45,16 +87,20 @@ def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
     """Run the command line and return the exit code: 0, or 2 for an error of one line."""
     parser = ScriptParser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add_flags(parser, 'Publication', _FLAGS)
+    add_flags(parser, 'int8, of --onnx', INT8_FLAGS)
     args = parser.parse_args(argv)
     try:
         if args.yes and not args.repo_id:
             raise InvalidValueError('--yes requires a repository to push to: give ORG/NAME.')
+        add_programs = programs_adder(args)
         repo_id = None
         if args.repo_id:
             repo_id = check_push(args.repo_id, private=args.private) if args.yes else full_name(args.repo_id)
         folder = args.folder or args.run / PUBLICATION_NAME
         info = PublicationInfo(args.license, args.base_model, args.dataset_id)
-        metrics = write_publication(args.run, folder, repo_id, info=info, validation=args.validation)
+        metrics = write_publication(
+            args.run, folder, repo_id, info=info, validation=args.validation, add_programs=add_programs
+        )
         print(f'{headline(metrics)}\nLicense: {metrics["license"]["note"]}')
         if repo_id is None:
             print(f'Wrote {folder}.')

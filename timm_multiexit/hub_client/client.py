@@ -40,7 +40,7 @@ from timm_multiexit.hub_client.errors import (
     explain_hub_errors,
     is_token_refused,
 )
-from timm_multiexit.hub_client.files import OWNED_FILES, check_file_name, check_owned, compare, local_files
+from timm_multiexit.hub_client.files import OWNED_FILES, check_file_path, check_owned, compare, local_files
 from timm_multiexit.utils.errors import HubError, InvalidValueError, one_line
 from timm_multiexit.version import __version__
 
@@ -104,7 +104,7 @@ def fetch_files(
 
     Args:
         repo_id: namespace/name.
-        file_names: Names in the root of the repository.
+        file_names: Paths in the repository, with slashes.
         revision: Branch, tag or commit; None for main.
         cache_dir: The cache's folder; None for the client's own.
 
@@ -121,7 +121,7 @@ def fetch_files(
     if revision is not None:
         check_revision(revision)
     for name in file_names:
-        check_file_name(name)
+        check_file_path(name)
     if not file_names:
         raise InvalidValueError('file_names must have at least one name, got none.')
     check_token(None, repo_id)
@@ -129,7 +129,7 @@ def fetch_files(
     commit: str | None = None
     for name in file_names:
         with explain_hub_errors(repo_id, revision or 'main', name):
-            folder = _fetch_file(repo_id, name, commit or revision, cache).parent
+            folder = _fetch_file(repo_id, name, commit or revision, cache).parents[name.count('/')]
         if not _COMMIT.fullmatch(folder.name) or folder.name != (commit or folder.name):
             raise HubError(f"{endpoint()} returned no commit for {name} of '{repo_id}': check HF_ENDPOINT.")
         commit = folder.name

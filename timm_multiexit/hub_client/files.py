@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub.utils.sha import git_hash
@@ -10,7 +11,8 @@ from huggingface_hub.utils.sha import git_hash
 from timm_multiexit.utils.errors import CheckpointError, HubError, InvalidValueError, MissingFileError
 from timm_multiexit.utils.files import sha256
 
-# What a publication writes, and may therefore delete in a repository; everything else belongs to its owner.
+# What a publication writes, and may therefore delete in a repository; everything else belongs to its owner. A star is
+# any name, as the client reads it.
 OWNED_FILES = (
     'README.md',
     'args.yaml',
@@ -19,6 +21,14 @@ OWNED_FILES = (
     'exits.safetensors',
     'metrics.json',
     'model.safetensors',
+    'onnx/manifest.json',
+    'onnx/runner.py',
+    'onnx/conditional.onnx',
+    'onnx/fixed/*.onnx',
+    'onnx/stages/*.onnx',
+    'onnx/int8/conditional.onnx',
+    'onnx/int8/fixed/*.onnx',
+    'onnx/int8/stages/*.onnx',
 )
 
 # Together these identify a publication.
@@ -28,7 +38,7 @@ _MARKS = ('exits.safetensors', 'metrics.json')
 _OF_NEW = ('README.md', 'LICENSE')
 
 # Formats that can contain pickles, which run code when they are loaded.
-PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.tar', '.npz')
+PICKLES = ('.bin', '.pt', '.pt2', '.pth', '.ckpt', '.pkl', '.pickle', '.tar', '.npz')
 
 _GIVE = 'give a folder that a publication was written to'
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
@@ -46,6 +56,15 @@ def check_file_name(name: str) -> None:
         )
     if name.lower().endswith(PICKLES):
         raise InvalidValueError(f"'{name}' has a format that can contain code: use safetensors.")
+
+
+def check_file_path(path: str) -> None:
+    """Raise `InvalidValueError` unless this is a relative path of plain names with slashes; see `check_file_name`.
+
+    >>> check_file_path('onnx/manifest.json')
+    """
+    for name in path.split('/'):
+        check_file_name(name)
 
 
 def local_files(folder: Path) -> dict[str, Path]:
@@ -91,6 +110,15 @@ def check_owned(repo_id: str, paths: Collection[str]) -> None:
         )
 
 
+def is_owned(path: str) -> bool:
+    """Return whether a publication writes a file of this path.
+
+    >>> is_owned('onnx/fixed/exit_0.onnx'), is_owned('onnx/model.onnx')
+    (True, False)
+    """
+    return any(fnmatchcase(path, pattern) for pattern in OWNED_FILES)
+
+
 def compare(files: Mapping[str, Path], remote: Mapping[str, str]) -> dict[str, str]:
     """Return 'add', 'update', 'delete' or 'keep' for each file, by path.
 
@@ -99,7 +127,7 @@ def compare(files: Mapping[str, Path], remote: Mapping[str, str]) -> dict[str, s
 
     `remote` is path -> SHA-256 of large files (LFS), git's blob id of the others.
     """
-    actions = {path: 'delete' for path in OWNED_FILES if path in remote}
+    actions = {path: 'delete' for path in remote if is_owned(path)}
     for path, file in files.items():
         actions[path] = 'add' if path not in remote else 'keep' if _has_digest(file, remote[path]) else 'update'
     return dict(sorted(actions.items()))

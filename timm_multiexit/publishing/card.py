@@ -52,6 +52,7 @@ def write_card(metrics: Mapping[str, Any]) -> str:
         picture=PICTURE,
         short_name=_short_name(metrics),
         infer=_choose_infer(metrics),
+        repo_id=_find_repo_id(metrics),
         is_imagenet=_uses_imagenet(metrics),
     )
     # Where optional parts are missing, several empty lines are left.
@@ -155,20 +156,27 @@ def _uses_imagenet(metrics: Mapping[str, Any]) -> bool:
     return bool(_IMAGENET.search(names.lower()))
 
 
+def _find_repo_id(metrics: Mapping[str, Any]) -> str | None:
+    """Return the repository that the model is in; None for a folder."""
+    scheme, _, name = metrics['model_name'].partition(':')
+    return name if scheme == 'hf-hub' else None
+
+
 class _Infer(NamedTuple):
-    """Introduction of the snippet of dynamic inference, and arguments of `infer` in it; None without it."""
+    """Introduction of the snippet of dynamic inference, arguments of `infer` in it, None without it, and as a flag."""
 
     introduction: str
     arguments: str | None
+    flag: str = ''
 
 
 def _choose_infer(metrics: Mapping[str, Any]) -> _Infer:
     if any('mAP' in row for row in metrics['rows']):  # several labels
-        return _Infer('E', None)
+        return _Infer('E', None, ' --all')
     budgets = (one_line(row.get('budget')) for row in policy_rows(metrics) if row['kind'] == 'budget')
     budget = next(filter(_BUDGET.fullmatch, budgets), None)
     if budget:
-        return _Infer('By a budget, the mean cost of an image; and e', f", budget='{budget}'")
+        return _Infer('By a budget, the mean cost of an image; and e', f", budget='{budget}'", f" --budget '{budget}'")
     if find_default(metrics):
         return _Infer('By the default policy; and e', '')
-    return _Infer('By a confidence threshold; and e', ', threshold=0.9')
+    return _Infer('By a confidence threshold; and e', ', threshold=0.9', ' --threshold 0.9')

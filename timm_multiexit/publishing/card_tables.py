@@ -178,6 +178,24 @@ def table_weights(metrics: Mapping[str, Any]) -> str:
     return table(rows, left=('file', 'SHA-256')) if rows else ''
 
 
+def table_programs(metrics: Mapping[str, Any]) -> str:
+    """Return the table of ONNX programs: sizes of each classifier's own, and accuracy before and after int8."""
+    onnx = metrics['onnx']
+    names = [row['exit'] for row in exit_rows(metrics['rows'])] + ['main']
+    sizes, top1 = onnx.get('bytes') or {}, (onnx.get('int8') or {}).get('top1') or {}
+    lines = []
+    for idx, name in enumerate(names):
+        line = {'exit': code(name)}
+        for precision in ('fp32', 'int8'):
+            fixed = (sizes.get(precision) or {}).get('fixed') or ()
+            line[f'{precision}, kB'] = number(fixed[idx] / 1e3, 1) if idx < len(fixed) else '-'
+        for precision in ('fp32', 'int8'):
+            values = top1.get(precision) or ()
+            line[f'top-1 {precision}'] = number(values[idx], 2) if idx < len(values) else '-'
+        lines.append(line)
+    return table(lines, left=('exit',))
+
+
 def format_environment(environment: Mapping[str, Any] | None, precision: Any = None) -> str:
     """Return hardware, threads, precision, versions and commit in one line; '' for none."""
     values = {**(environment or {}), 'precision': precision}

@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, C
 from timm_multiexit.checkpoints.load import load_pretrained
 from timm_multiexit.checkpoints.run_folder import ARGS_NAME, RunFolder, read_origin
 from timm_multiexit.data.datasets import is_same_split
+from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.publishing.card import PICTURE, write_card
 from timm_multiexit.publishing.licenses import NO_INFO, License, PublicationInfo, find_license
@@ -30,6 +31,7 @@ from timm_multiexit.utils.untrusted import read_json
 
 CARD_NAME = 'README.md'
 METRICS_NAME = 'metrics.json'
+PROGRAMS_NAME = 'onnx'
 PUBLICATION_NAME = 'publication'
 _MEASURED = ('rows', 'dynamic', 'timing', 'latency', 'compare', 'overthinking', 'curve', 'calibrated_on', 'precision')
 _ENVIRONMENT = ('hardware', 'threads', 'versions', 'commit')
@@ -39,8 +41,18 @@ _EED = 'arXiv:2104.00299'
 _OF_ITS_PLACE = ('output', 'experiment', 'resume', 'push_to_hub', 'hub_private', 'hub_license')
 
 
+# Writes programs of a model into a folder, and returns what the card says of them.
+AddPrograms = Callable[[MultiExitModel, Path], dict[str, Any]]
+
+
 def write_publication(
-    run: Path, folder: Path, repo_id: str | None, *, info: PublicationInfo = NO_INFO, validation: Path | None = None
+    run: Path,
+    folder: Path,
+    repo_id: str | None,
+    *,
+    info: PublicationInfo = NO_INFO,
+    validation: Path | None = None,
+    add_programs: AddPrograms | None = None,
 ) -> dict[str, Any]:
     """Write the folder that a run is published as, and return the contents of `metrics.json`.
 
@@ -51,6 +63,7 @@ def write_publication(
         info: What the publisher says about the run.
         validation: JSON results of `validate.py` for the run's `best`, with its policies; None for the run's
             `validation.json` if it exists, else for the results of training.
+        add_programs: Writes the folder `onnx` of the publication; None for none.
 
     Raises:
         CheckpointError: The run has no exits or no results, or the results are of other weights.
@@ -95,8 +108,10 @@ def write_publication(
         write_publication_config(draft, tag, license_, repo_id)
         kept = {key: _relative(value) for key, value in args.items() if key not in _OF_ITS_PLACE}
         (draft / ARGS_NAME).write_text(yaml.safe_dump(kept))
+        model = load_pretrained(draft).eval()  # only what can be loaded is published
+        if add_programs is not None:
+            metrics['onnx'] = add_programs(model, draft / PROGRAMS_NAME)
         write_card_files(draft, metrics, picture)
-        load_pretrained(draft)  # only what can be loaded is published
     return metrics
 
 
