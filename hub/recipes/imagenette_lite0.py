@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Write tf_efficientnet_lite0 with the rows of its classifier for Imagenette's ten classes: `imagenette_lite0.py FOLDER`.
+
+FOLDER becomes a timm folder, whose network answers as the one from ImageNet does where only these classes are possible.
+"""
+
+import sys
+
+import timm
+import torch
+from timm.models import save_for_hf
+
+# Imagenette's class -> ImageNet's index, in the order of a folder of images.
+CLASSES = {
+    'cassette_player': 482,
+    'chain_saw': 491,
+    'church': 497,
+    'english_springer': 217,
+    'french_horn': 566,
+    'garbage_truck': 569,
+    'gas_pump': 571,
+    'golf_ball': 574,
+    'parachute': 701,
+    'tench': 0,
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    """Write the folder that the command line names."""
+    model = timm.create_model('tf_efficientnet_lite0', pretrained=True)
+    rows = list(CLASSES.values())
+    weight, bias = model.classifier.weight[rows], model.classifier.bias[rows]
+    model.reset_classifier(len(rows))
+    model.classifier.weight.copy_(weight)
+    model.classifier.bias.copy_(bias)
+    config = {'num_classes': len(rows), 'label_names': list(CLASSES)}
+    save_for_hf(model, sys.argv[1], model_config=config, safe_serialization=True)
+
+
+if __name__ == '__main__':
+    main()
