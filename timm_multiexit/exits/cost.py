@@ -143,7 +143,8 @@ def copy_module(module: AnyModule, copy_tensor: Callable[[Tensor], Tensor]) -> A
         state: Any = unit._get_fsdp_state()
         memo[id(state)] = state  # its process group cannot be copied; the hooks that lead to it go below
     for unit in reversed(units):  # the inner ones first, which torch refuses to copy
-        copied_unit = memo[id(unit)] = object.__new__(type(unit).__mro__[2])
+        copied_unit: Any = object.__new__(type(unit).__mro__[2])
+        memo[id(unit)] = copied_unit
         own = {name: value for name, value in vars(unit).items() if 'composable_api' not in name}
         vars(copied_unit).update(deepcopy(own, memo))
     copy = deepcopy(module, memo)

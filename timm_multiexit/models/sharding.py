@@ -85,9 +85,9 @@ def shard_tensor(whole: Any, like: Any) -> Any:
         return whole
     from torch.distributed.tensor import distribute_tensor
 
-    # Every process has the whole: nothing is sent.
+    # Every process has the whole, so nothing is sent; the part would keep it in memory as long as it is a view of it.
     placed = whole.to(device=like.device)
-    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
 def shard_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
