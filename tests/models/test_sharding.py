@@ -1,5 +1,7 @@
 """Models that `fully_shard` shares out over processes: as whole ones, or refused."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -107,7 +109,7 @@ def test_whole_states_are_shared_out_and_brought_together(sharded, tmp_path):
     optimizer, expected = make_optimizer(sharded), make_optimizer(whole)
     train(whole, expected, range(2))
     sharded.load_state_dict(shard_state(whole.state_dict(), sharded.state_dict()))
-    load_optimizer(optimizer, {'optimizer': expected.state_dict()}, 'last.pth.tar')
+    load_optimizer(optimizer, {'optimizer': copy.deepcopy(expected.state_dict())}, 'last.pth.tar')
     assert difference(sharded.state_dict(), whole.state_dict()) == 0
     gathered = gather_state(optimizer.state_dict())
     assert list(gathered) == ['state', 'param_groups']

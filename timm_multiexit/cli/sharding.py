@@ -111,7 +111,7 @@ def shard_task(task: TrainingTask, optimizer: torch.optim.Optimizer, accelerator
     Raises:
         InvalidValueError: Accelerate's wrapping policy does not fit the model.
     """
-    # The heads' features are views, as torch says at every step, and nothing here changes them in place.
+    # The heads' features are views, which torch warns of at every step, and nothing here changes them in place.
     warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')
     holder: Any = task
     try:
