@@ -65,6 +65,8 @@ def start(hosts, tmp_path):
             command = ['ip', 'netns', 'exec', host, sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2']
             command += ['--nproc-per-node', '1', '--rdzv-backend', 'c10d', '--rdzv-id', 'test']
             command += ['--rdzv-endpoint', f'{ADDRESSES[0]}:29400', '--local-addr', address]
+            # By its name torchrun cannot tell which of the two it is on.
+            command += ['--rdzv-conf', f'is_host={int(address == ADDRESSES[0])}']
             environment = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'GLOO_SOCKET_IFNAME': host}
             with (tmp_path / f'{len(started)}.log').open('w') as log:
                 started.append(
