@@ -16,6 +16,7 @@ FLAGS_OF_WHOLE_MODELS = {
     'channels-last': (('--channels-last',), '--channels-last is not supported with FSDP2'),
     'average-on-cpu': (('--model-ema', '--model-ema-force-cpu'), '--model-ema-force-cpu is not supported with FSDP2'),
     'optimizer': (('--opt', 'adamp'), '--opt must be one of sgd, .* with FSDP2, got adamp'),
+    'clipping': (('--clip-grad', '1', '--clip-mode', 'agc'), '--clip-mode must be norm or value with FSDP2, got agc'),
     'statistics': (('--dist-bn', ''), '--dist-bn must be reduce or broadcast with FSDP2'),
 }
 

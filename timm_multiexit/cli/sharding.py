@@ -51,7 +51,7 @@ def create_plugin() -> FullyShardedDataParallelPlugin | None:
     if state_dict_type != 'FULL_STATE_DICT':
         raise StateError(
             f'--fsdp_state_dict_type must be FULL_STATE_DICT, got {state_dict_type}: checkpoints are whole files, which'
-            ' any number of processes can resume.'
+            ' any number of processes can resume. Give it to accelerate launch, or choose it in accelerate config.'
         )
     backend = os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'no')
     if backend.lower() != 'no':
@@ -92,6 +92,8 @@ def check_flags(args: Namespace) -> None:
             f'--opt must be one of {", ".join(SHARDED_OPTIMIZERS)} with FSDP2, got {args.opt}. Others need whole'
             ' parameters.'
         )
+    if args.clip_grad is not None and args.clip_mode == 'agc':
+        raise InvalidValueError('--clip-mode must be norm or value with FSDP2, got agc, which needs whole parameters.')
     if not args.dist_bn and not args.sync_bn:
         raise InvalidValueError(
             "--dist-bn must be reduce or broadcast with FSDP2, got ''. Each process has batch norm statistics of its"
