@@ -17,6 +17,7 @@ FLAGS_OF_WHOLE_MODELS = {
     'average-on-cpu': (('--model-ema', '--model-ema-force-cpu'), '--model-ema-force-cpu is not supported with FSDP2'),
     'optimizer': (('--opt', 'adamp'), '--opt must be one of sgd, .* with FSDP2, got adamp'),
     'clipping': (('--clip-grad', '1', '--clip-mode', 'agc'), '--clip-mode must be norm or value with FSDP2, got agc'),
+    'features': (('--kd-model-name', 'resnet18', '--kd-distill-type', 'feature'), '--kd-distill-type feature is not'),
     'statistics': (('--dist-bn', ''), '--dist-bn must be reduce or broadcast with FSDP2'),
 }
 

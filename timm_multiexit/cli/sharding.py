@@ -94,6 +94,8 @@ def check_flags(args: Namespace) -> None:
         )
     if args.clip_grad is not None and args.clip_mode == 'agc':
         raise InvalidValueError('--clip-mode must be norm or value with FSDP2, got agc, which needs whole parameters.')
+    if args.kd_model_name and args.kd_distill_type == 'feature':
+        raise InvalidValueError('--kd-distill-type feature is not supported with FSDP2: use logit.')
     if not args.dist_bn and not args.sync_bn:
         raise InvalidValueError(
             "--dist-bn must be reduce or broadcast with FSDP2, got ''. Each process has batch norm statistics of its"
