@@ -1,5 +1,6 @@
 """Flags under FSDP2, and what cannot be sharded; test_fsdp.py trains."""
 
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -12,21 +13,23 @@ from timm_multiexit.cli.sharding import SHARDED_OPTIMIZERS, check_flags, shard_t
 from timm_multiexit.utils.errors import InvalidValueError, MultiExitError
 
 FLAGS_OF_WHOLE_MODELS = {
-    'compile': (('--torchcompile',), '--torchcompile is not supported with FSDP2'),
-    'channels-last': (('--channels-last',), '--channels-last is not supported with FSDP2'),
-    'average-on-cpu': (('--model-ema', '--model-ema-force-cpu'), '--model-ema-force-cpu is not supported with FSDP2'),
-    'optimizer': (('--opt', 'adamp'), '--opt must be one of sgd, .* with FSDP2, got adamp'),
-    'clipping': (('--clip-grad', '1', '--clip-mode', 'agc'), '--clip-mode must be norm or value with FSDP2, got agc'),
-    'features': (('--kd-model-name', 'resnet18', '--kd-distill-type', 'feature'), '--kd-distill-type feature is not'),
-    'statistics': (('--dist-bn', ''), '--dist-bn must be reduce or broadcast with FSDP2'),
+    'compile': ({'torchcompile': 'inductor'}, '--torchcompile is not supported with FSDP2'),
+    'channels-last': ({'channels_last': True}, '--channels-last is not supported with FSDP2'),
+    'average-on-cpu': ({'model_ema_force_cpu': True}, '--model-ema-force-cpu is not supported with FSDP2'),
+    'optimizer': ({'opt': 'adamp'}, '--opt must be one of sgd, .* with FSDP2, got adamp'),
+    'clipping': ({'clip_grad': 1.0, 'clip_mode': 'agc'}, '--clip-mode must be norm or value with FSDP2, got agc'),
+    'features': ({'kd_model_name': 'resnet18', 'kd_distill_type': 'feature'}, '--kd-distill-type feature is not'),
+    'statistics': ({'dist_bn': ''}, '--dist-bn must be reduce or broadcast with FSDP2'),
 }
 
 
-@pytest.mark.parametrize(('flags', 'message'), FLAGS_OF_WHOLE_MODELS.values(), ids=FLAGS_OF_WHOLE_MODELS.keys())
-def test_flags_that_need_whole_parameters_are_one_line_under_fsdp2(flags, message):
-    check_flags(parse_train_args(['--eed']))
+@pytest.mark.parametrize(('values', 'message'), FLAGS_OF_WHOLE_MODELS.values(), ids=FLAGS_OF_WHOLE_MODELS.keys())
+def test_flags_that_need_whole_parameters_are_one_line_under_fsdp2(values, message):
+    args = parse_train_args(['--eed'])
+    check_flags(args)
+    assert set(values) <= set(vars(args))
     with pytest.raises(MultiExitError, match=message) as error:
-        check_flags(parse_train_args(['--eed', *flags]))
+        check_flags(Namespace(**vars(args) | values))
     assert '\n' not in str(error.value)
 
 

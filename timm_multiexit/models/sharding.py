@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from timm_multiexit.exits.cost import copy_module, empty_like, sharded_units
+from timm_multiexit.exits.cost import AnyModule, copy_module, empty_like, sharded_units
 from timm_multiexit.utils.checks import check_instance
 from timm_multiexit.utils.errors import StateError
 
 Item = TypeVar('Item')
-AnyModule = TypeVar('AnyModule', bound=nn.Module)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -37,8 +36,8 @@ def check_whole(module: nn.Module, what: str) -> None:
 def gather_model(model: AnyModule, *, keeps_data: bool = True) -> AnyModule:
     """Return a whole copy, on the CPU, of a model that torch's `fully_shard` shares out over processes.
 
-    The copy is as if the model had never been sharded: it can be saved, and asked for everything. All processes must
-    make the call. Of a model that is not sharded it is a copy, too.
+    The copy is as if the model had never been sharded: it can be saved, and can leave early. All processes must make
+    the call. Of a model that is not sharded it is a copy, too.
 
     Args:
         model: The model; it stays as it is.
