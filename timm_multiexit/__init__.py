@@ -19,6 +19,7 @@ from timm_multiexit.losses.multi_exit_loss import create_loss as create_loss
 from timm_multiexit.models.attach import attach_exits as attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel as MultiExitModel
 from timm_multiexit.models.outputs import ExitOutputs as ExitOutputs
+from timm_multiexit.models.sharding import gather_model as gather_model
 from timm_multiexit.models.truncation import TruncatedModel as TruncatedModel
 from timm_multiexit.models.truncation import truncate as truncate
 from timm_multiexit.policies.budgets import BudgetTable as BudgetTable
@@ -61,6 +62,7 @@ __all__ = [
     'evaluate',
     'exit_points',
     'export',
+    'gather_model',
     'load_checkpoint',
     'load_exits',
     'push_to_hub',

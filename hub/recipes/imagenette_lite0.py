@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write tf_efficientnet_lite0 with the rows of its classifier for Imagenette's ten classes: `imagenette_lite0.py FOLDER`.
+"""Write tf_efficientnet_lite0 with the rows of its classifier for Imagenette: `imagenette_lite0.py FOLDER`.
 
 FOLDER becomes a timm folder, whose network answers as the one from ImageNet does where only these classes are possible.
 """

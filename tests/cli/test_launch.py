@@ -15,12 +15,15 @@ from timm_multiexit.utils.errors import MultiExitError
 
 VARIABLES = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'ACCELERATE_USE_CPU')
 VARIABLES += ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_MIXED_PRECISION')
+VARIABLES += ('FSDP_VERSION', 'FSDP_CPU_RAM_EFFICIENT_LOADING')  # which Accelerate sets itself
+FSDP2 = {'ACCELERATE_USE_FSDP': 'true', 'FSDP_VERSION': '2'}
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, '')  # so that what Accelerate sets is taken back
+        monkeypatch.delenv(name)
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -33,7 +36,24 @@ def make_args(**values):
 
 
 REFUSED = {
-    'fsdp': ({'ACCELERATE_USE_FSDP': 'true'}, 'FSDP is not supported, .*Leave --use_fsdp out'),
+    'fsdp1': ({'ACCELERATE_USE_FSDP': 'true'}, '--fsdp_version must be 2, got 1. Launch with .*--fsdp_version 2'),
+    'fsdp-alone': (FSDP2, 'FSDP2 needs processes that were started together, got NO. .*accelerate launch --use_fsdp'),
+    'offload': ({**FSDP2, 'FSDP_OFFLOAD_PARAMS': 'true'}, '--fsdp_offload_params is not supported .*got true: leave'),
+    'activation-checkpointing': (
+        {**FSDP2, 'FSDP_ACTIVATION_CHECKPOINTING': 'true'},
+        '--fsdp_activation_checkpointing is not supported .*use --grad-checkpointing',
+    ),
+    'ignored-modules': ({**FSDP2, 'FSDP_IGNORED_MODULES': 'exits.*'}, '--fsdp_ignored_modules is not supported'),
+    'tensor-parallel': (
+        {**FSDP2, 'ACCELERATE_USE_PARALLELISM_CONFIG': 'true'},
+        '--use_parallelism_config is not supported',
+    ),
+    'sharded-files': (
+        {**FSDP2, 'FSDP_STATE_DICT_TYPE': 'SHARDED_STATE_DICT'},
+        '--fsdp_state_dict_type must be FULL_STATE_DICT, got SHARDED_STATE_DICT',
+    ),
+    'dynamo': ({**FSDP2, 'ACCELERATE_DYNAMO_BACKEND': 'inductor'}, '--dynamo_backend is not supported .*got inductor'),
+    'wrap-policy': ({**FSDP2, 'FSDP_AUTO_WRAP_POLICY': 'BLOCKS'}, 'Cannot set up FSDP2: Invalid auto wrap policy'),
     'deepspeed': ({'ACCELERATE_USE_DEEPSPEED': '1'}, 'DEEPSPEED is not supported, .*Leave --use_deepspeed out'),
     'one-of-two': (
         {'ACCELERATE_USE_CPU': 'True', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500'},
@@ -68,7 +88,7 @@ def test_script_says_so_with_code_2_and_writes_nothing(run_script, tmp_path, mon
     monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
     code, out, err = run_script(train.main, '--eed')
     assert code == 2
-    assert err.splitlines()[-1].startswith('train.py: error: FSDP is not supported')
+    assert err.splitlines()[-1].startswith('train.py: error: --fsdp_version must be 2')
     assert 'Traceback' not in err
     assert not out
     assert list(tmp_path.iterdir()) == []
@@ -84,7 +104,7 @@ def test_variables_that_say_no_are_not_a_launcher(value, monkeypatch):
 
 def test_kind_of_processes_that_is_not_supported_is_one_line(monkeypatch):
     monkeypatch.setattr(Accelerator, 'distributed_type', DistributedType.MEGATRON_LM)
-    with pytest.raises(MultiExitError, match='one process or DistributedDataParallel, got MEGATRON_LM') as error:
+    with pytest.raises(MultiExitError, match='one process, DistributedDataParallel or FSDP2, got MEGATRON_LM') as error:
         create_accelerator(make_args())
     assert '\n' not in str(error.value)
 

@@ -35,6 +35,7 @@ from timm_multiexit.checkpoints.config import FORMAT_VERSION, ModelConfig, read_
 from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, CONFIG_NAME, EXITS_NAME
 from timm_multiexit.checkpoints.module_folder import write_module_config
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.sharding import check_whole
 from timm_multiexit.models.truncation import TruncatedModel
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy
@@ -164,6 +165,7 @@ def _check_model(model: Any) -> None:
     """Raise for what is not a model that timm made, with what to pass instead."""
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f'model must be a MultiExitModel or a timm model, got {brief(model)}.')
+    check_whole(model, 'save_pretrained')
     for part, where in ((model, 'model'), (getattr(model, 'backbone', None), 'model.backbone')):
         kind = type(part).__name__
         if '_orig_mod' in getattr(part, '_modules', ()):

@@ -19,6 +19,7 @@ from timm_multiexit.checkpoints.exits_in_weights import find_specs
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.sharding import shard_state
 from timm_multiexit.models.truncation import TruncatedModel
 from timm_multiexit.utils.checks import check_instance, check_path
 from timm_multiexit.utils.errors import CheckpointError, MissingFileError, MultiExitError, brief, one_line
@@ -70,7 +71,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, use_ema: 
     state = without(state, *absent)
     _fit_channels(model, state, path)
     check_state(own, state, path)
-    model.load_state_dict(state)
+    model.load_state_dict(shard_state(state, own))
 
 
 def _find_prefix(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> str:

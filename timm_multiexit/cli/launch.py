@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from timm.utils import setup_default_logging
 
+from timm_multiexit.cli.sharding import create_plugin, is_asked, turn_on
 from timm_multiexit.utils.errors import InvalidValueError, StateError, one_line
 
 _SUPPORTED = {
@@ -34,6 +35,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         except ImportError as error:
             raise InvalidValueError(f"Cannot import '{module}' of --device-modules: {one_line(error)}.") from error
     _check_launcher()
+    plugin = create_plugin()
     has_gpu = torch.accelerator.is_available() and args.device != 'cpu'
     precision = choose_precision(args, has_gpu)
     if precision is None:
@@ -45,14 +47,22 @@ def create_accelerator(args: Namespace) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
+            fsdp_plugin=plugin,
             # Told to be on the CPU, Accelerate joins the processes that torchrun started; else it runs each for itself.
             cpu=args.device == 'cpu' or (launched > 1 and not torch.accelerator.is_available()),
         )
     except ValueError as error:  # not every accelerator takes float16
         raise InvalidValueError(f'Cannot set up Accelerate: {one_line(error)}') from error
-    if accelerator.distributed_type not in _SUPPORTED:
+    if plugin is not None:
+        turn_on(accelerator, plugin)
+        if not accelerator.is_fsdp2:
+            raise StateError(
+                f'FSDP2 needs processes that were started together, got {accelerator.distributed_type.value}. Start'
+                ' them with accelerate launch --use_fsdp --fsdp_version 2.'
+            )
+    elif accelerator.distributed_type not in _SUPPORTED:
         raise StateError(
-            f'Accelerate must be launched for one process or DistributedDataParallel, got'
+            f'Accelerate must be launched for one process, DistributedDataParallel or FSDP2, got'
             f' {accelerator.distributed_type.value}. Launch with --multi_gpu or torchrun.'
         )
     if launched != accelerator.num_processes:
@@ -88,15 +98,13 @@ def _check_launched_precision(has_gpu: bool) -> None:
 
 
 def _check_launcher() -> None:
-    for name, flag in (('FSDP', '--use_fsdp'), ('DEEPSPEED', '--use_deepspeed')):
-        if os.environ.get(f'ACCELERATE_USE_{name}', '').lower() in ('1', 'true', 'yes'):
-            raise StateError(
-                f'{name} is not supported, only DistributedDataParallel. Leave {flag} out of accelerate launch, or'
-                ' choose multi-GPU in accelerate config.'
-            )
+    if is_asked('ACCELERATE_USE_DEEPSPEED'):
+        raise StateError(
+            'DEEPSPEED is not supported, only DistributedDataParallel and FSDP2. Leave --use_deepspeed out of'
+            ' accelerate launch, or choose multi-GPU in accelerate config.'
+        )
     # On CPUs `accelerate launch --num_processes 2` starts one process, and tells it only where the others would meet.
-    on_cpu = os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
-    if on_cpu and 'MASTER_ADDR' in os.environ and 'WORLD_SIZE' not in os.environ:
+    if is_asked('ACCELERATE_USE_CPU') and 'MASTER_ADDR' in os.environ and 'WORLD_SIZE' not in os.environ:
         raise StateError(
             'accelerate launch started one of several processes, as it does on CPUs. Start them with'
             ' torchrun --nproc-per-node 2 -m timm_multiexit.cli.train ... or'

@@ -41,6 +41,7 @@ from timm_multiexit.cli.flags.parser import option_name
 from timm_multiexit.cli.flags.resume_rules import check_changes, format_changes
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.launch import create_accelerator, setup_logging
+from timm_multiexit.cli.sharding import check_flags, shard_task, share_weights
 from timm_multiexit.evaluation.metrics import evaluation_columns
 from timm_multiexit.hub_client.client import check_push
 from timm_multiexit.models.multi_exit import MultiExitModel
@@ -96,6 +97,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
 def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
     """Return the run that the flags describe. All that can be wrong is checked, and nothing is written."""
     check_trackers(args.log_with)
+    if accelerator.is_fsdp2:
+        check_flags(args)
     if args.resume and args.resume != 'auto':
         read_resume(args.resume)  # before the folder that follows from it is asked
     folder = choose_output_dir(args)
@@ -119,6 +122,8 @@ def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
         model.freeze_backbone(trains_classifier=regime.trains_classifier)
     check_takes_images(model, data_config['input_size'])
     model = place_model(args, model, accelerator)
+    if accelerator.is_fsdp2:
+        share_weights(model)
     if args.kd_model_name:
         # Where the tasks look for how the student's images are normalized.
         model.pretrained_cfg.update(mean=data_config['mean'], std=data_config['std'])
@@ -264,14 +269,19 @@ def _create_trainer(
     # The copy before anything is wrapped, so that neither compiled nor prepared forwards are copied.
     if args.model_ema:
         device = torch.device('cpu') if args.model_ema_force_cpu else None
-        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
+        # Sharded parameters cannot be averaged in one go with the buffers, which are whole.
+        kwargs = {'foreach': False} if accelerator.is_fsdp2 else {}
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device, **kwargs)
     if args.torchcompile:
         torch._dynamo.config.recompile_limit = 64  # one forward serves several modes and batch sizes
         module.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     accelerator.ddp_handler = DistributedDataParallelKwargs(
         broadcast_buffers=not args.no_ddp_bb, find_unused_parameters=regime.changes
     )
-    task.trainable_module, prepared = accelerator.prepare(task.trainable_module, optimizer)
+    if accelerator.is_fsdp2:
+        prepared = shard_task(task, optimizer, accelerator)
+    else:
+        task.trainable_module, prepared = accelerator.prepare(task.trainable_module, optimizer)
     config = _pick(
         TrainerConfig,
         args,

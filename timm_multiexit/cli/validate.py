@@ -318,6 +318,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     try:
         check_alone(args)
         accelerator = create_accelerator(args)
+        if accelerator.is_fsdp2:
+            raise StateError('validate.py does not shard the model, got --use_fsdp: leave it out of accelerate launch.')
         validation, sections = validate_again(args, accelerator)
         if args.results_file and accelerator.is_main_process:
             write_results(args, validation, sections)

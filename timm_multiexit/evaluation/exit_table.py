@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from timm_multiexit.data.batches import LabelCheck, read_batches
 from timm_multiexit.evaluation.metrics import ExitEvaluator
 from timm_multiexit.models.multi_exit import MultiExitModel, check_model
+from timm_multiexit.models.sharding import run_in_step
 from timm_multiexit.utils.checks import check_image_size
 from timm_multiexit.utils.errors import DataError, InvalidValueError
 from timm_multiexit.utils.text import ENSEMBLE, format_table
@@ -83,8 +84,12 @@ def evaluate_loader(
     training = [module.training for module in model.modules()]
     model.eval()
     try:
-        for images, target in read_batches(loader, multi_label=multi_label):
-            images = images.to(device, dtype)
+        images: Tensor | None = None
+        for batch in run_in_step(read_batches(loader, multi_label=multi_label), model, device):
+            if batch is not None:
+                images = batch[0].to(device, dtype)
+            if images is None:
+                break  # this process has no image at all
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             if not any(evaluation.input_size):
@@ -92,6 +97,9 @@ def evaluate_loader(
                 evaluation.input_size = channels, height, width
             with accelerator.autocast() if accelerator else nullcontext():
                 logits = model(images, exits=True).logits if num_exits else (model(images),)
+            if batch is None:
+                continue  # the others' forward, in which this process has to take part
+            target = batch[1]
             target = target if multi_label else labels.add(target, logits[-1].shape[-1])
             evaluator.update(logits, target.to(device))
     finally:

@@ -1,6 +1,7 @@
 """What a forward costs: multiply-accumulates (MACs) of one image, and parameters."""
 
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -114,13 +115,56 @@ def meta_copy(module: AnyModule) -> AnyModule:
     The copy takes no memory for weights, and running it changes nothing in the module: shapes and costs are found
     on it. Tensors kept as plain attributes become meta tensors too.
     """
-    memo: dict[int, object] = {}
+    return copy_module(module, lambda tensor: empty_like(tensor).requires_grad_(False)).eval()
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Return a tensor without data on the meta device; of one that is shared out over processes, a whole one."""
+    if hasattr(tensor, 'full_tensor'):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device='meta')
+    return torch.empty_like(tensor, device='meta')
+
+
+def copy_module(module: AnyModule, copy_tensor: Callable[[Tensor], Tensor]) -> AnyModule:
+    """Return a copy of a module with `copy_tensor` of each parameter, buffer and tensor that is a plain attribute.
+
+    What torch's `fully_shard` made of the module is undone in the copy: it is of the modules' own types, without the
+    hooks that gather parameters. A copied parameter requires gradients if `copy_tensor` says so.
+    """
+    memo: dict[int, Any] = {}
     for child in module.modules():
         for tensor in (*child._parameters.values(), *child._buffers.values(), *vars(child).values()):
-            if isinstance(tensor, Tensor):
-                empty = torch.empty_like(tensor, device='meta', requires_grad=False)
-                memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    return deepcopy(module, memo).eval()
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                copied = copy_tensor(tensor)
+                is_param = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(copied, copied.requires_grad) if is_param else copied
+    units = sharded_units(module)
+    for unit in units:
+        state: Any = unit._get_fsdp_state()
+        memo[id(state)] = state  # its process group cannot be copied; the hooks that lead to it go below
+    for unit in reversed(units):  # the inner ones first, which torch refuses to copy
+        copied_unit: Any = object.__new__(type(unit).__mro__[2])
+        memo[id(unit)] = copied_unit
+        own = {name: value for name, value in vars(unit).items() if 'composable_api' not in name}
+        vars(copied_unit).update(deepcopy(own, memo))
+    copy = deepcopy(module, memo)
+    if units:
+        for child in copy.modules():
+            for hooks in (value for name, value in vars(child).items() if name.endswith('_hooks')):
+                for key in [key for key, hook in hooks.items() if _is_of_fsdp(hook)]:
+                    del hooks[key]
+    return copy
+
+
+def sharded_units(module: nn.Module) -> list[Any]:
+    """Return the parts of a module that torch's `fully_shard` was called with, the outer ones first."""
+    fsdp = sys.modules.get('torch.distributed.fsdp')  # not there on every system
+    kind = getattr(fsdp, 'FSDPModule', None)
+    return [part for part in module.modules() if isinstance(part, kind)] if kind else []
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, '__module__', '')).startswith('torch.distributed.fsdp')
 
 
 def find_dtype(module: nn.Module) -> torch.dtype:

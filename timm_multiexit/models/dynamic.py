@@ -17,6 +17,7 @@ from timm_multiexit.calibration.thresholds import calibrate, check_wishes, searc
 from timm_multiexit.inference.anytime import OwnThread
 from timm_multiexit.inference.deadline import learn_times, predict_by_deadline
 from timm_multiexit.inference.routing import Route, find_leaving
+from timm_multiexit.models.sharding import check_whole
 from timm_multiexit.policies.budgets import parse_budget
 from timm_multiexit.policies.leaving import check_answer
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
@@ -74,6 +75,7 @@ def _check_input(model: MultiExitModel, x: Tensor) -> None:
         raise StateError(
             'The model is in training mode, so its answers would depend on the batch: call model.eval() first.'
         )
+    check_whole(model, 'Dynamic inference')
     if model.num_classes < 2:
         raise StateError(f'The model must have 2 or more classes, got {model.num_classes}.')
     check_images(x, model.in_chans, model.backbone)
@@ -93,6 +95,7 @@ def try_leaving(model: MultiExitModel, input_size: Sequence[int] | None = None) 
         raise StateError(
             'The model is in training mode, and a trial forward would change its statistics: call model.eval() first.'
         )
+    check_whole(model, 'Dynamic inference')
     if model._can_leave is None:
         model._can_leave = find_leaving(model.backbone, model._taps, input_size or model.input_size)
     return model._can_leave
@@ -154,6 +157,7 @@ def calibrate_model(
     measures_time: bool,
 ) -> ExitPolicy:
     """Do `MultiExitModel.calibrate`."""
+    check_whole(model, 'Calibration')
     needs_times = check_wishes(budget, max_drop, delta, criterion, combine)
     measures_time = measures_time or needs_times
     collected = collect_logits(model, loader)

@@ -24,6 +24,7 @@ from timm_multiexit.inference.deadline import TimeBook
 from timm_multiexit.models import dynamic
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.models.outputs import DistilledOutputs, ExitOutputs, Exits, pack_outputs
+from timm_multiexit.models.sharding import check_whole
 from timm_multiexit.models.timm_surface import TimmSurface
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
@@ -394,6 +395,7 @@ class MultiExitModel(TimmSurface):
         With them features can be distilled into narrow heads. They act in training mode only, and `save_pretrained`
         leaves them out.
         """
+        check_whole(self, 'add_projectors')
         *widths, main = self.feature_widths()
         param = next(self.backbone.parameters())
         for head, width in zip(self.exits, widths):
@@ -407,6 +409,7 @@ class MultiExitModel(TimmSurface):
             InvalidTypeError: It is not a list of integers.
             InvalidValueError: An exit does not exist.
         """
+        check_whole(self, 'drop_exits')
         num_exits = len(self.exits)
         exits = check_ints('exits', exits, -num_exits, num_exits - 1, hint='Main cannot be dropped.')
         dropped = {idx % num_exits for idx in exits}
@@ -450,6 +453,7 @@ class MultiExitModel(TimmSurface):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give main and every exit a fresh classifier with `num_classes` outputs, 0 for none."""
+        check_whole(self, 'reset_classifier')
         num_classes = check_int('num_classes', num_classes, 0)
         self._timm.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
         if self.module_info is not None:

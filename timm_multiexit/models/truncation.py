@@ -14,6 +14,7 @@ from timm_multiexit.exits.layouts import main_logits, to_map
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.taps import Taps
 from timm_multiexit.models.multi_exit import MultiExitModel, check_model
+from timm_multiexit.models.sharding import check_whole
 from timm_multiexit.models.timm_surface import TimmSurface
 from timm_multiexit.utils.errors import InvalidValueError, StateError
 
@@ -128,6 +129,7 @@ def truncate(model: MultiExitModel, exit_idx: int) -> TruncatedModel:
     True
     """
     check_model(model)
+    check_whole(model, 'truncate')
     idx = model.find_classifier(exit_idx)
     _check_copies(model)
     twin = meta_copy(model)

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from timm.scheduler import PlateauLRScheduler
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import unwrap_model
@@ -17,9 +18,10 @@ from timm.utils import unwrap_model
 from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
+from timm_multiexit.models.sharding import gather_model, is_sharded, shard_optimizer_state
 from timm_multiexit.training.epoch_log import EpochLog
 from timm_multiexit.training.running_metrics import RunningMetrics
-from timm_multiexit.training.saver import RunSaver
+from timm_multiexit.training.saver import GatheredState, RunSaver
 from timm_multiexit.training.trainer import Trainer
 from timm_multiexit.utils.errors import (
     CheckpointError,
@@ -66,6 +68,9 @@ class RunState:
         self.task, self.trainer, self.epoch_log, self.record = task, trainer, epoch_log, record
         self.num_batches, self.save_epochs, self.saver_options = num_batches, save_epochs, saver_options
         self.accelerator, self.optimizer = trainer.accelerator, trainer.raw_optimizer
+        self.gathered: GatheredState | None = None
+        if is_sharded(unwrap_model(task.get_trainable_module())):
+            self.gathered = GatheredState(task, self.optimizer, keeps_data=self.accelerator.is_main_process)
         self.saver: RunSaver | None = None
         self._lock: IO[str] | None = None
         self._progress_state: dict[str, Any] | None = None
@@ -90,9 +95,9 @@ class RunState:
         self.saver = RunSaver(
             run_state=self._state,
             model=unwrap_model(self.task.get_trainable_module()),
-            optimizer=self.optimizer,
+            optimizer=self.gathered or self.optimizer,
             args=self.record,
-            task=self.task,
+            task=self.gathered or self.task,
             amp_scaler=scaler and SimpleNamespace(state_dict=scaler.state_dict, state_dict_key=_SCALER_KEY),
             checkpoint_dir=str(folder),
             recovery_dir=str(folder),
@@ -117,7 +122,7 @@ class RunState:
         if batch:
             self._check_same_epoch(run, path)
         with _explain_damage(path):
-            resume_task_checkpoint(self.task, str(path), log_info=False)
+            resume_task_checkpoint(self.gathered or self.task, str(path), log_info=False)
         if with_optimizer:
             load_optimizer(self.optimizer, checkpoint, path)
             if self.accelerator.scaler and _SCALER_KEY in checkpoint:
@@ -125,7 +130,8 @@ class RunState:
                     self.accelerator.scaler.load_state_dict(checkpoint[_SCALER_KEY])
         if self.task.has_ema():
             with _explain_damage(path):
-                load_task_ema_checkpoint(self.task, str(path))
+                load_task_ema_checkpoint(self.gathered or self.task, str(path))
+        self._gather()
         saver = self.saver
         is_own = saver is not None and path.parent.resolve() == Path(saver.checkpoint_dir).resolve()
         if run:
@@ -201,6 +207,10 @@ class RunState:
 
         The metric is None where nothing was measured; data_config and label_names are for `save_pretrained`.
         """
+        self._gather()
+        if self.gathered:
+            is_best = broadcast_object_list([self.saver and self.saver.is_best(metric)])[0]
+            model = gather_model(model, keeps_data=self.accelerator.is_main_process) if is_best else model
         if not self.saver:
             return
         if self.saver.is_best(metric):
@@ -211,9 +221,15 @@ class RunState:
 
     def save_unmeasured_epoch(self, epoch: int) -> None:
         """Keep the end of an epoch that was not evaluated, so that the run can be resumed there."""
+        self._gather()
         if self.saver:
             self.saver.save_last(epoch)
             self._save_milestone(epoch + 1)
+
+    def _gather(self) -> None:
+        """Bring the state of a sharded run together for the main process to save."""
+        if self.gathered:
+            self.gathered.gather()
 
     def _save_milestone(self, completed_epochs: int) -> None:
         if self.saver is not None and completed_epochs in self.save_epochs:
@@ -226,6 +242,7 @@ class RunState:
             raise StateError('There was no batch yet to keep.')
         trainer.progress.check_finite(self.accelerator)
         self._progress_state = trainer.progress.state_dict(self.accelerator)
+        self._gather()
         if self.saver:
             self.saver.save_recovery(trainer.epoch, trainer.batch)
 
@@ -370,7 +387,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any],
         raise CheckpointError(f'{path} has no optimizer state: resume without it by --no-resume-opt.')
     own = [dict(group) for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        optimizer.load_state_dict(shard_optimizer_state(checkpoint['optimizer'], optimizer))
         for before, after in zip(own, optimizer.param_groups):
             # torch takes the settings of another optimizer with as many parameters. The schedule may be another one.
             missing = sorted(before.keys() - after.keys() - {'initial_lr'})

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.layers import SplitBatchNorm2d
+from timm.task import TrainingTask
 from timm.utils import CheckpointSaver
 from torch import nn
 
 from timm_multiexit.checkpoints.run_folder import BEST_NAME
 from timm_multiexit.checkpoints.save import write_model
 from timm_multiexit.evaluation.stamp import fit_channels
+from timm_multiexit.models.sharding import gather_state, shard_state
 from timm_multiexit.utils.files import explain_disk_errors
 
 _OLD_BEST_NAME = '.best-old'
@@ -126,6 +129,44 @@ class RunSaver(CheckpointSaver):
             except (OSError, NotImplementedError):
                 shutil.copy2(src, temporary)
             os.replace(temporary, dst)
+
+
+class GatheredState:
+    """Task and optimizer of a sharded run as timm's saver and loader ask for them: whole.
+
+    Args:
+        task: What is trained.
+        optimizer: Its optimizer.
+        keeps_data: Whether this process is the one that saves; the others take part in `gather` alone.
+    """
+
+    def __init__(self, task: TrainingTask, optimizer: torch.optim.Optimizer, *, keeps_data: bool):
+        self.task, self.optimizer, self.keeps_data = task, optimizer, keeps_data
+        self._states: tuple[dict[str, Any], ...] = ({}, {})
+        self._optimizer_state: dict[str, Any] = {}
+
+    def gather(self) -> None:
+        """Bring the present state together; all processes take part."""
+        self._states = tuple(
+            gather_state(self.task.get_checkpoint_state(ema=is_ema), keeps_data=self.keeps_data)
+            for is_ema in (False, True)
+        )
+        self._optimizer_state = gather_state(self.optimizer.state_dict(), keeps_data=self.keeps_data)
+
+    def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Any = None) -> dict[str, Any]:
+        """Return what was gathered of the task, as its own method does."""
+        return self._states[ema]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was gathered of the optimizer."""
+        return self._optimizer_state
+
+    def load_checkpoint_state(
+        self, state_dict: dict[str, Any], task_state: Any = None, ema: bool = False, strict: bool = True
+    ) -> None:
+        """Share out whole weights and load them into the task."""
+        own = self.task.get_checkpoint_state(ema=ema)['state_dict_ema' if ema else 'state_dict']
+        self.task.load_checkpoint_state(shard_state(state_dict, own), task_state, ema=ema, strict=strict)
 
 
 def _joined(model: nn.Module) -> nn.Module:

@@ -157,6 +157,8 @@ def _check_weights_match(x: Tensor, backbone: nn.Module) -> None:
     # Autocast converts all floats but float64.
     is_autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
     is_converted = is_autocast and torch.float64 not in (*dtypes, x.dtype)
+    if x.dtype in (torch.float16, torch.bfloat16):  # a policy of fully_shard: weights that are shared out follow later
+        is_converted = is_converted or any(hasattr(param, 'full_tensor') for param in backbone.parameters())
     if dtypes and x.dtype not in dtypes and not is_converted:
         param = next(param for param in backbone.parameters() if param.is_floating_point())
         raise InvalidTypeError(
