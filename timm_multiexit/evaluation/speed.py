@@ -1,7 +1,7 @@
 """Measured speed: images per second of policies on a batch, milliseconds of one image to each exit."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -67,3 +67,44 @@ def time_exits(
         times = time_interleaved(variants, rounds, image.device)
     ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     return {'batch_size': 1, 'rounds': rounds, 'device': str(image.device), 'ms': ms}
+
+
+@torch.no_grad()
+def time_networks(
+    variants: Mapping[str, Callable[[Tensor], object]],
+    images: Mapping[str, Tensor],
+    batch_sizes: Sequence[int],
+    *,
+    rounds: int,
+    accelerator: Accelerator | None = None,
+) -> dict[str, dict[str, float]]:
+    """Return images per second of networks: name -> batch size as text -> median, all timed in turns.
+
+    Args:
+        variants: Name -> what takes a batch [B, C, H, W].
+        images: Name -> its images [N, C, H, W] on the device, of mixed classes, N the largest batch size or more. As
+            many are taken as make 32, or one batch, and are given batch by batch: one image leaves early or late.
+        batch_sizes: From 1 to N.
+        rounds: Turns of each.
+        accelerator: Gives precision; none for that of the models.
+    """
+    found: dict[str, dict[str, float]] = {name: {} for name in variants}
+    device = next(iter(images.values())).device
+    for size in batch_sizes:
+        batches = {
+            name: tensor[: max(size, min(len(tensor), _TIMED) // size * size)] for name, tensor in images.items()
+        }
+        calls = {name: partial(_run_each, variant, batches[name].split(size)) for name, variant in variants.items()}
+        with accelerator.autocast() if accelerator else nullcontext():
+            times = time_interleaved(calls, rounds, device)
+        for name, seconds in times.items():
+            found[name][str(size)] = len(batches[name]) / statistics.median(seconds)
+    return found
+
+
+_TIMED = 32  # images of a turn where batches are smaller
+
+
+def _run_each(variant: Callable[[Tensor], object], batches: Sequence[Tensor]) -> None:
+    for batch in batches:
+        variant(batch)
