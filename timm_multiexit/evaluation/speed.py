@@ -25,15 +25,15 @@ def time_policies(
     rounds: int,
     accelerator: Accelerator | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return img/s and time_ratio, the time relative to plain timm's, of each policy on a batch.
+    """Return img/s and time_ratio, the time relative to main's, of each policy on a batch.
 
-    'plain timm' and 'all exits' are timed with the policies, in turns; numbers are medians of the rounds. The model is
-    in eval mode, the batch [B, C, H, W] on its device and of mixed classes: images of one class leave alike. The
-    precision is the accelerator's, else the model's.
+    'main', as timm runs it, and 'all exits' are timed with the policies, in turns; numbers are medians of the rounds.
+    The model is in eval mode, the batch [B, C, H, W] on its device and of mixed classes: images of one class leave
+    alike. The precision is the accelerator's, else the model's.
     """
     plain = truncate(model, -1).backbone
     variants: dict[str, Callable[[], object]] = {
-        'plain timm': partial(plain, images),
+        'main': partial(plain, images),
         'all exits': partial(model, images, exits=True),
         **{name: partial(model.infer, images, policy) for name, policy in policies.items()},
     }
@@ -42,7 +42,7 @@ def time_policies(
     return {
         name: {
             'img/s': len(images) / statistics.median(seconds),
-            'time_ratio': describe_ratios(seconds, times['plain timm'])[0],
+            'time_ratio': describe_ratios(seconds, times['main'])[0],
         }
         for name, seconds in times.items()
     }
@@ -54,12 +54,12 @@ def time_exits(
 ) -> dict[str, Any]:
     """Return the latency of one image to each classifier alone: batch_size, rounds, device, and ms, name -> median.
 
-    Names are 'plain timm', the exits' indices as text, and 'main'. All are timed in turns. The model is in eval mode,
-    the images [B, C, H, W] are on its device, and the first is timed.
+    Names are 'main in timm', without hooks, the exits' indices as text, and 'main'. All are timed in turns. The model
+    is in eval mode, the images [B, C, H, W] are on its device, and the first is timed.
     """
     image = images[:1]
     variants: dict[str, Callable[[], object]] = {
-        'plain timm': partial(truncate(model, -1).backbone, image),
+        'main in timm': partial(truncate(model, -1).backbone, image),
         **{str(idx): partial(model, image, exit_idx=idx) for idx in range(len(model.exits))},
         'main': partial(model, image),
     }

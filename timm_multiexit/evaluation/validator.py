@@ -93,7 +93,7 @@ class Questions:
         delta: Probability that `max_drop` is exceeded.
         criterion: Key of `CRITERIA`, of the policies that are chosen.
         combine: As in `ExitPolicy`, of the policies that are chosen.
-        time_rounds: How often policies and plain timm are timed; 0 for no times.
+        time_rounds: How often policies and main are timed; 0 for no times.
         needs_logits: Measure dynamic inference whatever memory the logits take.
 
     Raises:
@@ -388,7 +388,7 @@ class Validator:
         """Add accuracy and cost of policies, and their times if there are images to time."""
         total, main = self.costs.total, validation.table.rows[-2]
         rows: list[dict[str, Any]] = []
-        for name, macs in (('plain timm', total), ('all exits', self.costs.largest)):
+        for name, macs in (('main', total), ('all exits', self.costs.largest)):
             row = {'policy': name, 'kind': 'reference', 'budget': None, 'top-1': main['top-1'], 'macs': macs}
             rows.append(row | {'macs_percent': 100 * macs / total})
         for name, (policy, kind, source, budget) in policies.items():

@@ -31,7 +31,18 @@ from timm_multiexit.utils.untrusted import read_json
 CARD_NAME = 'README.md'
 METRICS_NAME = 'metrics.json'
 PUBLICATION_NAME = 'publication'
-_MEASURED = ('rows', 'dynamic', 'timing', 'latency', 'compare', 'overthinking', 'curve', 'calibrated_on', 'precision')
+_MEASURED = (
+    'rows',
+    'dynamic',
+    'timing',
+    'latency',
+    'compare',
+    'rivals',
+    'overthinking',
+    'curve',
+    'calibrated_on',
+    'precision',
+)
 _ENVIRONMENT = ('hardware', 'threads', 'versions', 'commit')
 _EED = 'arXiv:2104.00299'
 

@@ -126,7 +126,7 @@ _DYNAMIC_FLAGS = (
         non_negative_int,
         5,
         'N',
-        'rounds in which policies and plain timm are timed in turns, 0: no times',
+        'rounds in which policies and main are timed in turns, 0: no times',
     ),
     switch(
         '--save-policy',
