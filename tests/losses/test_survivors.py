@@ -83,12 +83,8 @@ def test_features_are_weighed_too():
     logits = [tensor.detach() for tensor in random_logits()]
     features = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(4)]
     loss = create_loss('eed', survivors=True, feature_weight=1.0, output_weight=0.0)
-    (gradient,) = torch.autograd.grad(
-        loss.terms(Outputs(tuple(logits), tuple(features)), torch.zeros(6, dtype=torch.int64)).feature_distance.sum()
-        * 0
-        + loss(Outputs(tuple(logits), tuple(features)), torch.zeros(6, dtype=torch.int64)),
-        features[2:3],
-    )
+    outputs, target = Outputs(tuple(logits), tuple(features)), torch.zeros(6, dtype=torch.int64)
+    (gradient,) = torch.autograd.grad(loss(outputs, target), features[2:3])
     mean = torch.stack(features).mean(0).detach()
     weight = survivor_weights(logits[:3])[2].unsqueeze(-1)
     torch.testing.assert_close(gradient, weight * 2 * (features[2] - mean).detach() / 30)

@@ -129,7 +129,7 @@ def name_method(args: Mapping[str, Any]) -> str:
 def teacher_members(args: Mapping[str, Any], num_exits: int) -> dict[int, float]:
     """Return the classifiers that teach, 0-based, shallow to deep, with their weights; none if nothing is distilled.
 
-    `num_exits` is without main. There are none either where weights follow skill, which changes during a run.
+    `num_exits` is without main. None are returned where weights follow skill, which changes during a run.
 
     >>> teacher_members({'exits': 'auto', 'exit_loss': 'eed', 'exit_teacher': [0, -1]}, 3)
     {0: 0.5, 3: 0.5}

@@ -199,8 +199,8 @@ class MultiExitLoss(nn.Module):
             self._check_skill()
         if self.survivors and self.multi_label:
             raise InvalidValueError(
-                'survivors must be False with multi_label, got True: without classes that exclude each other there is'
-                ' no confidence to leave by.'
+                'survivors must be False with multi_label, got True: confidence, by which images leave, needs classes'
+                ' that exclude each other.'
             )
         if self.multi_label and self.teacher is not None and self.output_loss == 'kl':
             raise InvalidValueError(
