@@ -208,7 +208,8 @@ def create_variants(
         if name not in names:
             size = resolve_data_config({}, model=static)['input_size'][1:]
             variants[name] = static.to(images.device).eval()
-            sized[name] = F.interpolate(images, size)  # values do not change the time
+            # Values do not change the time.
+            sized[name] = F.interpolate(images, size).to(next(static.parameters()).dtype)
     return variants, sized
 
 
