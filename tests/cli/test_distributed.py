@@ -72,10 +72,12 @@ def load(run):
     'flags',
     [
         ('--exit-warmup-epochs', '1', '--clip-grad', '1'),
+        # One process has the mean of both batches for its weights, each of two has that of its own.
+        ('--exit-teacher-weights', 'skill'),
         # Parameters that take no part for a while: main alone, then the heads alone, then all.
         ('--regime', 'mixed', '--backbone-epochs', '1', '--head-warmup-epochs', '0.5', '--model-ema'),
     ],
-    ids=['joint', 'mixed'],
+    ids=['joint', 'skill', 'mixed'],
 )
 def test_two_processes_reach_what_one_with_twice_the_batch_reaches(flags, train_two, run_script, folder):
     two = train_two('two', '-b', '4', *flags)
@@ -83,6 +85,9 @@ def test_two_processes_reach_what_one_with_twice_the_batch_reaches(flags, train_
     assert run_script(train.main, *argv)[0] == 0
     one = two.parent / 'one'
     first, second = load(one), load(two)
+    skills = [state['task_state'].get('teacher_skill') for state in (first, second)]
+    assert (skills[0] is not None) == ('skill' in flags)
+    assert skills[0] == (skills[1] and pytest.approx(skills[1], rel=1e-3))
     start = torch.load(one / 'checkpoint-0.pth.tar', weights_only=False)['state_dict']
     assert len(first['state_dict']) > 50
     for key, tensor in first['state_dict'].items():

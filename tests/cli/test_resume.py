@@ -61,7 +61,7 @@ def assert_same_run(one, other):
     assert names[0] == names[1]
     for name in KEPT:
         states = [load(run / name) for run in (one, other)]
-        for key in ('epoch', 'state_dict', 'state_dict_ema', 'optimizer', 'metric', 'saver'):
+        for key in ('epoch', 'state_dict', 'state_dict_ema', 'task_state', 'optimizer', 'metric', 'saver'):
             assert_equal(states[0][key], states[1][key], f'{name}/{key}')
     for name in ('summary.csv', 'best/model.safetensors', 'best/exits.safetensors', 'best/config.json'):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
@@ -121,8 +121,9 @@ def test_killed_and_resumed_run_equals_the_whole_one(workers, train_here):
         pytest.param(
             ('--regime', 'mixed', '--backbone-epochs', '1', '--head-warmup-epochs', '0.5'), marks=pytest.mark.slow
         ),
+        pytest.param(('--exit-teacher-weights', 'skill'), marks=pytest.mark.slow),
     ],
-    ids=['plateau', 'host', 'sizes', 'mixed'],
+    ids=['plateau', 'host', 'sizes', 'mixed', 'skill'],
 )
 def test_other_schedules_loaders_and_regimes_resume_exactly(flags, train_here):
     whole = train_here('whole', '-j', '0', *flags)

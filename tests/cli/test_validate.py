@@ -226,7 +226,7 @@ def test_dynamic_report_is_that_of_a_simulation(run_script, digits_net, tmp_path
     saved = json.loads((tmp_path / 'r.json').read_text())
     assert saved['dynamic'] == result['dynamic']
     rows = {row['policy']: row for row in saved['dynamic']}
-    assert list(rows) == ['plain timm', 'all exits', f'threshold {given}', 'budget 85%', 'budget 90%', 'max drop 0.3']
+    assert list(rows) == ['main', 'all exits', f'threshold {given}', 'budget 85%', 'budget 90%', 'max drop 0.3']
     kinds = ['reference', 'reference', 'threshold', 'budget', 'budget', 'max_drop']
     assert [row['kind'] for row in saved['dynamic']] == kinds
     assert [row['budget'] for row in saved['dynamic']] == [None, None, None, '85%', '90%', None]
@@ -240,12 +240,12 @@ def test_dynamic_report_is_that_of_a_simulation(run_script, digits_net, tmp_path
     shares = rows[f'threshold {given}']['shares']
     assert shares[0] == pytest.approx(0.3, abs=0.02)
     assert min(shares) > 0.1
-    assert rows['plain timm']['top-1'] == saved['rows'][2]['top-1']
+    assert rows['main']['top-1'] == saved['rows'][2]['top-1']
     assert all(row['img/s'] > 0 and row['time_ratio'] > 0 for row in saved['dynamic'])
     assert 'max drop 0.3 are chosen on the validation split, 180 images.' in text
     assert saved['calibrated_on'] == 'the validation split, 180 images'
     assert {**saved['latency'], 'ms': 0} == {'batch_size': 1, 'rounds': 1, 'device': 'cpu', 'ms': 0}
-    assert list(saved['latency']['ms']) == ['plain timm', '0', '1', 'main']
+    assert list(saved['latency']['ms']) == ['main in timm', '0', '1', 'main']
     assert f'exit_idx=1 {saved["latency"]["ms"]["1"]:.3f}, main' in text
     assert saved['compare'][0]['top-1'] == saved['rows'][2]['top-1']
     with Image.open(tmp_path / 'new/picture.png') as picture:

@@ -33,7 +33,7 @@ LABELS = {
     'one classifier for all',
     "budgets, MSDNet's solver",
     'budgets, search',
-    'plain backbone',
+    'main alone',
     'ensemble of all',
     'small',
 }
@@ -52,7 +52,7 @@ def test_every_point_is_where_it_was_measured():
     lines = lines_of(figure)
     assert list(lines['one classifier for all'].get_xydata().flatten()) == [0.5, 60, 1.0, 70, 2.0, 76]
     assert list(lines['budgets, search'].get_xydata().flatten()) == [0.8, 71, 1.5, 75]  # in order of cost, not raised
-    assert list(lines['plain backbone'].get_xydata().flatten()) == [1.8, 76]
+    assert list(lines['main alone'].get_xydata().flatten()) == [1.8, 76]
     assert list(lines['ensemble of all'].get_xydata().flatten()) == [2.0, 77]
     assert list(lines['small'].get_xydata().flatten()) == [1.2, 72]
     assert set(lines) == LABELS
@@ -92,3 +92,14 @@ def test_without_matplotlib_there_is_no_picture(monkeypatch):
 
     monkeypatch.setattr(builtins, '__import__', refuse)
     assert draw_validation(ROWS, {}, '') is None
+
+
+def test_cascade_is_a_line_and_its_models_are_points():
+    rows = [
+        {'kind': 'main', 'name': 'main', 'macs': 1.8e9, 'top-1': 76.0},
+        {'kind': 'static', 'name': 'tiny', 'macs': 0.4e9, 'top-1': 65.0},
+    ]
+    lines = lines_of(make_figure(sections=SECTIONS | {'rivals': {'rows': rows, 'cascade': {'curve': CURVE}}}))
+    assert set(lines) == LABELS | {'cascade of two models', 'tiny'}
+    assert list(lines['cascade of two models'].get_xydata().flatten()) == [0.8, 71, 1.5, 75]
+    assert list(lines['tiny'].get_xydata().flatten()) == [0.4, 65]

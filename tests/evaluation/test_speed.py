@@ -36,7 +36,7 @@ def test_times_are_ratios_to_plain_timm(model, monkeypatch):
     model.can_leave  # noqa: B018 - found once, by forwards that are no part of the time
     times = speed.time_policies(model, images, policies, rounds=2)
     expected = {
-        'plain timm': ticks(lambda: model.backbone(images)),
+        'main': ticks(lambda: model.backbone(images)),
         'all exits': ticks(lambda: model(images, exits=True)),
         'first': ticks(lambda: model(images, exit_idx=0)),
         'none': ticks(lambda: model.backbone(images)),
@@ -67,7 +67,7 @@ def test_latency_is_of_one_image_to_each_exit_alone(model, monkeypatch):
     model(images[:1], exit_idx=0)  # what is found once is no part of the time
     latency = speed.time_exits(model, images, rounds=3)
     expected = {
-        'plain timm': ticks(lambda: model.backbone(images[:1])),
+        'main in timm': ticks(lambda: model.backbone(images[:1])),
         '0': ticks(lambda: model(images[:1], exit_idx=0)),
         '1': ticks(lambda: model(images[:1], exit_idx=1)),
         'main': ticks(lambda: model.backbone(images[:1])),
@@ -75,4 +75,4 @@ def test_latency_is_of_one_image_to_each_exit_alone(model, monkeypatch):
     assert 0 < expected['0'] < expected['1']
     assert latency['ms'] == {name: 1e3 * num for name, num in expected.items()}
     assert {**latency, 'ms': None} == {'batch_size': 1, 'rounds': 3, 'device': 'cpu', 'ms': None}
-    assert list(latency['ms']) == ['plain timm', '0', '1', 'main']
+    assert list(latency['ms']) == ['main in timm', '0', '1', 'main']

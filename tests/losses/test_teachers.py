@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_multiexit.losses.distances import output_distance
 from timm_multiexit.losses.multi_exit_loss import MultiExitLoss, create_loss
-from timm_multiexit.losses.teachers import DepthWeights, KDConfig, resolve_teacher
+from timm_multiexit.losses.teachers import DepthWeights, KDConfig, follow_skill, resolve_teacher
 from timm_multiexit.utils.errors import MultiExitError
 
 
@@ -269,3 +269,153 @@ def test_a_loss_with_an_outside_teacher_compiles_to_one_graph():
     outside = torch.randn(3, 4)
     compiled = torch.compile(loss.terms, backend='eager', fullgraph=True)
     assert torch.equal(compiled(outputs, target, outside).loss, loss.terms(outputs, target, outside).loss)
+
+
+# ---- Weights by skill
+
+
+def slow_step(weights, logits, target, multi_label=False):
+    """The step of `follow_skill` from the derivative that autograd takes of the teacher's cross-entropy."""
+    w = weights.clone().requires_grad_()
+    mean = sum(w[idx] * tensor for idx, tensor in enumerate(logits))
+    if multi_label:
+        loss = F.binary_cross_entropy_with_logits(mean, target.to(mean.dtype))
+    else:
+        loss = F.cross_entropy(mean, target)
+    (gradient,) = torch.autograd.grad(loss, w)
+    raised = [math.exp(-0.3 * g) * v for g, v in zip(gradient.tolist(), weights.tolist())]
+    return [0.999 * value / sum(raised) + 0.001 / len(raised) for value in raised]
+
+
+@pytest.mark.parametrize('kind', ['indices', 'probabilities', 'labels'])
+def test_step_by_skill_is_that_of_the_equation(kind):
+    logits = torch.stack(random_outputs()[0].logits).detach()
+    target = {
+        'indices': torch.tensor([1, 0, 3]),
+        'probabilities': torch.rand(3, 4, dtype=torch.float64).softmax(-1),
+        'labels': torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]]),
+    }[kind]
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    moved = follow_skill(weights, logits, target, multi_label=kind == 'labels')
+    assert moved.tolist() == pytest.approx(slow_step(weights, logits, target, kind == 'labels'), rel=1e-12)
+    assert moved.sum().item() == pytest.approx(1.0)
+    assert max(abs(moved - weights)) > 1e-3
+
+
+def make_pupils(count, batch=64, classes=5, errors=(0.9, 0.6, 0.2), generator=None):
+    """Return logits of pupils that are wrong in so many cases, each time at random, and targets."""
+    target = torch.randint(classes, (batch,), generator=generator)
+    pupils = []
+    for share in errors[:count]:
+        is_wrong = torch.rand(batch, generator=generator) < share
+        answers = torch.where(is_wrong, torch.randint(classes, (batch,), generator=generator), target)
+        pupils.append(2.0 * F.one_hot(answers, classes) + 0.1 * torch.randn(batch, classes, generator=generator))
+    return torch.stack(pupils), target
+
+
+def test_teacher_by_skill_comes_to_the_best_fixed_weights_and_is_not_worse_than_the_best_pupil():
+    generator = torch.Generator().manual_seed(0)
+    weights, spent, alone, even, batches = torch.full((3,), 1 / 3), [], [], [], []
+    for _ in range(600):
+        logits, target = make_pupils(3, generator=generator)
+        batches.append((logits, target))
+        spent.append(F.cross_entropy(torch.tensordot(weights, logits, 1), target))
+        alone.append(torch.stack([F.cross_entropy(tensor, target) for tensor in logits]))
+        even.append(F.cross_entropy(logits.mean(0), target))
+        weights = follow_skill(weights, logits, target)
+    late = slice(300, None)
+    teacher, best, mean = (
+        torch.stack(spent[late]).mean(),
+        torch.stack(alone[late]).mean(0).min(),
+        torch.stack(even[late]).mean(),
+    )
+    # The best fixed weights by a grid of the simplex, in steps of 0.05.
+    grid = [torch.tensor([i, j, 20 - i - j]) / 20 for i in range(21) for j in range(21 - i)]
+    assert len(grid) == 231
+    logits, target = (
+        torch.cat([batch[0] for batch in batches[late]], 1),
+        torch.cat([batch[1] for batch in batches[late]]),
+    )
+    floor, at = min((F.cross_entropy(torch.tensordot(w, logits, 1), target).item(), idx) for idx, w in enumerate(grid))
+    assert teacher < min(best, mean) + 0.005
+    assert teacher < floor + 0.01
+    assert weights.argmax() == 2
+    assert (weights - grid[at]).abs().max() < 0.15
+
+
+def test_classifier_that_was_poor_comes_back():
+    weights = torch.tensor([0.5, 0.5])
+    good, poor = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    for _ in range(2000):
+        weights = follow_skill(weights, torch.stack([good, poor]), torch.tensor([0]))
+    assert 0.0004 < weights[1] < 0.05
+    steps = 0
+    while weights[1] < 0.5:
+        weights, steps = follow_skill(weights, torch.stack([poor, good]), torch.tensor([0])), steps + 1
+    assert steps < 30
+
+
+def test_logits_that_are_not_finite_leave_the_weights():
+    weights = torch.tensor([0.3, 0.7])
+    logits = torch.stack([torch.tensor([[torch.inf, 0.0]]), torch.tensor([[0.0, torch.nan]])])
+    assert torch.equal(follow_skill(weights, logits, torch.tensor([0])), weights)
+
+
+@pytest.mark.parametrize('teacher', ['all', [0, -1], [-1, 1]])
+def test_loss_is_that_of_the_weights_it_has_and_then_they_follow(teacher):
+    loss = create_loss('eed', teacher=teacher, teacher_weights='skill', feature_weight=1.0)
+    named = list(range(4)) if teacher == 'all' else [idx % 4 for idx in teacher]
+    members = sorted(named)
+    weights = torch.full((len(members),), 1 / len(members), dtype=torch.float64)
+    for _ in range(3):
+        outputs, target = random_outputs()
+        # The twin: the weights that there are before the batch, given by hand.
+        by_hand = [weights[members.index(idx)].item() for idx in named]
+        twin = create_loss('eed', teacher=teacher, depth_weights=DepthWeights(by_hand), feature_weight=1.0)
+        assert loss(outputs, target).item() == pytest.approx(twin(outputs, target).item(), rel=1e-12)
+        taught = torch.stack([outputs.logits[idx].detach() for idx in members])
+        weights = torch.tensor(slow_step(weights, taught, target), dtype=torch.float64)
+        torch.testing.assert_close(loss.skill, weights, rtol=1e-12, atol=0)
+    loss.eval()
+    loss(*random_outputs())
+    torch.testing.assert_close(loss.skill, weights, rtol=1e-12, atol=0)
+
+
+def test_weights_by_skill_run_without_values_and_compile():
+    logits = tuple(torch.empty(3, 4, device='meta') for _ in range(3))
+    loss = create_loss('eed', teacher_weights='skill')
+    assert loss(Outputs(logits), torch.empty(3, dtype=torch.int64, device='meta')).shape == ()
+    outputs, target = random_outputs(dtype=torch.float32)
+    plain, compiled = create_loss('eed', teacher_weights='skill'), create_loss('eed', teacher_weights='skill')
+    function = torch.compile(compiled, backend='eager', fullgraph=True)
+    for _ in range(3):
+        assert torch.equal(plain(outputs, target), function(outputs, target))
+    assert torch.equal(plain.skill, compiled.skill)
+    assert repr(plain).endswith("exit_weights=None, teacher_weights='skill')")
+    assert 'skill' not in plain.state_dict()
+
+
+@pytest.mark.parametrize(
+    ('name', 'settings', 'message'),
+    [
+        ('ce', {}, "teacher_weights must be 'equal' for a teacher of less than two classifiers, got 'skill' with None"),
+        ('phuong', {}, "less than two classifiers, got 'skill' with 'main'"),
+        ('eed', {'teacher': [-1]}, r"less than two classifiers, got 'skill' with \(-1,\)"),
+        ('beed', {}, "teacher_weights must be 'equal' with weights by depth"),
+        ('eed', {'teacher_weights': 'best'}, "teacher_weights must be one of equal, skill, got 'best'"),
+    ],
+)
+def test_weights_by_skill_need_several_that_teach_alike(name, settings, message):
+    with pytest.raises(MultiExitError, match=message) as caught:
+        create_loss(name, **{'teacher_weights': 'skill', **settings})
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('weights', [[0.5, 0.4], [1.0, 0.0], [], [0.5, math.nan], 'ab', None])
+def test_weights_of_a_checkpoint_are_checked(weights):
+    with pytest.raises(MultiExitError, match='skill'):
+        create_loss('eed', teacher_weights='skill').set_skill(weights)
+    loss = create_loss('eed', teacher_weights='skill')
+    loss.set_skill([0.5, 0.5])
+    with pytest.raises(MultiExitError, match='skill has 2 weights, but 4 classifiers teach'):
+        loss(*random_outputs())

@@ -54,7 +54,7 @@ METRICS = {
     },
     'dynamic': [
         {
-            'policy': 'plain timm',
+            'policy': 'main',
             'top-1': 80.8,
             'macs': 37.1e6,
             'macs_percent': 100.0,
@@ -103,7 +103,7 @@ METRICS = {
         'batch_size': 1,
         'rounds': 29,
         'device': 'cpu',
-        'ms': {'plain timm': 3.1, '0': 1.0123, '1': 1.9, 'main': 3.2},
+        'ms': {'main in timm': 3.1, '0': 1.0123, '1': 1.9, 'main': 3.2},
     },
     'compare': [
         {
@@ -174,7 +174,7 @@ def assert_shows(text, value):
 
 def test_table_of_exits_has_the_numbers_of_the_metrics(metrics):
     table = read_tables(write_card(metrics))[0]
-    assert [row['exit'] for row in table] == ['0', '1', 'main', 'ens', 'plain timm']
+    assert [row['exit'] for row in table] == ['0', '1', 'main', 'ens', 'main in timm']
     assert [row['at'] for row in table] == ['layer1', 'layer2', 'classifier', '-', 'classifier']
     for shown, row in zip(table, metrics['rows']):
         for name in ('params', 'GMACs fixed', 'GMACs sequential', 'top-1', 'top-5', 'ECE'):
@@ -201,7 +201,7 @@ def test_table_of_policies_has_the_numbers_of_the_metrics(metrics):
 
 def test_table_of_static_networks_has_this_one_and_the_others(metrics):
     main, other = read_tables(write_card(metrics))[2]
-    assert (main['network'], other['network']) == ('main of this one', 'resnet10t')
+    assert (main['network'], other['network']) == ('main', 'resnet10t')
     for shown, row, gmacs, side in (
         (main, metrics['rows'][2], 0.0371, 32),
         (other, metrics['compare'][0], 0.0215, 48),
@@ -241,13 +241,13 @@ def test_speed_is_of_one_measurement(metrics):
     # The median of the paired ratios is 0.465, and that of the times gives 900 / 1935.4 = 0.465: here they part.
     metrics['dynamic'][2]['img/s'] = 1234.5
     card = write_card(metrics)
-    assert 'time of plain timm (900 images/s) in the same round' in card
+    assert 'time of main (900 images/s) in the same round' in card
     (section,) = re.findall('^## Dynamic inference$(.*?)^## ', card, re.DOTALL | re.MULTILINE)
     assert re.findall(r'[0-9,.]+ images/s|1,?23[45]|850|1,?566|1,?935', section) == ['900 images/s']
     assert read_tables(card)[1][2]['time ratio'] == '0.465'
     assert 'in 46.5 % of its time' in card
     del metrics['dynamic'][0]['img/s']
-    assert 'to the time of plain timm in the same round' in write_card(metrics)
+    assert 'to the time of main in the same round' in write_card(metrics)
 
 
 def test_precision_is_what_was_measured_in_or_not_said(metrics):
@@ -263,7 +263,7 @@ def read_alt(card):
 
 
 def test_picture_is_described_for_those_who_do_not_see_it(metrics):
-    drawn = 'exits 0, 1 and main, the ensemble of all exits, plain timm'
+    drawn = 'exits 0, 1 and main, the ensemble of all exits, main alone'
     about = 'Top-1 accuracy against mean MACs of an image'
     assert read_alt(write_card(metrics)) == f'{about} on the test split of cifar10: {drawn}, static resnet10t'
     metrics |= {'curve': {'chosen_on': 'train', 'points': [{}]}, 'compare': None, 'dataset': None}
@@ -460,8 +460,8 @@ def make_policy(name, top1, percent, **others):
     return {'policy': name, 'top-1': top1, 'macs': percent * 371e3, 'macs_percent': percent, **others}
 
 
-PLAIN = make_policy('plain timm', 80.8, 100.0, time_ratio=1.0)
-ALONE = '; exit `0` alone is 10.70 points below plain timm at 27.3 % of its MACs.'
+PLAIN = make_policy('main', 80.8, 100.0, time_ratio=1.0)
+ALONE = '; exit `0` alone is 10.70 points below main at 27.3 % of its MACs.'
 
 
 @pytest.mark.parametrize(
@@ -469,36 +469,36 @@ ALONE = '; exit `0` alone is 10.70 points below plain timm at 27.3 % of its MACs
     [
         (
             [make_policy('a', 79.7, 20.0), make_policy('b', 79.9, 30.0, time_ratio=0.5), make_policy('c', 80.8, 60.0)],
-            'With `b` it has 79.90 % top-1, 0.90 points below plain timm (80.80 %), at 30.0 % of its MACs and in'
+            'With `b` it has 79.90 % top-1, 0.90 points below main (80.80 %), at 30.0 % of its MACs and in'
             ' 50.0 % of its time' + ALONE,
         ),
         (
             [make_policy('a', 81.0, 70.0, time_ratio=1.25)],
-            'With `a` it has 81.00 % top-1, 0.20 points above plain timm (80.80 %), at 70.0 % of its MACs and in'
+            'With `a` it has 81.00 % top-1, 0.20 points above main (80.80 %), at 70.0 % of its MACs and in'
             ' 125.0 % of its time' + ALONE,
         ),
         (
             [make_policy('a', 60.0, 20.0), make_policy('b', 79.0, 90.0)],
-            'With `b` it has 79.00 % top-1, 1.80 points below plain timm (80.80 %), at 90.0 % of its MACs' + ALONE,
+            'With `b` it has 79.00 % top-1, 1.80 points below main (80.80 %), at 90.0 % of its MACs' + ALONE,
         ),
         (
             [make_policy('a', 79.7, 40.0), make_policy('b', 80.9, 101.5)],
-            'With `a` it has 79.70 % top-1, 1.10 points below plain timm (80.80 %), at 40.0 % of its MACs' + ALONE,
+            'With `a` it has 79.70 % top-1, 1.10 points below main (80.80 %), at 40.0 % of its MACs' + ALONE,
         ),
         (
             [make_policy('a', 80.8, 100.0), make_policy('b', 80.9, 101.5)],
-            'At exit `1` it has 78.44 % top-1, 2.36 points below plain timm (80.80 %), at 51.5 % of its MACs.',
+            'At exit `1` it has 78.44 % top-1, 2.36 points below main (80.80 %), at 51.5 % of its MACs.',
         ),
         (
             [],
-            'At exit `1` it has 78.44 % top-1, 2.36 points below plain timm (80.80 %), at 51.5 % of its MACs.',
+            'At exit `1` it has 78.44 % top-1, 2.36 points below main (80.80 %), at 51.5 % of its MACs.',
         ),
     ],
     ids=[
         'cheapest within a point',
         'better and slower',
         'none within a point',
-        'dearer than plain timm',
+        'dearer than main',
         'all dear',
         'exits alone',
     ],
@@ -524,7 +524,7 @@ def test_headline_where_nothing_costs_less_is_about_main(metrics):
     assert headline(metrics) == 'Main has 80.80 % top-1; nothing that was measured costs fewer MACs.'
     metrics['dynamic'].append(make_policy('b', 80.0, 90.0))
     assert headline(metrics) == (
-        'With `b` it has 80.00 % top-1, 0.80 points below plain timm (80.80 %), at 90.0 % of its MACs.'
+        'With `b` it has 80.00 % top-1, 0.80 points below main (80.80 %), at 90.0 % of its MACs.'
     )
 
 
@@ -535,7 +535,7 @@ def test_several_labels_are_compared_by_map(metrics):
             del row[name]
         row |= {'mAP': value, 'micro-F1': value - 10}
     card = write_card(metrics)
-    assert 'At exit `1` it has 70.50 % mAP, 0.50 points below plain timm (71.00 %)' in card
+    assert 'At exit `1` it has 70.50 % mAP, 0.50 points below main (71.00 %)' in card
     results = ModelCard(card).data.eval_results
     assert [result.metric_name for result in results][:2] == ['mAP @ exit 0', 'mAP @ exit 1']
     assert [result.metric_value for result in results] == [60.0, 70.5, 71.0, 72.0]
@@ -734,3 +734,34 @@ def test_code_links_fences_and_numbers():
         '12.35',
         '98,765',
     ]
+
+
+def test_card_has_the_cascade_and_what_it_is_compared_with(metrics):
+    assert 'cascade' not in write_card(metrics)
+    result = {'top-1': 79.0, 'macs': 12e6}
+    metrics['rivals'] = {
+        'rows': [
+            {'kind': 'main', 'name': 'main', 'top-1': 80.8, 'macs': 37.1e6, 'img/s': {'1': 90.5, '64': 900.0}},
+            {'kind': 'own', 'name': 'budget 40%', 'top-1': 80.19, 'macs': 14.77e6, 'img/s': {'1': 95.0, '64': 1935.0}},
+            {'kind': 'cascade', 'name': 'cascade, MACs of budget 40%', **result, 'img/s': {'1': 91.0, '64': 1500.0}},
+            {'kind': 'static', 'name': 'small|net', 'top-1': 75.0, 'macs': 9e6},
+        ],
+        'cascade': {
+            'small': 'small|net',
+            'large': 'large',
+            'chosen_on': '4000 images held out of train',
+            'pairs': [{'own': {'top-1': 80.0}, 'cascade': {'top-1': 79.0}}, {'own': {'top-1': 70.0}, 'cascade': None}],
+        },
+        'timing': {'rounds': 5, 'device': 'cpu', 'batch_sizes': [1, 64]},
+    }
+    card = write_card(metrics)
+    table = read_tables(card)[3]
+    assert len(table) == 4
+    for shown, row in zip(table, metrics['rivals']['rows']):
+        assert shown['kind'] == row['kind']
+        assert_shows(shown['top-1'], row['top-1'])
+        assert_shows(shown['GMACs'], row['macs'] / 1e9)
+        assert_shows(shown['images/s at 64'], (row.get('img/s') or {}).get('64'))
+    assert 'own exits are at least as accurate at 1 of 1; 1 more are below the cost of the small model.' in card
+    assert 'medians of 5 rounds, in turns, on `cpu`' in card
+    assert 'a cascade of two models' in read_alt(card)

@@ -228,7 +228,7 @@ def test_numbers_are_those_that_were_measured(run, folder):
         assert metrics[name] == validation[name], name
     *others, budget = validation['dynamic']
     assert metrics['dynamic'] == [*others, {**budget, 'is_default': True}]
-    assert [row['policy'] for row in metrics['dynamic']] == ['plain timm', 'all exits', 'budget 90%']
+    assert [row['policy'] for row in metrics['dynamic']] == ['main', 'all exits', 'budget 90%']
     assert metrics['rows'] == results['rows']  # measured twice, the same
     assert metrics['dataset'] == {'name': 'images', 'hub_id': 'org/images', 'split': 'validation', 'num_samples': 11}
     assert metrics['epoch'] == {

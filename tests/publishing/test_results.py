@@ -6,6 +6,7 @@ from timm_multiexit.publishing.results import add_row_keys, exit_rows, find_defa
 
 OLD = {
     'plain timm': ('reference', None),
+    'main': ('reference', None),
     'all exits': ('reference', None),
     'budget 60%': ('budget', '60%'),
     'budget 2.5ms': ('budget', '2.5ms'),
@@ -51,3 +52,12 @@ def test_rows_are_found_by_their_keys():
     assert find_main(results['rows'])['exit'] == 'main'
     assert [row['policy'] for row in policy_rows(results)] == ['budget 50%']
     assert find_default(results)['budget'] == '50%'
+
+
+def test_files_that_call_main_plain_timm_are_read():
+    ms = {'plain timm': 3.0, '0': 1.0, 'main': 3.1}
+    results = {'dynamic': [{'policy': 'plain timm', 'kind': 'reference'}], 'latency': {'rounds': 3, 'ms': ms}}
+    found = add_row_keys(results)
+    assert found['dynamic'] == [{'policy': 'main', 'kind': 'reference'}]
+    assert found['latency'] == {'rounds': 3, 'ms': {'main in timm': 3.0, '0': 1.0, 'main': 3.1}}
+    assert list(results['latency']['ms']) == list(ms)

@@ -269,3 +269,25 @@ def test_the_evaluator_measures_what_the_loss_trains(make_model, multi_label, co
     assert {name: row[column] for name, row in evaluator.compute().items()} == pytest.approx(
         dict.fromkeys(['exit0', 'exit1', 'exit2', 'main', 'ens'], 100.0)
     )
+
+
+# ---- Teachers by skill
+
+
+def test_weights_by_skill_are_kept_with_the_task(make_model):
+    task, (images, target) = (
+        MultiExitTask(make_model(input_size=SIZE), create_loss('eed', teacher_weights='skill')),
+        make_batch(),
+    )
+    assert 'teacher_skill' not in task.get_task_state()
+    task(images, target)
+    state = task.get_task_state()
+    assert len(state['teacher_skill']) == 4
+    assert state['teacher_skill'] != [0.25] * 4
+    other = MultiExitTask(make_model(input_size=SIZE), create_loss('eed', teacher_weights='skill'))
+    other.load_task_state(state)
+    assert torch.equal(other.loss.skill, task.loss.skill)
+    equal = MultiExitTask(make_model(input_size=SIZE), create_loss('eed'))
+    equal.load_task_state(state)
+    assert equal.loss.skill is None
+    assert 'teacher_skill' not in equal.get_task_state()

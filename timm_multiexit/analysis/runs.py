@@ -113,10 +113,14 @@ def name_method(args: Mapping[str, Any]) -> str:
     teacher = args.get('exit_teacher')
     if teacher is not None:
         parts.append('teacher' + (teacher if isinstance(teacher, str) else f'[{",".join(map(str, teacher))}]'))
+    if args.get('exit_teacher_weights', 'equal') != 'equal':
+        parts.append(args['exit_teacher_weights'])
     if args.get('exit_output_weight') is not None:
         parts.append(f'weight{args["exit_output_weight"]:g}')
     if args.get('exit_feature_weight'):
         parts.append('features')
+    if args.get('exit_survivors'):
+        parts.append('survivors')
     if args.get('exit_head', 'conv') != 'conv':
         parts.append(args['exit_head'])
     return '-'.join(parts)
@@ -125,12 +129,12 @@ def name_method(args: Mapping[str, Any]) -> str:
 def teacher_members(args: Mapping[str, Any], num_exits: int) -> dict[int, float]:
     """Return the classifiers that teach, 0-based, shallow to deep, with their weights; none if nothing is distilled.
 
-    `num_exits` is without main.
+    `num_exits` is without main. None are returned where weights follow skill, which changes during a run.
 
     >>> teacher_members({'exits': 'auto', 'exit_loss': 'eed', 'exit_teacher': [0, -1]}, 3)
     {0: 0.5, 3: 0.5}
     """
-    if args['exits'] is None:
+    if args['exits'] is None or args.get('exit_teacher_weights') == 'skill':
         return {}
     row, given = LOSSES[args['exit_loss']], args.get('exit_teacher')
     teacher = checked_teacher(row['teacher'] if given is None else given)

@@ -38,7 +38,11 @@ def _is_text_or_none(value: Any) -> bool:
 
 # What the arguments that are read here and elsewhere must be, if they are given and not None.
 _ARGS_KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ('model exit_loss exit_output_loss exit_head config task train_split val_split', _is_text, 'text'),
+    (
+        'model exit_loss exit_output_loss exit_teacher_weights exit_head config task train_split val_split',
+        _is_text,
+        'text',
+    ),
     ('seed val_from_train', is_integer, 'an integer'),
     ('exit_output_weight exit_feature_weight', is_number, 'a number'),
     ('exits exit_teacher', lambda value: is_integer(value) or isinstance(value, (str, list)), 'text or a list'),

@@ -3,13 +3,14 @@
 import logging
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from timm.data.config import resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import resolve_model_input_args
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 from timm_multiexit.checkpoints.source import ModelSource, create_backbone
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint, read_training_checkpoint, read_weights
 from timm_multiexit.cli.build_training import create_train_loss
+from timm_multiexit.evaluation.cascade import Cascade
 from timm_multiexit.exits.backbone import classifier_names
 from timm_multiexit.exits.cost import empty_images, find_dtype, meta_copy
 from timm_multiexit.factory import create_model
@@ -255,11 +257,11 @@ def split_name(text: str) -> tuple[str, str]:
     return name, checkpoint
 
 
-def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExitModel:
+def create_static(text: str, *, num_classes: int, in_chans: int = 3, flag: str = '--compare') -> MultiExitModel:
     """Return a trained plain timm model, without exits, on the CPU.
 
     `text` is a timm name, for its own weights; NAME:CHECKPOINT, for those of a file; `local-dir:FOLDER`; or
-    `hf-hub:ORG/NAME`. It must have the classes of the model that it is compared with.
+    `hf-hub:ORG/NAME`. It must have the classes of the model that it is compared with. Errors name the flag.
     """
     name, checkpoint = split_name(text)
     try:
@@ -269,14 +271,54 @@ def create_static(text: str, *, num_classes: int, in_chans: int = 3) -> MultiExi
         else:
             backbone = create_backbone(name, pretrained=True)
     except MultiExitError as error:
-        raise type(error)(f'--compare {text}: {error}') from error
+        raise type(error)(f'{flag} {text}: {error}') from error
     except (*LIBRARY_ERRORS, KeyError, SafetensorError) as error:
-        raise CheckpointError(f'--compare {text}: cannot load the weights: {one_line(error)}.') from error
+        raise CheckpointError(f'{flag} {text}: cannot load the weights: {one_line(error)}.') from error
     if backbone.num_classes != num_classes:
         raise InvalidValueError(
-            f'--compare {text} must have the {num_classes} classes of the model, got {backbone.num_classes}.'
+            f'{flag} {text} must have the {num_classes} classes of the model, got {backbone.num_classes}.'
         )
     model = MultiExitModel(backbone, [])
     if model.in_chans != in_chans:
-        raise InvalidValueError(f'--compare {text} must take images of {in_chans} channels, got {model.in_chans}.')
+        raise InvalidValueError(f'{flag} {text} must take images of {in_chans} channels, got {model.in_chans}.')
     return model
+
+
+def create_cascade(
+    args: Namespace, given: Mapping[str, Any], model: MultiExitModel, data_config: Mapping[str, Any]
+) -> Cascade:
+    """Return the cascade of two models that `--compare-cascade` names, on the CPU.
+
+    Args:
+        args: The flags.
+        given: The flags as they were given, without what a checkpoint remembers.
+        model: The model that it is compared with.
+        data_config: How images are prepared for that.
+
+    Raises:
+        MultiExitError: A model is unknown, has other classes, or takes images that are prepared in another way.
+    """
+    flag, input_size = '--compare-cascade', data_config['input_size']
+    parts = []
+    for name in args.compare_cascade:
+        part = create_static(name, num_classes=model.num_classes, in_chans=input_size[0], flag=flag)
+        own = resolve_data_config(dict(given), model=part)
+        for key in own.keys() & data_config.keys():
+            texts = [
+                list(value) if isinstance(value, (list, tuple)) else value for value in (data_config[key], own[key])
+            ]
+            if texts[0] != texts[1]:
+                raise InvalidValueError(
+                    f"{flag} {name} must take images prepared as {args.model}'s, {key} {texts[0]}, got {texts[1]}. Name"
+                    ' models prepared alike, or prepare all alike by --img-size, --crop-pct, --mean, --std and'
+                    ' --interpolation.'
+                )
+        parts.append(part)
+    cascade = Cascade(*parts)
+    try:
+        cascade.costs(input_size)
+    except LIBRARY_ERRORS as error:
+        raise InvalidValueError(
+            f'{flag} {",".join(args.compare_cascade)}: cannot run on images {list(input_size)}: {one_line(error)}.'
+        ) from error
+    return cascade

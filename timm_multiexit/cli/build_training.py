@@ -256,6 +256,8 @@ def create_train_loss(args: Namespace, num_classes: int | None = None) -> MultiE
         feature_weight=args.exit_feature_weight,
         temperature=args.exit_temperature,
         exit_weights=args.exit_weights,
+        teacher_weights=args.exit_teacher_weights,
+        survivors=args.exit_survivors,
         criterion=create_criterion(args, num_classes),
         multi_label=args.task == 'multilabel',
     )

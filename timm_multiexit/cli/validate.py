@@ -14,7 +14,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 from timm_multiexit.checkpoints.save import hash_weights, save_policy
 from timm_multiexit.checkpoints.source import create_backbone, find_source
 from timm_multiexit.checkpoints.timm_checkpoint import build_exits, load_checkpoint, read_training_checkpoint
-from timm_multiexit.cli.build_model import create_static, keep_classes, model_kwargs
+from timm_multiexit.cli.build_model import create_cascade, create_static, keep_classes, model_kwargs
 from timm_multiexit.cli.flags.exit_flags import join_shares
 from timm_multiexit.cli.flags.validate_args import (
     asked_flags,
@@ -42,9 +42,11 @@ from timm_multiexit.cli.flags.validate_args import (
     picture_path,
     policy_path,
     resolve_data,
+    timed_sizes,
 )
 from timm_multiexit.cli.launch import create_accelerator, setup_logging
 from timm_multiexit.cli.validate_data import create_validation_data
+from timm_multiexit.evaluation.cascade import Cascade
 from timm_multiexit.evaluation.labels import LabelMetrics, read_valid_labels
 from timm_multiexit.evaluation.pictures import draw_validation
 from timm_multiexit.evaluation.stamp import describe_inputs, name_dataset
@@ -57,6 +59,8 @@ from timm_multiexit.utils.files import sha256, write_output
 from timm_multiexit.utils.text import format_table
 
 _logger = logging.getLogger(__name__)
+
+_Model = TypeVar('_Model', MultiExitModel, Cascade)
 
 # Arguments of the run that wrote a checkpoint, used for flags that are not given here.
 _REMEMBERED = 'model num_classes img_size input_size in_chans gp mean std crop_pct interpolation model_kwargs'.split()
@@ -92,7 +96,7 @@ def create_evaluated_model(args: Namespace) -> MultiExitModel:
     return model
 
 
-def place_evaluated_model(args: Namespace, model: MultiExitModel, accelerator: Accelerator) -> MultiExitModel:
+def place_evaluated_model(args: Namespace, model: _Model, accelerator: Accelerator) -> _Model:
     """Return the model on its device, in eval mode, as the flags want it to run."""
     if args.fast_norm:
         set_fast_norm()
@@ -101,7 +105,8 @@ def place_evaluated_model(args: Namespace, model: MultiExitModel, accelerator: A
         model.to(memory_format=torch.channels_last)
     if args.torchcompile:
         torch._dynamo.config.recompile_limit = 64  # one forward serves several modes and batch sizes
-        model.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        for network in model.children() if isinstance(model, Cascade) else (model,):
+            network.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     return model
 
 
@@ -171,6 +176,7 @@ def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dic
     if not (args.data or args.data_dir or args.dataset):
         _logger.info('No data named (--data-dir, --dataset): a split of the handwritten digits.')
     resolve_data(args)
+    given = dict(vars(args))
     model = place_evaluated_model(args, create_evaluated_model(args), accelerator)
     data_config = resolve_images(args, model)
     # Hashed before the evaluation: a run that is still training may write new weights into its folder.
@@ -184,6 +190,7 @@ def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dic
     labels = create_label_metrics(args, validator)
     in_chans = data_config['input_size'][0]
     statics = {name: create_static(name, num_classes=model.num_classes, in_chans=in_chans) for name in args.compare}
+    cascade = create_cascade(args, given, model, data_config) if args.compare_cascade else None
     validation = validator.run()
     if labels is not None:
         show(add_label_metrics(labels, validator, validation))
@@ -194,6 +201,10 @@ def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dic
         show(save_chosen_policy(args, validation, weights))
     if has_dynamic and statics:
         validator.compare(validation, statics)
+    if has_dynamic and cascade is not None:
+        place_evaluated_model(args, cascade, accelerator)
+        small, large = args.compare_cascade
+        validator.compare_cascade(validation, cascade, (small, large), statics=statics, batch_sizes=timed_sizes(args))
     picture = draw_picture(args, validation) if has_dynamic else {}
     inputs = describe_inputs(
         model,

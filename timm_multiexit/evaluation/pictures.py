@@ -54,7 +54,8 @@ def plot_accuracy_over_macs(
 def draw_validation(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, Any], title: str) -> bytes | None:
     """Return a PNG: cost and accuracy of classifiers, policies and static models; None without matplotlib.
 
-    The rows are those of an `ExitTable`; of the sections of `Validation`, `curve` and `compare` are drawn if present.
+    The rows are those of an `ExitTable`; of the sections of `Validation`, `curve`, `compare` and `rivals` are drawn if
+    present.
     """
     try:
         return encode_png(plot_accuracy_over_macs(validation_lines(rows, sections), title=title))
@@ -70,17 +71,23 @@ def validation_lines(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, A
         Line(sorted(points), label, {'color': color, 'marker': '.', 'markersize': 4, 'linewidth': 1.5})
         for (label, points), color in zip(_curve_points(sections.get('curve')).items(), COLORS)
     ]
+    rivals = sections.get('rivals') or {'rows': ()}
+    if cascade := _curve_points((rivals.get('cascade') or {}).get('curve')).get(_SEARCH):
+        style = {'color': COLORS[2], 'marker': 'x', 'markersize': 4, 'linewidth': 1.5}
+        lines.append(Line(sorted(cascade), 'cascade of two models', style))
     names = ['main' if row is main else f'exit {row["exit_idx"]}' for row in classifiers]
     style = {'color': 'black', 'marker': 'o', 'linestyle': ':'}
     lines.append(Line([_place(row) for row in classifiers], 'one classifier for all', style, names))
-    singles = {'plain backbone': (1e9 * main['GMACs fixed'], main['top-1']), 'ensemble of all': _place(ensemble)}
+    singles = {'main alone': (1e9 * main['GMACs fixed'], main['top-1']), 'ensemble of all': _place(ensemble)}
     singles |= {row['static model']: (1e9 * row['GMACs'], row['top-1']) for row in sections.get('compare', ())}
+    singles |= {row['name']: (row['macs'], row['top-1']) for row in rivals['rows'] if row['kind'] == 'static'}
     for idx, ((label, point), color) in enumerate(zip(singles.items(), gray_shades(len(singles)))):
         style = {'color': color, 'marker': _SINGLES[idx % len(_SINGLES)]}
         lines.append(Line([point], label, {**style, 'markersize': 8, 'linestyle': 'none', 'markeredgecolor': 'black'}))
     return lines
 
 
+_SEARCH = 'budgets, search'
 _SINGLES = MARKERS.replace('o', '')  # which the line of classifiers has
 
 
@@ -90,7 +97,7 @@ def _place(row: Mapping[str, Any]) -> Point:
 
 def _curve_points(curve: Mapping[str, Any] | None) -> dict[str, list[Point]]:
     """Return label -> points of the curves that were measured."""
-    labels = {'solver': "budgets, MSDNet's solver", 'search': 'budgets, search'}
+    labels = {'solver': "budgets, MSDNet's solver", 'search': _SEARCH}
     points = curve['points'] if curve else []
     found = {
         label: [(point[name]['macs'], point[name]['top-1']) for point in points if point[name]]

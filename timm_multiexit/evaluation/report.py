@@ -90,7 +90,7 @@ def format_curve(curve: Mapping[str, Any], split: str, total_macs: float, num_ro
 
 
 def describe_result(result: PolicyResult, total_macs: float) -> dict[str, Any]:
-    """Return a policy and its result as JSON-ready values; `total_macs` is the plain backbone's."""
+    """Return a policy and its result as JSON-ready values; `total_macs` is main's."""
     macs = _known_macs(result)
     return {
         **result.policy.to_dict(),
@@ -110,8 +110,8 @@ def _known_macs(result: PolicyResult) -> float:
 def format_latency(latency: Mapping[str, Any]) -> str:
     """Return the latencies of `time_exits` as one line.
 
-    >>> format_latency({'batch_size': 1, 'rounds': 5, 'device': 'cpu', 'ms': {'plain timm': 3.5, '0': 0.25, 'main': 4}})
-    'Latency of one image on cpu, medians of 5 rounds, ms: plain timm 3.500, exit_idx=0 0.250, main 4.000'
+    >>> format_latency({'batch_size': 1, 'rounds': 5, 'device': 'cpu', 'ms': {'main in timm': 3.5, '0': 0.25}})
+    'Latency of one image on cpu, medians of 5 rounds, ms: main in timm 3.500, exit_idx=0 0.250'
     """
     times = ', '.join(
         f'{f"exit_idx={name}" if name.isdecimal() else name} {value:.3f}' for name, value in latency['ms'].items()
@@ -144,6 +144,6 @@ def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mappin
     if timing:
         text += (
             f'\nTimes: a batch of {timing["images"]} images, in turns, medians of {timing["rounds"]} rounds on'
-            f' {timing["device"]}; the ratio is to plain timm.'
+            f' {timing["device"]}; the ratio is to main.'
         )
     return text.rstrip('\n')

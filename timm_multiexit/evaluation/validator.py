@@ -2,19 +2,28 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_multiexit.calibration.logits import LogitSet, collect_logits
 from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts, describe_times
 from timm_multiexit.calibration.temperature import fit_temperatures
 from timm_multiexit.calibration.thresholds import calibrate, check_wishes, search_budgets
+from timm_multiexit.evaluation.cascade import (
+    Cascade,
+    compare_curves,
+    create_variants,
+    format_networks,
+    list_networks,
+    match_policies,
+    measure_cascade,
+)
 from timm_multiexit.evaluation.exit_table import (
     CreateLoader,
     ExitTable,
@@ -33,7 +42,7 @@ from timm_multiexit.evaluation.report import (
     report_curve,
     report_order,
 )
-from timm_multiexit.evaluation.speed import time_exits, time_policies
+from timm_multiexit.evaluation.speed import time_exits, time_networks, time_policies
 from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.policies.budgets import BudgetTable, parse_budget
 from timm_multiexit.policies.policy import ExitPolicy
@@ -84,7 +93,7 @@ class Questions:
         delta: Probability that `max_drop` is exceeded.
         criterion: Key of `CRITERIA`, of the policies that are chosen.
         combine: As in `ExitPolicy`, of the policies that are chosen.
-        time_rounds: How often policies and plain timm are timed; 0 for no times.
+        time_rounds: How often policies and main are timed; 0 for no times.
         needs_logits: Measure dynamic inference whatever memory the logits take.
 
     Raises:
@@ -121,8 +130,8 @@ class Validation:
 
     Attributes:
         table: Of every classifier.
-        sections: JSON-ready: failure_auroc, overthinking, monotonicity, curve, calibrated_on, dynamic, timing, latency
-            and compare, as far as they were measured.
+        sections: JSON-ready: failure_auroc, overthinking, monotonicity, curve, calibrated_on, dynamic, timing, latency,
+            compare and rivals, as far as they were measured.
         policy: The policy chosen for the first budget, else for the bounded drop; None if none was chosen.
         budgets: All policies that were found on the calibration images.
     """
@@ -175,6 +184,8 @@ class Validator:
         self.model, self.data, self.questions = check_model(model), data, questions
         self.accelerator, self.name, self.show = accelerator, name, show
         self.costs = StageCosts.from_exit_costs(model.cost(data.config['input_size']))
+        self._calibration: Calibration | None = None
+        self._policies: dict[str, _NamedPolicy] = {}
 
     def run(self) -> Validation:
         """Return the results; with several processes, and for a model without exits, the table alone."""
@@ -197,6 +208,64 @@ class Validator:
         rows = evaluate_static(statics, data.dataset, create_loader=data.create_loader, accelerator=self.accelerator)
         self._add(validation, f'Static models on the {data.split} split:\n\n{format_table(rows)}', compare=rows)
 
+    def compare_cascade(
+        self,
+        validation: Validation,
+        cascade: Cascade,
+        names: tuple[str, str],
+        *,
+        statics: Mapping[str, MultiExitModel] | None = None,
+        batch_sizes: Sequence[int] = (),
+    ) -> None:
+        """Add a cascade of two models beside the policies that were measured, and the models of `compare`.
+
+        Args:
+            validation: What `run` returned, and `compare` has added the `statics` to.
+            cascade: On the model's device, in eval mode; images are prepared for it as for the model.
+            names: Of its models.
+            statics: Those of `compare`.
+            batch_sizes: Sizes to measure images per second at; none for no times.
+
+        Raises:
+            InvalidValueError: There are no images to choose thresholds on.
+        """
+        if self._calibration is None or self.data.calibration is None:
+            raise InvalidValueError('A cascade needs images to choose thresholds on: see ValidationData.')
+        config, own = self.data.config, {name: named.policy for name, named in self._policies.items()}
+        source, chosen_on = self._calibration.source, self._calibration.collected
+        held_out, reported = (
+            self._collect(self.data.create_loader(dataset, config), cascade)
+            for dataset in (self.data.calibration[0], self.data.dataset)
+        )
+        costs = cascade.costs(config['input_size'])
+        meter = PolicyMeter(reported.logits, reported.targets, costs)
+        asked = self.questions
+        rival = measure_cascade(
+            costs, meter, Calibration(held_out, source), criterion=asked.criterion, combine=asked.combine
+        )
+        matched = match_policies(own, PolicyMeter(chosen_on.logits, chosen_on.targets, self.costs), rival)
+        section: dict[str, Any] = {
+            'rows': list_networks(validation.table.rows[-2], validation.sections, own, matched, rival, names),
+            'cascade': {
+                **dict(zip(('small', 'large'), names)),
+                'chosen_on': source,
+                'curve': rival.curve,
+                'pairs': compare_curves(validation.sections['curve'], rival),
+            },
+        }
+        if batch_sizes and asked.time_rounds:
+            images = self._load_timed()
+            found = time_networks(
+                *create_variants(self.model, cascade, names, own, matched, statics or {}, images),
+                batch_sizes,
+                rounds=asked.time_rounds,
+                accelerator=self.accelerator,
+            )
+            section['rows'] = [row | {'img/s': found[row['name']]} for row in section['rows']]
+            timing = {'rounds': asked.time_rounds, 'device': str(images.device)}
+            section['timing'] = {'batch_sizes': list(batch_sizes), **timing}
+        self._add(validation, format_networks(section, self.data.split), rivals=section)
+
     def _keeps_logits(self) -> bool:
         """Return whether dynamic inference is reported."""
         if not len(self.model.exits) or self.accelerator.num_processes > 1:
@@ -211,8 +280,15 @@ class Validator:
             )
         return size <= _MAX_BYTES
 
-    def _collect(self, loader: Iterable[Any]) -> LogitSet:
-        return collect_logits(self.model, loader, accelerator=self.accelerator, channels_last=self.data.channels_last)
+    def _collect(self, loader: Iterable[Any], model: nn.Module | None = None) -> LogitSet:
+        return collect_logits(
+            model or self.model, loader, accelerator=self.accelerator, channels_last=self.data.channels_last
+        )
+
+    def _load_timed(self) -> Tensor:
+        """Return the batch that is timed, as the model takes it."""
+        images = self.data.load_timed().to(next(self.model.parameters()).dtype)
+        return images.contiguous(memory_format=torch.channels_last) if self.data.channels_last else images
 
     def _begin(self, metrics: dict[str, dict[str, float]], num_samples: int) -> Validation:
         """Return the table alone, and show it."""
@@ -243,9 +319,8 @@ class Validator:
         needs_times = any(parse_budget(budget).unit == 'ms' for budget in asked.budgets)
         has_policies = asked.policies or asked.budgets or asked.max_drop is not None or self.model.policy is not None
         if needs_times or (asked.time_rounds and has_policies):
-            images = self.data.load_timed().to(next(self.model.parameters()).dtype)
-            if self.data.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            images = self._load_timed()
+        self._calibration = calibration
         if calibration is not None:
             validation.budgets = self._search(calibration, images if needs_times else None)
             curve = report_curve(meter, calibration, self.costs, validation.budgets)
@@ -254,6 +329,7 @@ class Validator:
         policies = self._find_policies(calibration, validation.budgets or self.model.budgets)
         chosen = [named.policy for named in policies.values() if named.kind in ('budget', 'max_drop')]
         validation.policy = chosen[0] if chosen else None
+        self._policies = policies
         if policies:
             self._add_dynamic(validation, meter, policies, images)
 
@@ -312,7 +388,7 @@ class Validator:
         """Add accuracy and cost of policies, and their times if there are images to time."""
         total, main = self.costs.total, validation.table.rows[-2]
         rows: list[dict[str, Any]] = []
-        for name, macs in (('plain timm', total), ('all exits', self.costs.largest)):
+        for name, macs in (('main', total), ('all exits', self.costs.largest)):
             row = {'policy': name, 'kind': 'reference', 'budget': None, 'top-1': main['top-1'], 'macs': macs}
             rows.append(row | {'macs_percent': 100 * macs / total})
         for name, (policy, kind, source, budget) in policies.items():

@@ -17,7 +17,16 @@ from timm_multiexit.losses.distances import (
     scale_rows,
     upcast,
 )
-from timm_multiexit.losses.teachers import DepthWeights, KDConfig, checked_teacher, resolve_teacher
+from timm_multiexit.losses.survivors import weigh_survivors
+from timm_multiexit.losses.teachers import (
+    TEACHER_WEIGHTS,
+    DepthWeights,
+    KDConfig,
+    checked_teacher,
+    follow_skill,
+    resolve_teacher,
+)
+from timm_multiexit.utils.checks import check_choice, check_instance
 from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, brief, checked_number, checked_weights
 
 # One row for each method. The names mean the forms that the EED paper (arXiv 2104.00299) compares; where an original
@@ -75,7 +84,7 @@ class MultiExitLoss(nn.Module):
 
         loss = sum_k exit_weights[k] * (task_k + output_k + feature_k + kd_k)
         task_k = (2 - a^j) * criterion(z_k, target)            a: depth_weights.balance, 1 if not given
-        output_k = distill_scale * output_weight * a^j * D(mean_i b_i z_i, z_k)    b: depth_weights.teacher
+        output_k = distill_scale * output_weight * a^j * D(mean_i b_i z_i, z_k)    b: depth_weights.teacher, or skill
         feature_k = distill_scale * feature_weight * mean((mean_i b_i f_i - f_k)^2)
         kd_k = T_kd^2 * KL(outside teacher || z_k), weighed as `KDConfig` says; see `terms`
 
@@ -95,6 +104,10 @@ class MultiExitLoss(nn.Module):
         exit_weights: One factor for each classifier, exits shallow to deep, then main, at least 0: it multiplies all
             terms of that classifier. None stands for ones.
         depth_weights: Weights of the classifiers in the teacher, and of the terms of each classifier; None for equal.
+        teacher_weights: 'equal', b as `depth_weights` says; or 'skill': b starts even, and in training mode follows
+            after each call what `follow_skill` says, so that a weak classifier does not pull a strong one down.
+        survivors: Let each exit but the first learn from the images that arrive there, for heads on a backbone that is
+            frozen: see `weigh_survivors`. Main's terms, and all values, stay those of all images.
         criterion: The task term: (logits [B, C], target) -> scalar. None stands for cross-entropy with targets
             [B] of class indices or [B, C] of probabilities; with `multi_label`, for binary cross-entropy averaged over
             batch and classes with targets [B, C] in 0 to 1.
@@ -104,6 +117,8 @@ class MultiExitLoss(nn.Module):
         distill_scale: Factor of the output and feature distances (not of an outside teacher's), a float that a
             training loop may set at every step, e.g. 0 to 1 during a warm-up. At 0 the distances are still computed,
             so that projectors get a gradient, of zero, as distributed training wants.
+        skill: With 'skill' the weights b [M] of the classifiers that teach, shallow to deep; None before the first
+            call.
 
     Raises:
         InvalidValueError: An argument is out of range, or arguments contradict each other.
@@ -138,6 +153,8 @@ class MultiExitLoss(nn.Module):
         temperature: float = 3.0,
         exit_weights: Sequence[float] | None = None,
         depth_weights: DepthWeights | None = None,
+        teacher_weights: str = 'equal',
+        survivors: bool = False,
         criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         multi_label: bool = False,
     ):
@@ -159,6 +176,10 @@ class MultiExitLoss(nn.Module):
         self.temperature = checked_number('temperature', temperature, is_positive=True)
         self.exit_weights = None if exit_weights is None else checked_weights('exit_weights', exit_weights)
         self.depth_weights = depth_weights or DepthWeights()
+        self.teacher_weights = check_choice('teacher_weights', teacher_weights, TEACHER_WEIGHTS)
+        self.survivors = check_instance('survivors', survivors, bool)
+        self.skill: torch.Tensor | None
+        self.register_buffer('skill', None, persistent=False)
         self.criterion = criterion or (_binary_cross_entropy if multi_label else F.cross_entropy)
         self.multi_label = bool(multi_label)
         self.distill_scale = 1.0
@@ -174,10 +195,29 @@ class MultiExitLoss(nn.Module):
                     f"{name} is {value} but the loss has no teacher. Name one (teacher='main', 'all' or a list of"
                     f" classifiers; the losses 'phuong', 'byot', 'eed' and 'beed' have one) or leave {name} out."
                 )
+        if self.teacher_weights == 'skill':
+            self._check_skill()
+        if self.survivors and self.multi_label:
+            raise InvalidValueError(
+                'survivors must be False with multi_label, got True: confidence, by which images leave, needs classes'
+                ' that exclude each other.'
+            )
         if self.multi_label and self.teacher is not None and self.output_loss == 'kl':
             raise InvalidValueError(
                 "output_loss must be 'mse' or 'bernoulli' with multi_label, got 'kl', whose softmax needs classes that"
                 ' exclude each other.'
+            )
+
+    def _check_skill(self) -> None:
+        if self.teacher is None or self.teacher == 'main' or (self.teacher != 'all' and len(self.teacher) == 1):
+            raise InvalidValueError(
+                f"teacher_weights must be 'equal' for a teacher of less than two classifiers, got 'skill' with"
+                f" {self.teacher!r}. Let several teach: teacher='all', or [0, -1]."
+            )
+        if self.depth_weights.teacher != 1.0:
+            raise InvalidValueError(
+                f"teacher_weights must be 'equal' with weights by depth, got 'skill' with {self.depth_weights}. Leave"
+                ' one of them out.'
             )
 
     def forward(self, outputs: Any, target: torch.Tensor) -> torch.Tensor:
@@ -211,6 +251,8 @@ class MultiExitLoss(nn.Module):
         task_factor, kd_factor = (kd or KDConfig()).factors if outside is not None else (1.0, 0.0)
         with full_precision(logits[0].device.type):
             logits = [upcast(tensor) for tensor in logits]
+            if self.survivors:
+                logits = weigh_survivors(logits, logits)
             tokens = getattr(outputs, 'tokens', None) if outside is not None else None
             own, taught = ([*logits[:-1], upcast(tokens[idx])] if tokens else logits for idx in (0, -1))
             task = self._task_rows(own, target)  # [K+1]
@@ -222,7 +264,40 @@ class MultiExitLoss(nn.Module):
             if outside is not None:
                 parts.append(kd_factor * self._outside_rows(torch.stack(taught), outside, kd or KDConfig()))
             rows = scale_rows(sum(parts[1:], parts[0]), self.exit_weights or [1.0] * count)
+            if self.teacher_weights == 'skill' and self.training:
+                self._update_skill(torch.stack(logits), target)
         return LossTerms(rows.sum(), *(part.detach() for part in parts))
+
+    def set_skill(self, weights: Sequence[float]) -> None:
+        """Continue with the weights of an earlier run.
+
+        Raises:
+            InvalidValueError: They are not numbers above 0 with a sum of 1.
+        """
+        numbers = checked_weights('skill', weights)
+        if not numbers or min(numbers) <= 0 or abs(sum(numbers) - 1) > 1e-3:
+            raise InvalidValueError(f'skill must be numbers > 0 with a sum of 1, got {brief(list(numbers))}.')
+        self.skill = torch.tensor(numbers)
+
+    def _update_skill(self, logits: torch.Tensor, target: torch.Tensor) -> None:
+        members = self._members(len(logits))
+        taught = torch.stack([logits[idx] for idx in members]).detach()
+        self.skill = follow_skill(self._skill_of(taught), taught, target, multi_label=self.multi_label)
+
+    def _skill_of(self, members: torch.Tensor) -> torch.Tensor:
+        """Return the weights of the teacher's [M, B, N] classifiers, even ones at first."""
+        if self.skill is None:
+            return torch.full((len(members),), 1 / len(members), dtype=members.dtype, device=members.device)
+        if len(self.skill) != len(members):
+            raise InvalidValueError(
+                f'skill has {len(self.skill)} weights, but {len(members)} classifiers teach (teacher is'
+                f' {self.teacher!r}). Give one for each.'
+            )
+        return self.skill.to(members)
+
+    def _members(self, count: int) -> dict[int, float]:
+        assert self.teacher is not None  # a weight above 0 has one
+        return resolve_teacher(self.teacher, self.depth_weights, count)
 
     def check_count(self, count: int) -> None:
         """Raise if the settings do not fit a model's number of classifiers, exits and main.
@@ -269,15 +344,19 @@ class MultiExitLoss(nn.Module):
         """Return the settings that `print` shows."""
         names = ['teacher', 'output_loss', 'output_weight', 'feature_weight', 'temperature', 'exit_weights']
         names += ['depth_weights'] if self.depth_weights != DepthWeights() else []
+        names += ['teacher_weights'] if self.teacher_weights != 'equal' else []
+        names += ['survivors'] if self.survivors else []
         return ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
 
     def _split(self, stacked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the students [S, B, N], S at most K+1, and the detached teacher [B, N] of stacked [K+1, B, N]."""
-        assert self.teacher is not None  # a weight above 0 has one
-        members = resolve_teacher(self.teacher, self.depth_weights, len(stacked))
+        members = self._members(len(stacked))
         fixed = stacked.detach()
         if list(members) == [len(stacked) - 1]:
             return stacked[:-1], fixed[-1]
+        if self.teacher_weights == 'skill':
+            taught = torch.stack([fixed[idx] for idx in members])  # [M, B, N]
+            return stacked, torch.tensordot(self._skill_of(taught), taught, 1)
         # No tensor of indices or weights, which would be copied to the device at every call.
         first, *others = (weight * fixed[idx] for idx, weight in members.items())
         return stacked, sum(others, first)
@@ -320,7 +399,10 @@ class MultiExitLoss(nn.Module):
                 ' Call the model with exits=True, or use feature_weight 0.'
             )
         self.check_features([tensor.shape[-1] for tensor in features])
-        students, teacher = self._split(torch.stack([upcast(tensor) for tensor in features]))
+        features = [upcast(tensor) for tensor in features]
+        if self.survivors:
+            features = weigh_survivors(features, [upcast(tensor) for tensor in outputs.logits])
+        students, teacher = self._split(torch.stack(features))
         rows = (students - teacher).square().mean((1, 2))
         return F.pad(self.feature_weight * rows, (0, count - len(rows))) * self.distill_scale  # [K+1]
 

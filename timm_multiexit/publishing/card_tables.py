@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from timm_multiexit.evaluation.cascade import describe_pairs as describe_pairs
 from timm_multiexit.publishing.results import (
     Row,
     add_row_keys,
@@ -21,7 +22,7 @@ _POINTS = 1.0  # accuracy that a headline may lose against main
 
 
 class _Trade(NamedTuple):
-    """An exit or a policy compared with plain timm: accuracy and share of the MACs in percent, gain in points."""
+    """An exit or a policy compared with main: accuracy and share of the MACs in percent, gain in points."""
 
     row: Row
     accuracy: float
@@ -31,12 +32,12 @@ class _Trade(NamedTuple):
     def compare(self) -> str:
         """Return the gain in words."""
         if abs(self.gain) < 0.005:
-            return 'level with plain timm'
-        return f'{abs(self.gain):.2f} points {"above" if self.gain > 0 else "below"} plain timm'
+            return 'level with main'
+        return f'{abs(self.gain):.2f} points {"above" if self.gain > 0 else "below"} main'
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """Return one sentence on what early exits gain against plain timm, whose answer is that of main.
+    """Return one sentence on what early exits gain against main.
 
     It is about the cheapest policy that loses at most one point, or if all lose more, the one that loses least. If no
     policy costs less than main, it is about an exit, and if no exit does, about main.
@@ -93,15 +94,17 @@ def describe_picture(metrics: Mapping[str, Any]) -> str:
     """Return the alternative text of the picture."""
     split = name_split(metrics, escape)
     exits = ', '.join(escape(row['exit']) for row in exit_rows(metrics['rows']))
-    shown = [f'exits {exits} and main', 'the ensemble of all exits', 'plain timm']
+    shown = [f'exits {exits} and main', 'the ensemble of all exits', 'main alone']
     if metrics.get('curve'):
         shown.insert(1, 'policies for budgets')
+    if metrics.get('rivals'):
+        shown.append('a cascade of two models')
     shown += [f'static {escape(row["static model"])}' for row in metrics.get('compare') or ()]
     return f'Top-1 accuracy against mean MACs of an image{f" on {split}" if split else ""}: {", ".join(shown)}'
 
 
 def table_exits(metrics: Mapping[str, Any]) -> str:
-    """Return the table of classifiers, with a row for plain timm if its latency is known."""
+    """Return the table of classifiers, with a row for main as timm runs it if its latency is known."""
     rows, ms = metrics['rows'], (metrics.get('latency') or {}).get('ms') or {}
     measured = dict.fromkeys(name for row in rows for name in row if name not in (*COSTS, 'exit_idx'))
     lines = []
@@ -110,8 +113,8 @@ def table_exits(metrics: Mapping[str, Any]) -> str:
         line |= {name: number(row[name]) for name in ('GMACs fixed', 'GMACs sequential')}
         line |= {escape(name): number(row.get(name), 2) for name in measured}
         lines.append(line | {'p50, ms': number(ms.get(row['exit']))})
-    if is_number(ms.get('plain timm')):
-        plain = lines[rows.index(find_main(rows))] | {'exit': 'plain timm', 'p50, ms': number(ms['plain timm'])}
+    if is_number(ms.get('main in timm')):
+        plain = lines[rows.index(find_main(rows))] | {'exit': 'main in timm', 'p50, ms': number(ms['main in timm'])}
         lines.append(plain | {'GMACs sequential': '-'})
     return table(lines, left=('exit', 'at'))
 
@@ -149,7 +152,7 @@ def _name_criterion(row: Row) -> str:
 def table_statics(metrics: Mapping[str, Any]) -> str:
     """Return the table of static networks that were compared with main."""
     main = find_main(metrics['rows'])
-    rows = [('main of this one', {**main, 'image, px': metrics['input_size'][-1], 'GMACs': main['GMACs fixed']})]
+    rows = [('main', {**main, 'image, px': metrics['input_size'][-1], 'GMACs': main['GMACs fixed']})]
     rows += [(code(row['static model']), row) for row in metrics['compare']]
     lines = [
         {
@@ -160,6 +163,23 @@ def table_statics(metrics: Mapping[str, Any]) -> str:
         for name, row in rows
     ]
     return table(lines, left=('network',))
+
+
+def table_networks(metrics: Mapping[str, Any]) -> str:
+    """Return the table of this network's policies, the cascade's and static networks, with their speed if known."""
+    rows = [row for row in metrics['rivals']['rows'] if is_number(row.get('macs')) and is_number(row.get('top-1'))]
+    sizes = list(dict.fromkeys(size for row in rows for size in row.get('img/s') or {}))
+    lines = [
+        {
+            'network': escape(row['name']) if row['kind'] == 'main' else code(row['name']),
+            'kind': escape(row['kind']),
+            'top-1': number(row['top-1'], 2),
+            'GMACs': number(row['macs'] / 1e9),
+            **{f'images/s at {escape(size)}': number((row.get('img/s') or {}).get(size)) for size in sizes},
+        }
+        for row in rows
+    ]
+    return table(lines, left=('network', 'kind'))
 
 
 def sources_of_thresholds(metrics: Mapping[str, Any]) -> dict[str, str]:

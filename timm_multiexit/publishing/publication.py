@@ -33,7 +33,18 @@ CARD_NAME = 'README.md'
 METRICS_NAME = 'metrics.json'
 PROGRAMS_NAME = 'onnx'
 PUBLICATION_NAME = 'publication'
-_MEASURED = ('rows', 'dynamic', 'timing', 'latency', 'compare', 'overthinking', 'curve', 'calibrated_on', 'precision')
+_MEASURED = (
+    'rows',
+    'dynamic',
+    'timing',
+    'latency',
+    'compare',
+    'rivals',
+    'overthinking',
+    'curve',
+    'calibrated_on',
+    'precision',
+)
 _ENVIRONMENT = ('hardware', 'threads', 'versions', 'commit')
 _EED = 'arXiv:2104.00299'
 

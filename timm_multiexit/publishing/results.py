@@ -11,13 +11,14 @@ Row = Mapping[str, Any]
 # What a card compares by, the first that was measured.
 MAIN_METRICS = ('top-1', 'mAP')
 
-_KINDS = ((r'plain timm|all exits', 'reference'), (r'budget .*', 'budget'), (r'max drop .*', 'max_drop'))
+_KINDS = ((r'main|all exits', 'reference'), (r'budget .*', 'budget'), (r'max drop .*', 'max_drop'))
 
 
 def add_row_keys(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return results with `exit_idx` in the rows of classifiers, and `kind` and `budget` in those of policies.
 
-    Files of earlier versions do not have these keys, so they are derived from the names here, and nowhere else.
+    Files of earlier versions do not have these keys, so they are derived from the names here, and nowhere else. They
+    call main of the network plain timm, too.
 
     >>> add_row_keys({'rows': [{'exit': '0'}], 'dynamic': [{'policy': 'budget 60%'}]})
     {'rows': [{'exit': '0', 'exit_idx': 0}], 'dynamic': [{'policy': 'budget 60%', 'kind': 'budget', 'budget': '60%'}]}
@@ -27,7 +28,14 @@ def add_row_keys(results: Mapping[str, Any]) -> dict[str, Any]:
         results['rows'] = [
             {**row, 'exit_idx': row.get('exit_idx', _find_exit(row.get('exit')))} for row in results['rows']
         ]
+    ms = (results.get('latency') or {}).get('ms') or {}
+    if 'plain timm' in ms:
+        renamed = {'main in timm' if name == 'plain timm' else name: value for name, value in ms.items()}
+        results['latency'] = {**results['latency'], 'ms': renamed}
     if results.get('dynamic'):
+        results['dynamic'] = [
+            {**row, 'policy': 'main'} if row.get('policy') == 'plain timm' else row for row in results['dynamic']
+        ]
         results['dynamic'] = [row if 'kind' in row else {**row, **_find_kind(row)} for row in results['dynamic']]
     return results
 
@@ -74,7 +82,7 @@ def find_default(metrics: Mapping[str, Any]) -> Row | None:
     return next((row for row in policy_rows(metrics) if row.get('is_default') is True), None)
 
 
-def find_plain_speed(metrics: Mapping[str, Any]) -> float | None:
-    """Return images/s of plain timm; those of policies do not match their ratios, since both are medians."""
-    speeds = (row.get('img/s') for row in measured_rows(metrics) if row['policy'] == 'plain timm')
+def find_main_speed(metrics: Mapping[str, Any]) -> float | None:
+    """Return images/s of main; those of policies do not match their ratios, since both are medians."""
+    speeds = (row.get('img/s') for row in measured_rows(metrics) if row['policy'] == 'main')
     return next(filter(is_number, speeds), None)

@@ -188,8 +188,19 @@ class MultiExitTask(TrainingTask):
         return [param for param in model.parameters() if id(param) not in excluded]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return the exits, so that a checkpoint can be opened without the flags it was trained with."""
-        return {'exits': [spec.to_dict() for spec in unwrap_model(self.trainable_module).exits.specs]}
+        """Return the exits, so that a checkpoint can be opened without flags, and the teacher's weights by skill."""
+        state: dict[str, Any] = {'exits': [spec.to_dict() for spec in unwrap_model(self.trainable_module).exits.specs]}
+        if self.loss.skill is not None:
+            state['teacher_skill'] = self.loss.skill.tolist()
+        return state
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        """Continue with the teacher's weights of a checkpoint; its exits are the model's already."""
+        skill = (state or {}).get('teacher_skill')
+        if skill is not None and self.loss.teacher_weights == 'skill':
+            self.loss.set_skill(skill)
 
     def create_evaluator(self, **kwargs: Any) -> ExitEvaluator:
         """Return an evaluator for every exit and the ensemble."""

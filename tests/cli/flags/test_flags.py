@@ -30,7 +30,7 @@ NAMED_HERE = set(
 
 OURS = (
     'eed exit_feature_weight exit_head exit_loss exit_lr_scale exit_output_loss exit_output_weight exit_projectors'
-    ' exit_teacher exit_temperature exit_warmup_epochs exit_weights exits head_widths freeze_backbone regime'
+    ' exit_survivors exit_teacher exit_teacher_weights exit_temperature exit_warmup_epochs exit_weights exits head_widths freeze_backbone regime'
     ' backbone_epochs head_warmup_epochs test_split val_from_train bad_images cache_images'
     ' crop_padding log_with progress push_to_hub hub_private'
     ' hub_license'
@@ -98,7 +98,7 @@ def test_all_other_flags_are_the_listed_ones():
 
 
 def test_exit_flags_belong_to_exits():
-    assert {flag.dest for flag in (*EXIT_FLAGS, *EXIT_TRAIN_FLAGS)} == set(OURS[:18])
+    assert {flag.dest for flag in (*EXIT_FLAGS, *EXIT_TRAIN_FLAGS)} == set(OURS[:20])
 
 
 def test_flag_of_several_values_may_be_given_again():
@@ -112,7 +112,7 @@ def test_flag_of_several_values_may_be_given_again():
 
 OWN_OF_VALIDATE = (
     'exits exit_head head_widths calib_split calib_from_train threshold criterion combine budget max_drop delta'
-    ' time_rounds compare plot train_split save_policy'
+    ' time_rounds compare compare_cascade time_batch_sizes plot train_split save_policy'
 ).split()
 
 DIFFERENCES_OF_VALIDATE = {
@@ -363,6 +363,14 @@ REFUSED = {
     '--task multilabel': '--task multilabel needs a --dataset with several labels',
     '--task multilabel --data-dir images': '--task multilabel needs a --dataset with several labels',
     '--target-format multihot': '--target-format multihot needs --task multilabel',
+    '--exit-loss ce --exit-teacher-weights skill': 'skill needs several classifiers that teach. Add --eed,',
+    '--exit-loss phuong --exit-teacher-weights skill': 'skill needs several classifiers that teach. Add --eed,',
+    '--eed --exit-teacher -1 --exit-teacher-weights skill': 'skill needs several classifiers that teach. Add --eed,',
+    '--exit-loss beed --exit-teacher-weights skill': '--exit-teacher-weights must be equal with --exit-loss beed',
+    '--exit-teacher-weights skill': '--exit-teacher-weights needs exits. Add --exits or --exit-loss.',
+    '--exits 1 --exit-survivors': '--exit-survivors needs a frozen backbone',
+    '--eed --regime mixed --exit-survivors': '--exit-survivors needs a frozen backbone',
+    f'{MULTILABEL} --exits 1 --freeze-backbone --exit-survivors': '--exit-survivors needs classes that exclude',
     '--aug-splits 1': '--aug-splits must be 0 or >= 2, got 1.',
     '--jsd-loss': 'got --aug-splits 0. Add --aug-splits 3.',
     '--loss jsd': 'got --aug-splits 0. Add --aug-splits 3.',

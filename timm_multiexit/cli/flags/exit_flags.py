@@ -19,6 +19,7 @@ from timm_multiexit.cli.flags.parser import (
 from timm_multiexit.exits.heads import HEADS
 from timm_multiexit.losses.distances import OUTPUT_WEIGHTS
 from timm_multiexit.losses.multi_exit_loss import LOSSES
+from timm_multiexit.losses.teachers import TEACHER_WEIGHTS
 
 # Widths of the heads, a list per exit; weights of the classifiers, main last; thresholds, of all exits or of each,
 # none for an exit that is not used.
@@ -120,6 +121,14 @@ EXIT_TRAIN_FLAGS: tuple[Flag, ...] = (
         'T',
         "who teaches, if not the loss's: main, all, or indices of classifiers (0,-1)",
     ),
+    value(
+        '--exit-teacher-weights',
+        Choice(*TEACHER_WEIGHTS),
+        'equal',
+        None,
+        'weights of those who teach: even ones, or such as follow their skill',
+    ),
+    switch('--exit-survivors', 'with a frozen backbone: let each exit learn from the images that arrive there'),
     value(
         '--exit-output-loss',
         Choice(*OUTPUT_WEIGHTS),

@@ -10,7 +10,16 @@ from timm_multiexit.utils.errors import InvalidValueError, brief
 
 # What a run minimises. Its table, its name in comparisons and its card say that of all its epochs.
 _LOSS = (
-    *('task', 'exit_loss', 'exit_teacher', 'exit_output_loss', 'exit_output_weight', 'exit_feature_weight'),
+    *(
+        'task',
+        'exit_loss',
+        'exit_teacher',
+        'exit_teacher_weights',
+        'exit_survivors',
+        'exit_output_loss',
+        'exit_output_weight',
+        'exit_feature_weight',
+    ),
     *('exit_temperature', 'exit_weights', 'exit_warmup_epochs', 'loss', 'smoothing', 'bce_sum', 'bce_target_thresh'),
     *('loss_class_weight', 'loss_pos_weight', 'class_stats', 'loss_weight_power', 'poly_gamma', 'poly_epsilon'),
     *('kd_model_name', 'kd_distill_type', 'kd_loss_type', 'distill_loss_weight', 'task_loss_weight'),

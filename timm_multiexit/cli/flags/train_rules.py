@@ -47,6 +47,12 @@ def _distils_softmax(args: Namespace) -> bool:
     return bool(args.exit_teacher or row.get('teacher')) and distance == 'kl' and args.exit_output_weight != 0
 
 
+def _has_teachers(args: Namespace) -> bool:
+    """Return whether more than one classifier teaches."""
+    teacher = args.exit_teacher or LOSSES[args.exit_loss]['teacher']
+    return teacher == 'all' or (isinstance(teacher, list) and len(teacher) > 1)
+
+
 def _leaves_output(name: str) -> bool:
     path = Path(name)
     return path.is_absolute() or not path.parts or '..' in path.parts or not name.isprintable()
@@ -148,6 +154,22 @@ TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
     (
         lambda a: a.regime == 'frozen' and a.head_warmup_epochs,
         '--regime frozen always trains the heads alone. Leave out --head-warmup-epochs.',
+    ),
+    (
+        lambda a: a.exit_teacher_weights == 'skill' and not _has_teachers(a),
+        '--exit-teacher-weights skill needs several classifiers that teach. Add --eed, or --exit-teacher all.',
+    ),
+    (
+        lambda a: a.exit_teacher_weights == 'skill' and 'depth_weights' in LOSSES[a.exit_loss],
+        '--exit-teacher-weights must be equal with --exit-loss {exit_loss}, which weighs by depth, got skill.',
+    ),
+    (
+        lambda a: a.exit_survivors and a.regime != 'frozen',
+        '--exit-survivors needs a frozen backbone: it would learn from the rest alone. Add --freeze-backbone.',
+    ),
+    (
+        lambda a: a.exit_survivors and a.task == 'multilabel',
+        '--exit-survivors needs classes that exclude each other, as --task multilabel does not have.',
     ),
     (
         lambda a: a.exit_weights is not None and not any(a.exit_weights),

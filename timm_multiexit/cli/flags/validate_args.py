@@ -15,6 +15,7 @@ from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.cli.flags.exit_flags import EXIT_FLAGS, parse_thresholds
 from timm_multiexit.cli.flags.parser import (
     Choice,
+    Items,
     ScriptParser,
     add_flags,
     non_negative_int,
@@ -31,6 +32,14 @@ from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.budgets import BudgetTable, PolicyResult, parse_budget
 from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
 from timm_multiexit.utils.errors import DiskError, InvalidValueError, StateError, one_line
+
+
+def _name(text: str) -> str:
+    """Return the name of a model without spaces around it; raise `ValueError` if nothing is left."""
+    if not text.strip():
+        raise ValueError('a name is empty')
+    return text.strip()
+
 
 # timm's flags of `validate.py` that its `train.py` does not have.
 _DATA_FLAGS = (
@@ -117,7 +126,7 @@ _DYNAMIC_FLAGS = (
         non_negative_int,
         5,
         'N',
-        'rounds in which policies and plain timm are timed in turns, 0: no times',
+        'rounds in which policies and main are timed in turns, 0: no times',
     ),
     switch(
         '--save-policy',
@@ -131,6 +140,22 @@ _DYNAMIC_FLAGS = (
         'measure models without exits too: timm name, NAME:CHECKPOINT or local-dir:FOLDER',
         nargs='+',
         action='extend',
+    ),
+    value(
+        '--compare-cascade',
+        Items(_name, 'two models, SMALL,LARGE'),
+        [],
+        'SMALL,LARGE',
+        'measure a cascade of two models without exits too, named as for --compare: the second for what the first is'
+        ' unsure of',
+    ),
+    value(
+        '--time-batch-sizes',
+        positive_int,
+        None,
+        'N',
+        'with --compare-cascade: batch sizes to measure images/s at, 1 and 64 if not given',
+        nargs='+',
     ),
     value(
         '--plot',
@@ -183,7 +208,19 @@ def resolve_data(args: Namespace) -> None:
 
 
 _PICTURE_NAME = 'accuracy_vs_macs.png'
-_ASKING = ('threshold', 'budget', 'max_drop', 'calib_split', 'calib_from_train', 'save_policy', 'compare', 'plot')
+_ASKING = (
+    *(
+        'threshold',
+        'budget',
+        'max_drop',
+        'calib_split',
+        'calib_from_train',
+        'save_policy',
+        'compare',
+        'compare_cascade',
+    ),
+    *('time_batch_sizes', 'plot'),
+)
 _DATA = 'give --calib-split NAME or --calib-from-train N'
 
 
@@ -220,6 +257,26 @@ def check_alone(args: Namespace) -> None:
     check_rules(args, VALIDATE_RULES)
     for budget in args.budget:
         parse_budget(budget)
+    _check_cascade(args)
+
+
+def _check_cascade(args: Namespace) -> None:
+    names, sizes = args.compare_cascade, args.time_batch_sizes
+    if names and len(set(names)) != 2:
+        raise InvalidValueError(f'--compare-cascade must be two models, SMALL,LARGE, got {",".join(names)}.')
+    if names and not chooses_thresholds(args):
+        raise InvalidValueError(f'--compare-cascade {",".join(names)} needs data to choose thresholds on: {_DATA}.')
+    if sizes and not names:
+        raise InvalidValueError('--time-batch-sizes needs --compare-cascade SMALL,LARGE.')
+    if sizes and max(sizes) > args.batch_size:
+        raise InvalidValueError(
+            f'--time-batch-sizes must be <= --batch-size {args.batch_size}, got {max(sizes)}. Give a larger batch.'
+        )
+
+
+def timed_sizes(args: Namespace) -> list[int]:
+    """Return the batch sizes that images per second are measured at."""
+    return args.time_batch_sizes or sorted({1, min(64, args.batch_size)})
 
 
 def check_validate_args(args: Namespace, model: MultiExitModel, num_processes: int) -> None:
