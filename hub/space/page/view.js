@@ -1,0 +1,157 @@
+// What the page shows of a picture on its way: the answer, the road, and one row per exit.
+
+import {softmax, top} from './policy.js';
+
+const BARS = 3;
+
+export const find = (id) => document.getElementById(id);
+
+/** An element with a class, text and children. */
+export function make(tag, {name = '', text = null, ...attributes} = {}, ...children) {
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== null) element.textContent = text;
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+export function percent(share, digits = 0) {
+  const value = 100 * share;
+  // What is not all must not read as all.
+  if (digits === 0 && share < 1 && value >= 99.5) return value >= 99.95 ? '> 99.9 %' : `${value.toFixed(1)} %`;
+  return `${value.toFixed(digits)} %`;
+}
+
+export function formatMs(ms) {
+  if (ms < 0.1) return '< 0.1 ms';
+  return ms < 9.95 ? `${ms.toFixed(1)} ms` : `${Math.round(ms)} ms`;
+}
+
+export function formatMacs(macs) {
+  const [scale, unit] = macs >= 1e9 ? [1e9, 'G'] : macs >= 1e6 ? [1e6, 'M'] : [1e3, 'k'];
+  const value = macs / scale;
+  return `${value.toFixed(value < 10 ? 1 : 0)} ${unit}MACs`;
+}
+
+const SCORES = {
+  confidence: (score, limit) => `confidence ${score.toFixed(2)}, leaves from ${limit.toFixed(2)}`,
+  margin: (score, limit) => `margin ${score.toFixed(2)}, leaves from ${limit.toFixed(2)}`,
+  entropy: (score, limit) => `entropy ${score.toFixed(2)}, leaves up to ${limit.toFixed(2)}`,
+  patience: (score, limit) => `agreed ${score} of ${limit} times in a row`,
+};
+
+const BADGES = {
+  waiting: '',
+  running: 'computing',
+  passed: 'not sure enough',
+  left: 'leaves here',
+  behind: 'only to compare',
+  skipped: 'not used',
+  off: 'never computed',
+};
+
+/** The rows and the road of a network; `update` shows a state of affairs in them. */
+export class ExitsView {
+  constructor(manifest, classes) {
+    Object.assign(this, {manifest, classes, main: manifest.exits.length - 1});
+    this.rows = manifest.exits.map(({name}) => this.makeRow(name));
+    find('exits').replaceChildren(...this.rows.map(({row}) => row));
+    this.makeRoad();
+  }
+
+  makeRow(name) {
+    const bars = Array.from({length: Math.min(BARS, this.manifest.num_classes)}, () => {
+      const [label, fill, value] = [make('span', {name: 'label'}), make('i'), make('span', {name: 'value'})];
+      return {label, fill, value, item: make('li', {}, label, make('span', {name: 'bar'}, fill), value)};
+    });
+    const parts = Object.fromEntries(['badge', 'work', 'ms'].map((part) => [part, make('span', {name: part})]));
+    const [fill, mark, text] = [make('i'), make('b'), make('span')];
+    const head = make('div', {name: 'head'}, make('span', {name: 'title', text: name}), ...Object.values(parts));
+    const list = make('ol', {name: 'bars', 'aria-label': 'Most likely classes'}, ...bars.map(({item}) => item));
+    const score = make('p', {name: 'score'}, make('span', {name: 'gauge'}, fill, mark), text);
+    const body = make('div', {name: 'body'}, make('div', {}, list, score));
+    return {row: make('li', {name: 'exit'}, head, body), bars, score: {line: score, fill, mark, text}, ...parts};
+  }
+
+  /** Exits at their share of the work; evenly where they would lie on each other. */
+  makeRoad() {
+    const costs = this.manifest.exits.map(({macs}) => macs.fixed);
+    const shares = costs.map((cost) => cost / Math.max(...costs));
+    const isTight = shares.some((share, k) => k && share - shares[k - 1] < 0.08);
+    this.places = isTight ? shares.map((_, k) => (k + 1) / shares.length) : shares;
+    this.stops = this.manifest.exits.map(({name}, k) => {
+      const stop = make('span', {name: 'stop'}, make('i'), make('span', {text: k === this.main ? 'main' : name.match(/\d+$/)?.[0] ?? `${k}`}));
+      stop.style.left = `${100 * this.places[k]}%`;
+      return stop;
+    });
+    find('road').append(...this.stops);
+  }
+
+  label(idx) {
+    return (this.classes?.[idx] ?? `class ${idx}`).split(',')[0].replaceAll('_', ' ');
+  }
+
+  /**
+   * Show what is known.
+   *
+   * Takes {steps, exit} of `follow`, the milliseconds of each stage, the costs of leaving, the policy, whether a
+   * picture is there at all, and whether the next stage is being computed.
+   */
+  update({steps, exit, times, costs, policy, hasPicture, isRunning}) {
+    for (const [idx, row] of this.rows.entries()) {
+      const step = steps[idx];
+      const state = this.describe(step, idx, {exit, hasPicture, isRunning, known: steps.length});
+      row.row.dataset.state = this.stops[idx].dataset.state = state;
+      row.badge.textContent = BADGES[state];
+      row.work.textContent = `${percent(costs[idx] / this.manifest.plain_macs)} of the work`;
+      row.ms.textContent = step && state !== 'skipped' ? formatMs(times[idx]) : '';
+      if (step?.answer) this.fill(row, step, policy);
+    }
+    const reached = exit ?? steps.length - 1;
+    find('driven').style.width = `${hasPicture && reached >= 0 ? 100 * this.places[reached] : 0}%`;
+    find('road').dataset.left = exit === null ? '' : 'yes';
+  }
+
+  describe(step, idx, {exit, hasPicture, isRunning, known}) {
+    if (step && !step.isUsed) return exit !== null && idx > exit ? 'off' : 'skipped';
+    if (step) return idx === exit ? 'left' : exit !== null && idx > exit ? 'behind' : 'passed';
+    if (isRunning && idx === known) return 'running';
+    return hasPicture && exit !== null ? 'off' : 'waiting';
+  }
+
+  fill({bars, score}, {idx, answer, score: value}, policy) {
+    const shares = softmax(answer);
+    for (const [place, each] of top(shares, bars.length).entries()) {
+      bars[place].label.textContent = this.label(each);
+      bars[place].value.textContent = percent(shares[each], 1);
+      bars[place].fill.style.width = `${100 * shares[each]}%`;
+    }
+    const limit = policy.thresholds[idx] ?? null; // main has none
+    score.line.hidden = limit === null;
+    if (limit === null) return;
+    const most = policy.criterion === 'patience' ? Math.max(limit, value, 1) : 1;
+    score.fill.style.width = `${(100 * value) / most}%`;
+    score.mark.style.left = `${(100 * limit) / most}%`;
+    score.text.textContent = SCORES[policy.criterion](value, limit);
+  }
+}
+
+/** One sentence on a policy: where an image leaves. */
+export function describePolicy(policy, exits) {
+  const phrases = {
+    confidence: (limit) => `from ${percent(limit)} confidence`,
+    margin: (limit) => `from a margin of ${limit.toFixed(2)}`,
+    entropy: (limit) => `up to an entropy of ${limit.toFixed(2)}`,
+    patience: (limit) => `after agreeing ${limit} ${limit === 1 ? 'time' : 'times'} in a row`,
+  };
+  const phrase = phrases[policy.criterion], limits = policy.thresholds;
+  const used = limits.flatMap((limit, k) => (limit === null ? [] : [`${exits[k].name} ${phrase(limit)}`]));
+  const unused = limits.flatMap((limit, k) => (limit === null ? [exits[k].name] : []));
+  const isSame = limits.length > 1 && limits.every((limit) => limit !== null && limit === limits[0]);
+  const rule = isSame ? `every exit ${phrase(limits[0])}` : used.join(', ');
+  const parts = [used.length ? `Leaves at ${rule}.` : 'No exit is used: main answers.'];
+  if (used.length && unused.length) parts.push(`Not used: ${unused.join(', ')}.`);
+  if (policy.combine) parts.push(`The ${policy.combine === 'mean' ? 'mean' : 'geometric mean'} of the exits so far answers.`);
+  return parts.join(' ');
+}

@@ -1,0 +1,115 @@
+// The network, off the page's thread: loads the stages one after another and runs them one step at a time.
+
+import * as ort from './vendor/ort.wasm.min.mjs';
+import {preprocess} from './picture.js';
+
+const here = (name) => new URL(name, import.meta.url).href;
+ort.env.wasm.wasmPaths = {
+  mjs: here('vendor/ort-wasm-simd-threaded.mjs'),
+  wasm: here('vendor/ort-wasm-simd-threaded.wasm'),
+};
+ort.env.wasm.numThreads = 1; // more need headers that a plain static host does not send
+ort.env.logLevel = 'error';
+
+const TIMED_RUNS = 3;
+
+let stages = []; // promises of {session, ms}, shallow to deep
+let journey = null; // the picture on its way: {number, next, state}
+let last = Promise.resolve();
+
+/** Wait for what the runtime is doing: its calls share one stack, and must not overlap. */
+function alone(action) {
+  const done = last.then(action);
+  last = done.catch(() => {});
+  return done;
+}
+
+async function download({url, size, sha256}, onProgress) {
+  const response = await fetch(here(url));
+  if (!response.ok) throw new Error(`${url} could not be read: ${response.status} ${response.statusText}.`);
+  const bytes = new Uint8Array(size), reader = response.body.getReader();
+  let count = 0;
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    if (count + part.value.length <= size) bytes.set(part.value, count);
+    count += part.value.length;
+    onProgress(Math.min(count / size, 1));
+  }
+  // Digests exist on secure pages alone: https, or this machine.
+  const digest = count === size && crypto.subtle ? await crypto.subtle.digest('SHA-256', bytes) : null;
+  const hex = digest && Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, '0')).join('');
+  if (count !== size || (hex && hex !== sha256)) {
+    throw new Error(`${url} is not the file that the manifest describes. Make the page again.`);
+  }
+  return bytes;
+}
+
+async function runStage(session, inputs) {
+  const begin = performance.now();
+  const result = await session.run(Object.fromEntries(session.inputNames.map((name, i) => [name, inputs[i]])));
+  const ms = performance.now() - begin;
+  const state = session.outputNames.filter((name) => name !== 'logits').map((name) => result[name]);
+  return {logits: result.logits.data, state, ms};
+}
+
+/** Load the stages in order; each is ready, warm and timed as soon as it is there. */
+function load({files, input_size: size}) {
+  let warm = Promise.resolve([new ort.Tensor('float32', new Float32Array(size.reduce((a, b) => a * b)), [1, ...size])]);
+  stages = files.map((file, idx) => {
+    const inputs = warm;
+    const stage = (async () => {
+      const given = await inputs; // one after another, so that the shallow exits are there first
+      const bytes = await download(file, (share) => postMessage({event: 'progress', idx, share}));
+      const session = await alone(() => ort.InferenceSession.create(bytes, {executionProviders: ['wasm']}));
+      let ms = Infinity, state = [];
+      for (let i = 0; i <= TIMED_RUNS; i++) {
+        const run = await alone(() => runStage(session, given));
+        if (i) ms = Math.min(ms, run.ms); // the first run takes memory
+        state = run.state;
+      }
+      postMessage({event: 'loaded', idx, ms});
+      return {session, ms, state};
+    })();
+    warm = stage.then(({state}) => state);
+    return stage;
+  });
+  return Promise.all(stages).then((all) => all.map(({ms}) => ms));
+}
+
+/** Begin with a picture: {bitmap}, {picture} in RGBA, or {tensor} that is preprocessed already. */
+function begin({number, bitmap, picture, tensor, preprocessing}) {
+  let seen = null;
+  if (bitmap) {
+    const canvas = new OffscreenCanvas(bitmap.width, bitmap.height), context = canvas.getContext('2d');
+    context.fillStyle = '#fff';
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(bitmap, 0, 0);
+    bitmap.close();
+    picture = context.getImageData(0, 0, canvas.width, canvas.height);
+  }
+  if (picture) ({tensor, seen} = preprocess(picture, preprocessing));
+  const image = new ort.Tensor('float32', tensor, [1, ...preprocessing.input_size]);
+  journey = {number, next: 0, state: [image]};
+  return {seen, tensor};
+}
+
+/** Run the next stage of the picture; null if another picture has begun. */
+async function step({number}) {
+  const mine = journey;
+  if (mine?.number !== number) return null;
+  const {session} = await stages[mine.next];
+  if (mine !== journey) return null;
+  const {logits, state, ms} = await alone(() => runStage(session, mine.state));
+  if (logits.some(Number.isNaN)) throw new Error('The network gives NaN for this picture.');
+  mine.state = state;
+  return {idx: mine.next++, logits: Float32Array.from(logits), ms};
+}
+
+const actions = {load, begin, step};
+
+onmessage = async ({data: {id, action, ...values}}) => {
+  try {
+    postMessage({id, result: await actions[action](values)});
+  } catch (error) {
+    postMessage({id, error: error.message});
+  }
+};
