@@ -39,7 +39,7 @@ class Demo {
 
   showLoading(idx, share) {
     if (document.body.dataset.state !== 'loading') return;
-    find('where-text').textContent = `Loading ${this.manifest.exits[idx].name}, ${Math.round(100 * share)} %`;
+    find('where').textContent = `Loading ${this.manifest.exits[idx].name}, ${Math.round(100 * share)} %`;
   }
 
   becomeReady() {
@@ -77,7 +77,7 @@ class Demo {
     find('slide').hidden = kind === 'policy';
     const [max, step] = kind === 'budget' ? [this.manifest.budgets.length - 1, 1] : [1, 0.01];
     Object.assign(slider, {min: 0, max, step, value: this.positions[kind] ?? 0});
-    find('slider-label').textContent = kind === 'budget' ? 'Budget, on average' : 'Confidence to leave with';
+    find('slider-label').textContent = kind === 'budget' ? 'Budget' : 'Confidence to leave with';
     this.applyRule();
     this.travel();
   }
@@ -98,7 +98,8 @@ class Demo {
     find('slider-value').textContent = text;
     slider.setAttribute('aria-valuetext', text);
     slider.style.setProperty('--share', (slider.value - slider.min) / (slider.max - slider.min || 1));
-    find('rule-note').textContent = describePolicy(this.policy, this.manifest.exits);
+    const average = this.rule === 'budget' ? ' A budget is what pictures cost on average.' : '';
+    find('rule-note').textContent = describePolicy(this.policy, this.manifest.exits) + average;
   }
 
   // Pictures
@@ -160,7 +161,7 @@ class Demo {
     this.turn += 1;
     this.journey = null;
     find('pad-hint').hidden = false;
-    find('seen').hidden = true;
+    find('seen').hidden = find('rider').hidden = true;
     this.render();
   }
 
@@ -245,24 +246,24 @@ class Demo {
     const spent = times.slice(0, idx + 1).reduce((a, b) => a + b, 0);
     const whole = stageMs?.reduce((a, b) => a + b, 0);
     const saved = share <= 1 ? `${percent(1 - share)} saved` : `${percent(share - 1)} more than without exits`;
-    const verdict = truth === null ? '' : truth === first ? ', which is right' : `, but it is ${this.view.label(truth)}`;
+    const verdict = truth === null ? '' : truth === first ? 'correct' : `it is ${this.view.label(truth)}`;
     find('name').textContent = name;
-    find('where-text').textContent =
-      exit === null ? `so far, at ${at}` : `${isMain ? 'went all the way to main' : `left at ${at}`}${verdict}`;
-    find('answer').dataset.verdict = truth === null ? '' : truth === first ? 'right' : 'wrong';
+    find('where').textContent = exit === null ? `so far, at ${at}` : isMain ? 'went all the way to main' : `left at ${at}`;
+    Object.assign(find('verdict'), {textContent: verdict, hidden: verdict === '' || exit === null});
+    find('verdict').dataset.verdict = truth === first ? 'right' : 'wrong';
     setFact('work', percent(share), exit === null ? formatMacs(costs[idx]) : saved);
     setFact('time', formatMs(spent), whole ? `all stages: ${formatMs(whole)}` : '');
     setFact('sure', percent(shares[first]), `then ${this.view.label(second)}, ${percent(shares[second])}`);
     this.summary =
-      `${name}, ${percent(shares[first])} confident, at ${at}${verdict}. ` +
+      `${name}, ${percent(shares[first])} confident, at ${at}${verdict && `, ${verdict}`}. ` +
       `${percent(share)} of the network's work, ${saved}, in ${formatMs(spent)}.`;
   }
 
   renderEmpty() {
     const isLoading = document.body.dataset.state === 'loading', wants = this.page.drawing === 'digits' && this.pad;
     find('name').textContent = isLoading ? '…' : '?';
-    if (!isLoading) find('where-text').textContent = wants ? 'draw a digit, or choose a picture' : 'choose a picture';
-    find('answer').dataset.verdict = '';
+    if (!isLoading) find('where').textContent = wants ? 'draw a digit, or choose a picture' : 'choose a picture';
+    find('verdict').hidden = true;
     for (const fact of ['work', 'time', 'sure']) setFact(fact, '–', '');
   }
 }
@@ -273,10 +274,11 @@ function setFact(name, value, sub) {
 }
 
 function showSeen({width, height, data}) {
-  const canvas = find('seen').querySelector('canvas');
-  Object.assign(canvas, {width, height});
-  canvas.getContext('2d').putImageData(new ImageData(data, width, height), 0, 0);
-  find('seen').hidden = false;
+  for (const canvas of [find('seen').querySelector('canvas'), find('rider')]) {
+    Object.assign(canvas, {width, height});
+    canvas.getContext('2d').putImageData(new ImageData(data, width, height), 0, 0);
+  }
+  find('seen').hidden = find('rider').hidden = false;
 }
 
 function showError(message) {

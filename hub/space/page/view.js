@@ -18,20 +18,21 @@ export function make(tag, {name = '', text = null, ...attributes} = {}, ...child
 
 export function percent(share, digits = 0) {
   const value = 100 * share;
-  // What is not all must not read as all.
-  if (digits === 0 && share < 1 && value >= 99.5) return value >= 99.95 ? '> 99.9 %' : `${value.toFixed(1)} %`;
-  return `${value.toFixed(digits)} %`;
+  // What is not all must not read as all, nor a little as nothing.
+  if (share < 1 && value >= 99.95) return '>\u00a099.9\u00a0%';
+  if (digits === 0 && share > 0 && value < 0.5) return '<\u00a01\u00a0%';
+  return `${value.toFixed(digits === 0 && share < 1 && value >= 99.5 ? 1 : digits)}\u00a0%`;
 }
 
 export function formatMs(ms) {
-  if (ms < 0.1) return '< 0.1 ms';
-  return ms < 9.95 ? `${ms.toFixed(1)} ms` : `${Math.round(ms)} ms`;
+  if (ms < 0.1) return '<\u00a00.1\u00a0ms';
+  return `${ms < 9.95 ? ms.toFixed(1) : Math.round(ms)}\u00a0ms`;
 }
 
 export function formatMacs(macs) {
   const [scale, unit] = macs >= 1e9 ? [1e9, 'G'] : macs >= 1e6 ? [1e6, 'M'] : [1e3, 'k'];
   const value = macs / scale;
-  return `${value.toFixed(value < 10 ? 1 : 0)} ${unit}MACs`;
+  return `${value.toFixed(value < 10 ? 1 : 0)}\u00a0${unit}MACs`;
 }
 
 const SCORES = {
@@ -67,7 +68,9 @@ export class ExitsView {
     });
     const parts = Object.fromEntries(['badge', 'work', 'ms'].map((part) => [part, make('span', {name: part})]));
     const [fill, mark, text] = [make('i'), make('b'), make('span')];
-    const head = make('div', {name: 'head'}, make('span', {name: 'title', text: name}), ...Object.values(parts));
+    const of = make('span', {name: 'of', text: '\u00a0of the work'}); // out of sight on a phone
+    const work = make('span', {name: 'share'}, parts.work, of), title = make('span', {name: 'title', text: name});
+    const head = make('div', {name: 'head'}, title, parts.badge, work, parts.ms);
     const list = make('ol', {name: 'bars', 'aria-label': 'Most likely classes'}, ...bars.map(({item}) => item));
     const score = make('p', {name: 'score'}, make('span', {name: 'gauge'}, fill, mark), text);
     const body = make('div', {name: 'body'}, make('div', {}, list, score));
@@ -104,12 +107,13 @@ export class ExitsView {
       const state = this.describe(step, idx, {exit, hasPicture, isRunning, known: steps.length});
       row.row.dataset.state = this.stops[idx].dataset.state = state;
       row.badge.textContent = BADGES[state];
-      row.work.textContent = `${percent(costs[idx] / this.manifest.plain_macs)} of the work`;
+      row.work.textContent = percent(costs[idx] / this.manifest.plain_macs);
       row.ms.textContent = step && state !== 'skipped' ? formatMs(times[idx]) : '';
       if (step?.answer) this.fill(row, step, policy);
     }
     const reached = exit ?? steps.length - 1;
-    find('driven').style.width = `${hasPicture && reached >= 0 ? 100 * this.places[reached] : 0}%`;
+    const place = hasPicture && reached >= 0 ? 100 * this.places[reached] : 0;
+    find('driven').style.width = find('rider').style.left = `${place}%`;
     find('road').dataset.left = exit === null ? '' : 'yes';
   }
 
