@@ -6,6 +6,7 @@ from timm_multiexit.calibration.thresholds import calibrate as calibrate
 from timm_multiexit.checkpoints.module_folder import load_exits as load_exits
 from timm_multiexit.checkpoints.save import save_pretrained as save_pretrained
 from timm_multiexit.checkpoints.timm_checkpoint import load_checkpoint as load_checkpoint
+from timm_multiexit.deploy.export import export as export
 from timm_multiexit.evaluation.exit_table import ExitTable as ExitTable
 from timm_multiexit.evaluation.exit_table import evaluate as evaluate
 from timm_multiexit.exits.spec import ExitSpec as ExitSpec
@@ -59,6 +60,7 @@ __all__ = [
     'create_model',
     'evaluate',
     'exit_points',
+    'export',
     'load_checkpoint',
     'load_exits',
     'push_to_hub',

@@ -1,0 +1,1 @@
+"""From a model to programs that run without PyTorch."""

@@ -1,0 +1,157 @@
+"""The program of all classifiers: traced once by `torch.export`, and made a graph of ONNX."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.errors import InvalidValueError, StateError, one_line
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+OPSET = 20
+EXTRA_MISSING = 'onnx, onnxscript and onnxruntime are not all installed: pip install "timm-multiexit[onnx]".'
+
+_MAX_BATCH = 4096
+_MAX_PROTO_BYTES = 2 * 10**9  # of a protobuf message, which a file of ONNX is
+
+
+def check_extra() -> None:
+    """Raise unless the packages of the extra `onnx` are there.
+
+    Raises:
+        StateError: One is missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise StateError(EXTRA_MISSING) from error
+
+
+class _AllLogits(nn.Module):
+    """The logits of all classifiers, main last."""
+
+    def __init__(self, model: MultiExitModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        logits: tuple[Tensor, ...] = self.model(image, exits=True).logits
+        return logits
+
+
+@torch.inference_mode(False)
+def copy_for_export(model: MultiExitModel) -> MultiExitModel:
+    """Return a copy on the CPU, in float32 and eval mode, without gradient checkpointing; the model stays as it is."""
+    if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
+        raise StateError('The model must have data, got weights on the meta device.')
+    copy = deepcopy(model).eval().cpu().float()
+    for module in copy.modules():
+        if getattr(module, 'grad_checkpointing', False):
+            vars(module)['grad_checkpointing'] = False
+    return copy.requires_grad_(False)
+
+
+def trace_program(model: MultiExitModel, input_size: tuple[int, int, int]) -> ExportedProgram:
+    """Return the program of all classifiers, image [batch, C, H, W] -> one [batch, num_classes] tensor for each.
+
+    Args:
+        model: What `copy_for_export` gave.
+        input_size: (channels, height, width) of an image.
+
+    Raises:
+        InvalidValueError: The model does not take images of this size, or `torch.export` cannot trace it.
+    """
+    module = _AllLogits(model)
+    image = torch.zeros(2, *input_size)
+    with torch.no_grad(), _quiet():
+        try:
+            module(image)
+        except Exception as error:
+            raise InvalidValueError(
+                f'input_size must be one that the model takes, got {list(input_size)}: {one_line(error)}.'
+            ) from error
+        try:
+            shapes = ({0: Dim('batch', min=1, max=_MAX_BATCH)},)
+            return torch.export.export(module, (image,), dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            raise InvalidValueError(
+                f'{type(model.backbone).__name__} cannot be exported: torch.export says {one_line(error)}.'
+            ) from error
+
+
+def trace_onnx(model: MultiExitModel, input_size: tuple[int, int, int]) -> 'ModelProto':
+    """Return the graph of all classifiers, `image` -> `exit_0`, `exit_1`, ..., `main`.
+
+    Arguments and errors are those of `trace_program`; what ONNX has no operators for is an `InvalidValueError` too.
+    """
+    return convert_program(trace_program(model, input_size), type(model.backbone).__name__)
+
+
+def convert_program(program: ExportedProgram, name: str) -> 'ModelProto':
+    """Return a program of all classifiers as a graph of ONNX; `name` is the backbone's, for messages."""
+    num_bytes = sum(value.numel() * value.element_size() for value in program.state_dict.values())
+    if num_bytes > _MAX_PROTO_BYTES:
+        raise InvalidValueError(
+            f'The weights of a model must have at most {_MAX_PROTO_BYTES:,} bytes to be a file of ONNX, got'
+            f" {num_bytes:,}: use formats=('pt2',)."
+        )
+    simplify_pooling(program)
+    num_outputs = len(program.graph_signature.user_outputs)
+    names = [*(f'exit_{idx}' for idx in range(num_outputs - 1)), 'main']
+    with _quiet():
+        try:
+            converted: Any = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, input_names=['image'], output_names=names, verbose=False
+            )
+        except Exception as error:
+            raise InvalidValueError(f'{name} cannot be exported to ONNX: {one_line(_root(error))}.') from error
+    model: ModelProto = converted.model_proto
+    return model
+
+
+def simplify_pooling(program: ExportedProgram) -> None:
+    """Make means of poolings to one pixel.
+
+    Of a map in channels-last order torch decomposes such a pooling to `as_strided`, which becomes a slow gathering of
+    single numbers (torch 2.15).
+    """
+    for node in program.graph.nodes:
+        pools = node.op == 'call_function' and node.target is torch.ops.aten.adaptive_avg_pool2d.default
+        if pools and list(node.args[1]) == [1, 1]:
+            node.target = torch.ops.aten.mean.dim
+            node.args = (node.args[0], [-2, -1], True)
+    program.graph_module.recompile()
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what an error was raised from at first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the exporter tells its own developers from the user."""
+    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript', 'onnx_ir', 'torch.export')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
