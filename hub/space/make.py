@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from PIL import Image, ImageOps
 
+from timm_multiexit.deploy.manifest import MANIFEST_NAME, read_manifest
 from timm_multiexit.utils.errors import DataError, InvalidValueError, MissingFileError, MultiExitError, one_line
 from timm_multiexit.utils.files import new_folder
 
@@ -32,8 +33,6 @@ LIBRARIES = {
     'geist.LICENSE': '@fontsource-variable/geist/LICENSE',
 }
 
-INTERPOLATIONS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')
-CROP_MODES = ('center', 'border', 'squash', None)
 PICTURES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'}
 MAX_EXAMPLES = 24
 EXAMPLE_SIZE = 480  # pixels of the longer side
@@ -103,12 +102,13 @@ def make_page(
     """Write the page and return the content of its `page.json`; the arguments are those of the command line.
 
     Raises:
-        MissingFileError: The export, its manifest, the examples or npm are missing.
-        InvalidValueError: The export has no stages of this precision, or a preparation that the page does not know.
+        CheckpointError: The folder is not an export, or was changed.
+        MissingFileError: The examples or npm are missing.
+        InvalidValueError: The export has no stages of this precision, or images of other channels.
         DataError: There are no examples in their folder, or one is not a picture.
         DiskError: The page could not be written.
     """
-    manifest = _read_manifest(export_folder)
+    manifest = read_manifest(export_folder)
     _check_manifest(manifest, precision)
     if drawing == 'auto':
         drawing = 'digits' if manifest['classes'] == DIGITS else 'none'
@@ -117,7 +117,7 @@ def make_page(
         shutil.copytree(HERE / 'page', draft, dirs_exist_ok=True)
         _copy(libraries, LIBRARIES, draft / 'vendor')
         stages = manifest['programs'][precision]['stages']
-        _copy(export_folder, {path: path for path in ('manifest.json', *stages)}, draft / 'model')
+        _copy(export_folder, {path: path for path in (MANIFEST_NAME, *stages)}, draft / 'model')
         page = {
             'title': title or manifest['name'],
             'precision': precision,
@@ -134,14 +134,6 @@ def make_page(
     return page
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / 'manifest.json'
-    if not path.is_file():
-        raise MissingFileError(f'{path} does not exist. Write the folder by timm-multiexit export MODEL --output FOLDER.')
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
-    return manifest
-
-
 def _check_manifest(manifest: dict[str, Any], precision: str) -> None:
     programs = manifest['programs'].get(precision)
     if programs is None or not programs['stages']:
@@ -150,13 +142,9 @@ def _check_manifest(manifest: dict[str, Any], precision: str) -> None:
             f"The page needs the form 'stages' in {precision}; the export has it in: {made}. Export with --forms stages"
             f'{" and quantize" if precision == "int8" else ""}.'
         )
-    preparation = manifest['preprocessing']
-    allowed = {'interpolation': INTERPOLATIONS, 'crop_mode': CROP_MODES}
-    for name, values in allowed.items():
-        if preparation[name] not in values:
-            raise InvalidValueError(f'{name} must be one of {", ".join(map(str, values))}, got {preparation[name]!r}.')
-    if preparation['input_size'][0] not in (1, 3):
-        raise InvalidValueError(f'The images must have 1 or 3 channels, got {preparation["input_size"][0]}.')
+    channels = manifest['preprocessing']['input_size'][0]
+    if channels not in (1, 3):
+        raise InvalidValueError(f'The images must have 1 or 3 channels, got {channels}.')
 
 
 def install_libraries(folder: Path) -> str:

@@ -98,8 +98,9 @@ class Demo {
     find('slider-value').textContent = text;
     slider.setAttribute('aria-valuetext', text);
     slider.style.setProperty('--share', (slider.value - slider.min) / (slider.max - slider.min || 1));
-    const average = this.rule === 'budget' ? ' A budget is what pictures cost on average.' : '';
-    find('rule-note').textContent = describePolicy(this.policy, this.manifest.exits) + average;
+    const accuracy = this.rule === 'budget' ? budgets[this.positions.budget].accuracy : null;
+    const found = accuracy === null ? '' : ` On average over held-out pictures, of which it gets ${percent(accuracy / 100, 1)} right.`;
+    find('rule-note').textContent = describePolicy(this.policy, this.manifest.exits) + found;
   }
 
   // Pictures
@@ -244,7 +245,7 @@ class Demo {
     const name = this.view.label(first), at = manifest.exits[idx].name, share = costs[idx] / manifest.plain_macs;
     const isMain = idx === this.numStages - 1;
     const spent = times.slice(0, idx + 1).reduce((a, b) => a + b, 0);
-    const whole = stageMs?.reduce((a, b) => a + b, 0);
+    const unspent = stageMs?.slice(idx + 1).reduce((a, b) => a + b, 0); // what the later stages take as a rule
     const saved = share <= 1 ? `${percent(1 - share)} saved` : `${percent(share - 1)} more than without exits`;
     const verdict = truth === null ? '' : truth === first ? 'correct' : `it is ${this.view.label(truth)}`;
     find('name').textContent = name;
@@ -252,7 +253,7 @@ class Demo {
     Object.assign(find('verdict'), {textContent: verdict, hidden: verdict === '' || exit === null});
     find('verdict').dataset.verdict = truth === first ? 'right' : 'wrong';
     setFact('work', percent(share), exit === null ? formatMacs(costs[idx]) : saved);
-    setFact('time', formatMs(spent), whole ? `all stages: ${formatMs(whole)}` : '');
+    setFact('time', formatMs(spent), exit !== null && unspent ? `about ${formatMs(unspent)} saved` : '');
     setFact('sure', percent(shares[first]), `then ${this.view.label(second)}, ${percent(shares[second])}`);
     this.summary =
       `${name}, ${percent(shares[first])} confident, at ${at}${verdict && `, ${verdict}`}. ` +
