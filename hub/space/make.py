@@ -71,14 +71,14 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         '--examples',
         type=Path,
         metavar='FOLDER',
-        help=f'up to {MAX_EXAMPLES} pictures, or folders of them named after their class, whose answers are then judged',
+        help=f'up to {MAX_EXAMPLES} pictures, or folders of them named after their classes, which judges the answers',
     )
     parser.add_argument(
         '--drawing',
         choices=('auto', 'digits', 'plain', 'none'),
         default='auto',
-        help='a pad to draw on: "digits" prepares what is drawn as scikit-learn prepared its digits, "plain" takes it as'
-        ' it is, white on black; "auto" is "digits" where the classes are 0 to 9 (default: %(default)s)',
+        help='a pad to draw on: "digits" prepares what is drawn as scikit-learn prepared its digits, "plain" takes it'
+        ' as it is, white on black; "auto" is "digits" where the classes are 0 to 9 (default: %(default)s)',
     )
     parser.add_argument('--precision', choices=('fp32', 'int8'), default='fp32', help='default: %(default)s')
     parser.add_argument('--title', help='default: the name in the manifest')
@@ -157,7 +157,9 @@ def install_libraries(folder: Path) -> str:
     if folder == HERE / 'node_modules' and any(_find_version(folder / name) != locked[name] for name in locked):
         npm = shutil.which('npm')
         if npm is None:
-            raise MissingFileError(f'The page needs {", ".join(locked)} in {folder}. Install Node.js, which brings npm.')
+            raise MissingFileError(
+                f'The page needs {", ".join(locked)} in {folder}. Install Node.js, which brings npm.'
+            )
         # Nothing that a package brings is run.
         done = subprocess.run([npm, 'ci', '--ignore-scripts', '--no-audit', '--no-fund'], cwd=HERE, text=True)
         if done.returncode:
@@ -229,9 +231,9 @@ def _describe(page: dict[str, Any], manifest: dict[str, Any], repo: str | None, 
     size = ' x '.join(map(str, manifest['preprocessing']['input_size'][1:]))
     return (
         f'---\n{text}---\n\n# {page["title"]}\n\n'
-        f'An image classifier with {len(manifest["exits"])} exits ({manifest["num_classes"]} classes, {size} pixels) that'
-        ' runs in the browser, by\nONNX Runtime Web, and stops as soon as its policy is satisfied. There is no server:'
-        ' pictures stay on the device that\nshows the page.\n\n'
+        f'An image classifier with {len(manifest["exits"])} exits ({manifest["num_classes"]} classes, {size} pixels)'
+        ' that runs in the browser, by\nONNX Runtime Web, and stops as soon as its policy is satisfied. There is no'
+        ' server: pictures stay on the device that\nshows the page.\n\n'
         'Made with timm_multiexit, by `hub/space/make.py`. To look at it from a copy of this folder:'
         ' `python -m http.server`.\n'
     )

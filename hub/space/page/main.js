@@ -2,6 +2,7 @@
 
 import {Pad} from './drawing.js';
 import {Engine} from './engine.js';
+import {decode} from './picture.js';
 import {follow, leavingCosts, softmax, top} from './policy.js';
 import {ExitsView, describePolicy, find, formatMacs, formatMs, make, percent} from './view.js';
 
@@ -168,18 +169,20 @@ class Demo {
 
   async takeExample(idx) {
     const {file, label, name} = this.page.examples[idx];
+    document.body.dataset.state = 'busy';
     this.mark(idx);
     await this.takeFile(await (await fetch(file)).blob(), {truth: label, name, example: idx});
   }
 
   async takeFile(file, {truth = null, name = 'Your picture', example = null} = {}) {
     if (!file) return;
-    const mine = (this.taken = (this.taken ?? 0) + 1);
+    const mine = (this.taken = (this.taken ?? 0) + 1), before = document.body.dataset.state;
     let bitmap = null;
+    document.body.dataset.state = 'busy';
     try {
-      // As the network's own loader reads it: the numbers in the file. Photos of phones are turned upright.
-      bitmap = await createImageBitmap(file, {colorSpaceConversion: 'none', imageOrientation: 'from-image'});
+      bitmap = await decode(file);
     } catch {
+      document.body.dataset.state = before;
       return showError('This file is not a picture that the browser can read. Choose a JPEG, PNG or WebP.');
     }
     if (mine !== this.taken) return;
@@ -197,6 +200,7 @@ class Demo {
   async start(input, truth = null) {
     const mine = ++this.turn;
     hideError();
+    document.body.dataset.state = 'busy';
     try {
       const journey = await this.engine.begin(input);
       if (mine !== this.turn) return;

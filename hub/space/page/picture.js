@@ -1,5 +1,10 @@
 // From a picture to what the network takes: timm's transform for evaluation, with Pillow's resampling, bit for bit.
 
+/** Decode a file of pixels as Pillow reads it, by the numbers in it; photos of phones are turned upright. */
+export function decode(blob) {
+  return createImageBitmap(blob, {colorSpaceConversion: 'none', imageOrientation: 'from-image'});
+}
+
 const PRECISION = 22; // bits behind the point of Pillow's weights for 8-bit pictures
 
 function sinc(x) {
@@ -57,16 +62,23 @@ function resampleAxis({data, outer, length, inner}, after, filter) {
   return out;
 }
 
+/** The places of the input that `nearest` takes. Pillow adds up the steps, so that halves fall as rounding lets them. */
+function nearestPlaces(before, after) {
+  const step = before / after, places = [];
+  for (let at = step * 0.5; places.length < after; at += step) places.push(Math.trunc(at));
+  return places;
+}
+
 /** Pillow's `resize` of {width, height, channels, data}. */
 export function resize(picture, width, height, interpolation) {
   let {data} = picture;
   const {channels} = picture;
   if (interpolation === 'nearest') {
     const out = new Uint8ClampedArray(width * height * channels);
+    const columns = nearestPlaces(picture.width, width), rows = nearestPlaces(picture.height, height);
     for (let y = 0; y < height; y++) {
-      const row = Math.floor((y + 0.5) * (picture.height / height)) * picture.width;
       for (let x = 0; x < width; x++) {
-        const at = (row + Math.floor((x + 0.5) * (picture.width / width))) * channels;
+        const at = (rows[y] * picture.width + columns[x]) * channels;
         for (let c = 0; c < channels; c++) out[(y * width + x) * channels + c] = data[at + c];
       }
     }

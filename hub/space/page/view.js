@@ -6,10 +6,9 @@ const BARS = 3;
 
 export const find = (id) => document.getElementById(id);
 
-/** An element with a class, text and children. */
-export function make(tag, {name = '', text = null, ...attributes} = {}, ...children) {
+/** An element with attributes, text and children. */
+export function make(tag, {text = null, ...attributes} = {}, ...children) {
   const element = document.createElement(tag);
-  if (name) element.className = name;
   if (text !== null) element.textContent = text;
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   element.append(...children);
@@ -63,18 +62,18 @@ export class ExitsView {
 
   makeRow(name) {
     const bars = Array.from({length: Math.min(BARS, this.manifest.num_classes)}, () => {
-      const [label, fill, value] = [make('span', {name: 'label'}), make('i'), make('span', {name: 'value'})];
-      return {label, fill, value, item: make('li', {}, label, make('span', {name: 'bar'}, fill), value)};
+      const [label, fill, value] = [make('span', {class: 'label'}), make('i'), make('span', {class: 'value'})];
+      return {label, fill, value, item: make('li', {}, label, make('span', {class: 'bar'}, fill), value)};
     });
-    const parts = Object.fromEntries(['badge', 'work', 'ms'].map((part) => [part, make('span', {name: part})]));
+    const parts = Object.fromEntries(['badge', 'work', 'ms'].map((part) => [part, make('span', {class: part})]));
     const [fill, mark, text] = [make('i'), make('b'), make('span')];
-    const of = make('span', {name: 'of', text: '\u00a0of the work'}); // out of sight on a phone
-    const work = make('span', {name: 'share'}, parts.work, of), title = make('span', {name: 'title', text: name});
-    const head = make('div', {name: 'head'}, title, parts.badge, work, parts.ms);
-    const list = make('ol', {name: 'bars', 'aria-label': 'Most likely classes'}, ...bars.map(({item}) => item));
-    const score = make('p', {name: 'score'}, make('span', {name: 'gauge'}, fill, mark), text);
-    const body = make('div', {name: 'body'}, make('div', {}, list, score));
-    return {row: make('li', {name: 'exit'}, head, body), bars, score: {line: score, fill, mark, text}, ...parts};
+    const of = make('span', {class: 'of', text: '\u00a0of the work'}); // out of sight on a phone
+    const work = make('span', {class: 'share'}, parts.work, of), title = make('span', {class: 'title', text: name});
+    const head = make('div', {class: 'head'}, title, parts.badge, work, parts.ms);
+    const list = make('ol', {class: 'bars', 'aria-label': 'Most likely classes'}, ...bars.map(({item}) => item));
+    const score = make('p', {class: 'score'}, make('span', {class: 'gauge'}, fill, mark), text);
+    const body = make('div', {class: 'body'}, make('div', {}, list, score));
+    return {row: make('li', {class: 'exit'}, head, body), bars, score: {line: score, fill, mark, text}, ...parts};
   }
 
   /** Exits at their share of the work; evenly where they would lie on each other. */
@@ -84,7 +83,7 @@ export class ExitsView {
     const isTight = shares.some((share, k) => k && share - shares[k - 1] < 0.08);
     this.places = isTight ? shares.map((_, k) => (k + 1) / shares.length) : shares;
     this.stops = this.manifest.exits.map(({name}, k) => {
-      const stop = make('span', {name: 'stop'}, make('i'), make('span', {text: k === this.main ? 'main' : name.match(/\d+$/)?.[0] ?? `${k}`}));
+      const stop = make('span', {class: 'stop'}, make('i'), make('span', {text: k === this.main ? 'main' : name.match(/\d+$/)?.[0] ?? `${k}`}));
       stop.style.left = `${100 * this.places[k]}%`;
       return stop;
     });
