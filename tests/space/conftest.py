@@ -1,10 +1,6 @@
 """Exports of small networks, pages made of them, and a browser that reports what a page must not do."""
 
-import functools
-import http.server
-import shutil
-import threading
-from pathlib import Path
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +11,9 @@ from PIL import Image
 
 import timm_multiexit as tme
 from hub.space.make import make_page
+from hub.space.shoot import open_browser, serve
 from timm_multiexit.data.digits import DigitsReader
 
-BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
-# A browser in a container, without graphics, that knows no host but this machine.
-FLAGS = ['--no-sandbox', '--disable-gpu', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1']
 LONG_NAMES = ['English springer', 'cassette_player', 'a ' * 30 + 'long name', 'Rindfleischetikettierungsgesetz' * 2]
 
 
@@ -53,12 +47,7 @@ def train_digits(num_epochs=5, batch_size=62):
 @pytest.fixture(scope='session')
 def digits_model():
     torch.manual_seed(0)
-    import os  # TEMP
-
-    model = (
-        torch.load('/tmp/page/dm.pt', weights_only=False) if os.path.exists('/tmp/page/dm.pt') else train_digits()
-    )  # TEMP
-    torch.save(model, '/tmp/page/dm.pt')  # TEMP
+    model = train_digits()
     images, targets = read_digits('validation')
     blurred = images + torch.randn(images.shape)  # so that there is something to choose between
     held_out = torch.utils.data.TensorDataset(blurred, targets)
@@ -109,48 +98,26 @@ def pages(exports, pictures, tmp_path_factory):
     return SimpleNamespace(digits=folder / 'digits', photos=folder / 'photos')
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """What `python -m http.server` answers with."""
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture(scope='session')
-def serve():
+def addresses():
     """Return a function that serves a folder on this machine and returns its address."""
-    servers = []
-
-    def start(folder: Path) -> str:
-        handler = functools.partial(QuietHandler, directory=str(folder))
-        servers.append(http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f'http://127.0.0.1:{servers[-1].server_port}'
-
-    yield start
-    for server in servers:
-        server.shutdown()
+    with ExitStack() as servers:
+        yield lambda folder: servers.enter_context(serve(folder))
 
 
 @pytest.fixture(scope='session')
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert found, f'these tests need one of {", ".join(BROWSERS)}, such as the Debian package chromium'
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=FLAGS)
+    with open_browser() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
-def open_page(browser, serve):
+def open_page(browser, addresses):
     """Return a function that opens a page; at the end it has said nothing and has asked no other host for anything."""
     seen = SimpleNamespace(messages=[], requests=[], addresses=set())
 
     def start(folder, *, is_loaded=True, **options):
-        address = serve(folder)
+        address = addresses(folder)
         seen.addresses.add(address)
         page = browser.new_context(**{'viewport': {'width': 1200, 'height': 900}, **options}).new_page()
         page.on('console', lambda message: seen.messages.append(message.text))

@@ -14,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 
+from hub.space.shoot import DIGITS, draw
 from timm_multiexit.deploy.runner import Runner
 from timm_multiexit.exits.cost import add_heads
 from timm_multiexit.policies.leaving import apply_policy, walk
@@ -21,8 +22,8 @@ from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
 
 pytestmark = pytest.mark.page
 
-SEVEN = [(70, 60), (230, 60), (130, 270)]
-ZERO = [(160 + 62 * math.sin(angle / 10), 160 - 110 * math.cos(angle / 10)) for angle in range(64)]
+SEVEN = DIGITS[7]
+ZERO = [[(160 + 62 * math.sin(angle / 10), 160 - 110 * math.cos(angle / 10)) for angle in range(64)]]
 
 FOLLOW = """async (cases) => {
   const {follow} = await import('/policy.js');
@@ -66,16 +67,6 @@ def settle(page):
         'times': [row.locator('.ms').inner_text() for row in rows.all()],
         'work': page.inner_text('#fact-work'),
     }
-
-
-def draw(page, points):
-    box = page.locator('#pad').bounding_box()
-    places = [(box['x'] + x * box['width'] / 320, box['y'] + y * box['width'] / 320) for x, y in points]
-    page.mouse.move(*places[0])
-    page.mouse.down()
-    for place in places[1:]:
-        page.mouse.move(*place, steps=3)
-    page.mouse.up()
 
 
 def set_slider(page, value):
