@@ -1,7 +1,12 @@
 #!/usr/bin/env python3
-"""Take a picture of a demo page: `uv run --group page hub/space/shoot.py PAGE OUT.png --draw 7`.
+"""Take a picture of a demo page: `uv run --group page hub/space/shoot.py PAGE OUT.webp --draw 7`.
 
-The pictures in docs/images are made by it.
+The pictures in docs/images are made by it: DIGITS is the page of the network that the first command of README.md
+trains, PHOTOS that of `resnet10t` trained on Imagenette at 64 pixels, with `--examples hub/space/examples`.
+
+    shoot.py DIGITS docs/images/page-digits.webp --draw 7
+    shoot.py DIGITS docs/images/page-phone.webp --draw 4 --width 360 --scale 1.5
+    shoot.py PHOTOS docs/images/page-photos.webp --example 0 --threshold 0.95 --scheme dark
 """
 
 import argparse
@@ -59,9 +64,7 @@ def open_browser() -> Iterator['Browser']:
 
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
-        raise FileNotFoundError(
-            f'No browser: install {" or ".join(BROWSERS)}, such as the Debian package chromium.'
-        )
+        raise FileNotFoundError(f'No browser: install {" or ".join(BROWSERS)}, such as the Debian package chromium.')
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
         yield browser
@@ -85,7 +88,7 @@ def main() -> int:
     """Take the picture."""
     parser = argparse.ArgumentParser(description='Take a picture of a demo page.')
     parser.add_argument('page', type=Path, help='what make.py wrote')
-    parser.add_argument('out', type=Path, help='a PNG file')
+    parser.add_argument('out', type=Path, help='a file of any format that Pillow writes')
     parser.add_argument('--draw', type=int, choices=sorted(DIGITS), help='a digit to draw')
     parser.add_argument('--example', type=int, help='number of an example to take, from 0')
     parser.add_argument('--threshold', type=float, help='confidence to leave with')
@@ -114,7 +117,7 @@ def main() -> int:
         page.wait_for_timeout(1500)  # what moves has come to rest
         content = page.screenshot(full_page=args.height is None)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(io.BytesIO(content)).convert('RGB').quantize(192, dither=Image.Dither.NONE).save(args.out, optimize=True)
+    Image.open(io.BytesIO(content)).convert('RGB').save(args.out, quality=88, method=6, optimize=True)
     return 0
 
 

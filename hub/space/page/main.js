@@ -100,7 +100,8 @@ class Demo {
     slider.setAttribute('aria-valuetext', text);
     slider.style.setProperty('--share', (slider.value - slider.min) / (slider.max - slider.min || 1));
     const accuracy = this.rule === 'budget' ? budgets[this.positions.budget].accuracy : null;
-    const found = accuracy === null ? '' : ` On average over held-out pictures, of which it gets ${percent(accuracy / 100, 1)} right.`;
+    const right = accuracy === null ? '' : `, of which ${percent(accuracy / 100, 1)} get the right answer`;
+    const found = this.rule === 'budget' ? ` The budget is an average over held-out pictures${right}.` : '';
     find('rule-note').textContent = describePolicy(this.policy, this.manifest.exits) + found;
   }
 
@@ -237,7 +238,8 @@ class Demo {
   render(isRunning = false) {
     const {journey, policy, costs} = this, times = journey?.times ?? [];
     const found = follow(policy, journey?.logits ?? []);
-    this.view.update({...found, times, costs, policy, hasPicture: journey !== null, isRunning});
+    const isPast = find('past').checked;
+    this.view.update({...found, times, costs, policy, hasPicture: journey !== null, isRunning, isPast});
     const known = found.steps.findLast((step) => step.answer && (found.exit === null || step.idx <= found.exit));
     find('answer').dataset.state = !known ? 'empty' : found.exit === null ? 'open' : 'closed';
     if (known) this.renderAnswer(known, found.exit, times);

@@ -98,16 +98,16 @@ export class ExitsView {
    * Show what is known.
    *
    * Takes {steps, exit} of `follow`, the milliseconds of each stage, the costs of leaving, the policy, whether a
-   * picture is there at all, and whether the next stage is being computed.
+   * picture is there at all, whether the next stage is being computed, and whether exits behind the answer are shown.
    */
-  update({steps, exit, times, costs, policy, hasPicture, isRunning}) {
+  update({steps, exit, times, costs, policy, hasPicture, isRunning, isPast}) {
     for (const [idx, row] of this.rows.entries()) {
       const step = steps[idx];
-      const state = this.describe(step, idx, {exit, hasPicture, isRunning, known: steps.length});
+      const state = this.describe(step, idx, {exit, hasPicture, isRunning, isPast, known: steps.length});
       row.row.dataset.state = this.stops[idx].dataset.state = state;
-      row.badge.textContent = BADGES[state];
+      row.badge.textContent = state === 'off' && step ? 'not needed' : BADGES[state];
       row.work.textContent = percent(costs[idx] / this.manifest.plain_macs);
-      row.ms.textContent = step && state !== 'skipped' ? formatMs(times[idx]) : '';
+      row.ms.textContent = ['passed', 'left', 'behind'].includes(state) ? formatMs(times[idx]) : '';
       if (step?.answer) this.fill(row, step, policy);
     }
     const reached = exit ?? steps.length - 1;
@@ -116,9 +116,9 @@ export class ExitsView {
     find('road').dataset.left = exit === null ? '' : 'yes';
   }
 
-  describe(step, idx, {exit, hasPicture, isRunning, known}) {
-    if (step && !step.isUsed) return exit !== null && idx > exit ? 'off' : 'skipped';
-    if (step) return idx === exit ? 'left' : exit !== null && idx > exit ? 'behind' : 'passed';
+  describe(step, idx, {exit, hasPicture, isRunning, isPast, known}) {
+    if (step && exit !== null && idx > exit) return isPast && step.isUsed ? 'behind' : 'off';
+    if (step) return step.isUsed ? (idx === exit ? 'left' : 'passed') : 'skipped';
     if (isRunning && idx === known) return 'running';
     return hasPicture && exit !== null ? 'off' : 'waiting';
   }

@@ -77,6 +77,7 @@ function load({files, input_size: size}) {
       return {session, ms, state};
     })();
     warm = stage.then(({state}) => state);
+    warm.catch(() => {}); // said once, by the stage
     return stage;
   });
   return Promise.all(stages).then((all) => all.map(({ms}) => ms));
