@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """What exits cost: `infer` and `train` in time, `heads` in MACs; and `coverage`: which of timm's models take them.
 
+`export` compares exported programs with their models, `export-time` measures them.
+
 Speed is given as ratios to plain timm in the same run. Every variant takes one turn per round, in an order that changes
 from round to round, so that a busy machine slows all of them alike; ratios are of one round, and the table gives their
 medians, and plain timm twice, whose difference is the noise.
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 import timm
 import torch
@@ -16,6 +20,7 @@ import timm_multiexit as tme
 from benchmarks.inference import InferenceBenchmark
 from benchmarks.training import create_train_args, measure_loop, measure_steps
 from benchmarks.zoo import POPULAR, count_heads, count_layouts
+from timm_multiexit.cli.export import create_exported_model
 from timm_multiexit.cli.flags.exit_flags import parse_exits
 from timm_multiexit.cli.launch import create_accelerator
 from timm_multiexit.exits.heads import HEADS
@@ -95,6 +100,41 @@ def coverage(args):
         print(f'{name}: {reason}')
 
 
+def export(args):
+    """Write a table of how far exported programs are from their models, a network a row."""
+    from benchmarks.exporting import check_networks, list_networks
+
+    known = list_networks()
+    unknown = [name for name in args.networks if name not in known]
+    if unknown:
+        raise InvalidValueError(f'NETWORK must be one of {", ".join(known)}, got {unknown[0]}.')
+    if args.output.is_file() and not args.networks and not args.again:
+        done = {row['network'] for row in json.loads(args.output.read_text(encoding='utf-8'))['rows']}
+        known = {name: make for name, make in known.items() if name not in done}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    check_networks(args.networks or list(known), args.output, seconds=args.seconds)
+
+
+def export_time(args):
+    """Print what exported programs take as ratios, and compare policies; of a model folder."""
+    from benchmarks.export_time import ExportBenchmark
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = create_exported_model(args.model).eval()
+    benchmark = ExportBenchmark(model)
+    print(f'{args.model}, {list(model.input_size)}, batch 1, {args.rounds} rounds')
+    print(', '.join(describe_environment().values()))
+    print('', format_table(benchmark.measure(args.rounds)), sep='\n', flush=True)
+    if model.budgets is not None and model.budgets.total_macs is not None:
+        points = list(model.budgets.points)
+        points = points[:: -(-len(points) // 10)]
+        print('', format_table(benchmark.measure_savings(points, args.rounds)), sep='\n', flush=True)
+    images = torch.randn(64, *model.input_size) * torch.logspace(-1, 1, 64)[:, None, None, None]
+    report = benchmark.compare_policies(args.policies, images.numpy())
+    print('', format_table([{name: str(value) for name, value in report.items()}]), sep='\n')
+
+
 def parse_device(text):
     """Return the device of that name."""
     try:
@@ -125,6 +165,18 @@ def create_parser():
     command = commands.add_parser('coverage', help='which models take exits (a quarter of an hour)')
     command.add_argument('--every', type=int, default=1, metavar='N', help='look at every Nth name only')
     command.set_defaults(run=coverage)
+    command = commands.add_parser('export', help='exported programs against eager (an hour); needs the extra onnx')
+    command.add_argument('networks', nargs='*', metavar='NETWORK', help='families of timm or CIFAR networks; all')
+    path = Path('hub/export/parity.json')
+    command.add_argument('--output', type=Path, default=path, metavar='FILE', help=f'JSON, and .md (default: {path})')
+    command.add_argument('--seconds', type=int, default=600, metavar='N', help='time limit of a network (default: 600)')
+    command.add_argument('--again', action='store_true', help='networks too that the file has')
+    command.set_defaults(run=export)
+    command = commands.add_parser('export-time', help='time of exported programs, and random policies')
+    command.add_argument('model', metavar='MODEL', help='folder of a run or of a model')
+    command.add_argument('--rounds', type=int, default=25, metavar='N', help='default: 25')
+    command.add_argument('--policies', type=int, default=500, metavar='N', help='default: 500')
+    command.set_defaults(run=export_time)
     command = commands.add_parser('heads', help='MACs of heads')
     command.add_argument('models', nargs='*', default=POPULAR, metavar='NAME', help='default: twenty popular ones')
     command.set_defaults(run=heads)
@@ -156,7 +208,17 @@ def create_parser():
 
 def check_args(args):
     """Raise `InvalidValueError` if a number is out of range."""
-    for name in ('rounds', 'threads', 'img_size', 'every', 'batch_size', 'batch_sizes', 'bucket_sizes'):
+    for name in (
+        'rounds',
+        'threads',
+        'img_size',
+        'every',
+        'batch_size',
+        'batch_sizes',
+        'bucket_sizes',
+        'seconds',
+        'policies',
+    ):
         values = getattr(args, name, None)
         for value in values if isinstance(values, (list, tuple)) else (values,):
             if value is not None and value < 1:

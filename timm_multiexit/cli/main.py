@@ -13,6 +13,7 @@ PROGRAM = 'timm-multiexit'
 COMMANDS = {
     'train': 'train a timm model, plain or with exits',
     'validate': 'accuracy and cost of every exit, and what can be reached with which budget',
+    'export': 'write ONNX and torch.export programs that stop early without Python',
     'publish': 'publish a run on the Hugging Face Hub',
     'analyze': 'draw the figures of the EED paper for runs',
 }

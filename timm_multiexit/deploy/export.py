@@ -6,8 +6,16 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from timm_multiexit.deploy import manifest, runner
-from timm_multiexit.deploy.programs import check_extra, copy_for_export, trace_onnx
+from timm_multiexit.deploy.programs import (
+    check_extra,
+    check_takes_images,
+    convert_program,
+    copy_for_export,
+    trace_program,
+)
 from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.checks import check_choice, check_image_size, check_instance, check_path, is_list
@@ -16,6 +24,7 @@ from timm_multiexit.utils.files import new_folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from torch.export import ExportedProgram
 
 FORMS = ('fixed', 'stages', 'conditional')
 FORMATS = ('onnx', 'pt2')
@@ -74,14 +83,22 @@ def export(
     policy = model.policy if policy is None else check_instance('policy', policy, ExitPolicy)
     if policy is not None:
         policy.check_exits(len(model.exits))
-    values = manifest.describe_model(model, size, class_names=class_names, policy=policy)
+    if formats == ('pt2',) and forms == ('conditional',):
+        raise InvalidValueError("forms must have 'fixed' or 'stages' for the format 'pt2', got 'conditional' alone.")
+    names = manifest.find_class_names(model, class_names)
     if 'onnx' in formats:
         check_extra()
+    copy = copy_for_export(model)
+    check_takes_images(copy, size)
+    values = manifest.describe_model(model, size, class_names=names, policy=policy)
     with new_folder(folder, manifest.MANIFEST_NAME) as draft:
-        copy = copy_for_export(model)
+        program = trace_program(copy, size)
         programs: dict[str, Any] = {'fixed': [], 'stages': [], 'conditional': None}
+        if 'pt2' in formats:  # first: for ONNX the program is changed
+            values['pt2'] = write_torch_programs(program, draft, forms)
         if 'onnx' in formats:
-            programs = write_programs(trace_onnx(copy, size), draft, forms, policy)
+            whole = convert_program(program, type(model.backbone).__name__)
+            programs = write_programs(whole, draft, forms, policy)
         values['programs'] = {'fp32': programs}
         shutil.copyfile(runner.__file__, draft / manifest.RUNNER_NAME)
         manifest.write_manifest(draft, values)
@@ -134,6 +151,24 @@ def write_programs(
         path = write(program, 'conditional.onnx')
         programs['conditional'] = {'path': path, 'criterion': rule.criterion, 'combine': rule.combine}
     return programs
+
+
+def write_torch_programs(program: 'ExportedProgram', folder: Path, forms: Collection[str]) -> dict[str, list[str]]:
+    """Cut the program of all classifiers, write its parts as `.pt2` and return their part of the manifest."""
+    from timm_multiexit.deploy.torch_graph import TorchGraph
+
+    graph = TorchGraph(program)
+    names = program_names(len(graph.exits) - 1)
+    found: dict[str, list[str]] = {'fixed': [], 'stages': []}
+    if 'fixed' in forms:
+        found['fixed'] = [f'fixed/{name}.pt2' for name in names]
+    if 'stages' in forms:
+        found['stages'] = [f'stages/{name}.pt2' for name in names]
+    parts = [graph.fixed(idx) for idx in range(len(found['fixed']))] + (graph.stages() if found['stages'] else [])
+    for part, path in zip(parts, (*found['fixed'], *found['stages'])):
+        (folder / path).parent.mkdir(exist_ok=True)
+        torch.export.save(part, folder / path)
+    return found
 
 
 def program_names(num_exits: int) -> list[str]:

@@ -70,14 +70,37 @@ class ExitGraph:
         self.initializers = {value.name: value for value in graph.initializer}
         self.image = graph.input[0].name
         self.exits = [value.name for value in graph.output]
-        self.nodes = list(graph.node)
-        self.producers = {name: idx for idx, node in enumerate(self.nodes) for name in node.output if name}
         self.info = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+        self._index(list(graph.node))
+        self._index(self._repeat_dequantizers())
+
+    def _index(self, nodes: list[NodeProto]) -> None:
+        self.nodes = nodes
+        self.producers = {name: idx for idx, node in enumerate(nodes) for name in node.output if name}
         self._kinds = self._find_kinds()
         self.labels: dict[int, int] = {}
         for label, name in enumerate(self.exits):
             for idx in self.cone(name):
                 self.labels.setdefault(idx, label)
+
+    def _repeat_dequantizers(self) -> list[NodeProto]:
+        """Return the nodes with a `DequantizeLinear` for each stage that reads one, so that integers cross a cut."""
+        nodes: list[NodeProto] = []
+        repeated: dict[int, dict[int, NodeProto]] = {}
+        for idx, node in enumerate(self.nodes):
+            label, names = self.labels.get(idx, -1), {}
+            for name in graph_inputs(node):
+                source = self.producers.get(name, -1)
+                is_dequantizer = source >= 0 and self.nodes[source].op_type == 'DequantizeLinear'
+                if not is_dequantizer or not -1 < self.labels.get(source, -1) < label:
+                    continue
+                names[name] = f'{name}_{label}'
+                copies = repeated.setdefault(source, {})
+                if label not in copies:
+                    copies[label] = rename_values(self.nodes[source], {name: names[name]})
+                    copies[label].name = f'{copies[label].name}_{label}'
+            nodes.append(rename_values(node, names) if names else node)
+        return [each for idx, node in enumerate(nodes) for each in (node, *repeated.get(idx, {}).values())]
 
     @property
     def num_classes(self) -> int:
@@ -195,6 +218,13 @@ class ExitGraph:
         return model
 
     def _value(self, name: str) -> ValueInfoProto:
+        """Return type and shape of a value."""
+        source = self.nodes[self.producers[name]] if name in self.producers else None
+        if name not in self.info and source is not None and source.op_type == 'QuantizeLinear':
+            value = copy.deepcopy(self._value(source.input[0]))
+            value.name = name
+            value.type.tensor_type.elem_type = self.initializers[source.input[2]].data_type
+            return value
         if name not in self.info:
             raise InvalidValueError(f'The model cannot be cut into stages: the shape of the value {name} is not known.')
         return self.info[name]

@@ -30,20 +30,16 @@ def describe_model(
     model: MultiExitModel,
     input_size: tuple[int, int, int],
     *,
-    class_names: Sequence[str] | None = None,
-    policy: ExitPolicy | None = None,
+    class_names: list[str] | None,
+    policy: ExitPolicy | None,
 ) -> dict[str, Any]:
     """Return what the manifest says of a model, without programs and files.
 
     Args:
         model: The model.
         input_size: (channels, height, width) of an image.
-        class_names: One per class, in order; None for those that the model was loaded with, if any.
+        class_names: What `find_class_names` gave.
         policy: Where images leave when nobody says.
-
-    Raises:
-        InvalidTypeError: The names are not a list of texts.
-        InvalidValueError: They are not one per class.
     """
     cfg = resolve_data_config(model=model)
     preprocessing = {name: list(cfg[name]) if is_list(cfg[name]) else cfg[name] for name in _PREPROCESSING}
@@ -55,7 +51,7 @@ def describe_model(
         'versions': {'timm_multiexit': __version__, **{name: _find_version(name) for name in _LIBRARIES}},
         'opset': OPSET,
         'num_classes': model.num_classes,
-        'classes': find_class_names(model, class_names),
+        'classes': class_names,
         'preprocessing': {'input_size': list(input_size), **preprocessing},
         'exits': [
             {
@@ -76,7 +72,12 @@ def describe_model(
 
 
 def find_class_names(model: MultiExitModel, class_names: Sequence[str] | None = None) -> list[str] | None:
-    """Return the names of the classes: as given, else those that the model was loaded with; see `describe_model`."""
+    """Return the names of the classes, in order: as given, else those that the model was loaded with, if any.
+
+    Raises:
+        InvalidTypeError: The names are not a list of texts.
+        InvalidValueError: They are not one per class.
+    """
     if class_names is None:
         names = model.pretrained_cfg.get('label_names') or ()
         fits = is_list(names) and len(names) == model.num_classes and all(isinstance(name, str) for name in names)

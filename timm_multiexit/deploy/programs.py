@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OPSET = 20
 EXTRA_MISSING = 'onnx, onnxscript and onnxruntime are not all installed: pip install "timm-multiexit[onnx]".'
 
-_MAX_BATCH = 4096
+MAX_BATCH = 4096
 _MAX_PROTO_BYTES = 2 * 10**9  # of a protobuf message, which a file of ONNX is
 
 
@@ -62,6 +62,17 @@ def copy_for_export(model: MultiExitModel) -> MultiExitModel:
     return copy.requires_grad_(False)
 
 
+@torch.no_grad()
+def check_takes_images(model: MultiExitModel, input_size: tuple[int, int, int]) -> None:
+    """Raise `InvalidValueError` unless a model takes images of (channels, height, width)."""
+    try:
+        model(torch.zeros(1, *input_size), exits=True)
+    except Exception as error:
+        raise InvalidValueError(
+            f'input_size must be one that the model takes, got {list(input_size)}: {one_line(error)}.'
+        ) from error
+
+
 def trace_program(model: MultiExitModel, input_size: tuple[int, int, int]) -> ExportedProgram:
     """Return the program of all classifiers, image [batch, C, H, W] -> one [batch, num_classes] tensor for each.
 
@@ -72,22 +83,19 @@ def trace_program(model: MultiExitModel, input_size: tuple[int, int, int]) -> Ex
     Raises:
         InvalidValueError: The model does not take images of this size, or `torch.export` cannot trace it.
     """
-    module = _AllLogits(model)
-    image = torch.zeros(2, *input_size)
+    check_takes_images(model, input_size)
     with torch.no_grad(), _quiet():
         try:
-            module(image)
-        except Exception as error:
-            raise InvalidValueError(
-                f'input_size must be one that the model takes, got {list(input_size)}: {one_line(error)}.'
-            ) from error
-        try:
-            shapes = ({0: Dim('batch', min=1, max=_MAX_BATCH)},)
-            return torch.export.export(module, (image,), dynamic_shapes=shapes, strict=False)
+            shapes = ({0: Dim('batch', min=1, max=MAX_BATCH)},)
+            program = torch.export.export(
+                _AllLogits(model), (torch.zeros(2, *input_size),), dynamic_shapes=shapes, strict=False
+            )
         except Exception as error:
             raise InvalidValueError(
                 f'{type(model.backbone).__name__} cannot be exported: torch.export says {one_line(error)}.'
             ) from error
+    simplify_pooling(program)
+    return program
 
 
 def trace_onnx(model: MultiExitModel, input_size: tuple[int, int, int]) -> 'ModelProto':
@@ -106,18 +114,57 @@ def convert_program(program: ExportedProgram, name: str) -> 'ModelProto':
             f'The weights of a model must have at most {_MAX_PROTO_BYTES:,} bytes to be a file of ONNX, got'
             f" {num_bytes:,}: use formats=('pt2',)."
         )
-    simplify_pooling(program)
-    num_outputs = len(program.graph_signature.user_outputs)
-    names = [*(f'exit_{idx}' for idx in range(num_outputs - 1)), 'main']
+    flatten_attention(program)
     with _quiet():
         try:
-            converted: Any = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, input_names=['image'], output_names=names, verbose=False
-            )
+            model = _convert(program)
         except Exception as error:
             raise InvalidValueError(f'{name} cannot be exported to ONNX: {one_line(_root(error))}.') from error
-    model: ModelProto = converted.model_proto
     return model
+
+
+def _convert(program: ExportedProgram) -> 'ModelProto':
+    """Do `convert_program`; errors are raised as they come."""
+    import onnx
+    from onnxscript import optimizer
+
+    num_outputs = len(program.graph_signature.user_outputs)
+    names = [*(f'exit_{idx}' for idx in range(num_outputs - 1)), 'main']
+    options: dict[str, Any] = {'dynamo': True, 'opset_version': OPSET, 'verbose': False}
+    converted: Any = torch.onnx.export(program, input_names=['image'], output_names=names, **options)
+    try:
+        onnx.checker.check_model(converted.model_proto)
+    except onnx.checker.ValidationError:
+        # Of several clamps of one value onnxscript's rewriting loses the bounds (0.7.2).
+        options['optimize'] = False
+        converted = torch.onnx.export(program, input_names=['image'], output_names=names, **options)
+        model: ModelProto = optimizer.optimize(converted.model_proto)
+        onnx.checker.check_model(model)
+        return model
+    return cast('ModelProto', converted.model_proto)
+
+
+def flatten_attention(program: ExportedProgram) -> None:
+    """Make attention over more dimensions than the exporter of ONNX takes one over the first of them together."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op != 'call_function' or node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+            continue
+        shape = node.meta['val'].shape
+        parts = [source.meta['val'].shape for source in node.args[:3]]
+        has_mask = len(node.args) > 3 and node.args[3] is not None
+        if len(shape) == 4 or has_mask or not all(isinstance(size, int) for part in parts for size in part[1:]):
+            continue
+        reshape = torch.ops.aten.reshape.default
+        with graph.inserting_before(node):
+            flat = [
+                graph.call_function(reshape, (source, [-1, *part[-3:]])) for source, part in zip(node.args[:3], parts)
+            ]
+            attended = graph.call_function(node.target, (*flat, *node.args[3:]), node.kwargs)
+            back = graph.call_function(reshape, (attended, [-1, *map(int, shape[1:])]))
+        node.replace_all_uses_with(back)
+        graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def simplify_pooling(program: ExportedProgram) -> None:

@@ -1,0 +1,136 @@
+"""Programs that stop early without Python: `timm-multiexit export output/train/RUN --output FOLDER`.
+
+Takes a run, a model folder, or hf-hub:ORG/NAME, and writes ONNX (and torch.export) programs with a manifest and a
+runner that needs onnxruntime and numpy alone.
+"""
+
+import json
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
+from timm_multiexit.checkpoints.run_folder import RunFolder
+from timm_multiexit.checkpoints.source import find_source
+from timm_multiexit.cli.flags.exit_flags import parse_thresholds
+from timm_multiexit.cli.flags.parser import Choice, ScriptParser, add_flags, positive_int, value
+from timm_multiexit.cli.flags.validate_args import given_policy
+from timm_multiexit.deploy.export import FORMATS, FORMS, export
+from timm_multiexit.deploy.manifest import MANIFEST_NAME
+from timm_multiexit.deploy.programs import check_extra
+from timm_multiexit.factory import create_model
+from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.policies.budgets import parse_budget
+from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
+from timm_multiexit.utils.errors import DataError, InvalidValueError, MultiExitError, one_line
+from timm_multiexit.utils.text import format_table
+
+_FLAGS = (
+    value('model', str, None, 'MODEL', 'folder of a run or of a model, or hf-hub:ORG/NAME'),
+    value('--output', Path, None, 'FOLDER', 'folder to write; an earlier export is replaced', required=True),
+    value('--forms', Choice(*FORMS), list(FORMS), None, 'programs to write', nargs='+'),
+    value('--formats', Choice(*FORMATS), ['onnx'], None, 'onnx, and pt2 for torch.export.load', nargs='+'),
+    value('--img-size', positive_int, None, 'N', "height and width of an image, if not the model's"),
+    value('--class-names', Path, None, 'FILE', 'names of the classes, one a line, if the model has none'),
+)
+
+_POLICY_FLAGS = (
+    value('--budget', str, None, 'B', "mean cost of an image, of the model's table: 60%, 1.2GMACs or 5ms"),
+    value('--threshold', parse_thresholds, None, 'T', 'thresholds: 0.9 for all exits, or 0.9,none,0.8 for each'),
+    value('--criterion', Choice(*CRITERIA), 'confidence', None, 'what the thresholds are compared with'),
+    value('--combine', Choice(*COMBINATIONS), None, None, 'what answers, if not the exit alone'),
+)
+
+
+def create_exported_model(name: str) -> MultiExitModel:
+    """Return the model that a run, a folder or a repository holds.
+
+    Raises:
+        InvalidValueError: It is neither.
+    """
+    if not name.startswith(('hf-hub:', 'local-dir:')):
+        folder = Path(name)
+        folder = folder if (folder / CONFIG_NAME).is_file() else RunFolder(folder).best
+        if not (folder / CONFIG_NAME).is_file():
+            raise InvalidValueError(
+                f'MODEL must be the folder of a run or of a model, or hf-hub:ORG/NAME, got {name!r}.'
+            )
+        name = f'local-dir:{folder}'
+    source = find_source(name)
+    if source is None or not source.has_exits:
+        raise InvalidValueError(f'MODEL must have exits to be exported, got {name!r} without any.')
+    return create_model(source, pretrained=True)
+
+
+def choose_policy(args: Namespace, model: MultiExitModel) -> ExitPolicy | None:
+    """Return the policy that the flags name, None for the model's own."""
+    if args.budget is not None and args.threshold is not None:
+        raise InvalidValueError('--budget and --threshold are mutually exclusive: give one of them.')
+    if args.threshold is not None:
+        return given_policy(args, len(model.exits))
+    if args.budget is not None:
+        parse_budget(args.budget)
+        if model.budgets is None:
+            raise InvalidValueError(
+                '--budget needs a model with a table of budgets: choose thresholds with validate --save-policy first.'
+            )
+        return model.budgets.select(args.budget).policy
+    return None
+
+
+def read_class_names(path: Path | None) -> list[str] | None:
+    """Return the lines of a file of names; None for no file."""
+    if path is None:
+        return None
+    try:
+        return [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f'Cannot read --class-names {path}: {one_line(error)}.') from error
+
+
+def describe_folder(folder: Path) -> str:
+    """Return what an exported folder has, as a table."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding='utf-8'))
+    programs, total = manifest['programs']['fp32'], manifest['plain_macs']
+    rows = []
+    for idx, entry in enumerate(manifest['exits']):
+        row = {'exit': entry['name'].removeprefix('exit ')}
+        row['MACs, % of plain'] = 100 * entry['macs']['sequential'] / total
+        for form in ('fixed', 'stages'):
+            if programs[form]:
+                row[f'{form}, KB'] = manifest['files'][programs[form][idx]]['size'] / 1e3
+        rows.append(row)
+    return format_table(rows)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = 'timm-multiexit export') -> int:
+    """Run the command line and return the exit code: 0, or 2 for an error of one line."""
+    parser = ScriptParser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add_flags(parser, 'Export', _FLAGS)
+    add_flags(parser, 'Policy of the conditional program and the manifest', _POLICY_FLAGS)
+    args = parser.parse_args(argv)
+    try:
+        if 'onnx' in args.formats:
+            check_extra()
+        model = create_exported_model(args.model)
+        size = None if args.img_size is None else (model.in_chans, args.img_size, args.img_size)
+        export(
+            model,
+            args.output,
+            forms=args.forms,
+            formats=args.formats,
+            input_size=size,
+            class_names=read_class_names(args.class_names),
+            policy=choose_policy(args, model),
+        )
+        print(describe_folder(args.output))
+        print(f'Wrote {args.output}: python {args.output / "runner.py"} {args.output} PICTURE answers.')
+    except MultiExitError as error:
+        print(f'{prog}: error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
