@@ -12,7 +12,7 @@ WORKFLOW = yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text())
 
 
 def is_check(command):
-    return command.startswith(('uv run ', 'uv tool install ', 'pip install ', 'OMP_NUM_THREADS='))
+    return command.startswith(('uv run ', 'uv tool install ', 'pip install ', 'npm ', 'OMP_NUM_THREADS='))
 
 
 def test_workflow_runs_the_commands_of_the_script():
@@ -25,7 +25,7 @@ def test_every_job_waits_for_lint_but_lint():
     jobs = WORKFLOW['jobs']
     assert {name for name, job in jobs.items() if 'needs' not in job} == {'lint'}
     nightly = {name for name, job in jobs.items() if 'if' in job}
-    assert nightly == {'slow', 'hub', 'zoo'}
+    assert nightly == {'slow', 'hub', 'page', 'zoo'}
 
 
 def test_hooks_before_a_commit_are_the_checks_of_lint():
