@@ -12,6 +12,7 @@ from benchmarks import exporting
 from benchmarks.export_time import force_exit
 from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import CRITERIA, ExitPolicy
+from timm_multiexit.utils.environment import describe_environment
 
 
 def test_difference_is_of_the_largest_logit_of_each_classifier():
@@ -31,6 +32,7 @@ def test_failures_and_late_networks_are_rows_with_their_reason(tmp_path, monkeyp
     exporting.check_networks(list(networks), path, seconds=2, show=shown.append)
     rows = json.loads(path.read_text())['rows']
     assert [json.loads(line) for line in shown] == rows
+    assert [row.pop('commit') for row in rows] == [describe_environment()['commit']] * 3
     assert rows == [
         {'network': 'Odd', 'result': 'ValueError: two lines'},
         {'network': 'Slow', 'result': 'not done in 2 s'},
