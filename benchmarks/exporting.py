@@ -249,7 +249,7 @@ def check_in_time(name: str, seconds: float) -> dict[str, Any]:
         process.kill()
         row = {'result': f'not done in {seconds:.0f} s'}
     process.join()
-    return {'network': name, **row}
+    return {'network': name, **row, 'commit': describe_environment()['commit']}
 
 
 def check_networks(names: Sequence[str], path: Path, *, seconds: float, show: Callable[[str], None] = print) -> None:
@@ -265,7 +265,8 @@ def check_networks(names: Sequence[str], path: Path, *, seconds: float, show: Ca
         rows[name] = check_in_time(name, seconds)
         show(json.dumps(rows[name]))
         ordered = [rows[name] for name in known if name in rows]
-        content = {'limit': LIMIT, 'batches': BATCHES, **describe_environment(), 'rows': ordered}
+        environment = {key: value for key, value in describe_environment().items() if key != 'commit'}
+        content = {'limit': LIMIT, 'batches': BATCHES, **environment, 'rows': ordered}
         write_text(path, json.dumps(content, indent=1) + '\n')
         write_text(path.with_suffix('.md'), format_parity(content))
 
@@ -285,7 +286,7 @@ def format_parity(content: dict[str, Any]) -> str:
         f' {", ".join(map(str, content["batches"]))} (the conditional program: of 1, leaving at each classifier in'
         ' turn). Weights are random. "States" are the tensors that cross each cut. Made by `benchmark.py export`.',
         '',
-        f'{content["commit"]}, {content["versions"]}, {content["hardware"]}',
+        f'{content["versions"]}, {content["hardware"]}; commits {", ".join(sorted({row["commit"] for row in rows}))}',
         '',
         '| network | model | px | exits | states | MB | export s | fixed | stages | conditional | result |',
         '|---|---|--:|--:|---|--:|--:|--:|--:|--:|---|',

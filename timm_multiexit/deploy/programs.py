@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -126,22 +126,28 @@ def convert_program(program: ExportedProgram, name: str) -> 'ModelProto':
 def _convert(program: ExportedProgram) -> 'ModelProto':
     """Do `convert_program`; errors are raised as they come."""
     import onnx
-    from onnxscript import optimizer
 
     num_outputs = len(program.graph_signature.user_outputs)
     names = [*(f'exit_{idx}' for idx in range(num_outputs - 1)), 'main']
-    options: dict[str, Any] = {'dynamo': True, 'opset_version': OPSET, 'verbose': False}
-    converted: Any = torch.onnx.export(program, input_names=['image'], output_names=names, **options)
-    try:
-        onnx.checker.check_model(converted.model_proto)
-    except onnx.checker.ValidationError:
-        # Of several clamps of one value onnxscript's rewriting loses the bounds (0.7.2).
-        options['optimize'] = False
-        converted = torch.onnx.export(program, input_names=['image'], output_names=names, **options)
-        model: ModelProto = optimizer.optimize(converted.model_proto)
-        onnx.checker.check_model(model)
-        return model
-    return cast('ModelProto', converted.model_proto)
+    for optimizes in (True, False):
+        # Of several clamps of one value onnxscript's optimizer loses the bounds (0.7.2): then the runtime's must do.
+        converted: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=['image'],
+            output_names=names,
+            optimize=optimizes,
+            verbose=False,
+        )
+        model: ModelProto = converted.model_proto
+        try:
+            onnx.checker.check_model(model)
+            break
+        except onnx.checker.ValidationError:
+            if not optimizes:
+                raise
+    return model
 
 
 def flatten_attention(program: ExportedProgram) -> None:
@@ -149,6 +155,8 @@ def flatten_attention(program: ExportedProgram) -> None:
     graph = program.graph
     for node in list(graph.nodes):
         if node.op != 'call_function' or node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+            continue
+        if 'val' not in node.meta:  # made here
             continue
         shape = node.meta['val'].shape
         parts = [source.meta['val'].shape for source in node.args[:3]]
