@@ -14,9 +14,9 @@ from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.cli.flags.exit_flags import parse_thresholds
+from timm_multiexit.cli.flags.int8_flags import INT8_FLAGS, add_int8, check_int8_flags, describe_int8, draw_images
 from timm_multiexit.cli.flags.parser import Choice, ScriptParser, add_flags, positive_int, value
 from timm_multiexit.cli.flags.validate_args import given_policy
-from timm_multiexit.cli.int8 import INT8_FLAGS, add_int8, check_int8_flags, describe_int8, draw_images
 from timm_multiexit.deploy.export import FORMATS, FORMS, export
 from timm_multiexit.deploy.manifest import MANIFEST_NAME
 from timm_multiexit.deploy.programs import check_extra

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from timm_multiexit.checkpoints.run_folder import RunFolder
+from timm_multiexit.cli.flags.int8_flags import INT8_FLAGS, add_int8, check_int8_flags, describe_int8, draw_images
 from timm_multiexit.cli.flags.parser import ScriptParser, add_flags, switch, value
-from timm_multiexit.cli.int8 import INT8_FLAGS, add_int8, check_int8_flags, describe_int8, draw_images
 from timm_multiexit.deploy.export import export
 from timm_multiexit.deploy.manifest import read_manifest
 from timm_multiexit.deploy.programs import check_extra

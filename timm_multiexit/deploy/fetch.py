@@ -33,7 +33,7 @@ def fetch_export(
         cache_dir: The cache of the Hub's client; None for its own.
 
     Raises:
-        HubError: There is no such repository, or it has no programs.
+        HubError: The repository does not exist, or has no programs.
         CheckpointError: The manifest says something that is not allowed, or a file is not what it says.
         InvalidValueError: The folder holds other files.
         DiskError: The disk is full or not writable.

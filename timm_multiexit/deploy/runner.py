@@ -12,7 +12,6 @@ answers there. In a program:
     logits, exit_idx = runner.infer(runner.preprocess('PICTURE'), budget='60%')
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -86,7 +85,7 @@ class RunnerError(ValueError):
     """An argument, the folder or a picture is not what it must be; the message is one line."""
 
 
-class Prediction(NamedTuple):
+class Answer(NamedTuple):
     """What is answered for a batch.
 
     Attributes:
@@ -548,7 +547,7 @@ class Runner:
         *,
         threshold: float | Sequence[float | None] | None = None,
         budget: str | None = None,
-    ) -> Prediction:
+    ) -> Answer:
         """Answer each image at the exit that decides for it; what has left is not computed further.
 
         One of `policy`, `threshold` and `budget` may be given; without any of them it is the folder's own policy.
@@ -583,9 +582,9 @@ class Runner:
             if len(stay) < len(rows):
                 rows, state = rows[stay], [tensor[stay] for tensor in state]
                 run.select(stay)
-        return Prediction(answers, exit_idx)
+        return Answer(answers, exit_idx)
 
-    def _infer_each(self, images: np.ndarray, rule: _Policy) -> Prediction:
+    def _infer_each(self, images: np.ndarray, rule: _Policy) -> Answer:
         """Answer image by image, by the program that leaves at run time."""
         one = self._programs['conditional']
         if one is None:
@@ -601,7 +600,7 @@ class Runner:
             self._run(one['path'], [images[idx : idx + 1], thresholds, temperatures]) for idx in range(len(images))
         ]
         logits, exit_idx = (np.concatenate(parts) for parts in zip(*found))
-        return Prediction(self._checked(int(exit_idx.max()), logits), exit_idx)
+        return Answer(self._checked(int(exit_idx.max()), logits), exit_idx)
 
     def anytime(self, images: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (k, logits [B, C]) of each exit as soon as it is computed, main last; leaving the loop stops the work.
@@ -620,7 +619,7 @@ class Runner:
 
         return step()
 
-    def predict(self, images: np.ndarray, deadline_ms: float) -> Prediction:
+    def predict(self, images: np.ndarray, deadline_ms: float) -> Answer:
         """Return the deepest answer that is there before the deadline; if none can be, the shallowest exit's.
 
         How long the stages take is learnt: the first call with a shape of `images` measures a few forwards, which do
@@ -650,7 +649,7 @@ class Runner:
                 found = idx, logits
         assert found is not None
         idx, logits = found
-        return Prediction(self._checked(idx, logits), np.full(len(logits), idx, np.int64))
+        return Answer(self._checked(idx, logits), np.full(len(logits), idx, np.int64))
 
     def preprocess(self, image: Any) -> np.ndarray:
         """Return a picture as [1, C, H, W] float32, given a path or a `PIL.Image.Image`; see `prepare`."""
@@ -792,6 +791,8 @@ def _make_opener(providers: Any, threads: Any) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer pictures, a line each, and return the exit code: 2 for an error of one line."""
+    import argparse  # of the script alone
+
     parser = argparse.ArgumentParser(prog=OWN_NAME, description='Answer pictures with an exported network.')
     parser.add_argument('folder', help='what timm-multiexit export wrote')
     parser.add_argument('pictures', nargs='+', metavar='PICTURE')

@@ -77,7 +77,7 @@ def draw_images(
 
     Raises:
         DataError: There are too few images, they are a stream, or of other classes.
-        MissingFileError: There is no such folder.
+        MissingFileError: The folder does not exist.
     """
     if args.calib_data is not None:
         is_name = args.calib_data == DIGITS or args.calib_data.startswith(_LIBRARIES)
