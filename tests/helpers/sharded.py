@@ -118,11 +118,11 @@ def check_network(name, rank, world, folder):
 @torch.no_grad()
 def compare_answers(model, whole, rank):
     images, _ = draw(99)
-    close = [torch.allclose(model(images), whole(images), rtol=1e-9)]
+    close = [torch.allclose(model(images), whole(images), rtol=1e-5)]
     pairs = zip(model(images, exits=True).logits, whole(images, exits=True).logits, strict=True)
-    close += [torch.allclose(one, other, rtol=1e-9) for one, other in pairs]
+    close += [torch.allclose(one, other, rtol=1e-5) for one, other in pairs]
     for idx in range(-1, len(whole.exits)):
-        close.append(torch.allclose(model(images, exit_idx=idx), whole(images, exit_idx=idx), rtol=1e-9))
+        close.append(torch.allclose(model(images, exit_idx=idx), whole(images, exit_idx=idx), rtol=1e-5))
     # The first process has three batches, the second one has one.
     batches = [draw(100 + idx) for idx in range(3 - 2 * rank)]
     tables = [tme.evaluate(evaluated, batches) for evaluated in (model, whole)]

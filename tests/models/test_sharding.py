@@ -158,7 +158,7 @@ def test_two_processes_come_to_what_one_comes_to(two_processes, name):
     for rank, of_rank in enumerate(found):
         assert of_rank['types'] == ['DTensor']
         for key in ('trained', 'average', 'resumed'):
-            assert of_rank[key] < 1e-9, key
+            assert of_rank[key] < 1e-7, key
         assert len(of_rank['close']) == 7
         assert all(of_rank['close'])
         assert of_rank['num_samples'] == [8 * (3 - 2 * rank)] * 2
@@ -166,7 +166,7 @@ def test_two_processes_come_to_what_one_comes_to(two_processes, name):
         assert of_rank['cost']
     # The tolerance is far below what the steps do.
     assert difference(found[0]['start'], found[0]['expected']) > 1e-4
-    assert found[0]['gathered'] < 1e-9
+    assert found[0]['gathered'] < 1e-7
     assert found[0]['type']
     assert found[1]['is_meta']
     saved = tme.create_model(f'local-dir:{folder / name}', pretrained=True)
@@ -181,5 +181,5 @@ def test_one_process_goes_on_where_two_stopped(two_processes, name):
     optimizer = make_optimizer(model)
     resume(model, optimizer, folder / f'{name}-two')
     train(model, optimizer, range(HALF_WAY, STEPS))
-    assert difference(model.state_dict(), found[0][name]['expected']) < 1e-9
+    assert difference(model.state_dict(), found[0][name]['expected']) < 1e-7
     assert (model.num_classes, model.input_size) == (CLASSES, (3, SIZE, SIZE))
