@@ -117,7 +117,7 @@ def export(args):
 
 
 def export_time(args):
-    """Print, and write if asked, what exported programs take as ratios, and whether policies agree; of a model folder."""
+    """Print what exported programs of a model folder take, as ratios, and whether policies agree."""
     from benchmarks.export_time import ExportBenchmark
 
     torch.set_num_threads(1)
