@@ -27,6 +27,7 @@ from timm_multiexit.exits.heads import HEADS
 from timm_multiexit.losses.multi_exit_loss import LOSSES
 from timm_multiexit.utils.environment import describe_environment
 from timm_multiexit.utils.errors import InvalidValueError, one_line
+from timm_multiexit.utils.files import write_output
 from timm_multiexit.utils.text import format_table
 
 
@@ -116,23 +117,32 @@ def export(args):
 
 
 def export_time(args):
-    """Print what exported programs take as ratios, and compare policies; of a model folder."""
+    """Print what exported programs of a model folder take, as ratios, and whether policies agree."""
     from benchmarks.export_time import ExportBenchmark
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = create_exported_model(args.model).eval()
     benchmark = ExportBenchmark(model)
-    print(f'{args.model}, {list(model.input_size)}, batch 1, {args.rounds} rounds')
-    print(', '.join(describe_environment().values()))
-    print('', format_table(benchmark.measure(args.rounds)), sep='\n', flush=True)
+    lines = []
+
+    def show(text):
+        print(text, flush=True)
+        lines.append(text)
+
+    name = args.name or model.pretrained_cfg.get('architecture')
+    show(f'{name}, {list(model.input_size)}, batch 1, {args.rounds} rounds')
+    show(', '.join(describe_environment().values()))
+    show(f'\n{format_table(benchmark.measure(args.rounds))}')
     if model.budgets is not None and model.budgets.total_macs is not None:
         points = list(model.budgets.points)
         points = points[:: -(-len(points) // 10)]
-        print('', format_table(benchmark.measure_savings(points, args.rounds)), sep='\n', flush=True)
+        show(f'\n{format_table(benchmark.measure_savings(points, args.rounds))}')
     images = torch.randn(64, *model.input_size) * torch.logspace(-1, 1, 64)[:, None, None, None]
     report = benchmark.compare_policies(args.policies, images.numpy())
-    print('', format_table([{name: str(value) for name, value in report.items()}]), sep='\n')
+    show(f'\n{format_table([{key: str(value) for key, value in report.items()}])}')
+    if args.output:
+        write_output(args.output, ('\n'.join(lines) + '\n').encode())
 
 
 def parse_device(text):
@@ -175,6 +185,8 @@ def create_parser():
     command = commands.add_parser('export-time', help='time of exported programs, and random policies')
     command.add_argument('model', metavar='MODEL', help='folder of a run or of a model')
     command.add_argument('--rounds', type=int, default=25, metavar='N', help='default: 25')
+    command.add_argument('--output', type=Path, metavar='FILE', help='text file to write too')
+    command.add_argument('--name', metavar='TEXT', help='what the network is called there')
     command.add_argument('--policies', type=int, default=500, metavar='N', help='default: 500')
     command.set_defaults(run=export_time)
     command = commands.add_parser('heads', help='MACs of heads')

@@ -33,20 +33,25 @@ CIFAR_NETWORKS = tuple(
     """.split()
 )
 COLUMNS = ('fixed', 'stages', 'conditional')
+_OWN_ERROR = 'eager, against float64'
+_LIVELY_ERROR = 'eager with lively weights, against float64'
 
 
-def list_networks() -> dict[str, Callable[[], MultiExitModel]]:
-    """Return what makes each network, by the name of its family, or of the network for the paper's."""
+def list_networks(is_lively: bool = True) -> dict[str, Callable[[], MultiExitModel]]:
+    """Return what makes each network, by the name of its family, or of the network for the paper's.
+
+    Lively weights are those that timm makes, with norms moved so that every layer counts.
+    """
     from tests.helpers import enliven
     from tests.helpers.families import FAMILIES, make_small
 
     def make(family: str) -> MultiExitModel:
-        model: MultiExitModel = enliven(make_small(family))
-        return model
+        model: MultiExitModel = make_small(family)
+        return enliven(model) if is_lively else model
 
     def make_cifar(name: str) -> MultiExitModel:
-        model: MultiExitModel = enliven(create_model(name, num_classes=10, head='paper').eval())
-        return model
+        model = create_model(name, num_classes=10, head='paper').eval()
+        return enliven(model) if is_lively else model
 
     networks = {family: (lambda family=family: make(family)) for family in FAMILIES}
     return networks | {name: (lambda name=name: make_cifar(name)) for name in CIFAR_NETWORKS}
@@ -107,7 +112,7 @@ def check_network(make: Callable[[], MultiExitModel]) -> dict[str, Any]:
     row['conditional'] = check_conditional(open_program(conditional), inputs[1], expected[1])
     if max(row[name] for name in COLUMNS) > LIMIT:
         exact = model.double()
-        row['eager, against float64'] = max(
+        row[_OWN_ERROR] = max(
             compare([logits.numpy() for logits in expected[size]], exact(images.double(), exits=True).logits)
             for size, images in inputs.items()
         )
@@ -213,6 +218,11 @@ def _work(name: str, results: Any) -> None:
     torch.set_num_threads(1)
     try:
         row = check_network(list_networks()[name])
+        if row.get(_OWN_ERROR, 0) > LIMIT:
+            # Not even eager says the same at another precision: with these weights rounding grows from layer to layer.
+            own_error = row[_OWN_ERROR]
+            row = check_network(list_networks(is_lively=False)[name])
+            row[_LIVELY_ERROR] = own_error
         wrong = [column for column in COLUMNS if not row[column] <= LIMIT]
         row['result'] = f'above {LIMIT:g}: {", ".join(wrong)}' if wrong else 'equal'
     except Exception as error:
@@ -239,7 +249,7 @@ def check_in_time(name: str, seconds: float) -> dict[str, Any]:
         process.kill()
         row = {'result': f'not done in {seconds:.0f} s'}
     process.join()
-    return {'network': name, **row}
+    return {'network': name, **row, 'commit': describe_environment()['commit']}
 
 
 def check_networks(names: Sequence[str], path: Path, *, seconds: float, show: Callable[[str], None] = print) -> None:
@@ -255,7 +265,8 @@ def check_networks(names: Sequence[str], path: Path, *, seconds: float, show: Ca
         rows[name] = check_in_time(name, seconds)
         show(json.dumps(rows[name]))
         ordered = [rows[name] for name in known if name in rows]
-        content = {'limit': LIMIT, 'batches': BATCHES, **describe_environment(), 'rows': ordered}
+        environment = {key: value for key, value in describe_environment().items() if key != 'commit'}
+        content = {'limit': LIMIT, 'batches': BATCHES, **environment, 'rows': ordered}
         write_text(path, json.dumps(content, indent=1) + '\n')
         write_text(path.with_suffix('.md'), format_parity(content))
 
@@ -275,7 +286,7 @@ def format_parity(content: dict[str, Any]) -> str:
         f' {", ".join(map(str, content["batches"]))} (the conditional program: of 1, leaving at each classifier in'
         ' turn). Weights are random. "States" are the tensors that cross each cut. Made by `benchmark.py export`.',
         '',
-        f'{content["commit"]}, {content["versions"]}, {content["hardware"]}',
+        f'{content["versions"]}, {content["hardware"]}; commits {", ".join(sorted({row["commit"] for row in rows}))}',
         '',
         '| network | model | px | exits | states | MB | export s | fixed | stages | conditional | result |',
         '|---|---|--:|--:|---|--:|--:|--:|--:|--:|---|',
@@ -284,7 +295,9 @@ def format_parity(content: dict[str, Any]) -> str:
         cells = [row['network'], *(row.get(name, '') for name in ('model', 'px', 'exits', 'states', 'MB', 'export s'))]
         cells += [f'{row[name]:.1e}' if name in row else '' for name in COLUMNS]
         result = row['result'].replace('|', '\\|')
-        if 'eager, against float64' in row:
-            result += f' (eager itself against float64: {row["eager, against float64"]:.1e})'
+        if _OWN_ERROR in row:
+            result += f' (eager itself against float64: {row[_OWN_ERROR]:.1e})'
+        if _LIVELY_ERROR in row:
+            result += f" (timm's initial weights; with lively ones eager is {row[_LIVELY_ERROR]:.1e} from float64)"
         lines.append('| ' + ' | '.join(map(str, [*cells, result])) + ' |')
     return '\n'.join(lines) + '\n'

@@ -78,7 +78,7 @@ def test_metadata_name_command_extras_and_version(built):
         commands = archive.read(f'{folder}/entry_points.txt').decode().split('\n')
     assert (metadata['Name'], metadata['Version']) == ('timm-multiexit', __version__)
     assert metadata['License-Expression'] == 'Apache-2.0'
-    assert {'digits', 'plots', 'tensorboard', 'wandb'} <= set(metadata.get_all('Provides-Extra'))
+    assert {'digits', 'onnx', 'plots', 'tensorboard', 'wandb'} <= set(metadata.get_all('Provides-Extra'))
     assert 'timm-multiexit = timm_multiexit.cli.main:main' in commands
 
 

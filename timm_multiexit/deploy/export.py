@@ -94,12 +94,12 @@ def export(
     with new_folder(folder, manifest.MANIFEST_NAME) as draft:
         program = trace_program(copy, size)
         programs: dict[str, Any] = {'fixed': [], 'stages': [], 'conditional': None}
+        if 'pt2' in formats:  # first: for ONNX the program is changed
+            values['pt2'] = write_torch_programs(program, draft, forms)
         if 'onnx' in formats:
             whole = convert_program(program, type(model.backbone).__name__)
             programs = write_programs(whole, draft, forms, policy)
         values['programs'] = {'fp32': programs}
-        if 'pt2' in formats:
-            values['pt2'] = write_torch_programs(program, draft, forms)
         shutil.copyfile(runner.__file__, draft / manifest.RUNNER_NAME)
         manifest.write_manifest(draft, values)
 

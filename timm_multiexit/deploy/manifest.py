@@ -10,6 +10,7 @@ from timm.data.config import resolve_data_config
 
 from timm_multiexit.deploy import runner
 from timm_multiexit.deploy.programs import OPSET
+from timm_multiexit.evaluation.stamp import describe_preparation
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy
@@ -23,7 +24,7 @@ MANIFEST_NAME = runner.MANIFEST
 RUNNER_NAME = runner.OWN_NAME
 
 _LIBRARIES = ('timm', 'torch', 'onnx', 'onnxruntime')
-_PREPROCESSING = ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
+_PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
 
 
 def describe_model(
@@ -41,8 +42,7 @@ def describe_model(
         class_names: What `find_class_names` gave.
         policy: Where images leave when nobody says.
     """
-    cfg = resolve_data_config(model=model)
-    preprocessing = {name: list(cfg[name]) if is_list(cfg[name]) else cfg[name] for name in _PREPROCESSING}
+    preparation = describe_preparation({**resolve_data_config(model=model), 'input_size': input_size})
     *exits, main = model.cost(input_size)
     names = [f'exit {idx}' for idx in range(len(exits))]
     return {
@@ -52,7 +52,7 @@ def describe_model(
         'opset': OPSET,
         'num_classes': model.num_classes,
         'classes': class_names,
-        'preprocessing': {'input_size': list(input_size), **preprocessing},
+        'preprocessing': {name: preparation[name] for name in _PREPROCESSING},
         'exits': [
             {
                 'name': name,

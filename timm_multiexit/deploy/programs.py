@@ -114,17 +114,65 @@ def convert_program(program: ExportedProgram, name: str) -> 'ModelProto':
             f'The weights of a model must have at most {_MAX_PROTO_BYTES:,} bytes to be a file of ONNX, got'
             f" {num_bytes:,}: use formats=('pt2',)."
         )
-    num_outputs = len(program.graph_signature.user_outputs)
-    names = [*(f'exit_{idx}' for idx in range(num_outputs - 1)), 'main']
+    flatten_attention(program)
     with _quiet():
         try:
-            converted: Any = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, input_names=['image'], output_names=names, verbose=False
-            )
+            model = _convert(program)
         except Exception as error:
             raise InvalidValueError(f'{name} cannot be exported to ONNX: {one_line(_root(error))}.') from error
-    model: ModelProto = converted.model_proto
     return model
+
+
+def _convert(program: ExportedProgram) -> 'ModelProto':
+    """Do `convert_program`; errors are raised as they come."""
+    import onnx
+
+    num_outputs = len(program.graph_signature.user_outputs)
+    names = [*(f'exit_{idx}' for idx in range(num_outputs - 1)), 'main']
+    for optimizes in (True, False):
+        # Of several clamps of one value onnxscript's optimizer loses the bounds (0.7.2): then the runtime's must do.
+        converted: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=['image'],
+            output_names=names,
+            optimize=optimizes,
+            verbose=False,
+        )
+        model: ModelProto = converted.model_proto
+        try:
+            onnx.checker.check_model(model)
+            break
+        except onnx.checker.ValidationError:
+            if not optimizes:
+                raise
+    return model
+
+
+def flatten_attention(program: ExportedProgram) -> None:
+    """Make attention over more dimensions than the exporter of ONNX takes one over the first of them together."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op != 'call_function' or node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+            continue
+        if 'val' not in node.meta:  # made here
+            continue
+        shape = node.meta['val'].shape
+        parts = [source.meta['val'].shape for source in node.args[:3]]
+        has_mask = len(node.args) > 3 and node.args[3] is not None
+        if len(shape) == 4 or has_mask or not all(isinstance(size, int) for part in parts for size in part[1:]):
+            continue
+        reshape = torch.ops.aten.reshape.default
+        with graph.inserting_before(node):
+            flat = [
+                graph.call_function(reshape, (source, [-1, *part[-3:]])) for source, part in zip(node.args[:3], parts)
+            ]
+            attended = graph.call_function(node.target, (*flat, *node.args[3:]), node.kwargs)
+            back = graph.call_function(reshape, (attended, [-1, *map(int, shape[1:])]))
+        node.replace_all_uses_with(back)
+        graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def simplify_pooling(program: ExportedProgram) -> None:
