@@ -61,9 +61,12 @@ def test_answers_are_those_of_the_model(exported, images):
 
 def test_conditional_program_answers_where_there_are_no_stages(exported, images):
     runner = Runner(exported.folder, threads=1)
-    expected = runner.infer(images.numpy())
+    _, logits = next(runner.anytime(images.numpy()))
+    first, second = torch.from_numpy(logits).softmax(-1).topk(2).values.unbind(-1)
+    policy = {'criterion': 'margin', 'combine': 'mean', 'thresholds': [float((first - second).median()), None, 0.3]}
+    expected = runner.infer(images.numpy(), policy)
     runner._programs = {**runner._programs, 'stages': []}
-    found = runner.infer(images.numpy())
+    found = runner.infer(images.numpy(), policy)
     np.testing.assert_array_equal(found.exit_idx, expected.exit_idx)
     np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
     assert len(set(found.exit_idx.tolist())) > 1

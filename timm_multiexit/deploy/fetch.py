@@ -42,7 +42,7 @@ def fetch_export(
     snapshot = fetch_files(repo_id, [f'{REMOTE_FOLDER}/{MANIFEST_NAME}'], revision=revision, cache_dir=cache_dir)
     source = snapshot.folder / REMOTE_FOLDER
     try:
-        manifest = runner.read_manifest(source)
+        manifest = runner.load_manifest(source)
         names = [name for name in manifest['files'] if name != RUNNER_NAME]
         wrong = next((name for name in names if PurePosixPath(name).suffix != '.onnx'), None)
         if wrong is not None:

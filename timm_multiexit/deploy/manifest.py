@@ -124,7 +124,7 @@ def read_manifest(folder: str | Path, *, checks_hashes: bool = True) -> dict[str
     """
     folder = Path(folder)
     try:
-        manifest = runner.read_manifest(folder)
+        manifest = runner.load_manifest(folder)
         for name in (MANIFEST_NAME, *manifest['files']):
             check_contained(folder / name)
         runner.check_files(folder, manifest, hashes=checks_hashes)

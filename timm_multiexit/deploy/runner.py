@@ -100,7 +100,7 @@ class Answer(NamedTuple):
 # --- The folder -------------------------------------------------------------------------------------------------------
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def load_manifest(folder: str | Path) -> dict[str, Any]:
     """Return the manifest of an exported folder, checked: nothing in it is unknown, and no path leaves the folder.
 
     Raises:
@@ -505,7 +505,7 @@ class Runner:
         check: bool = True,
     ):
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+        self.manifest = load_manifest(self.folder)
         check_files(self.folder, self.manifest, hashes=check)
         if precision not in self.manifest['programs']:
             raise RunnerError(
