@@ -8,7 +8,7 @@ import torch
 from helpers import cases, enliven
 
 import timm_multiexit as tme
-from timm_multiexit.cli.main import main
+from timm_multiexit.__main__ import main
 from timm_multiexit.deploy.manifest import read_manifest
 from timm_multiexit.deploy.runner import Runner
 from timm_multiexit.policies.budgets import PolicyResult

@@ -9,7 +9,7 @@ import torch
 from helpers import cases
 
 import timm_multiexit as tme
-from timm_multiexit.deploy.manifest import describe_budgets, describe_model, find_class_names, read_manifest
+from timm_multiexit.deploy.manifest import describe_budgets, describe_exported, find_class_names, read_manifest
 from timm_multiexit.policies.budgets import PolicyResult
 
 
@@ -43,7 +43,7 @@ def test_costs_and_preprocessing_are_those_of_the_model(exported):
 def test_mean_and_std_are_one_per_channel():
     backbone = timm.create_model('test_resnet', num_classes=3, in_chans=1)
     model = tme.attach_exits(backbone, [1], input_size=(1, 64, 64))
-    preprocessing = describe_model(model, (1, 64, 64), class_names=None, policy=None)['preprocessing']
+    preprocessing = describe_exported(model, (1, 64, 64), class_names=None, policy=None)['preprocessing']
     assert preprocessing['input_size'] == [1, 64, 64]
     assert (len(preprocessing['mean']), len(preprocessing['std'])) == (1, 1)
 

@@ -79,7 +79,7 @@ def test_metadata_name_command_extras_and_version(built):
     assert (metadata['Name'], metadata['Version']) == ('timm-multiexit', __version__)
     assert metadata['License-Expression'] == 'Apache-2.0'
     assert {'digits', 'onnx', 'plots', 'tensorboard', 'wandb'} <= set(metadata.get_all('Provides-Extra'))
-    assert 'timm-multiexit = timm_multiexit.cli.main:main' in commands
+    assert 'timm-multiexit = timm_multiexit.__main__:main' in commands
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import torch
 
 from timm_multiexit.deploy import manifest, runner
 from timm_multiexit.deploy.programs import (
+    check_exported_size,
     check_extra,
-    check_takes_images,
     convert_program,
     copy_for_export,
     trace_program,
@@ -89,8 +89,8 @@ def export(
     if 'onnx' in formats:
         check_extra()
     copy = copy_for_export(model)
-    check_takes_images(copy, size)
-    values = manifest.describe_model(model, size, class_names=names, policy=policy)
+    check_exported_size(copy, size)
+    values = manifest.describe_exported(model, size, class_names=names, policy=policy)
     with new_folder(folder, manifest.MANIFEST_NAME) as draft:
         program = trace_program(copy, size)
         programs: dict[str, Any] = {'fixed': [], 'stages': [], 'conditional': None}

@@ -27,7 +27,7 @@ _LIBRARIES = ('timm', 'torch', 'onnx', 'onnxruntime')
 _PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
 
 
-def describe_model(
+def describe_exported(
     model: MultiExitModel,
     input_size: tuple[int, int, int],
     *,

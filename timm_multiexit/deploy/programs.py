@@ -63,7 +63,7 @@ def copy_for_export(model: MultiExitModel) -> MultiExitModel:
 
 
 @torch.no_grad()
-def check_takes_images(model: MultiExitModel, input_size: tuple[int, int, int]) -> None:
+def check_exported_size(model: MultiExitModel, input_size: tuple[int, int, int]) -> None:
     """Raise `InvalidValueError` unless a model takes images of (channels, height, width)."""
     try:
         model(torch.zeros(1, *input_size), exits=True)
@@ -83,7 +83,7 @@ def trace_program(model: MultiExitModel, input_size: tuple[int, int, int]) -> Ex
     Raises:
         InvalidValueError: The model does not take images of this size, or `torch.export` cannot trace it.
     """
-    check_takes_images(model, input_size)
+    check_exported_size(model, input_size)
     with torch.no_grad(), _quiet():
         try:
             shapes = ({0: Dim('batch', min=1, max=MAX_BATCH)},)

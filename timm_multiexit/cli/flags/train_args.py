@@ -104,10 +104,13 @@ def parse_train_args(argv: Sequence[str] | None = None, prog: str = 'train.py') 
 
 
 def _dependent_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the defaults that depend on other flags, as in timm 1.0.31."""
+    """Return the defaults that depend on other flags, as in timm 1.0.31, and for a frozen backbone."""
     defaults: dict[str, Any] = {}
-    if settings['task'] == 'multilabel':
+    is_multilabel = settings['task'] == 'multilabel'
+    if is_multilabel:
         defaults |= {'smoothing': 0.0, 'eval_metric': 'map'}
+    if settings['freeze_backbone'] or settings['regime'] == 'frozen':  # main is the same in all epochs
+        defaults['eval_metric'] = 'mean_map' if is_multilabel else 'mean_top1'
     if settings['sched'] in ('wsd', 'rsqrt'):
         defaults['decay_epochs'] = 0.2
     return defaults

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_multiexit.cli.main import COMMANDS, main
+from timm_multiexit.__main__ import COMMANDS, main
 from timm_multiexit.version import __version__
 
 FOLDER = Path(importlib.import_module('timm_multiexit.cli').__file__).parent
@@ -95,7 +95,7 @@ def test_package_runs_as_a_module_and_loads_no_command_for_its_version():
     code += 'print(*sys.modules)'
     *lines, loaded = run_process('-c', code).stdout.splitlines()
     assert lines == [f'timm-multiexit {__version__}', '0']
-    assert 'timm_multiexit.cli.main' in loaded.split()
+    assert 'timm_multiexit.version' in loaded.split()
     assert {f'timm_multiexit.cli.{name}' for name in COMMANDS}.isdisjoint(loaded.split())
 
 
