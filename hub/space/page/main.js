@@ -257,7 +257,8 @@ class Demo {
     const saved = share <= 1 ? `${percent(1 - share)} saved` : `${percent(share - 1)} more than without exits`;
     const verdict = truth === null ? '' : truth === first ? 'correct' : `it is ${this.view.label(truth)}`;
     find('name').textContent = name;
-    find('where').textContent = exit === null ? `so far, at ${at}` : isMain ? 'went all the way to main' : `left at ${at}`;
+    const left = isMain ? 'went all the way to main' : `left at ${at}`;
+    find('where').textContent = exit === null ? `so far, at ${at}` : left;
     Object.assign(find('verdict'), {textContent: verdict, hidden: verdict === '' || exit === null});
     find('verdict').dataset.verdict = truth === first ? 'right' : 'wrong';
     setFact('work', percent(share), exit === null ? formatMacs(costs[idx]) : saved);
@@ -299,7 +300,8 @@ function hideError() {
 }
 
 function setUpTheme() {
-  const root = document.documentElement, button = find('theme'), prefersDark = matchMedia('(prefers-color-scheme: dark)');
+  const root = document.documentElement, button = find('theme');
+  const prefersDark = matchMedia('(prefers-color-scheme: dark)');
   const show = (theme) => {
     root.dataset.theme = theme;
     button.setAttribute('aria-label', theme === 'dark' ? 'Use light colours' : 'Use dark colours');
