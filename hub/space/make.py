@@ -232,8 +232,8 @@ def _describe(page: dict[str, Any], manifest: dict[str, Any], repo: str | None, 
     return (
         f'---\n{text}---\n\n# {page["title"]}\n\n'
         f'An image classifier with {len(manifest["exits"])} exits ({manifest["num_classes"]} classes, {size} pixels)'
-        ' that runs in the browser, by\nONNX Runtime Web, and stops as soon as its policy is satisfied. There is no'
-        ' server: pictures stay on the device that\nshows the page.\n\n'
+        ' that runs in the browser, by\nONNX Runtime Web, and stops as soon as its policy is satisfied. It needs'
+        ' no server: pictures stay on the device that\nshows the page.\n\n'
         'Made with timm_multiexit, by `hub/space/make.py`. To look at it from a copy of this folder:'
         ' `python -m http.server`.\n'
     )

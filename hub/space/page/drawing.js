@@ -56,7 +56,8 @@ export class Pad {
 
   /** Arrows move the pen, space puts it down and lifts it. */
   press(event) {
-    const moves = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}, move = moves[event.key];
+    const moves = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
+    const move = moves[event.key];
     if (event.key === ' ') {
       if (this.current) this.end();
       else this.strokes.push((this.current = [[...this.cursor]]));

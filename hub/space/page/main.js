@@ -29,7 +29,8 @@ class Demo {
     document.title = `${page.title}: early exit in the browser`;
     find('lead').textContent =
       `${page.title} can answer at ${this.numStages} places. It runs on this device, and your picture never leaves it.`;
-    find('made').textContent = `ONNX Runtime Web ${page.onnxruntime}, one thread of this device. Made with timm_multiexit.`;
+    find('made').textContent =
+      `ONNX Runtime Web ${page.onnxruntime}, ${page.precision}, one thread of this device. Made with timm_multiexit.`;
     this.render();
   }
 
@@ -52,8 +53,9 @@ class Demo {
   // When to stop
 
   setUpRules() {
-    const {policy, budgets} = this.manifest, isListed = budgets.some((each) => samePolicy(each.policy, policy));
-    const kinds = {budget: budgets.length > 0, policy: policy !== null && !isListed, threshold: true};
+    const {policy, budgets} = this.manifest;
+    const own = budgets.findIndex((each) => samePolicy(each.policy, policy));
+    const kinds = {budget: budgets.length > 0, policy: policy !== null && own < 0, threshold: true};
     const names = {budget: 'Budget', policy: 'Its own', threshold: 'Threshold'};
     const possible = Object.keys(kinds).filter((kind) => kinds[kind]);
     for (const kind of possible) {
@@ -62,7 +64,7 @@ class Demo {
       find('rules').append(make('label', {}, radio, make('span', {text: names[kind]})));
     }
     find('rules').hidden = possible.length < 2;
-    this.positions = {budget: isListed ? budgets.findIndex((each) => samePolicy(each.policy, policy)) : budgets.length >> 1, threshold: 0.9};
+    this.positions = {budget: own < 0 ? budgets.length >> 1 : own, threshold: 0.9};
     find('slider').addEventListener('input', () => {
       this.positions[this.rule] = Number(find('slider').value);
       this.applyRule();
@@ -255,7 +257,8 @@ class Demo {
     const saved = share <= 1 ? `${percent(1 - share)} saved` : `${percent(share - 1)} more than without exits`;
     const verdict = truth === null ? '' : truth === first ? 'correct' : `it is ${this.view.label(truth)}`;
     find('name').textContent = name;
-    find('where').textContent = exit === null ? `so far, at ${at}` : isMain ? 'went all the way to main' : `left at ${at}`;
+    const left = isMain ? 'went all the way to main' : `left at ${at}`;
+    find('where').textContent = exit === null ? `so far, at ${at}` : left;
     Object.assign(find('verdict'), {textContent: verdict, hidden: verdict === '' || exit === null});
     find('verdict').dataset.verdict = truth === first ? 'right' : 'wrong';
     setFact('work', percent(share), exit === null ? formatMacs(costs[idx]) : saved);
@@ -297,7 +300,8 @@ function hideError() {
 }
 
 function setUpTheme() {
-  const root = document.documentElement, button = find('theme'), prefersDark = matchMedia('(prefers-color-scheme: dark)');
+  const root = document.documentElement, button = find('theme');
+  const prefersDark = matchMedia('(prefers-color-scheme: dark)');
   const show = (theme) => {
     root.dataset.theme = theme;
     button.setAttribute('aria-label', theme === 'dark' ? 'Use light colours' : 'Use dark colours');

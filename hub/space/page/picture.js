@@ -62,7 +62,7 @@ function resampleAxis({data, outer, length, inner}, after, filter) {
   return out;
 }
 
-/** The places of the input that `nearest` takes. Pillow adds up the steps, so that halves fall as rounding lets them. */
+/** The places of the input that `nearest` takes. Pillow adds up the steps; halves fall as rounding lets them. */
 function nearestPlaces(before, after) {
   const step = before / after, places = [];
   for (let at = step * 0.5; places.length < after; at += step) places.push(Math.trunc(at));
@@ -105,14 +105,17 @@ function roundEven(value) {
 function centerCrop(picture, width, height, fill) {
   const {channels} = picture, out = new Uint8ClampedArray(width * height * channels);
   // torchvision pads first, the smaller half before, then crops what is too large.
-  const shift = (before, after) => (after > before ? -Math.floor((after - before) / 2) : roundEven((before - after) / 2));
+  const shift = (before, after) =>
+    after > before ? -Math.floor((after - before) / 2) : roundEven((before - after) / 2);
   const left = shift(picture.width, width), above = shift(picture.height, height);
   for (let y = 0; y < height; y++) {
     for (let x = 0; x < width; x++) {
       const fromX = x + left, fromY = y + above;
       const isInside = fromX >= 0 && fromX < picture.width && fromY >= 0 && fromY < picture.height;
       const at = (fromY * picture.width + fromX) * channels;
-      for (let c = 0; c < channels; c++) out[(y * width + x) * channels + c] = isInside ? picture.data[at + c] : fill[c];
+      for (let c = 0; c < channels; c++) {
+        out[(y * width + x) * channels + c] = isInside ? picture.data[at + c] : fill[c];
+      }
     }
   }
   return {width, height, channels, data: out};

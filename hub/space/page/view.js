@@ -83,7 +83,8 @@ export class ExitsView {
     const isTight = shares.some((share, k) => k && share - shares[k - 1] < 0.08);
     this.places = isTight ? shares.map((_, k) => (k + 1) / shares.length) : shares;
     this.stops = this.manifest.exits.map(({name}, k) => {
-      const stop = make('span', {class: 'stop'}, make('i'), make('span', {text: k === this.main ? 'main' : name.match(/\d+$/)?.[0] ?? `${k}`}));
+      const text = k === this.main ? 'main' : name.match(/\d+$/)?.[0] ?? `${k}`;
+      const stop = make('span', {class: 'stop'}, make('i'), make('span', {text}));
       stop.style.left = `${100 * this.places[k]}%`;
       return stop;
     });
@@ -155,6 +156,7 @@ export function describePolicy(policy, exits) {
   const rule = isSame ? `every exit ${phrase(limits[0])}` : used.join(', ');
   const parts = [used.length ? `Leaves at ${rule}.` : 'No exit is used: main answers.'];
   if (used.length && unused.length) parts.push(`Not used: ${unused.join(', ')}.`);
-  if (policy.combine) parts.push(`The ${policy.combine === 'mean' ? 'mean' : 'geometric mean'} of the exits so far answers.`);
+  const mean = policy.combine === 'mean' ? 'mean' : 'geometric mean';
+  if (policy.combine) parts.push(`The ${mean} of the exits so far answers.`);
   return parts.join(' ');
 }

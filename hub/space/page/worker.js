@@ -52,7 +52,8 @@ function makeImage(values, size) {
 /** Run a stage on what the one before gave; `logits` are out, the rest is for the next stage, by the same names. */
 async function runStage(session, state) {
   const begin = performance.now();
-  const {logits, ...next} = await session.run(Object.fromEntries(session.inputNames.map((name) => [name, state[name]])));
+  const inputs = Object.fromEntries(session.inputNames.map((name) => [name, state[name]]));
+  const {logits, ...next} = await session.run(inputs);
   return {logits: logits.data, state: next, ms: performance.now() - begin};
 }
 
