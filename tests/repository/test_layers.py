@@ -198,5 +198,5 @@ def test_public_names():
     )
     assert all(hasattr(timm_multiexit, name) for name in timm_multiexit.__all__)
     assert {'MultiExitError', 'CheckpointError', 'HubError', 'StateError', '__version__'} <= set(timm_multiexit.__all__)
-    assert len(timm_multiexit.__all__) == 32
+    assert len(timm_multiexit.__all__) == 33
     assert (PACKAGE / 'py.typed').read_text() == ''

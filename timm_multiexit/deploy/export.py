@@ -47,7 +47,7 @@ def export(
     - `fixed/exit_0.onnx`, ..., `fixed/main.onnx`: each classifier alone, `image` [batch, C, H, W] -> `logits`, with
       the parameters that it needs;
     - `stages/exit_0.onnx`, ..., `stages/main.onnx`: a chain; each gives its classifier's logits and the state that the
-      next one takes by the same names, so that a host stops anywhere and goes on later, also with some of the rows;
+      next one takes by the same names, so that a host stops anywhere and continues later, also with some of the rows;
     - `conditional.onnx`: one image, which leaves at run time where the policy says so. `thresholds`, one per exit, NaN
       for one that is not used and not run, and `temperatures`, one per classifier, are inputs; the criterion and what
       is combined are part of the program.

@@ -233,7 +233,10 @@ def test_without_data_the_defaults_are_the_digits():
         ('--data-dir a --eed --freeze-backbone', {'eval_metric': 'mean_top1'}),
         ('--data-dir a --eed --regime frozen', {'eval_metric': 'mean_top1'}),
         ('--data-dir a --eed --freeze-backbone --eval-metric top1', {'eval_metric': 'top1'}),
-        ('--dataset hfds/a --task multilabel --eed --freeze-backbone', {'eval_metric': 'mean_map'}),
+        (
+            '--dataset hfds/a --task multilabel --exit-loss ce --freeze-backbone',
+            {'eval_metric': 'mean_map'},
+        ),
         (
             '--dataset hfds/a --task multilabel --smoothing 0.2 --eval-metric loss',
             {'smoothing': 0.2, 'eval_metric': 'loss'},

@@ -313,7 +313,8 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
             str,
             'top1',
             'M',
-            'metric that chooses the best epoch: a column of summary.csv without its eval_ (frozen backbone: mean_top1)',
+            'metric that chooses the best epoch: a column of summary.csv without its eval_; mean_top1 on a frozen'
+            ' backbone',
         ),
         value('--tta', non_negative_int, 0, 'N', "not supported, for timm's own scripts"),
         switch('--use-multi-epochs-loader', 'keep loading processes between epochs'),
