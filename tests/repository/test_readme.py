@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import write_images
 
+from timm_multiexit.__main__ import main as commands_main
 from timm_multiexit.cli import publish, train, validate
+from timm_multiexit.deploy import runner
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
@@ -18,13 +20,26 @@ BLOCKS = re.findall(r'```(\w+)\n(.*?)```', (ROOT / 'README.md').read_text(), re.
 
 def test_every_block_is_known():
     assert [language for language, _ in BLOCKS] == [
-        *('shell', 'shell', 'python', 'python', 'python', 'shell', 'python', 'python', 'shell', 'python', 'python')
+        *(
+            'shell',
+            'shell',
+            'python',
+            'python',
+            'python',
+            'shell',
+            'python',
+            'python',
+            'shell',
+            'python',
+            'shell',
+            'python',
+        )
     ]
 
 
 def test_files_that_are_linked_exist():
     links = re.findall(r'\]\((?!http)([^)#]+)\)', (ROOT / 'README.md').read_text())
-    assert len(links) == 8
+    assert len(links) == 12
     assert [link for link in links if not (ROOT / link).is_file()] == []
 
 
@@ -34,6 +49,7 @@ def test_shell_and_python_blocks_run_in_order(run_script, tmp_path, hub):
     (tmp_path / 'hub').mkdir()
     (tmp_path / 'hub/checkpoints').symlink_to(ROOT / 'hub/checkpoints')
     scripts = {'train.py': train.main, 'validate.py': validate.main, 'hub/publish.py': publish.main}
+    scripts |= {'timm-multiexit': commands_main, 'exported/runner.py': runner.main}
     names = {}
     for language, block in BLOCKS[2:]:
         if language == 'python':
@@ -42,7 +58,7 @@ def test_shell_and_python_blocks_run_in_order(run_script, tmp_path, hub):
         commands = [shlex.split(line) for line in block.splitlines()]
         for command in commands:
             script = next(word for word in command if word in scripts)
-            workers = () if script == 'hub/publish.py' else ('-j', '0')
+            workers = ('-j', '0') if script in ('train.py', 'validate.py') else ()
             code, _, err = run_script(scripts[script], *workers, *command[command.index(script) + 1 :])
             scripts.pop(script)
             assert code == 0, err
