@@ -637,6 +637,14 @@ OTHERS = {
     'load_exits: no path': (lambda w: tme.load_exits(w.plain, None), TYPE, 'directory must be a path, got None'),
     'save_pretrained: empty path': (lambda w: tme.save_pretrained(w.model, ''), TYPE, "must be a path, got ''"),
     'load_checkpoint: no path': (lambda w: tme.load_checkpoint(w.model, 3), TYPE, 'path must be a path, got 3'),
+    'export: plain': (lambda w: tme.export(w.plain, 'x'), TYPE, 'must be a MultiExitModel'),
+    'export: no path': (lambda w: tme.export(w.model, None), TYPE, 'folder must be a path, got None'),
+    'export: form': (
+        lambda w: tme.export(w.model, 'x', forms=['chain']),
+        VALUE,
+        "must be one of fixed, stages, conditional, got 'chain'",
+    ),
+    'gather_model: name': (lambda w: tme.gather_model('resnet18'), TYPE, "model must be a module, got 'resnet18'"),
     'load_exits: name': (lambda w: tme.load_exits('resnet18', 'x'), TYPE, "backbone must be a module, got 'resnet18'"),
     'push_to_hub: swapped': (
         lambda w: tme.push_to_hub('me/net', w.model),
