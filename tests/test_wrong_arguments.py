@@ -644,7 +644,7 @@ OTHERS = {
         VALUE,
         "must be one of fixed, stages, conditional, got 'chain'",
     ),
-    'gather_model: name': (lambda w: tme.gather_model('resnet18'), TYPE, "model must be a module, got 'resnet18'"),
+    'gather_model: name': (lambda w: tme.gather_model('resnet18'), TYPE, "model must be a Module, got 'resnet18'"),
     'load_exits: name': (lambda w: tme.load_exits('resnet18', 'x'), TYPE, "backbone must be a module, got 'resnet18'"),
     'push_to_hub: swapped': (
         lambda w: tme.push_to_hub('me/net', w.model),
