@@ -39,7 +39,7 @@ def test_every_block_is_known():
 
 def test_files_that_are_linked_exist():
     links = re.findall(r'\]\((?!http)([^)#]+)\)', (ROOT / 'README.md').read_text())
-    assert len(links) == 12
+    assert len(links) == 14
     assert [link for link in links if not (ROOT / link).is_file()] == []
 
 

@@ -127,11 +127,18 @@ def write_publication(
 
 
 def _name_model(folder: Path, repo_id: str | None) -> str:
-    """Return the name for `create_model`; of a folder outside of the working directory its last part."""
+    """Return the name for `create_model`; of a folder outside of the working directory its last part.
+
+    Of `RUN/publication` these are two, since the name of the run is the network's.
+    """
     if repo_id is not None:
         return f'hf-hub:{repo_id}'
-    is_inside = folder.resolve().is_relative_to(Path.cwd())
-    return f'local-dir:{folder.resolve().relative_to(Path.cwd()).as_posix() if is_inside else folder.name}'
+    folder = folder.resolve()
+    if folder.is_relative_to(Path.cwd()):
+        return f'local-dir:{folder.relative_to(Path.cwd()).as_posix()}'
+    return (
+        f'local-dir:{folder.parent.name}/{folder.name}' if folder.name == 'publication' else f'local-dir:{folder.name}'
+    )
 
 
 def _mark_default(metrics: dict[str, Any], config: ModelConfig) -> None:
