@@ -515,6 +515,8 @@ def test_command_line(folder, tmp_path, capsys):
         assert line == f'{picture}: {name}, {share:.1f} %, at {where} with {macs} % of the MACs'
     code, again, _ = run_main(capsys, folder, picture, '--threshold', 0, '--threads', 1)
     assert (code, again) == (0, out.splitlines()[0] + '\n')
+    code, again, _ = run_main(capsys, folder, picture, '--threshold', 'none,0,none')
+    assert (code, again) == (0, out.splitlines()[1] + '\n')
     code, again, _ = run_main(capsys, folder, picture, picture, '--deadline-ms', 1e6)
     assert (code, again) == (0, (out.splitlines()[3] + '\n') * 2)
     wrong = [

@@ -344,8 +344,8 @@ def _refuse_losses(result: QuantizationResult, manifest: Mapping[str, Any], limi
     if worst[0] > limit + 1e-6:
         raise InvalidValueError(
             f'int8 programs must lose at most {limit:g} points of accuracy, got {worst[0]:.2f} at {worst[1]}'
-            f' ({worst[2]:.2f} % to {worst[3]:.2f} % on {result.images} images), so nothing was written: calibrate on'
-            ' more images, or allow more.'
+            f' ({worst[2]:.2f} % to {worst[3]:.2f} % on {result.images} images), so no int8 program was written:'
+            ' calibrate or compare on more images, or allow more.'
         )
 
 

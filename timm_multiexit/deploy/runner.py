@@ -793,11 +793,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Answer pictures, a line each, and return the exit code: 2 for an error of one line."""
     import argparse  # of the script alone
 
-    parser = argparse.ArgumentParser(prog=OWN_NAME, description='Answer pictures with an exported network.')
+    description = (
+        'Answer pictures with an exported network. Shares are those of the policy, with its temperatures; with'
+        ' --threshold, --deadline-ms and --all they are those of the logits as they are.'
+    )
+    parser = argparse.ArgumentParser(prog=OWN_NAME, description=description)
     parser.add_argument('folder', help='what timm-multiexit export wrote')
     parser.add_argument('pictures', nargs='+', metavar='PICTURE')
     parser.add_argument('--budget', metavar='B', help="mean MACs per picture: '60%%' of the plain network, 1.2GMACs")
-    parser.add_argument('--threshold', type=float, metavar='T', help='least confidence to leave at')
+    parser.add_argument(
+        '--threshold',
+        type=_thresholds,
+        metavar='T',
+        help='least confidence to leave at, for all exits or each: 0.9,none,0.8',
+    )
     parser.add_argument('--deadline-ms', type=float, metavar='MS', help='the deepest answer in so many milliseconds')
     parser.add_argument('--all', action='store_true', help='the answer of every exit, as soon as it is there')
     parser.add_argument('--precision', default='fp32', help='fp32 or int8')
@@ -825,6 +834,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'{OWN_NAME}: error: {error}', file=sys.stderr)
         return 2
     return 0
+
+
+def _thresholds(text: str) -> float | list[float | None]:
+    """Return what `--threshold` means: a number for all exits, or one of each, none for one that is not used."""
+    each = [None if part.strip().lower() == 'none' else float(part) for part in text.split(',')]
+    if len(each) > 1:
+        return each
+    if each[0] is None:
+        raise ValueError
+    return each[0]
 
 
 def describe(runner: Runner, logits: np.ndarray, exit_idx: int) -> str:

@@ -19,6 +19,7 @@ from timm_multiexit.utils.errors import DataError, InvalidValueError
 from timm_multiexit.utils.text import format_table
 
 _BATCH_SIZE = 64
+_CALIB_IMAGES = 256
 _LIBRARIES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')  # as timm names their data sets
 
 INT8_FLAGS = (
@@ -32,7 +33,13 @@ INT8_FLAGS = (
         ' such as hfds/ORG/NAME',
     ),
     value('--calib-split', str, 'validation', 'NAME', 'split of these images, best one that was not trained on'),
-    value('--calib-images', positive_int, 256, 'N', 'images that the ranges of int8 are those of'),
+    value(
+        '--calib-images',
+        positive_int,
+        None,
+        'N',
+        'images that the ranges of int8 are those of (default: 256, of a small split half)',
+    ),
     value('--held-out-images', positive_int, 2000, 'N', 'other images of the split, on which accuracy is compared'),
     value('--int8-limit', non_negative, 1.0, 'P', 'points of accuracy that an exit or a saved policy may lose'),
 )
@@ -90,14 +97,15 @@ def draw_images(
     count = check_classes(images, None)
     if count and count > model.num_classes:
         raise DataError(f'--calib-data must have the {model.num_classes} classes of the model, got {count}.')
-    if len(images) <= args.calib_images:
+    num_images = min(_CALIB_IMAGES, len(images) // 2) if args.calib_images is None else args.calib_images
+    if not 0 < num_images < len(images):
         raise DataError(
             f'--calib-images must be less than the {len(images)} images of the split {args.calib_split}, as others are'
-            f' needed to compare on, got {args.calib_images}.'
+            f' needed to compare on, got {num_images}.'
         )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-    rest = order[args.calib_images :]
-    return Int8Images(images, order[: args.calib_images], rest[: args.held_out_images])
+    rest = order[num_images:]
+    return Int8Images(images, order[:num_images], rest[: args.held_out_images])
 
 
 def add_int8(folder: Path, images: Int8Images, *, limit: float) -> QuantizationResult:
