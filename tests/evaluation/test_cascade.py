@@ -205,6 +205,7 @@ def test_command_reports_own_exits_cascade_and_static_models(run_script, folders
 WRONG = {
     'one': (('small',), '--compare-cascade must be two models, SMALL,LARGE, got'),
     'same': (('small', 'small'), '--compare-cascade must be two models, SMALL,LARGE, got'),
+    'swapped': (('large', 'small'), 'MMACs. Swap them.'),
     'unknown': (('small', 'nowhere'), '/nowhere'),
     'classes': (('small', 'few'), 'few must have the 10 classes of the model, got 3.'),
     'size': (('small', 'wide'), 'input_size [3, 32, 32], got [3, 48, 48]. Name models prepared alike'),

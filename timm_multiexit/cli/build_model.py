@@ -25,6 +25,7 @@ from timm_multiexit.factory import create_model
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.training.regimes import Regime
 from timm_multiexit.utils.errors import LIBRARY_ERRORS, CheckpointError, InvalidValueError, MultiExitError, one_line
+from timm_multiexit.utils.text import format_macs
 
 _logger = logging.getLogger(__name__)
 
@@ -296,7 +297,8 @@ def create_cascade(
         data_config: How images are prepared for that.
 
     Raises:
-        MultiExitError: A model is unknown, has other classes, or takes images that are prepared in another way.
+        MultiExitError: A model is unknown, has other classes, or takes images that are prepared in another way; or the
+            first does not cost less than the second.
     """
     flag, input_size = '--compare-cascade', data_config['input_size']
     parts = []
@@ -315,10 +317,16 @@ def create_cascade(
                 )
         parts.append(part)
     cascade = Cascade(*parts)
+    names = ','.join(args.compare_cascade)
     try:
-        cascade.costs(input_size)
+        costs = cascade.costs(input_size)
     except LIBRARY_ERRORS as error:
         raise InvalidValueError(
-            f'{flag} {",".join(args.compare_cascade)}: cannot run on images {list(input_size)}: {one_line(error)}.'
+            f'{flag} {names}: cannot run on images {list(input_size)}: {one_line(error)}.'
         ) from error
+    small, large = costs.heads[0], costs.paths[-1]
+    if small >= large:
+        raise InvalidValueError(
+            f'{flag} must be SMALL,LARGE, got {names} of {format_macs(small)} and {format_macs(large)}. Swap them.'
+        )
     return cascade
