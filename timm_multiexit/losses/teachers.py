@@ -13,11 +13,8 @@ from timm_multiexit.utils.errors import InvalidValueError, checked_number, check
 # How the classifiers of a teacher are weighed: all alike (or by `DepthWeights`), or by `follow_skill`.
 TEACHER_WEIGHTS = ('equal', 'skill')
 
-# Of `follow_skill`: its rate, and what it shares out evenly at every step, so that a classifier that was poor at first
-# can come back. The rate is from a run of `eed` on 20,000 images of CIFAR-10 (cifar_resnet8, 6 epochs, weights found
-# beside it): in its second half the teacher's cross-entropy was 1.139 with even weights, 1.107 at a rate of 0.1, 1.101
-# at 0.3 and 1.100 at 1, that of main 1.099; softmax(-running cross-entropy / 0.1) gave 1.120, weights fitted on each
-# batch 1.113. On 2,000 test images of the last step the teacher had 64.0, 66.1, 65.8 and 65.8 %, main 65.7 %.
+# Of `follow_skill`: its rate, not tuned, and what it shares out evenly at every step, so that a classifier that was poor
+# at first can come back.
 SKILL_RATE = 0.3
 SKILL_SHARE = 0.001
 
