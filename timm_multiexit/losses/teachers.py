@@ -13,8 +13,8 @@ from timm_multiexit.utils.errors import InvalidValueError, checked_number, check
 # How the classifiers of a teacher are weighed: all alike (or by `DepthWeights`), or by `follow_skill`.
 TEACHER_WEIGHTS = ('equal', 'skill')
 
-# Of `follow_skill`: its rate, not tuned, and what it shares out evenly at every step, so that a classifier that was poor
-# at first can come back.
+# Of `follow_skill`: its rate, not tuned, and what it shares out evenly at every step, so that a classifier that was
+# poor at first can come back.
 SKILL_RATE = 0.3
 SKILL_SHARE = 0.001
 
