@@ -138,10 +138,11 @@ def export(args):
 
 def export_time(args):
     """Print what exported programs of a model folder take, as ratios, and whether policies agree."""
-    from benchmarks.export_time import ExportBenchmark
+    from benchmarks.export_time import ExportBenchmark, describe_int8, measure_int8, read_int8
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    manifest = read_int8(args.int8) if args.int8 else None
     model = create_exported_model(args.model).eval()
     benchmark = ExportBenchmark(model)
     lines = []
@@ -158,6 +159,9 @@ def export_time(args):
         points = list(model.budgets.points)
         points = points[:: -(-len(points) // 10)]
         show(f'\n{format_table(benchmark.measure_savings(points, args.rounds))}')
+    if manifest is not None:
+        show(f'\n{format_table(measure_int8(args.int8, manifest, args.rounds))}')
+        show(f'\n{format_table(describe_int8(manifest))}')
     images = torch.randn(64, *model.input_size) * torch.logspace(-1, 1, 64)[:, None, None, None]
     report = benchmark.compare_policies(args.policies, images.numpy())
     show(f'\n{format_table([{key: str(value) for key, value in report.items()}])}')
@@ -216,6 +220,7 @@ def create_parser():
     command.add_argument('--rounds', type=int, default=25, metavar='N', help='default: 25')
     command.add_argument('--output', type=Path, metavar='FILE', help='text file to write too')
     command.add_argument('--name', metavar='TEXT', help='what the network is called there')
+    command.add_argument('--int8', metavar='FOLDER', help='exported folder of it, to compare its int8 programs')
     command.add_argument('--policies', type=int, default=500, metavar='N', help='default: 500')
     command.set_defaults(run=export_time)
     command = commands.add_parser('heads', help='MACs of heads')

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ import torch
 from benchmarks.exporting import compare_policies, open_program, run_chain
 from timm_multiexit.deploy.conditional import make_conditional
 from timm_multiexit.deploy.graph import ExitGraph
+from timm_multiexit.deploy.manifest import read_manifest
 from timm_multiexit.deploy.programs import OPSET, copy_for_export, trace_onnx
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.truncation import truncate
 from timm_multiexit.policies.budgets import PolicyResult
 from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
+from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.timing import describe_ratios, time_interleaved
 
 _NEVER = {'confidence': 2.0, 'margin': 2.0, 'entropy': -1.0, 'patience': 1e6}
@@ -123,6 +126,51 @@ class ExportBenchmark:
         logits = [single.numpy() for single in self.model(torch.from_numpy(images), exits=True).logits]
         kinds = [(criterion, combine) for criterion in CRITERIA for combine in (None, *COMBINATIONS)]
         return compare_policies(self.graph, images, logits, count=count, kinds=kinds)
+
+
+def read_int8(folder: str) -> dict[str, Any]:
+    """Return the manifest of an exported folder.
+
+    Raises:
+        CheckpointError: The folder is not what `export` wrote.
+        InvalidValueError: It has no int8 programs.
+    """
+    manifest = read_manifest(folder)
+    if 'int8' not in manifest['programs']:
+        raise InvalidValueError(f'--int8 must be a folder with int8 programs, got {folder}: export it with --int8.')
+    return manifest
+
+
+def measure_int8(folder: str, manifest: Mapping[str, Any], rounds: int) -> list[dict[str, Any]]:
+    """Return a row for the chain and each fixed exit of an exported folder: int8 against fp32, and fp32 against itself."""
+    image = np.random.default_rng(0).standard_normal((1, *manifest['preprocessing']['input_size'])).astype(np.float32)
+    calls: dict[str, Callable[[], object]] = {}
+    pairs = []
+    kinds = {'fp32': 'fp32', 'fp32 again': 'fp32', 'int8': 'int8'}
+    for kind, precision in kinds.items():
+        programs = manifest['programs'][precision]
+        stages, fixed = (
+            [open_program(str(Path(folder, path))) for path in programs[form]] for form in ('stages', 'fixed')
+        )
+        own = {'chain': partial(run_chain, stages, image)} if stages else {}
+        for exit_, session in zip(manifest['exits'], fixed):
+            own[exit_['name']] = partial(session.run, None, {'image': image})
+        calls |= {f'{name}, {kind}': call for name, call in own.items()}
+        pairs += [(f'{name}, {kind}', f'{name}, fp32') for name in own if kind != 'fp32']
+    times = take_turns(calls, rounds)
+    return [describe_pair(name, reference, times) for name, reference in sorted(pairs)]
+
+
+def describe_int8(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what the programs of an exported folder classify correctly, in percent of its held-out images."""
+    found = manifest['int8']
+    names = [exit_['name'] for exit_ in manifest['exits']]
+    rows = [dict(zip(('of', 'fp32', 'int8'), row)) for row in zip(names, found['top1']['fp32'], found['top1']['int8'])]
+    if found['policies']:
+        worst = max(found['policies'], key=lambda policy: policy['fp32'] - policy['int8'])
+        share = worst['macs'] / manifest['plain_macs']
+        rows.append({'of': f'saved policy that loses most, {share:.0%}', 'fp32': worst['fp32'], 'int8': worst['int8']})
+    return [{**row, 'lost': row['fp32'] - row['int8'], 'images': found['images']} for row in rows]
 
 
 def take_turns(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:

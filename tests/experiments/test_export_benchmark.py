@@ -90,3 +90,26 @@ def test_times_are_measured_and_policies_compared(run_script, make_model):
     for program in ('whole again', 'chain', 'conditional, to main', 'exit 0, fixed', 'main, cut by hand again'):
         assert f'\n{program} ' in out
     assert out.splitlines()[-1].split()[:2] == ['24', '24']
+
+
+@pytest.mark.slow
+def test_int8_programs_are_timed_and_their_accuracy_is_that_of_the_manifest(run_script, make_model, tmp_path):
+    import timm_multiexit as tme
+    from timm_multiexit.deploy.quantize import quantize
+
+    model = make_model().eval()
+    tme.save_pretrained(model, 'net', data_config={'input_size': (3, 64, 64)})
+    tme.export(model, 'exported', forms=('fixed', 'stages'))
+    flags = ('export-time', 'net', '--rounds', 2, '--policies', 24, '--int8', 'exported')
+    code, _, err = run_script(benchmark.main, *flags)
+    assert code == 2
+    assert '--int8 must be a folder with int8 programs, got exported: export it with --int8.' in err
+    images = [(torch.randn(8, 3, 64, 64), torch.arange(8)) for _ in range(2)]
+    quantize(tmp_path / 'exported', images[:1], images[1:], limit=100)
+    code, out, err = run_script(benchmark.main, *flags)
+    assert (code, err) == (0, '')
+    for row in ('chain, fp32 again', 'chain, int8', 'exit 0, int8', 'main, int8'):
+        assert f'\n{row} ' in out
+    found = json.loads((tmp_path / 'exported/manifest.json').read_text())['int8']['top1']
+    line = next(line.split() for line in out.splitlines() if line.startswith('main ') and line.endswith(' 8'))
+    assert [float(cell) for cell in line[1:3]] == [found['fp32'][-1], found['int8'][-1]]
