@@ -62,6 +62,8 @@ def join_shares(argv: Sequence[str] | None) -> list[str]:
 
     >>> join_shares(['--exits', '0.25', '.5', '-b', '4'])
     ['--exits', '0.25,.5', '-b', '4']
+    >>> join_shares(['--exits', '0.5', '1.5'])
+    ['--exits', '0.5,1.5']
     >>> join_shares(['--exits', '2', '0.5'])
     ['--exits', '2', '0.5']
     """
@@ -76,7 +78,7 @@ def join_shares(argv: Sequence[str] | None) -> list[str]:
 
 
 _NUMBER = re.compile(r'-?\d*\.?\d+(e-?\d+)?')
-_SHARE = re.compile(r'0?\.\d+')
+_SHARE = re.compile(r'\d*\.\d+')  # 1.5 too, so that it is refused as a share
 
 
 def parse_teacher(text: str) -> str | list[int]:
