@@ -31,7 +31,7 @@ def test_recipes_are_configurations_of_train_py(path):
 
 
 def test_runs_of_small_differ_in_method_and_seed_alone():
-    exits = {'exits', 'exit-head', 'exit-loss', 'exit-output-loss'}
+    exits = {'exits', 'exit-head', 'exit-loss', 'exit-output-loss', 'exit-teacher-weights'}
     common = [{key: value for key, value in run.flags.items() if key not in {*exits, 'seed'}} for run in SMALL.runs]
     assert all(flags == common[0] for flags in common)
     assert SMALL.runs[0].method == 'plain'
@@ -52,6 +52,7 @@ def test_methods_are_the_papers_losses():
         'eed-kl': ('all', 0.1, 0.0),
         'eed-mse': ('all', 1.0, 0.0),
         'eed-kl-features': ('all', 0.1, 1.0),
+        'eed-kl-skill': ('all', 0.1, 0.0),
         'eed-mse-features': ('all', 1.0, 1.0),
         'eed-mse-teacher-0-main': ((0, -1), 1.0, 0.0),
         'eed-mse-teacher-2-main': ((2, -1), 1.0, 0.0),
@@ -63,6 +64,7 @@ def test_methods_are_the_papers_losses():
         'eed-kl-narrow': ('all', 0.1, 0.0),
         'eed-mse-narrow': ('all', 1.0, 0.0),
         'eed-kl-features-narrow': ('all', 0.1, 1.0),
+        'eed-kl-skill-narrow': ('all', 0.1, 0.0),
         'beed-kl-narrow': ('all', 1.0, 0.0),
         'ce-quarters': (None, 0.0, 0.0),
         'eed-kl-quarters': ('all', 0.1, 0.0),

@@ -22,7 +22,8 @@ _BASELINES = ('ce', 'phuong', 'byot')
 
 _DISTANCES = ('kl', 'mse')
 
-_HEADS = ('narrow', 'bottleneck')
+# Endings of methods that have other heads or other places, for all of their rivals alike.
+_HEADS = ('narrow', 'bottleneck', 'quarters')
 
 _ENSEMBLES = ('eed', 'beed')
 
@@ -62,6 +63,19 @@ def describe_difference(differences: Sequence[float]) -> str:
     return f'{mean:+.2f} ± {half:.2f}, {reading}'
 
 
+def pairs_to_resolve(differences: Sequence[float]) -> int:
+    """Return the number of pairs whose 95 % interval would have half of `RESOLUTION`, if they scatter like these.
+
+    >>> pairs_to_resolve([0.0, 1.0, 2.0])  # n = 18: t = 2.110, 2.110 * 1 / sqrt(18) = 0.497
+    18
+    """
+    deviation = statistics.stdev(differences)
+    count = len(differences)
+    while float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count) > RESOLUTION:
+        count += 1
+    return count
+
+
 def top1(result: dict[str, Any]) -> dict[str, float]:
     """Return classifier -> top-1 in percent; a network without exits has main alone."""
     return {row['exit']: row['top-1'] for row in result['classifiers'] if row.get('top-1') is not None}
@@ -81,7 +95,8 @@ def baselines(method: str, present: Iterable[str]) -> list[str]:
     parts = method.split('-')
     distance = next((part for part in parts if part in _DISTANCES), '')
     heads = next((f'-{part}' for part in parts if part in _HEADS), '')
-    wanted = {f'{parts[0]}-{distance}' if distance else parts[0]} - {method}
+    loss = f'{parts[0]}-{distance}' if distance else parts[0]
+    wanted = {loss, f'{loss}{heads}'} - {method}
     if parts[0] in _ENSEMBLES:
         rivals = (*_BASELINES, 'eed') if parts[0] == 'beed' else _BASELINES
         wanted |= {'plain', *(f'{name}{heads}' for name in rivals), *(f'{name}-{distance}{heads}' for name in rivals)}
@@ -122,6 +137,7 @@ def format_group(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> s
                 _header(name): describe_difference(paired(results, method, baseline, name))
                 for name in ('main', ENSEMBLE)
             },
+            'to resolve main': _describe_effort(results, method, baseline),
         }
         for method in present
         for baseline in baselines(method, present)
@@ -134,6 +150,16 @@ def format_group(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> s
     if differences:
         parts.append(table(differences, left=('difference',)))
     return '\n\n'.join(parts)
+
+
+def _describe_effort(results: Sequence[dict[str, Any]], method: str, baseline: str) -> str:
+    """Return how many more pairs of runs a difference that is not resolved takes, and their minutes."""
+    differences = paired(results, method, baseline, 'main')
+    if not describe_difference(differences).endswith('not resolved'):
+        return '-'
+    missing = pairs_to_resolve(differences) - len(differences)
+    both = [statistics.median(r['seconds'] for r in results if r['method'] == name) for name in (method, baseline)]
+    return f'{missing} more pairs, {missing * sum(both) / 60:,.0f} minutes'
 
 
 def _curve_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -205,7 +231,7 @@ def _check_comparable(results: Sequence[dict[str, Any]]) -> None:
 def format_tables(plans: Sequence[Plan], results: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
     """Return Markdown: for every group of the plans a heading, its tables, how it was measured, what is missing.
 
-    A plan of which nothing has been measured takes one line.
+    The last line names the plans of which nothing has been measured.
 
     Args:
         plans: In order.
@@ -216,9 +242,12 @@ def format_tables(plans: Sequence[Plan], results: Sequence[dict[str, Any]], meth
         CheckpointError: Results of one table do not fit together.
     """
     by_name = {result['name']: result for result in results}
-    parts = []
+    parts, waiting = [], []
     for plan in plans:
         num_done = sum(run.name in by_name for run in plan.runs)
+        if not num_done:
+            waiting.append(f'{code(plan.name)} ({len(plan.runs)} runs)')
+            continue
         parts.append(f'**{escape(plan.title)}** {num_done} of the {len(plan.runs)} runs of plan {code(plan.name)}.')
         for group in dict.fromkeys(run.group for run in plan.runs):
             runs = [run for run in plan.runs if run.group == group]
@@ -231,7 +260,42 @@ def format_tables(plans: Sequence[Plan], results: Sequence[dict[str, Any]], meth
             missing = [f'{run.method} seed {run.seed}' for run in runs if run.name not in by_name]
             if missing:
                 parts.append(f'Planned and missing: {escape(", ".join(missing))}.')
+    if waiting:
+        parts.append(f'Plans that have not been run: {", ".join(waiting)}.')
     return '\n\n'.join(parts) + '\n'
+
+
+def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> str:
+    """Return a table in Markdown: what EED's methods change in main, against plain and against cross-entropy alone.
+
+    One row for each group and method of which a pair of runs has been measured.
+
+    Args:
+        plans: In order.
+        results: Of `hub/experiments/results`.
+    """
+    by_name = {result['name']: result for result in results}
+    rows = []
+    for plan in plans:
+        for group in dict.fromkeys(run.group for run in plan.runs):
+            done = [by_name[run.name] for run in plan.runs if run.group == group and run.name in by_name]
+            methods = list(dict.fromkeys(result['method'] for result in done))
+            plain = [top1(result)['main'] for result in done if result['method'] == 'plain']
+            for method in methods:
+                rivals = {name.split('-')[0]: name for name in baselines(method, methods)}
+                if method.split('-')[0] == 'eed' and {'plain', 'ce'} <= rivals.keys():
+                    pairs = {name: paired(done, method, rivals[name], 'main') for name in ('plain', 'ce')}
+                    rows.append(
+                        {
+                            'network, images, protocol': ', '.join(code(group[k]) for k in (2, 1, 0)),
+                            'plain': _mean_and_sd(plain),
+                            'method': code(method),
+                            'n': str(max(map(len, pairs.values()))),
+                            'main - plain': describe_difference(pairs['plain']),
+                            'main - ce': describe_difference(pairs['ce']),
+                        }
+                    )
+    return table(rows, left=('network, images, protocol', 'method')) + '\n'
 
 
 def _describe(results: Sequence[dict[str, Any]]) -> str:
