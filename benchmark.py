@@ -11,6 +11,7 @@ medians, and plain timm twice, whose difference is the noise.
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import timm
@@ -20,7 +21,7 @@ import timm_multiexit as tme
 from benchmarks.gpu import measure_table
 from benchmarks.inference import InferenceBenchmark
 from benchmarks.training import create_train_args, measure_loop, measure_steps
-from benchmarks.zoo import POPULAR, count_heads, count_layouts
+from benchmarks.zoo import POPULAR, count_heads, measure_coverage
 from timm_multiexit.cli.export import create_exported_model
 from timm_multiexit.cli.flags.exit_flags import join_shares, parse_exits
 from timm_multiexit.cli.launch import create_accelerator
@@ -112,13 +113,16 @@ def heads(args):
 
 
 def coverage(args):
-    """Print how many of timm's models take exits, by what their stages give, and why the others do not."""
-    names = [name for name in timm.list_models() if not name.startswith('cifar_')][:: args.every]
-    kinds, refused = count_layouts(names)
+    """Write which of timm's models take exits, what these cost and where samples can leave; print the counts."""
+    from tests.helpers.families import FAMILIES, NAMES
+
+    families = list(FAMILIES)[:: args.every]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    content = measure_coverage(NAMES[:: args.every], families, args.output, again=args.again)
+    taking = [row for row in content['models'] if 'reason' not in row]
+    kinds = Counter(row['layout'] for row in taking)
     print(format_table([{'stages give': kind, 'models': count} for kind, count in kinds.most_common()]))
-    print(f'\n{sum(kinds.values())} of {len(names)} models of timm {timm.__version__} take exits')
-    for name, reason in refused.items():
-        print(f'{name}: {reason}')
+    print(f'\n{len(taking)} of {len(content["models"])} models of timm {timm.__version__} take exits')
 
 
 def export(args):
@@ -205,8 +209,11 @@ def create_parser():
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest='command', required=True)
-    command = commands.add_parser('coverage', help='which models take exits (a quarter of an hour)')
-    command.add_argument('--every', type=int, default=1, metavar='N', help='look at every Nth name only')
+    command = commands.add_parser('coverage', help='which models take exits, and what these cost (an hour)')
+    command.add_argument('--every', type=int, default=1, metavar='N', help='look at every Nth name and family only')
+    path = Path('hub/results/coverage.json')
+    command.add_argument('--output', type=Path, default=path, metavar='FILE', help=f'JSON (default: {path})')
+    command.add_argument('--again', action='store_true', help='models too that the file has')
     command.set_defaults(run=coverage)
     command = commands.add_parser('export', help='exported programs against eager (an hour); needs the extra onnx')
     command.add_argument('networks', nargs='*', metavar='NETWORK', help='families of timm or CIFAR networks; all')

@@ -1,5 +1,6 @@
 """Figures of accuracy, read back."""
 
+import pytest
 from helpers.analysis import line_data
 
 from timm_multiexit.analysis.curves import describe_curve
@@ -9,6 +10,7 @@ from timm_multiexit.analysis.line_figures import (
     draw_main_and_ensemble,
     draw_training,
 )
+from timm_multiexit.utils.figures import encode_png
 
 CURVES = {
     'a/ce': describe_curve({'epochs': [1, 2, 3], 'main': [1.0, 5.0, 3.0], 'ensemble': [4.0, 6.0, 5.0]}, 3.0),
@@ -60,6 +62,35 @@ def test_accuracy_over_macs_is_drawn_fixed_and_in_sequence():
     assert lines['eed, in sequence'] == [[1, 50], [4, 70]]
     assert lines['eed, ensemble'] == [[4, 72]]
     assert lines['plain'] == [[3, 69]]
+    (plain,) = [line for line in axes.get_lines() if line.get_label() == 'plain']
+    others = [line for line in axes.get_lines() if line is not plain]
+    assert plain.get_markerfacecolor() == 'none', 'a run at the same place is not hidden'
+    assert plain.get_markersize() > max(line.get_markersize() for line in others)
+
+
+def test_runs_that_are_alike_all_show():
+    curve = CURVES['eed']
+    lines = draw_training({name: curve for name in 'abc'}, 'x', None).axes[0].get_lines()
+    widths = [line.get_linewidth() for line in lines]
+    assert widths == sorted(widths, reverse=True)
+    assert min(before - after for before, after in zip(widths, widths[1:])) > 0.5
+    assert len({line.get_marker() for line in lines}) == 3
+    assert len({line.get_color() for line in lines}) == 3
+
+
+@pytest.mark.parametrize('count', [2, 4])
+def test_every_panel_has_numbers_at_its_axes(count):
+    diversity = {
+        'teacher': {'members': ['exit0', 'main'], 'disagreement': 0.25, 'softmax_variance': 0.1},
+        'gain': {'main': 1.5, 'ens': -0.5},
+    }
+    curves = {str(idx): CURVES['eed'] for idx in range(count)}
+    for figure in (draw_main_and_ensemble(curves, 'x'), draw_diversity({'eed': diversity}, 'ce')):
+        encode_png(figure)
+        for axes in figure.axes:
+            if axes.get_visible():
+                for axis in (axes.xaxis, axes.yaxis):
+                    assert any(tick.label1.get_visible() and tick.label1.get_text() for tick in axis.get_major_ticks())
 
 
 def test_diversity_is_drawn_against_both_gains():

@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import os
+import re
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from timm_multiexit.cli import train, validate
+from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.launch import create_accelerator
 from timm_multiexit.utils.errors import MultiExitError
 
@@ -170,3 +173,44 @@ def test_log_of_a_script_has_no_addresses_of_the_hubs_client(script, name, run_s
     logging.getLogger('timm_multiexit.any').info('an event')
     messages = [record.message for record in caplog.records if record.name in (name, 'timm_multiexit.any')]
     assert messages == ['a warning', 'an event']
+
+
+@pytest.mark.parametrize(('cores', 'warned'), [({0}, True), ({0, 1}, False)], ids=['one-core', 'two-cores'])
+def test_more_workers_than_cores_are_warned_of_in_one_line_with_the_fix(
+    cores, warned, run_script, image_folder, monkeypatch, recwarn
+):
+    """And torch, which says so for every loader, not at all; neither does timm say what it loaded as nothing."""
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: cores)
+    flags = ('--eed', '--model', 'test_resnet', '--img-size', 32, '-b', 8, '--epochs', 1, '--warmup-epochs', 0)
+    code, out, err = run_script(train.main, *flags, '-j', 2, '--data-dir', image_folder)
+    assert code == 0
+    lines = [line for line in err.splitlines() if 'worker' in line]
+    assert (
+        lines == ['WARNING: --workers 2 are more than the 1 CPU core: loading may be slow. Add --workers 1.'] * warned
+    )
+    assert not [warning for warning in recwarn if 'worker' in str(warning.message)]
+    assert 'test_resnet on the validation split' in out
+    assert 'from checkpoint' not in out + err
+
+
+WARMUPS = {
+    'default': (('--epochs', 2), '--warmup-epochs 5 .* of --epochs 2: .* Add --warmup-epochs 0.'),
+    'equal': (('--epochs', 5), '--warmup-epochs 5 .* of --epochs 5: .* Add --warmup-epochs 1.'),
+    'long-run': (('--epochs', 6), None),
+    'shorter': (('--epochs', 2, '--warmup-epochs', 1), None),
+    'before-the-epochs': (('--epochs', 2, '--warmup-prefix'), None),
+    'no-schedule': (('--epochs', 2, '--sched', 'none'), None),
+}
+
+
+@pytest.mark.parametrize(('flags', 'message'), WARMUPS.values(), ids=WARMUPS.keys())
+def test_warm_up_that_takes_the_whole_run_is_warned_of_with_the_fix(flags, message, caplog):
+    args = parse_train_args(['--data-dir', 'x', '--eed', *map(str, flags)], 'train.py')
+    train._warn_of_warmup(args)
+    assert len(caplog.messages) == (message is not None)
+    if message:
+        assert re.fullmatch(message, caplog.messages[0])
+        fix = caplog.messages[0].rstrip('.').split()[-2:]
+        caplog.clear()
+        train._warn_of_warmup(parse_train_args(['--data-dir', 'x', '--eed', *map(str, flags), *fix], 'train.py'))
+        assert not caplog.messages

@@ -28,12 +28,18 @@ CURVE = {
         {'solver': {'macs': 0.6e9, 'top-1': 61.0}, 'search': None},
     ]
 }
-SECTIONS = {'curve': CURVE, 'compare': [{'static model': 'small', 'GMACs': 1.2, 'top-1': 72.0}]}
+DYNAMIC = [
+    {'policy': 'main', 'kind': 'reference', 'macs': 1.8e9, 'top-1': 76.0},
+    {'policy': 'budget 60%', 'kind': 'budget', 'macs': 0.8e9, 'top-1': 71.0},
+    {'policy': 'threshold 0.5', 'kind': 'threshold', 'macs': 0.7e9, 'top-1': 70.0},
+]
+SECTIONS = {'curve': CURVE, 'dynamic': DYNAMIC, 'compare': [{'static model': 'small', 'GMACs': 1.2, 'top-1': 72.0}]}
 LABELS = {
-    'one classifier for all',
+    'one exit alone (exit_idx)',
+    'with all exits before it',
+    'policies that are saved',
     "budgets, MSDNet's solver",
     'budgets, search',
-    'main alone',
     'ensemble of all',
     'small',
 }
@@ -50,13 +56,14 @@ def lines_of(figure):
 def test_every_point_is_where_it_was_measured():
     figure = make_figure()
     lines = lines_of(figure)
-    assert list(lines['one classifier for all'].get_xydata().flatten()) == [0.5, 60, 1.0, 70, 2.0, 76]
+    assert list(lines['one exit alone (exit_idx)'].get_xydata().flatten()) == [0.45, 60, 0.9, 70, 1.8, 76]
+    assert list(lines['with all exits before it'].get_xydata().flatten()) == [0.5, 60, 1.0, 70, 2.0, 76]
+    assert list(lines['policies that are saved'].get_xydata().flatten()) == [0.8, 71]
     assert list(lines['budgets, search'].get_xydata().flatten()) == [0.8, 71, 1.5, 75]  # in order of cost, not raised
-    assert list(lines['main alone'].get_xydata().flatten()) == [1.8, 76]
     assert list(lines['ensemble of all'].get_xydata().flatten()) == [2.0, 77]
     assert list(lines['small'].get_xydata().flatten()) == [1.2, 72]
     assert set(lines) == LABELS
-    assert {text.get_text() for text in figure.axes[0].texts} == {'exit 0', 'exit 1', 'main'}
+    assert {text.get_text() for text in figure.axes[0].texts} == {'exit 0', 'exit 1', 'main', 'budget 60%'}
 
 
 def test_axes_say_what_they_are():
@@ -71,7 +78,7 @@ def test_axes_say_what_they_are():
 def test_small_networks_are_in_mmacs():
     figure = make_figure(make_rows((0.002, 90.0), (0.005, 95.0), (0.005, 95.0)), {})
     assert figure.axes[0].get_xlabel() == 'mean cost of an image, MMACs'
-    assert list(lines_of(figure)['one classifier for all'].get_xdata()) == [2.0, 5.0]
+    assert list(lines_of(figure)['with all exits before it'].get_xdata()) == [2.0, 5.0]
 
 
 def test_picture_is_readable():
@@ -103,3 +110,11 @@ def test_cascade_is_a_line_and_its_models_are_points():
     assert set(lines) == LABELS | {'cascade of two models', 'tiny'}
     assert list(lines['cascade of two models'].get_xydata().flatten()) == [0.8, 71, 1.5, 75]
     assert list(lines['tiny'].get_xydata().flatten()) == [0.4, 65]
+
+
+def test_exits_alone_and_in_sequence_look_unlike_each_other():
+    lines = lines_of(make_figure())
+    alone, sequence = lines['one exit alone (exit_idx)'], lines['with all exits before it']
+    assert alone.get_linestyle() != sequence.get_linestyle()
+    assert sequence.get_markerfacecolor() == 'none'  # at exit 0 both are at one place
+    assert sequence.get_markersize() > alone.get_markersize()

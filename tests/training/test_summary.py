@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_multiexit.training import summary
 from timm_multiexit.training.summary import Summary, draw_curves
 from timm_multiexit.utils.errors import MultiExitError
 
@@ -165,6 +166,20 @@ def test_epochs_that_were_not_evaluated_do_not_break_a_line(tmp_path, monkeypatc
         'main': ((2, 4), (10.0, 30.0), 3),
         'training, all classifiers': ((1, 2, 4), (4.0, 3.0, 1.0), None),
     }
+
+
+def test_curves_say_what_was_measured_and_which_epoch_is_kept(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(summary, 'encode_png', lambda figure: drawn.append(figure) or b'')
+    options = {'images': 'the validation split', 'best_epoch': 1, 'chosen_by': 'top1'}
+    draw_curves(tmp_path / 'curves.png', make_summary(3).rows, NAMES, **options)
+    draw_curves(tmp_path / 'curves.png', make_summary(3).rows, NAMES)
+    accuracy, _ = drawn[0].axes
+    assert accuracy.get_title() == 'measured on the validation split'
+    (line,) = [line for line in accuracy.get_lines() if line.get_label() == 'epoch 2, best top1']
+    assert list(line.get_xdata()) == [2, 2]
+    assert 'epoch 2, best top1' in [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert not [line for line in drawn[1].axes[0].get_lines() if 'best' in line.get_label()]
 
 
 NAN_ROW = {'epoch': 0, 'train_loss': math.nan, 'eval_loss': math.inf, 'eval_top1': math.nan, 'eval_exit0_top1': 3.0}

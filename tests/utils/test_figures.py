@@ -19,7 +19,7 @@ from timm_multiexit.analysis.line_figures import (
 from timm_multiexit.analysis.matrix_figures import draw_agreement, draw_dissimilarity
 from timm_multiexit.evaluation.pictures import Line, plot_accuracy_over_macs
 from timm_multiexit.training.summary import draw_curves
-from timm_multiexit.utils.figures import encode_png, new_figure
+from timm_multiexit.utils.figures import COLORS, encode_png, new_figure
 
 pytest.importorskip('matplotlib')
 
@@ -84,3 +84,32 @@ def test_legend_has_names_that_begin_with_an_underscore(draw, make_model):
     texts = {name: [text.get_text() for text in draw(name, make_model).legends[0].get_texts()] for name in ('_x', 'x')}
     assert len(texts['x']) >= 1
     assert [text.replace('_x', 'x').strip() for text in texts['_x']] == texts['x']
+
+
+# How people without cones for medium and for long wavelengths see linear RGB (Machado, Oliveira and Fernandes 2009,
+# table 1, severity 1.0).
+BLINDNESS = {
+    'deuteranopia': [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    'protanopia': [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+}
+
+
+def to_lab(color, matrix):
+    """Return CIE L*a*b* (D65) of a colour as it is seen through the matrix."""
+    rgb = torch.tensor([int(color[idx : idx + 2], 16) / 255 for idx in (1, 3, 5)])
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = (torch.tensor(matrix) @ linear).clamp(0, 1)
+    to_xyz = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    scaled = (to_xyz @ seen) / torch.tensor([0.9505, 1.0, 1.089])
+    x, y, z = torch.where(scaled > 0.008856, scaled ** (1 / 3), 7.787 * scaled + 16 / 116).tolist()
+    return torch.tensor([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize('matrix', BLINDNESS.values(), ids=BLINDNESS)
+def test_colours_are_told_apart_by_colour_blind_readers(matrix):
+    seen = [to_lab(color, matrix) for color in COLORS]
+    distances = torch.pdist(torch.stack(seen))
+    assert float(distances.min()) > 10, distances  # 2.3 is just noticeable
+    # The check itself: red and green of one lightness are alike.
+    red, green = (to_lab(color, BLINDNESS['deuteranopia']) for color in ('#a05a30', '#6e7030'))
+    assert float((red - green).norm()) < 10

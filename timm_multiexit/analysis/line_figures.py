@@ -23,6 +23,7 @@ def draw_main_and_ensemble(curves: Mapping[str, Mapping[str, Any]], label: str) 
         axes.fill_between(curve['epochs'], curve['main'], curve['ensemble'], color='0.85')
         axes.set_title(f'{name}\nensemble - main: {curve["final_gap"]:+.2f} at the end', fontsize=9)
         show_epochs(axes)
+        axes.tick_params(labelbottom=True, labelleft=True)
         axes.legend(fontsize=8, loc='lower right')
     for axes in panels[:, 0]:
         axes.set_ylabel(label)
@@ -44,8 +45,10 @@ def draw_training(curves: Mapping[str, Mapping[str, Any]], label: str, reference
             curve['epochs'],
             curve['main'],
             label=legend_label(_describe_run(name, curve, reference)),
-            marker='o' if points else None,
-            markersize=3,
+            marker=MARKERS[idx % len(MARKERS)] if points else None,
+            markersize=4,
+            # Thinner than those below it, so that where two runs are alike both show.
+            linewidth=1.2 + 2.4 * (1 - idx / max(len(curves) - 1, 1)),
             **line_style(idx),
         )
     if reference is not None and reference in curves:
@@ -70,18 +73,22 @@ def _describe_run(name: str, curve: Mapping[str, Any], reference: str | None) ->
 def draw_accuracy_over_macs(points: Mapping[str, list[Mapping[str, Any]]], title: str) -> Any:
     """Return accuracy over MACs: a line of all exits in sequence, a dotted one of each alone, a star for the ensemble.
 
-    `points` are run -> what `accuracy_over_macs` returned; a run without exits is one point.
+    `points` are run -> what `accuracy_over_macs` returned; a run without exits is one point, a ring around what is at
+    the same place.
     """
     lines = []
     for idx, (name, line) in enumerate(points.items()):
         color, marker = COLORS[idx % len(COLORS)], MARKERS[idx % len(MARKERS)]
         singles = [point for point in line if point['classifier'] != ENSEMBLE]
+        if len(singles) == 1:
+            ring = {'color': color, 'marker': 'o', 'markersize': 15, 'markerfacecolor': 'none', 'markeredgewidth': 2}
+            lines.append(Line([(singles[0]['fixed'], singles[0]['top1'])], name, {**ring, 'linestyle': 'none'}))
+            continue
         for key, dashes, filling in (('fixed', ':', 'white'), ('sequential', '-', color)):
-            label = name if len(singles) == 1 else f'{name}, {"one exit alone" if key == "fixed" else "in sequence"}'
             lines.append(
                 Line(
                     [(point[key], point['top1']) for point in singles],
-                    label if len(singles) > 1 or key == 'sequential' else None,
+                    f'{name}, {"one exit alone" if key == "fixed" else "in sequence"}',
                     {'color': color, 'linestyle': dashes, 'marker': marker, 'markerfacecolor': filling},
                 )
             )
@@ -114,6 +121,7 @@ def draw_diversity(rows: Mapping[str, Mapping[str, Any]], reference: str) -> Any
                 axes.plot(x, row['gain'][kind], marker, color=color, markerfacecolor=filling, markersize=8, label=label)
         axes.axhline(0, color='0.5', linewidth=1)
         axes.set_xlabel(xlabel)
+        axes.tick_params(labelleft=True)
         axes.margins(0.15)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel('gain in top-1, points')

@@ -78,9 +78,11 @@ def draw_dissimilarity(numbers: Mapping[str, Any], matrices: Mapping[str, Sequen
             image = axes.imshow(
                 matrix.numpy(), cmap='viridis', vmin=0, vmax=_MAX_DISSIMILARITY, interpolation='nearest'
             )
-            axes.set(xticks=(), yticks=())
+            axes.tick_params(labelsize=7)
             axes.set_title(f'{name}, {side} the FC layer\n{_describe_blocks(numbers[side][name])}', fontsize=8)
-    panels[1, 0].set_xlabel(f'{numbers["num_samples"]} images of {len(numbers["classes"])} classes', fontsize=8)
+    panels[1, 0].set_xlabel(
+        f'{numbers["num_samples"]} images of {len(numbers["classes"])} classes, sorted by class', fontsize=8
+    )
     figure.colorbar(image, ax=panels, label='1 - correlation', extend='max', shrink=0.8)
     return figure
 

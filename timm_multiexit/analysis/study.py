@@ -108,7 +108,8 @@ class Study:
         }
         content = {key: _rounded(item) for key, item in content.items()}
         write_text(self.out / 'analysis.json', format_json(content))
-        self._draw_together(numbers)
+        for name, draw in figures_of_all(content).items():
+            self._save(name, draw)
         return content
 
     def _describe(self, run: Run) -> dict[str, Any]:
@@ -153,25 +154,6 @@ class Study:
         self._save(f'fig2_agreement_{name}', lambda: draw_agreement(numbers['agreement'], of_split, labels))
         self._save(f'fig4_dissimilarity_{name}', lambda: draw_dissimilarity(numbers['dissimilarity'], matrices, title))
 
-    def _draw_together(self, numbers: Mapping[str, dict[str, Any]]) -> None:
-        label, reference = _LABELS[self.metric], self.reference.name if self.reference else None
-        curves = {name: values['curve'] for name, values in numbers.items() if values['curve']['epochs']}
-        pairs = {name: curve for name, curve in curves.items() if curve['ensemble']}
-        if pairs:
-            self._save('fig3_main_and_ensemble', lambda: draw_main_and_ensemble(pairs, label))
-        if curves:
-            self._save('fig5_training', lambda: draw_training(curves, label, reference))
-        diversities = {name: values['diversity'] for name, values in numbers.items() if 'diversity' in values}
-        taught = {name: values for name, values in diversities.items() if values['teacher'] and _can_place(values)}
-        if taught and reference is not None:  # gains are over it
-            self._save('table4_diversity', lambda: draw_diversity(taught, reference))
-        points = {
-            name: values['accuracy_over_macs'] for name, values in numbers.items() if 'accuracy_over_macs' in values
-        }
-        if points:
-            title = f'{self.data.name}, {self.data.split} split'
-            self._save('accuracy_over_macs', lambda: draw_accuracy_over_macs(points, title))
-
     def _save(self, name: str, draw: Callable[[], Any]) -> None:
         if not self.draws:
             return
@@ -183,6 +165,27 @@ class Study:
             return
         with replacing(self.out / f'{name}.png') as draft:
             draft.write_bytes(picture)
+
+
+def figures_of_all(content: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Return name -> what draws it, of the figures that compare runs, given what is in `analysis.json`."""
+    runs, reference, label = content['runs'], content['reference'], _LABELS[content['metric']]
+    figures: dict[str, Callable[[], Any]] = {}
+    curves = {name: values['curve'] for name, values in runs.items() if values['curve']['epochs']}
+    pairs = {name: curve for name, curve in curves.items() if curve['ensemble']}
+    if pairs:
+        figures['fig3_main_and_ensemble'] = lambda: draw_main_and_ensemble(pairs, label)
+    if curves:
+        figures['fig5_training'] = lambda: draw_training(curves, label, reference)
+    diversities = {name: values['diversity'] for name, values in runs.items() if 'diversity' in values}
+    taught = {name: values for name, values in diversities.items() if values['teacher'] and _can_place(values)}
+    if taught and reference is not None:  # gains are over it
+        figures['table4_diversity'] = lambda: draw_diversity(taught, reference)
+    points = {name: values['accuracy_over_macs'] for name, values in runs.items() if 'accuracy_over_macs' in values}
+    if points:
+        title = f'{content["dataset"]}, {content["split"]} split'
+        figures['accuracy_over_macs'] = lambda: draw_accuracy_over_macs(points, title)
+    return figures
 
 
 def _can_place(diversity: Mapping[str, Any]) -> bool:

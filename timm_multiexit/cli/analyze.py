@@ -21,7 +21,7 @@ from timm_multiexit.cli.flags.parser import (
     switch,
     value,
 )
-from timm_multiexit.cli.launch import setup_logging
+from timm_multiexit.cli.launch import setup_logging, warn_of_workers
 from timm_multiexit.cli.validate_data import create_split
 from timm_multiexit.evaluation.stamp import name_dataset
 from timm_multiexit.utils.errors import InvalidValueError, MultiExitError, StateError
@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
         accelerator = Accelerator()
         if accelerator.num_processes > 1:
             raise StateError(f'The analysis runs in one process. Start it with {prog}, without accelerate launch.')
+        warn_of_workers(args.workers)
         args = complete_args(args, runs[0])
         name, create_dataset = name_dataset(args.dataset, args.data_dir), partial(create_split, args, args.split)
         data = AnalysisData(name, args.split, create_dataset, loader_creator(args, accelerator))

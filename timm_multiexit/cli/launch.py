@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import warnings
 from argparse import Namespace
 
 import torch
@@ -20,11 +21,19 @@ _SUPPORTED = {
 }
 
 
+_logger = logging.getLogger(__name__)
+
+
 def setup_logging() -> None:
-    """Set up timm's log of a script, without the addresses that the Hub's client requests, which may be signed."""
+    """Set up timm's log of a script, without what says nothing to its user.
+
+    Left out are the addresses that the Hub's client requests, which may be signed, timm's 'Loaded  from checkpoint',
+    and torch's warning of too many workers, which each loader repeats: see `warn_of_workers`.
+    """
     setup_default_logging()
-    for name in ('httpx', 'httpx2'):
+    for name in ('httpx', 'httpx2', 'timm.models._helpers'):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings('ignore', message='This DataLoader will create')
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
@@ -71,6 +80,18 @@ def create_accelerator(args: Namespace) -> Accelerator:
             f' torchrun --nproc-per-node {launched} -m timm_multiexit.cli.train ...'
         )
     return accelerator
+
+
+def warn_of_workers(num_workers: int) -> None:
+    """Warn of more loading processes than there are cores."""
+    # Cores that this process may use, where the system tells.
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or num_workers
+    if num_workers > num_cores:
+        cores = 'core' if num_cores == 1 else 'cores'
+        _logger.warning(
+            f'--workers {num_workers} are more than the {num_cores} CPU {cores}: loading may be slow. Add --workers'
+            f' {num_cores}.'
+        )
 
 
 def choose_precision(args: Namespace, has_gpu: bool) -> str | None:

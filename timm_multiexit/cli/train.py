@@ -40,7 +40,7 @@ from timm_multiexit.cli.build_training import (
 from timm_multiexit.cli.flags.parser import option_name
 from timm_multiexit.cli.flags.resume_rules import check_changes, format_changes
 from timm_multiexit.cli.flags.train_args import parse_train_args
-from timm_multiexit.cli.launch import create_accelerator, setup_logging
+from timm_multiexit.cli.launch import create_accelerator, setup_logging, warn_of_workers
 from timm_multiexit.cli.sharding import check_flags, shard_task, share_weights
 from timm_multiexit.evaluation.metrics import evaluation_columns
 from timm_multiexit.hub_client.client import check_push
@@ -70,9 +70,11 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
         args = parse_train_args(argv, prog)
         accelerator = create_accelerator(args)
         logging.disable(logging.NOTSET if accelerator.is_main_process else logging.WARNING)
+        warn_of_workers(args.workers)
         run = build_run(args, accelerator)
         run.open()
         _log_start(args, run)
+        _warn_of_warmup(args)
         run.fit()
         run.report()
     except MultiExitError as error:
@@ -337,6 +339,16 @@ def _log_start(args: Namespace, run: TrainingRun) -> None:
         f' of {run.updates_per_epoch} updates, {precision} on {accelerator.num_processes} x {accelerator.device.type},'
         f' into {run.folder}'
     )
+
+
+def _warn_of_warmup(args: Namespace) -> None:
+    """Warn where the learning rate does not reach its value within the epochs."""
+    is_warming_up = args.sched != 'none' and args.warmup_epochs > 0 and not args.warmup_prefix
+    if is_warming_up and args.warmup_epochs >= args.epochs:
+        _logger.warning(
+            f'--warmup-epochs {args.warmup_epochs} is not shorter than the run of --epochs {args.epochs}: the learning'
+            f' rate never gets to its value, and little is learnt. Add --warmup-epochs {args.epochs // 5}.'
+        )
 
 
 def check_publishing(args: Namespace, origin: Origin | None, *, has_table: bool, asks_hub: bool) -> None:

@@ -44,7 +44,7 @@ from timm_multiexit.cli.flags.validate_args import (
     resolve_data,
     timed_sizes,
 )
-from timm_multiexit.cli.launch import create_accelerator, setup_logging
+from timm_multiexit.cli.launch import create_accelerator, setup_logging, warn_of_workers
 from timm_multiexit.cli.validate_data import create_validation_data
 from timm_multiexit.evaluation.cascade import Cascade
 from timm_multiexit.evaluation.labels import LabelMetrics, read_valid_labels
@@ -331,6 +331,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
         accelerator = create_accelerator(args)
         if accelerator.is_fsdp2:
             raise StateError('validate.py does not shard the model, got --use_fsdp: leave it out of accelerate launch.')
+        if accelerator.is_main_process:
+            warn_of_workers(args.workers)
         validation, sections = validate_again(args, accelerator)
         if args.results_file and accelerator.is_main_process:
             write_results(args, validation, sections)

@@ -42,8 +42,11 @@ def plot_accuracy_over_macs(
         places = [macs / scale for macs, _ in line.points]
         label = line.label and legend_label(line.label)
         axes.plot(places, [accuracy for _, accuracy in line.points], label=label, **line.style)
+        # Names of policies go below their points, to the right, where the names of classifiers are not.
+        is_policy = line.style.get('linestyle') == 'none'
+        offset, side = ((7, -10), 'left') if is_policy else ((0, 9), 'center')
         for name, place, (_, accuracy) in zip(line.names, places, line.points):
-            axes.annotate(name, (place, accuracy), xytext=(0, 7), textcoords='offset points', fontsize=8, ha='center')
+            axes.annotate(name, (place, accuracy), xytext=offset, textcoords='offset points', fontsize=8, ha=side)
     axes.set(xlabel=f'{xlabel}, {unit}', ylabel='top-1 accuracy, %')
     axes.margins(0.08)
     axes.grid(alpha=0.3)
@@ -54,8 +57,8 @@ def plot_accuracy_over_macs(
 def draw_validation(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, Any], title: str) -> bytes | None:
     """Return a PNG: cost and accuracy of classifiers, policies and static models; None without matplotlib.
 
-    The rows are those of an `ExitTable`; of the sections of `Validation`, `curve`, `compare` and `rivals` are drawn if
-    present.
+    The rows are those of an `ExitTable`; of the sections of `Validation`, `curve`, `dynamic`, `compare` and `rivals`
+    are drawn if present.
     """
     try:
         return encode_png(plot_accuracy_over_macs(validation_lines(rows, sections), title=title))
@@ -64,7 +67,10 @@ def draw_validation(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, An
 
 
 def validation_lines(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, Any]) -> list[Line]:
-    """Return what `draw_validation` draws: curves of policies, a line of all classifiers, and single models."""
+    """Return what `draw_validation` draws: curves of policies, single classifiers, saved policies, single models.
+
+    Classifiers are drawn twice: at what one costs alone, and at what it costs after all exits before it.
+    """
     *classifiers, ensemble = rows
     main = classifiers[-1]
     lines = [
@@ -77,8 +83,16 @@ def validation_lines(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, A
         lines.append(Line(sorted(cascade), 'cascade of two models', style))
     names = ['main' if row is main else f'exit {row["exit_idx"]}' for row in classifiers]
     style = {'color': 'black', 'marker': 'o', 'linestyle': ':'}
-    lines.append(Line([_place(row) for row in classifiers], 'one classifier for all', style, names))
-    singles = {'main alone': (1e9 * main['GMACs fixed'], main['top-1']), 'ensemble of all': _place(ensemble)}
+    lines.append(Line([_place(row, 'fixed') for row in classifiers], 'one exit alone (exit_idx)', style, names))
+    # Open and in grey, so that both show where they meet: before exit 0 there is no other head.
+    style = {'color': '0.5', 'marker': 'o', 'markersize': 9, 'markerfacecolor': 'none', 'linestyle': '--'}
+    lines.append(Line([_place(row, 'sequential') for row in classifiers], 'with all exits before it', style))
+    saved = [row for row in sections.get('dynamic') or () if row.get('kind') in ('budget', 'max_drop')]
+    if saved:
+        style = {'color': COLORS[3], 'marker': 'D', 'markersize': 7, 'markeredgecolor': 'black', 'linestyle': 'none'}
+        points = [(row['macs'], row['top-1']) for row in saved]
+        lines.append(Line(points, 'policies that are saved', style, [row['policy'] for row in saved]))
+    singles = {'ensemble of all': _place(ensemble, 'sequential')}
     singles |= {row['static model']: (1e9 * row['GMACs'], row['top-1']) for row in sections.get('compare', ())}
     singles |= {row['name']: (row['macs'], row['top-1']) for row in rivals['rows'] if row['kind'] == 'static'}
     for idx, ((label, point), color) in enumerate(zip(singles.items(), gray_shades(len(singles)))):
@@ -88,11 +102,11 @@ def validation_lines(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, A
 
 
 _SEARCH = 'budgets, search'
-_SINGLES = MARKERS.replace('o', '')  # which the line of classifiers has
+_SINGLES = MARKERS.replace('o', '').replace('D', '')  # which classifiers and saved policies have
 
 
-def _place(row: Mapping[str, Any]) -> Point:
-    return 1e9 * row['GMACs sequential'], row['top-1']
+def _place(row: Mapping[str, Any], path: str) -> Point:
+    return 1e9 * row[f'GMACs {path}'], row['top-1']
 
 
 def _curve_points(curve: Mapping[str, Any] | None) -> dict[str, list[Point]]:

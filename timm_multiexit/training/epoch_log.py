@@ -27,11 +27,23 @@ _ETA_WINDOW = 5
 
 
 class EpochLog:
-    """Table, curves, trackers and log lines of a run; trackers get the numbers of `log_interval` updates together."""
+    """Table, curves, trackers and log lines of a run; trackers get the numbers of `log_interval` updates together.
+
+    What accuracy is measured on, in words, and the metric that the best epoch is chosen by are for the curves.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, *, num_exits: int, num_epochs: int, multi_label: bool = False, log_interval: int
+        self,
+        accelerator: Accelerator,
+        *,
+        num_exits: int,
+        num_epochs: int,
+        multi_label: bool = False,
+        log_interval: int,
+        images: str = '',
+        chosen_by: str = '',
     ):
+        self.images, self.chosen_by = images, chosen_by
         self.accelerator, self.num_epochs, self.log_interval = accelerator, num_epochs, log_interval
         self.names = (*exit_names(num_exits), ENSEMBLE) if num_exits else exit_names(0)
         self.metric = default_metric(multi_label)
@@ -78,8 +90,11 @@ class EpochLog:
         table = self.summary if is_evaluated else Summary()
         self._row = table.add(epoch, train, eval, lr)
 
-    def write(self) -> None:
-        """Write `summary.csv`, and `curves.png` twice a minute at the most and at the end: to draw it takes a while."""
+    def write(self, best_epoch: int | None = None) -> None:
+        """Write `summary.csv`, and `curves.png` twice a minute at the most and at the end: to draw it takes a while.
+
+        The best epoch so far is marked in the curves.
+        """
         if not self.summary.rows:
             return
         self.summary.write(RunFolder(self.folder).summary_path)
@@ -87,7 +102,15 @@ class EpochLog:
         if not is_last and time.perf_counter() - self._drawn < _SECONDS_BETWEEN_CURVES:
             return
         self._drawn = time.perf_counter()
-        is_drawn = draw_curves(self.folder / 'curves.png', self.summary.rows, self.names, self.folder.name)
+        is_drawn = draw_curves(
+            self.folder / 'curves.png',
+            self.summary.rows,
+            self.names,
+            self.folder.name,
+            images=self.images,
+            best_epoch=best_epoch,
+            chosen_by=self.chosen_by,
+        )
         if is_last and not is_drawn:
             _logger.warning('No curves.png without matplotlib. Install it with pip install "timm-multiexit[plots]".')
 

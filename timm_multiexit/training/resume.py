@@ -217,7 +217,7 @@ class RunState:
             self.saver.save_best(model, **described)
         self.saver.save_checkpoint(epoch, metric=metric)
         self._save_milestone(epoch + 1)
-        self.epoch_log.write()
+        self.epoch_log.write(self.best_epoch)
 
     def save_unmeasured_epoch(self, epoch: int) -> None:
         """Keep the end of an epoch that was not evaluated, so that the run can be resumed there."""

@@ -97,6 +97,11 @@ class RunData:
     chosen_on: str = ''
     is_held_out: bool = False
 
+    @property
+    def evaluation_images(self) -> str:
+        """What the epochs are evaluated on, in words."""
+        return self.chosen_on if self.is_held_out else f'the {self.chosen_on} split'
+
 
 class TrainingRun:
     """Trains a task and keeps files of it. Making it writes nothing.
@@ -126,6 +131,8 @@ class TrainingRun:
             num_epochs=self.num_epochs,
             multi_label=trainer.config.multi_label,
             log_interval=trainer.config.log_interval,
+            images=data.evaluation_images,
+            chosen_by=config.eval_metric,
         )
         self.state = RunState(
             task,
@@ -161,7 +168,7 @@ class TrainingRun:
         describe_environment()  # finds the commit, before another one is checked out
         self.epoch_log.open(self.folder, config.trackers, record=vars(self.record), step=updates_done)
         if self.accelerator.is_main_process:
-            self.epoch_log.write()
+            self.epoch_log.write(self.state.best_epoch)
 
     def _place_schedule(self, updates_done: int) -> None:
         scheduler = self.trainer.scheduler
@@ -275,9 +282,8 @@ class TrainingRun:
         chosen, is_same = '', False
         if best_epoch is not None:
             is_same = not data.is_held_out and is_same_split(data.split, data.chosen_on)
-            images = data.chosen_on if data.is_held_out else f'the {data.chosen_on} split'
             chosen = f', epoch {best_epoch + 1} of {self.num_epochs} chosen by {config.eval_metric} on'
-            chosen += ' this split' if is_same else f' {images}'
+            chosen += ' this split' if is_same else f' {data.evaluation_images}'
         print(
             f'\n{config.model} on the {data.split} split, {table.num_samples} images{chosen}:\n\n{table}\n\n'
             f'{files.best} is the network: create_model({json.dumps(f"local-dir:{files.best}")}, pretrained=True)\n',

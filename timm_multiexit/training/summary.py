@@ -78,11 +78,29 @@ def eval_column(name: str, metric: str) -> str:
     return f'eval_{metric}' if name == 'main' else f'eval_{name}_{metric}'
 
 
-def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Sequence[str], title: str = '') -> bool:
+def draw_curves(
+    path: Path | str,
+    rows: Sequence[Mapping[str, float]],
+    names: Sequence[str],
+    title: str = '',
+    *,
+    images: str = '',
+    best_epoch: int | None = None,
+    chosen_by: str = '',
+) -> bool:
     """Draw accuracy of every classifier that is named, shallow to deep, and both losses, over the epochs.
 
     Numbers that are missing or not finite are left out. The PNG file is replaced as a whole; where matplotlib is not
     installed nothing is written, and the answer is False.
+
+    Args:
+        path: Of the PNG file.
+        rows: Of the summary.
+        names: Classifiers.
+        title: Of the figure.
+        images: What accuracy is measured on, in words.
+        best_epoch: Index of the epoch that is kept, which is marked; None for none yet.
+        chosen_by: The metric that it was chosen by.
     """
     try:
         figure = new_figure(11, 4.5, title)
@@ -95,6 +113,12 @@ def draw_curves(path: Path | str, rows: Sequence[Mapping[str, float]], names: Se
     else:
         accuracy_axes, loss_axes = figure.subplots(1, 2, width_ratios=(2, 1))
         _draw_accuracy(accuracy_axes, rows, names, metric)
+        if best_epoch is not None:
+            label = f'epoch {best_epoch + 1}, best {chosen_by}'.rstrip()
+            accuracy_axes.axvline(best_epoch + 1, color='0.5', linestyle=':', linewidth=1.5, label=label)
+        _finish_axes(accuracy_axes, {'top1': 'top-1 accuracy, %', 'map': 'mean average precision, %'}[metric])
+        if images:
+            accuracy_axes.set_title(f'measured on {images}', fontsize=9)
     _draw_line(loss_axes, rows, 'train_loss', label='training, all classifiers', color='black', linestyle='-')
     _draw_line(loss_axes, rows, 'eval_loss', label='evaluation, main', color='black', linestyle='--')
     _finish_axes(loss_axes, 'loss')
@@ -111,7 +135,6 @@ def _draw_accuracy(axes: Any, rows: Sequence[Mapping[str, float]], names: Sequen
         if name != ENSEMBLE:
             style = {'color': colors[name], 'linewidth': 3 if name == 'main' else 1.5}
         _draw_line(axes, rows, eval_column(name, metric), label='ensemble' if name == ENSEMBLE else name, **style)
-    _finish_axes(axes, {'top1': 'top-1 accuracy, %', 'map': 'mean average precision, %'}[metric])
 
 
 def _draw_line(axes: Any, rows: Sequence[Mapping[str, float]], key: str, **style: Any) -> None:
