@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, parse_eval_result_entries
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_multiexit as tme
-from timm_multiexit.publishing.card import REQUIRED, write_card
+from timm_multiexit.publishing.card import REQUIRED, write_card, write_eval_results
 from timm_multiexit.publishing.card_tables import headline
 from timm_multiexit.utils.errors import MultiExitError, one_line
 from timm_multiexit.utils.markdown import code, escape, fence, link, number
@@ -179,9 +179,10 @@ def test_table_of_exits_has_the_numbers_of_the_metrics(metrics):
     for shown, row in zip(table, metrics['rows']):
         for name in ('params', 'GMACs fixed', 'GMACs sequential', 'top-1', 'top-5', 'ECE'):
             assert_shows(shown[name], row[name])
-        assert_shows(shown['p50, ms'], metrics['latency']['ms'].get(row['exit']))
+        ms = metrics['latency']['ms'].get(row['exit'])
+        assert_shows(shown['images/s at 1'], ms and 1000 / ms)
     plain, main = table[-1], metrics['rows'][2]
-    assert_shows(plain['p50, ms'], 3.1)
+    assert_shows(plain['images/s at 1'], 322.58)
     for name in ('params', 'GMACs fixed', 'top-1', 'top-5', 'ECE'):
         assert_shows(plain[name], main[name])
 
@@ -192,8 +193,10 @@ def test_table_of_policies_has_the_numbers_of_the_metrics(metrics):
     assert [row['policy'] for row in table] == [row['policy'] for row in metrics['dynamic']]
     for shown, row in zip(table, metrics['dynamic']):
         assert_shows(shown['GMACs'], row['macs'] / 1e9)
-        for name, key in (('% of MACs', 'macs_percent'), ('top-1', 'top-1'), ('time ratio', 'time_ratio')):
+        for name, key in (('% of MACs', 'macs_percent'), ('top-1', 'top-1')):
             assert_shows(shown[name], row[key])
+    # Above 1 is faster: 1 / 1.061, 1 / 0.465 and 1 / 0.575.
+    assert [row['images/s, main = 1'] for row in table] == ['1.00', '0.94', '2.15', '1.74']
     assert [row['thresholds'] for row in table] == ['-', '-', '0.93 / -', '0.9714 / 0.8']
     assert [row[shares] for row in table] == ['-', '-', '40.0 / 0.0 / 60.0', '25.1 / 30.1 / 44.8']
     assert [row['criterion'] for row in table] == ['-', '-', 'confidence', 'confidence, mean of the exits so far']
@@ -219,8 +222,10 @@ def test_notes_say_what_numbers_are_of(metrics):
         'Epoch 12 of 16, chosen by `top1`, on 5000 images held out of train.',
         'Thresholds of `budget 40%`, `budget 0.02GMACs` were chosen on 4000 images held out of train; the numbers are of'
         ' the split above.',
-        'Time ratios are medians of 31 rounds, in each of which all policies take a batch of 64 images on `cpu` in turn',
-        'the median of 29 rounds with a batch of 1 on `cpu`',
+        'above 1 is faster: medians of 31 rounds, in each of which all policies take a batch of 64 images on `cpu` in turn',
+        'Images/s at 1 are medians of 29 rounds with a batch of 1 on `cpu`',
+        'not that of a plain network trained alone',
+        'Networks without exits that were trained alone, and main of this network',
         'wrong at main: 3.21 % of the images; the reverse: 9.12 %; right at some classifier: 86.23 %',
         '- Measured on 2 x Intel(R) Xeon(R) CPU @ 2.20GHz; 1 torch thread; python 3.11.2, timm 1.0.31, torch 2.15.0;'
         ' timm_multiexit at 5ff385c.',
@@ -241,13 +246,13 @@ def test_speed_is_of_one_measurement(metrics):
     # The median of the paired ratios is 0.465, and that of the times gives 900 / 1935.4 = 0.465: here they part.
     metrics['dynamic'][2]['img/s'] = 1234.5
     card = write_card(metrics)
-    assert 'time of main (900 images/s) in the same round' in card
-    (section,) = re.findall('^## Dynamic inference$(.*?)^## ', card, re.DOTALL | re.MULTILINE)
+    assert 'relative to main of this network (900 images/s) in the same round, above 1 is faster' in card
+    (section,) = re.findall('^## Dynamic inference$(.*?)^(?:## |!)', card, re.DOTALL | re.MULTILINE)
     assert re.findall(r'[0-9,.]+ images/s|1,?23[45]|850|1,?566|1,?935', section) == ['900 images/s']
-    assert read_tables(card)[1][2]['time ratio'] == '0.465'
-    assert 'in 46.5 % of its time' in card
+    assert read_tables(card)[1][2]['images/s, main = 1'] == '2.15'
+    assert 'and 2.15 times its images/s' in card
     del metrics['dynamic'][0]['img/s']
-    assert 'to the time of main in the same round' in write_card(metrics)
+    assert 'relative to main of this network in the same round' in write_card(metrics)
 
 
 def test_precision_is_what_was_measured_in_or_not_said(metrics):
@@ -263,12 +268,12 @@ def read_alt(card):
 
 
 def test_picture_is_described_for_those_who_do_not_see_it(metrics):
-    drawn = 'exits 0, 1 and main, the ensemble of all exits, main alone'
+    exits = 'exits 0, 1 and main, each alone and with all exits before it'
+    saved = 'policies that are saved, the ensemble of all exits'
     about = 'Top-1 accuracy against mean MACs of an image'
-    assert read_alt(write_card(metrics)) == f'{about} on the test split of cifar10: {drawn}, static resnet10t'
+    assert read_alt(write_card(metrics)) == f'{about} on the test split of cifar10: {exits}, {saved}, static resnet10t'
     metrics |= {'curve': {'chosen_on': 'train', 'points': [{}]}, 'compare': None, 'dataset': None}
-    with_policies = drawn.replace('main, ', 'main, policies for budgets, ')
-    assert read_alt(write_card(metrics)) == f'{about}: {with_policies}'
+    assert read_alt(write_card(metrics)) == f'{about}: {exits}, policies for budgets, {saved}'
     metrics['has_picture'] = False
     assert 'assets/' not in write_card(metrics)
 
@@ -469,13 +474,13 @@ ALONE = '; exit `0` alone is 10.70 points below main at 27.3 % of its MACs.'
     [
         (
             [make_policy('a', 79.7, 20.0), make_policy('b', 79.9, 30.0, time_ratio=0.5), make_policy('c', 80.8, 60.0)],
-            'With `b` it has 79.90 % top-1, 0.90 points below main (80.80 %), at 30.0 % of its MACs and in'
-            ' 50.0 % of its time' + ALONE,
+            'With `b` it has 79.90 % top-1, 0.90 points below main (80.80 %), at 30.0 % of its MACs and'
+            ' 2.00 times its images/s' + ALONE,
         ),
         (
             [make_policy('a', 81.0, 70.0, time_ratio=1.25)],
-            'With `a` it has 81.00 % top-1, 0.20 points above main (80.80 %), at 70.0 % of its MACs and in'
-            ' 125.0 % of its time' + ALONE,
+            'With `a` it has 81.00 % top-1, 0.20 points above main (80.80 %), at 70.0 % of its MACs and'
+            ' 0.80 times its images/s' + ALONE,
         ),
         (
             [make_policy('a', 60.0, 20.0), make_policy('b', 79.0, 90.0)],
@@ -626,10 +631,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def run_snippets(card, folder):
-    """Return what each Python block of a card leaves behind, run as printed but for where the model is."""
+def run_snippets(card, folder, idx=slice(2)):
+    """Return what Python blocks of a card leave behind, run as printed but for where the model is; idx chooses them."""
     names = []
-    for block in read_blocks(card, 'python'):
+    for block in read_blocks(card, 'python')[idx]:
         assert block.count("'hf-hub:org/cifar10-resnet18'") == 1
         names.append({})
         exec(compile(block.replace('hf-hub:org/cifar10-resnet18', f'local-dir:{folder}'), 'card', 'exec'), names[-1])
@@ -639,26 +644,54 @@ def run_snippets(card, folder):
 def test_snippets_run_as_printed(metrics, folder, capsys):
     metrics['dynamic'][2]['policy'] = 'budget 100%'
     card = write_card(metrics)
-    everything, anytime, plain = run_snippets(card, folder)
+    plain, everything = run_snippets(card, folder)
     assert [logits.shape for logits in everything['outputs'].logits] == 3 * [(4, 10)]
     assert torch.equal(everything['early'], everything['outputs'].logits[0])
     assert everything['data_config']['input_size'] == (3, 32, 32)
     assert "model.infer(images, budget='100%')" in card
-    budgets = anytime['model'].budgets
-    expected = tme.apply_policy(budgets.select('100%').policy, anytime['model'](anytime['images'], exits=True).logits)
-    assert torch.equal(anytime['prediction'].exit_idx, expected.exit_idx)
-    assert (anytime['k'], anytime['logits'].shape) == (2, (4, 10))
+    model = everything['model']
+    expected = tme.apply_policy(model.budgets.select('100%').policy, model(everything['images'], exits=True).logits)
+    assert torch.equal(everything['prediction'].exit_idx, expected.exit_idx)
+    assert (everything['k'], everything['logits'].shape) == (2, (4, 10))
     assert not isinstance(plain['model'], tme.MultiExitModel)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(plain['model'](images), everything['model'](images))
     assert plain['logits'].shape == (4, 10)
-    assert len(capsys.readouterr().out.splitlines()) >= 7
+    assert len(capsys.readouterr().out.splitlines()) >= 4
+
+
+def test_snippet_of_onnx_runtime_runs_as_printed(metrics, folder, tmp_path, monkeypatch):
+    pytest.importorskip('onnxruntime')
+    monkeypatch.chdir(tmp_path)
+    metrics['dynamic'][2]['policy'] = 'budget 100%'
+    (names,) = run_snippets(write_card(metrics), folder, slice(2, 3))
+    model, images = names['model'], torch.from_numpy(names['images'])
+    expected = model.infer(images, budget='100%')
+    torch.testing.assert_close(torch.from_numpy(names['logits']), expected.logits, rtol=1e-4, atol=1e-5)
+    assert names['exit_idx'].tolist() == expected.exit_idx.tolist()
+
+
+def test_results_for_leaderboards_are_read_by_the_hub_s_client(metrics):
+    entries = parse_eval_result_entries(yaml.safe_load(write_eval_results(metrics)))
+    assert {(entry.dataset_id, entry.task_id) for entry in entries} == {('uoft-cs/cifar10', 'default')}
+    expected = [EXPECTED_RESULTS[2], *EXPECTED_RESULTS[:2], *EXPECTED_RESULTS[3:]]  # main first
+    assert [entry.value for entry in entries] == [value for _, value, _ in expected]
+    assert [entry.notes for entry in entries][:2] == [
+        'Top-1 @ main, 0.0371 GMACs, test split', 'Top-1 @ exit 0, 0.01012 GMACs, test split'
+    ]  # fmt: skip
+    assert len({entry.notes for entry in entries}) == len(entries)
+
+
+@pytest.mark.parametrize('dataset', [None, {'name': 'mine', 'hub_id': None}, {'name': 'x', 'hub_id': HOSTILE}])
+def test_without_a_data_set_of_the_hub_there_are_no_results_for_leaderboards(metrics, dataset):
+    assert write_eval_results(metrics | {'dataset': dataset}) is None
+    assert write_eval_results(keep_required(metrics)) is None
 
 
 def test_transform_of_the_snippet_prepares_an_image(metrics, folder):
     from PIL import Image
 
-    everything = run_snippets(write_card(metrics | {'dynamic': None}), folder)[0]
+    everything = run_snippets(write_card(metrics | {'dynamic': None}), folder)[1]
     image = everything['transform'](Image.new('RGB', (50, 40)))
     assert image.shape == (3, 32, 32)
 
@@ -674,18 +707,18 @@ def test_without_a_measured_budget_the_snippet_has_a_threshold(metrics, folder):
 def test_without_a_measured_budget_the_snippet_has_the_default_policy(metrics, folder):
     metrics['dynamic'] = metrics['dynamic'][:2] + [metrics['dynamic'][2] | {'policy': 'max drop 1', 'is_default': True}]
     card = write_card(metrics)
-    assert 'prediction = model.infer(images)\n' in card
-    anytime = run_snippets(card, folder)[1]
-    model, images = anytime['model'], anytime['images']
+    assert 'prediction = model.infer(images)  # by the default policy\n' in card
+    everything = run_snippets(card, folder)[1]
+    model, images = everything['model'], everything['images']
     expected = tme.apply_policy(model.policy, model(images, exits=True).logits)
-    assert torch.equal(anytime['prediction'].exit_idx, expected.exit_idx)
+    assert torch.equal(everything['prediction'].exit_idx, expected.exit_idx)
 
 
 def test_plain_timm_is_told_of_an_architecture_of_ours(metrics):
-    assert 'import timm_multiexit' not in read_blocks(write_card(metrics), 'python')[2]
+    assert 'import timm_multiexit' not in read_blocks(write_card(metrics), 'python')[0]
     metrics |= {'needs_import': True, 'architecture': 'cifar_resnet18'}
     card = write_card(metrics)
-    block = read_blocks(card, 'python')[2]
+    block = read_blocks(card, 'python')[0]
     assert 0 < block.index('import timm_multiexit') < block.index('timm.create_model')
     assert 'knows `cifar_resnet18` only after `import timm_multiexit`' in card
     compile(block, 'card', 'exec')
@@ -695,7 +728,7 @@ def test_snippets_have_the_size_and_classes_of_the_model(metrics):
     metrics |= {'input_size': [1, 64, 48], 'num_classes': 7}
     blocks = read_blocks(write_card(metrics), 'python')
     assert all('torch.randn(4, 1, 64, 48)' in block for block in blocks)
-    assert '[4, 7]' in blocks[2]
+    assert all('[4, 7]' in block for block in blocks)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mappin
             'top-1': row['top-1'],
             'GMACs': row['macs'] / 1e9,
             '% of MACs': row['macs_percent'],
-            **({'img/s': row['img/s'], 'time ratio': row['time_ratio']} if timing else {}),
+            **({'img/s': row['img/s'], 'img/s, main = 1': 1 / row['time_ratio']} if timing else {}),
         }
         for row in rows
     ]
@@ -143,7 +143,7 @@ def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mappin
         text += f'\nThresholds of {names} are chosen on {source}.'
     if timing:
         text += (
-            f'\nTimes: a batch of {timing["images"]} images, in turns, medians of {timing["rounds"]} rounds on'
-            f' {timing["device"]}; the ratio is to main.'
+            f'\nSpeed: a batch of {timing["images"]} images, in turns, medians of {timing["rounds"]} rounds on'
+            f' {timing["device"]}; above 1 is faster than main.'
         )
     return text.rstrip('\n')

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from timm_multiexit.checkpoints.config import FORMAT_VERSION
 from timm_multiexit.publishing import card_tables, results
@@ -150,6 +151,30 @@ def _list_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     ]
 
 
+def write_eval_results(metrics: Mapping[str, Any]) -> str | None:
+    """Return the results in the form of the Hub's `.eval_results/*.yaml`; None without a data set of the Hub.
+
+    Main comes first, whose number leaderboards show; notes tell the others apart.
+
+    Source: https://huggingface.co/docs/hub/eval-results.
+    """
+    metrics = add_row_keys(metrics)
+    hub_id = DATASET_ID.fullmatch(str((metrics.get('dataset') or {}).get('hub_id') or ''))
+    if hub_id is None:
+        return None
+    found = sorted(_list_results(metrics), key=lambda result: (result.metric_args or {}).get('exit') != 'main')
+    entries = []
+    for result in found:
+        gmacs = (result.metric_args or {}).get('gmacs')
+        cost = f', {gmacs:.4g} GMACs' if is_number(gmacs) else ''
+        split = f', {result.dataset_split} split' if result.dataset_split else ''
+        notes = f'{result.metric_name}{cost}{split}'
+        entries.append(EvalResultEntry(hub_id[0], 'default', result.metric_value, notes=notes))
+    if not entries:
+        return None
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+
+
 def _uses_imagenet(metrics: Mapping[str, Any]) -> bool:
     dataset = metrics.get('dataset') or {}
     names = f'{metrics.get("base_model")} {dataset.get("name")} {dataset.get("hub_id")}'
@@ -163,20 +188,24 @@ def _find_repo_id(metrics: Mapping[str, Any]) -> str | None:
 
 
 class _Infer(NamedTuple):
-    """Introduction of the snippet of dynamic inference, arguments of `infer` in it, None without it, and as a flag."""
+    """How the snippets ask `infer`: a comment on it, its arguments, None without it, and the same as a flag."""
 
-    introduction: str
+    comment: str
     arguments: str | None
     flag: str = ''
 
 
 def _choose_infer(metrics: Mapping[str, Any]) -> _Infer:
     if any('mAP' in row for row in metrics['rows']):  # several labels
-        return _Infer('E', None, ' --all')
+        return _Infer('', None, ' --all')
     budgets = (one_line(row.get('budget')) for row in policy_rows(metrics) if row['kind'] == 'budget')
     budget = next(filter(_BUDGET.fullmatch, budgets), None)
     if budget:
-        return _Infer('By a budget, the mean cost of an image; and e', f", budget='{budget}'", f" --budget '{budget}'")
+        return _Infer(
+            'of the MACs of main, on average' if budget.endswith('%') else 'on average',
+            f", budget='{budget}'",
+            f" --budget '{budget}'",
+        )
     if find_default(metrics):
-        return _Infer('By the default policy; and e', '')
-    return _Infer('By a confidence threshold; and e', ', threshold=0.9', ' --threshold 0.9')
+        return _Infer('by the default policy', '')
+    return _Infer('by a confidence threshold', ', threshold=0.9', ' --threshold 0.9')

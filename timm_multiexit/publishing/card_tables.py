@@ -68,7 +68,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     )
     ratio: Any = best.row.get('time_ratio')
     if is_number(ratio) and ratio > 0:
-        text += f' and in {100 * ratio:.1f} % of its time'
+        text += f' and {1 / ratio:.2f} times its images/s'
     if cheap_policies and cheap_exits:
         first = cheap_exits[0]
         text += f'; exit {code(first.row["exit"])} alone is {first.compare()} at {first.percent:.1f} % of its MACs'
@@ -94,7 +94,9 @@ def describe_picture(metrics: Mapping[str, Any]) -> str:
     """Return the alternative text of the picture."""
     split = name_split(metrics, escape)
     exits = ', '.join(escape(row['exit']) for row in exit_rows(metrics['rows']))
-    shown = [f'exits {exits} and main', 'the ensemble of all exits', 'main alone']
+    shown = [f'exits {exits} and main, each alone and with all exits before it', 'the ensemble of all exits']
+    if any(row['kind'] in ('budget', 'max_drop') for row in policy_rows(metrics)):
+        shown.insert(1, 'policies that are saved')
     if metrics.get('curve'):
         shown.insert(1, 'policies for budgets')
     if metrics.get('rivals'):
@@ -107,14 +109,15 @@ def table_exits(metrics: Mapping[str, Any]) -> str:
     """Return the table of classifiers, with a row for main as timm runs it if its latency is known."""
     rows, ms = metrics['rows'], (metrics.get('latency') or {}).get('ms') or {}
     measured = dict.fromkeys(name for row in rows for name in row if name not in (*COSTS, 'exit_idx'))
-    lines = []
+    lines, speed = [], f'images/s at {number((metrics.get("latency") or {}).get("batch_size"))}'
     for row in rows:
         line = {'exit': code(row['exit']), 'at': code(row['tap']), 'params': number(row['params'])}
         line |= {name: number(row[name]) for name in ('GMACs fixed', 'GMACs sequential')}
         line |= {escape(name): number(row.get(name), 2) for name in measured}
-        lines.append(line | {'p50, ms': number(ms.get(row['exit']))})
+        lines.append(line | {speed: number(_speed(ms.get(row['exit']), 1e3))})
     if is_number(ms.get('main in timm')):
-        plain = lines[rows.index(find_main(rows))] | {'exit': 'main in timm', 'p50, ms': number(ms['main in timm'])}
+        plain = lines[rows.index(find_main(rows))]
+        plain = plain | {'exit': 'main in timm', speed: number(_speed(ms['main in timm'], 1e3))}
         lines.append(plain | {'GMACs sequential': '-'})
     return table(lines, left=('exit', 'at'))
 
@@ -131,11 +134,16 @@ def table_policies(metrics: Mapping[str, Any]) -> str:
             'GMACs': number(row['macs'] / 1e9),
             '% of MACs': number(row['macs_percent'], 1),
             'top-1': number(row.get('top-1'), 2),
-            'time ratio': number(row.get('time_ratio')),
+            'images/s, main = 1': number(_speed(row.get('time_ratio'), 1), 2),
         }
         for row in measured_rows(metrics)
     ]
     return table(lines, left=('policy', 'criterion'))
+
+
+def _speed(time: Any, unit: float) -> float | None:
+    """Return how many fit into a unit of time; None where the time is not known."""
+    return unit / time if is_number(time) and time > 0 else None
 
 
 def _join(values: Iterable[str]) -> str:

@@ -20,9 +20,10 @@ from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, C
 from timm_multiexit.checkpoints.load import load_pretrained
 from timm_multiexit.checkpoints.run_folder import ARGS_NAME, RunFolder, read_origin
 from timm_multiexit.data.datasets import is_same_split
+from timm_multiexit.hub_client.files import EVAL_RESULTS
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
-from timm_multiexit.publishing.card import PICTURE, write_card
+from timm_multiexit.publishing.card import PICTURE, write_card, write_eval_results
 from timm_multiexit.publishing.licenses import NO_INFO, License, PublicationInfo, find_license
 from timm_multiexit.publishing.run_checks import has_policy, read_run
 from timm_multiexit.utils.errors import CheckpointError
@@ -190,13 +191,17 @@ def write_publication_config(folder: Path, tag: str, license_: License, repo_id:
 
 
 def write_card_files(folder: Path, metrics: dict[str, Any], picture: Path | None) -> None:
-    """Write the picture, `metrics.json` and the card."""
+    """Write the picture, `metrics.json`, the card, and the results for the Hub's leaderboards."""
     metrics['has_picture'] = picture is not None
     if picture is not None:
         (folder / PICTURE).parent.mkdir()
         shutil.copy2(picture, folder / PICTURE)
     _write_json(folder / METRICS_NAME, metrics)
     (folder / CARD_NAME).write_text(write_card(metrics), encoding='utf-8')
+    results = write_eval_results(metrics)
+    if results is not None:
+        (folder / EVAL_RESULTS).parent.mkdir(exist_ok=True)
+        (folder / EVAL_RESULTS).write_text(results, encoding='utf-8')
 
 
 def _write_json(path: Path, values: Any) -> None:
