@@ -4,7 +4,7 @@
 FOLDER becomes a timm folder, whose network answers as the one from ImageNet does where only these classes are possible.
 """
 
-import sys
+import argparse
 
 import timm
 import torch
@@ -28,6 +28,9 @@ CLASSES = {
 @torch.no_grad()
 def main() -> None:
     """Write the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('folder', metavar='FOLDER', help='folder to write')
+    args = parser.parse_args()
     model = timm.create_model('tf_efficientnet_lite0', pretrained=True)
     rows = list(CLASSES.values())
     weight, bias = model.classifier.weight[rows], model.classifier.bias[rows]
@@ -35,7 +38,7 @@ def main() -> None:
     model.classifier.weight.copy_(weight)
     model.classifier.bias.copy_(bias)
     config = {'num_classes': len(rows), 'label_names': list(CLASSES)}
-    save_for_hf(model, sys.argv[1], model_config=config, safe_serialization=True)
+    save_for_hf(model, args.folder, model_config=config, safe_serialization=True)
 
 
 if __name__ == '__main__':
