@@ -92,7 +92,7 @@ class ExportBenchmark:
         return [describe_pair(name, reference, times) for name, reference in pairs]
 
     def measure_savings(self, points: list[PolicyResult], rounds: int) -> list[dict[str, Any]]:
-        """Return for each policy the share of the plain network's MACs and time that it saves.
+        """Return for each policy the share of main's MACs and time that it saves.
 
         Time is that of the conditional program leaving at each exit, weighted by the shares of images that do.
         """

@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,28 +228,26 @@ def _work(name: str, results: Any) -> None:
         row['result'] = f'above {LIMIT:g}: {", ".join(wrong)}' if wrong else 'equal'
     except Exception as error:
         row = {'result': f'{type(error).__name__}: {one_line(error)}'}
-    results.put(row)
+    results.send(row)
 
 
 def check_in_time(name: str, seconds: float) -> dict[str, Any]:
     """Return the row of a network, made in a process of its own that has so many seconds."""
     # Forked, so that the libraries are not imported ninety times.
     context = multiprocessing.get_context('fork')
-    results = context.Queue()
-    process = context.Process(target=_work, args=(name, results), daemon=True)
+    results, of_process = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(name, of_process), daemon=True)
     process.start()
-    end = time.monotonic() + seconds
+    of_process.close()  # so that the pipe ends with the process
     row = None
-    while row is None and time.monotonic() < end:
-        try:
-            row = results.get(timeout=1)
-        except Exception:  # queue.Empty
-            if not process.is_alive():
-                row = {'result': f'the process ended with code {process.exitcode}'}
-    if row is None:
+    if results.poll(seconds):
+        with suppress(EOFError):
+            row = results.recv()
+    else:
         process.kill()
         row = {'result': f'not done in {seconds:.0f} s'}
     process.join()
+    row = row or {'result': f'the process ended with code {process.exitcode}'}
     return {'network': name, **row, 'commit': describe_environment()['commit']}
 
 

@@ -322,7 +322,7 @@ def test_saved_policy_is_the_one_that_was_measured(flags, saved, run_script, dig
         (('--calib-split', 'test'), 'and --split test are the same images'),
         (('--calib-split', 'train[:3]'), "test, validation, train, got 'train[:3]'"),
         (('--threshold', '0.5', '--criterion', 'hope'), '--criterion must be one of'),
-        (('--threshold', 'high'), "--threshold must be thresholds such as 0.9 or 0.9,none,0.8, got 'high'."),
+        (('--threshold', 'high'), '--threshold must be numbers, or none for an exit that is not used, such as'),
         (('--budget', '3%', '--calib-split', 'validation'), 'got 3%, which is below the cheapest policy'),
         (('--budget', '50%'), '--budget 50% needs data'),
         (('--calib-from-train', '5000'), 'Number of held-out images must be in [1, 1247], got 5000'),

@@ -163,7 +163,12 @@ REFUSED = {
     'a conditional pt2': (
         {'forms': ['conditional'], 'formats': ['pt2']},
         ValueError,
-        "forms must have 'fixed' or 'stages' for the format 'pt2'",
+        'forms must have fixed or stages for the format pt2, got conditional alone: torch.export traces one path',
+    ),
+    'a conditional pt2 beside ONNX': (
+        {'forms': ['conditional'], 'formats': ['onnx', 'pt2']},
+        ValueError,
+        'forms must have fixed or stages for the format pt2, got conditional alone: torch.export traces one path',
     ),
     'two sizes': ({'input_size': (16, 16)}, ValueError, 'input_size must be (channels, height, width), integers >= 1'),
     'other channels': ({'input_size': (1, 16, 16)}, ValueError, 'input_size must be (3, height, width) for this model'),

@@ -9,7 +9,14 @@ import torch
 from helpers import cases
 
 import timm_multiexit as tme
-from timm_multiexit.deploy.manifest import describe_budgets, describe_exported, find_class_names, read_manifest
+from timm_multiexit.calibration.stage_costs import StageCosts
+from timm_multiexit.deploy.manifest import (
+    describe_budgets,
+    describe_exported,
+    find_class_names,
+    read_costs,
+    read_manifest,
+)
 from timm_multiexit.policies.budgets import PolicyResult
 
 
@@ -36,7 +43,8 @@ def test_costs_and_preprocessing_are_those_of_the_model(exported):
         'mean': list(config['mean']),
         'std': list(config['std']),
     }
-    assert manifest['versions']['torch'] == torch.__version__.partition('+')[0] or torch.__version__
+    assert read_costs(manifest) == StageCosts.from_exit_costs(costs)
+    assert manifest['versions']['torch'].partition('+')[0] == torch.__version__.partition('+')[0]
     assert (manifest['format'], manifest['opset'], manifest['budgets'], manifest['int8']) == (1, 20, [], None)
 
 
@@ -54,13 +62,17 @@ def test_budgets_are_the_points_with_macs():
         PolicyResult(policy, accuracy, (0.5, 0.5), macs) for accuracy, macs in ((80.0, 100.0), (90.0, 150.0))
     )
     table = tme.BudgetTable(points, 200.0, 220.0)
-    assert describe_budgets(table) == [
+    costs = StageCosts((90.0, 200.0), (20.0,))
+    assert describe_budgets(table, costs) == [
         {'macs': 100.0, 'accuracy': 80.0, 'policy': policy.to_dict()},
         {'macs': 150.0, 'accuracy': 90.0, 'policy': policy.to_dict()},
     ]
     timed = tuple(PolicyResult(policy, 80.0, (0.5, 0.5), None, 1.0) for _ in range(1))
-    assert describe_budgets(tme.BudgetTable(timed, total_ms=2.0, max_ms=3.0)) == []
-    assert describe_budgets(None) == []
+    assert describe_budgets(tme.BudgetTable(timed, total_ms=2.0, max_ms=3.0), costs) == []
+    assert describe_budgets(None, costs) == []
+    # Of other images half spend 300 + 50 and half 800 + 50.
+    other = describe_budgets(table, StageCosts((300.0, 800.0), (50.0,)))
+    assert [(point['macs'], point['accuracy']) for point in other] == [(600.0, 80.0), (600.0, 90.0)]
 
 
 def test_class_names_are_the_loaded_ones_where_they_fit(small):
@@ -128,6 +140,17 @@ CHANGES = {
     'a path outside': (
         edit(lambda values: values['files'].update({'../up': values['files']['runner.py']})),
         'path of plain names',
+    ),
+    'other MACs of main': (edit(lambda values: values.update(plain_macs=1)), 'plain_macs must be the fixed macs of'),
+    'less MACs with all heads': (
+        edit(lambda values: values['exits'][1]['macs'].update(sequential=1)),
+        'macs must be fixed >= 0 and sequential >= fixed, got ',
+    ),
+    'no programs': (
+        edit(
+            lambda values: values.update(programs={'fp32': {'fixed': [], 'stages': [], 'conditional': None}}, pt2=None)
+        ),
+        'it must have programs, got none',
     ),
     'another count of thresholds': (edit(lambda values: values['policy'].update(thresholds=[0.5])), 'threshold'),
     'not JSON': (lambda folder: (folder / 'manifest.json').write_text('{'), 'cannot be read'),

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,9 +14,11 @@ import torch
 from helpers.exported import CLASSES, SIZE, make_exported, write_manifest
 
 import timm_multiexit as tme
+from timm_multiexit.deploy import quantize as module
 from timm_multiexit.deploy.manifest import read_manifest
 from timm_multiexit.deploy.quantize import _join, quantize
 from timm_multiexit.deploy.runner import Runner
+from timm_multiexit.utils.errors import DiskError, InvalidValueError
 
 NAMES = ('exit_0', 'exit_1', 'exit_2', 'main')
 POLICY = {'criterion': 'confidence', 'thresholds': [0.5, None, 0.6], 'temperatures': [], 'combine': 'mean'}
@@ -94,7 +99,11 @@ def test_manifest_says_what_it_costs(quantized):
         by_hand = [100 * (answer.argmax(-1) == targets).mean() for answer in answers]
         assert [row[precision] for row in manifest['int8']['policies']] == pytest.approx(by_hand)
     assert result.fp32 != result.int8
-    assert [row['macs'] for row in manifest['int8']['policies']][:2] == [400, 500]
+    # Each head has 10 MACs; the own policy does not use that of exit 1.
+    exit_idx = Runner(folder).infer(images, own).exit_idx
+    costs = np.array([250, 500, 760, 1020])[exit_idx]
+    assert [row['macs'] for row in manifest['int8']['policies']] == [400, 500, pytest.approx(costs.mean())]
+    assert set(exit_idx) == {0, 2, 3}
     assert manifest['versions']['onnxruntime'] == onnxruntime.__version__
     assert manifest['programs']['int8']['stages'] == [f'int8/stages/{name}.onnx' for name in NAMES]
     assert sorted(path.name for path in folder.iterdir()) == ['int8', 'manifest.json', 'stages']
@@ -121,6 +130,51 @@ def test_loss_above_the_limit_is_refused_and_nothing_is_written(quantized, tmp_p
     assert sorted(path.name for path in folder.iterdir()) == ['manifest.json', 'stages']
 
 
+@pytest.mark.parametrize('limit', [100, 9000])
+def test_full_disk_is_one_line_and_nothing_is_written(tmp_path, limit):
+    resource = pytest.importorskip('resource')
+    folder = make_exported(tmp_path / 'exported')
+    runner, before = Runner(folder), (folder / 'manifest.json').read_bytes()
+    batches = load(40, 5, runner), load(50, 6, runner)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(DiskError) as caught:
+            quantize(folder, *batches, limit=100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    line = 'could not be written: File too large; free disk space, then run it again.'
+    assert str(caught.value) == f'{tempfile.gettempdir()} {line}'
+    assert (folder / 'manifest.json').read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ['manifest.json', 'stages']
+
+
+def test_full_disk_is_told_from_a_network_that_cannot_be_quantized(tmp_path, monkeypatch):
+    folder = make_exported(tmp_path / 'exported')
+    batches = load(40, 5, Runner(folder)), load(50, 6, Runner(folder))
+
+    def refuse(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, 'write_programs', refuse)
+        with pytest.raises(DiskError, match=f'^{folder} could not be written: No space left on device; free disk'):
+            quantize(folder, *batches, limit=100)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError('Wire format was corrupt')  # what half a file gives
+
+    monkeypatch.setattr('onnxruntime.quantization.quantize_static', fail)
+    with pytest.raises(InvalidValueError, match='cannot be quantized: ONNX Runtime says Wire format was corrupt'):
+        quantize(folder, *batches, limit=100)
+    monkeypatch.setattr('shutil.disk_usage', lambda path: SimpleNamespace(free=0))
+    with pytest.raises(DiskError, match='could not be written: No space left on device; free disk space'):
+        quantize(folder, *batches, limit=100)
+    assert sorted(path.name for path in folder.iterdir()) == ['manifest.json', 'stages']
+
+
 def test_bad_input_is_one_line(quantized, tmp_path):
     folder = make_exported(tmp_path / 'exported')
     good = load(20, 1, Runner(folder))
@@ -139,7 +193,8 @@ def test_bad_input_is_one_line(quantized, tmp_path):
             quantize(*arguments, **kwargs)
         assert '\n' not in str(caught.value)
     manifest = json.loads((folder / 'manifest.json').read_text())
-    manifest['programs']['fp32']['stages'] = []
+    programs = manifest['programs']['fp32']
+    programs.update(fixed=programs['stages'], stages=[])
     write_manifest(folder, manifest)
     with pytest.raises(tme.MultiExitError, match='has no stages, of which int8 programs are made'):
         quantize(folder, good, good)

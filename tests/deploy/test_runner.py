@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,15 @@ def test_own_policy_and_budgets_are_those_of_the_table(tmp_path):
         np.testing.assert_array_equal(answer.exit_idx, expected.exit_idx)
         assert runner._select(budget) == table.select(budget).policy.to_dict()
     np.testing.assert_array_equal(runner.infer(images).exit_idx, runner.infer(images, threshold=0.3).exit_idx)
+    for budget in ('24%', '104%', '1MACs', '9GMACs'):  # both say the same range
+        with pytest.raises(tme.MultiExitError) as theirs:
+            table.select(budget)
+        with pytest.raises(RunnerError) as ours:
+            runner.infer(images, budget=budget)
+        low, high = re.findall(r'[0-9.]+(?:%|k?MACs)', str(ours.value))[:2]
+        assert f'must be {low} to {high}, got {budget}' in str(theirs.value)
+        for bound in (low, high):
+            assert runner._select(bound) == table.select(bound).policy.to_dict()
     for budget in ('24%', '104%', '2kMACs', '0%', '60', '5ms', 60, 'all', '-5%', '1e3%'):
         with pytest.raises(RunnerError, match='^budget must be'):
             runner.infer(images, budget=budget)
@@ -382,6 +392,11 @@ BROKEN = {
         put('policy', value={'criterion': 'margin', 'thresholds': [0.5], 'temperatures': [], 'combine': None}),
         'one threshold for each of the 3 exits, got 1',
     ),
+    'macs of main': (put('plain_macs', value=999), 'plain_macs must be the fixed macs of main, 1000, got 999'),
+    'macs with heads': (
+        put('exits', 1, 'macs', 'sequential', value=1),
+        'macs must be fixed >= 0 and sequential >= fixed, got ',
+    ),
     'one classifier': (
         lambda manifest: manifest['exits'].__delitem__(slice(1, None)),
         'it must have two or more classifiers',
@@ -485,12 +500,37 @@ def test_program_that_is_none_is_one_line(folder):
     assert '\n' not in str(caught.value)
 
 
-def test_folder_without_stages_says_so(folder):
+def test_missing_form_is_named_by_the_call_that_needs_it(folder):
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    stages = manifest['programs']['fp32']['stages']
+    one = {'path': stages[0], 'criterion': 'confidence', 'combine': None}
+    calls = {
+        'anytime': (lambda runner: runner.anytime(draw_images(1)), ['stages']),
+        'predict': (lambda runner: runner.predict(draw_images(1), 5), ['stages']),
+        'infer': (lambda runner: runner.infer(draw_images(1), threshold=0.5), ['stages', 'conditional']),
+        'a call with exit_idx': (lambda runner: runner(draw_images(1)), ['stages', 'fixed']),
+    }
+    for form, programs in (('fixed', {'fixed': stages}), ('conditional', {'conditional': one})):
+        change(folder, put('programs', 'fp32', value={'fixed': [], 'stages': [], 'conditional': None, **programs}))
+        runner = Runner(folder)
+        for name, (ask, needed) in calls.items():
+            if form in needed:
+                continue
+            with pytest.raises(RunnerError) as caught:
+                ask(runner)
+            forms = ' or '.join(needed)
+            line = f'{folder} has no {forms} of fp32, which {name} needs: export it with the form {forms}.'
+            assert str(caught.value) == line
+
+
+def test_folder_without_programs_of_onnx_says_so(folder):
+    paths = json.loads((folder / 'manifest.json').read_text())['programs']['fp32']['stages']
     change(folder, put('programs', 'fp32', 'stages', value=[]))
-    runner = Runner(folder)
-    for ask in (lambda: runner.infer(draw_images(1), threshold=0.5), lambda: runner.anytime(draw_images(1))):
-        with pytest.raises(RunnerError, match='has no stages of fp32: export it with the form stages'):
-            ask()
+    with pytest.raises(RunnerError, match=r'manifest\.json cannot be read: it must have programs, got none'):
+        Runner(folder)
+    change(folder, put('pt2', value={'fixed': [], 'stages': paths}))
+    with pytest.raises(RunnerError, match='has no ONNX programs of fp32: export it with the format onnx'):
+        Runner(folder)
 
 
 def run_main(capsys, *argv):

@@ -37,7 +37,7 @@ CLOSE = {'rtol': 1e-3, 'atol': 1e-3}
 def full_float32():
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # without it, cuDNN is off
         yield
     torch.backends.cuda.matmul.allow_tf32 = before
 

@@ -78,9 +78,12 @@ def test_of_equally_accurate_points_the_cheapest_is_selected():
 @pytest.mark.parametrize(
     ('budget', 'message'),
     [
-        ('29%', 'must be 30% to 120%, got 29%, which is below the cheapest policy; the plain network costs 100%'),
+        ('29%', 'must be 30% to 120%, got 29%, which is below the cheapest policy; main alone costs 100%'),
         ('29MACs', 'must be 30MACs to 120MACs'),
-        ('121%', 'must be 30% to 120%, got 121%, which is more than any policy can spend; the plain .* is run without'),
+        (
+            '121%',
+            'must be 30% to 120%, got 121%, which is more than any policy can spend; main alone .* is run without',
+        ),
         ('5ms', "no costs in ms for the budget '5ms': calibrate with measured times"),
     ],
 )

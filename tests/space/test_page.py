@@ -246,16 +246,12 @@ def show_name(name):
 def test_example_is_judged(open_page, pages):
     page = open_page(pages.photos)
     assert page.locator('#examples button').count() == 4
-    verdicts = set()
     for idx in range(4):
         page.locator('#examples button').nth(idx).click()
         settle(page)
         assert page.locator('#examples [aria-pressed=true]').count() == 1
         truth, name = page.locator('#examples img').nth(idx).get_attribute('alt'), page.inner_text('#name')
-        verdict = page.inner_text('#verdict')
-        assert verdict == ('correct' if truth == name else f'it is {truth}')
-        verdicts.add(verdict)
-    assert verdicts
+        assert page.inner_text('#verdict') == ('correct' if truth == name else f'it is {truth}')
 
 
 def test_all_can_be_done_by_keyboard(open_page, pages):

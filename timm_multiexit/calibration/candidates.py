@@ -136,7 +136,7 @@ class Candidates:
 
         Returns:
             Cuts [P, U]; how many leave at each classifier [P, E + 1]; right answers [P]; those expected [P]; mean cost
-            as a share of the plain backbone [P]; which ones are the field's [P].
+            as a share of main's cost [P]; which ones are the field's [P].
         """
         shares = costs.relative(self.used)
         held_out = HeldOut(self.ranks, self.correct, self.worth, shares, self.cuts, self.base.is_memoryless)

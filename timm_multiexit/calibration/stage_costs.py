@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_multiexit.exits.cost import ExitCost, add_heads
 from timm_multiexit.exits.taps import RunHead, Taps
-from timm_multiexit.policies.budgets import SIZES, UNITS, PolicyResult
+from timm_multiexit.policies.budgets import SIZES, UNITS, BudgetTable, PolicyResult
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.checks import check_choice, check_instance, is_list
 from timm_multiexit.utils.environment import describe_environment
@@ -68,7 +68,7 @@ class StageCosts:
 
     @property
     def total(self) -> float:
-        """Cost of the plain backbone, all of it."""
+        """Cost of main alone: all of the backbone, no heads."""
         return self.paths[-1]
 
     @property
@@ -80,8 +80,8 @@ class StageCosts:
         """Return the cost of leaving at each classifier, main last; exits not used are neither run nor charged."""
         return tuple(add_heads(self.paths, self.heads, used))
 
-    def average(self, used: Sequence[int], counts: Sequence[int]) -> float:
-        """Return the mean cost per image, by how many leave at each classifier, main last."""
+    def average(self, used: Sequence[int], counts: Sequence[float]) -> float:
+        """Return the mean cost per image, by how many (or what share) leave at each classifier, main last."""
         return sum(cost * count for cost, count in zip(self.leaving(used), counts)) / sum(counts)
 
     def mean(self, policy: ExitPolicy, exit_idx: Tensor) -> float:
@@ -102,7 +102,7 @@ class StageCosts:
         return ((paths + spent) * counts).sum(1) / counts.sum(1)
 
     def relative(self, used: Sequence[int]) -> 'StageCosts':
-        """Return the costs of some exits and main alone, as shares of the plain backbone's."""
+        """Return the costs of some exits and main alone, as shares of main's."""
         paths = tuple(self.paths[idx] / self.total for idx in (*used, -1))
         return StageCosts(paths, tuple(self.heads[idx] / self.total for idx in used), self.unit)
 
@@ -114,6 +114,18 @@ def describe_policy(
     num = sum(counts)
     means = {each.unit.lower(): each.average(policy.used, counts) for each in costs}
     return PolicyResult(policy, 100 * num_right / num, tuple(count / num for count in counts), **means)
+
+
+def adapt_budgets(table: BudgetTable, costs: StageCosts) -> BudgetTable:
+    """Return a table of budgets for images of another size: MACs at `costs`, while images leave where they did.
+
+    Its times are dropped, for they are not known. A table of these costs already, or of times alone, stays as it is.
+    """
+    if table.total_macs in (None, costs.total):
+        return table
+    points = [replace(point, macs=costs.average(point.policy.used, point.shares), ms=None) for point in table.points]
+    ranked = sorted(points, key=lambda point: point.macs or 0.0)
+    return BudgetTable(tuple(ranked), total_macs=costs.total, max_macs=costs.largest)
 
 
 def checked_costs(costs: StageCosts | Sequence[ExitCost], num_exits: int) -> StageCosts:

@@ -47,7 +47,7 @@ def calibrate(
         logits: One [N, C] tensor per classifier, main last, of held-out samples, independent of each other.
         targets: [N] int64 class indices.
         costs: `model.cost()`, or what leaving costs in any unit.
-        budget: Mean cost per image: '60%' of the plain backbone, '1.2GMACs', or '5ms' with costs in ms.
+        budget: Mean cost per image: '60%' of main's cost, '1.2GMACs', or '5ms' with costs in ms.
         max_drop: Share of the samples, in (0, 1): 0.01 is one point of accuracy.
         delta: Probability that the drop is larger, in (0, 1), 0.1 if not given; of `max_drop` alone.
         criterion: Key of `timm_multiexit.policies.policy.CRITERIA`.

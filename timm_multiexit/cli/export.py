@@ -5,26 +5,29 @@ runner that needs onnxruntime and numpy alone.
 """
 
 import json
+import shlex
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_multiexit.calibration.stage_costs import StageCosts, adapt_budgets
 from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.cli.flags.exit_flags import parse_thresholds
 from timm_multiexit.cli.flags.int8_flags import INT8_FLAGS, add_int8, check_int8_flags, describe_int8, draw_images
-from timm_multiexit.cli.flags.parser import Choice, ScriptParser, add_flags, positive_int, value
+from timm_multiexit.cli.flags.parser import Choice, ScriptParser, add_flags, option_name, positive_int, value
 from timm_multiexit.cli.flags.validate_args import given_policy
-from timm_multiexit.deploy.export import FORMATS, FORMS, export
-from timm_multiexit.deploy.manifest import MANIFEST_NAME
-from timm_multiexit.deploy.programs import check_extra
+from timm_multiexit.deploy.export import FORMATS, FORMS, check_programs, export
+from timm_multiexit.deploy.manifest import MANIFEST_NAME, RUNNER_NAME
+from timm_multiexit.deploy.programs import check_exported_size, check_extra
 from timm_multiexit.factory import create_model
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.policies.budgets import parse_budget
 from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
 from timm_multiexit.utils.errors import DataError, InvalidValueError, MultiExitError, one_line
+from timm_multiexit.utils.files import check_new_folder
 from timm_multiexit.utils.text import format_table
 
 _FLAGS = (
@@ -39,8 +42,8 @@ _FLAGS = (
 _POLICY_FLAGS = (
     value('--budget', str, None, 'B', "mean cost of an image, of the model's table: 60%, 1.2GMACs or 5ms"),
     value('--threshold', parse_thresholds, None, 'T', 'thresholds: 0.9 for all exits, or 0.9,none,0.8 for each'),
-    value('--criterion', Choice(*CRITERIA), 'confidence', None, 'what the thresholds are compared with'),
-    value('--combine', Choice(*COMBINATIONS), None, None, 'what answers, if not the exit alone'),
+    value('--criterion', Choice(*CRITERIA), None, None, 'what --threshold is compared with, if not confidence'),
+    value('--combine', Choice(*COMBINATIONS), None, None, 'what answers with --threshold, if not the exit alone'),
 )
 
 
@@ -61,23 +64,51 @@ def create_exported_model(name: str) -> MultiExitModel:
     source = find_source(name)
     if source is None or not source.has_exits:
         raise InvalidValueError(f'MODEL must have exits to be exported, got {name!r} without any.')
-    return create_model(source, pretrained=True)
+    return create_model(source, pretrained=True).eval()
 
 
-def choose_policy(args: Namespace, model: MultiExitModel) -> ExitPolicy | None:
-    """Return the policy that the flags name, None for the model's own."""
+def check_flags(args: Namespace) -> None:
+    """Raise for what can be told of the flags without the model.
+
+    Raises:
+        InvalidValueError: A value is out of range, flags do not go together, or --output holds other files.
+        StateError: The extra `onnx` is not installed.
+    """
+    check_programs(args.forms, args.formats)
+    check_int8_flags(args)
+    if args.int8 and not ('onnx' in args.formats and 'stages' in args.forms):
+        raise InvalidValueError('--int8 is made of the stages in ONNX: ask for both by --formats and --forms.')
     if args.budget is not None and args.threshold is not None:
         raise InvalidValueError('--budget and --threshold are mutually exclusive: give one of them.')
-    if args.threshold is not None:
-        return given_policy(args, len(model.exits))
     if args.budget is not None:
         parse_budget(args.budget)
-        if model.budgets is None:
-            raise InvalidValueError(
-                '--budget needs a model with a table of budgets: choose thresholds with validate --save-policy first.'
-            )
+    for dest in ('criterion', 'combine'):
+        if getattr(args, dest) is not None and args.threshold is None:
+            raise InvalidValueError(f'{option_name(dest)} is for --threshold: give both, or neither.')
+    if args.threshold is not None:
+        given_policy(args, len(args.threshold))
+    check_new_folder(args.output, MANIFEST_NAME)
+    if 'onnx' in args.formats:
+        check_extra()
+
+
+def choose_policy(
+    args: Namespace, model: MultiExitModel, input_size: tuple[int, int, int] | None = None
+) -> ExitPolicy | None:
+    """Return the policy that the flags name for images of a size, None for the model's own."""
+    if args.threshold is not None:
+        return given_policy(args, len(model.exits))
+    if args.budget is None:
+        return None
+    if model.budgets is None:
+        raise InvalidValueError(
+            '--budget needs a model with a table of budgets: choose thresholds with validate --save-policy first.'
+        )
+    if input_size is None:
         return model.budgets.select(args.budget).policy
-    return None
+    check_exported_size(model, input_size)
+    costs = StageCosts.from_exit_costs(model.cost(input_size))
+    return adapt_budgets(model.budgets, costs).select(args.budget).policy
 
 
 def read_class_names(path: Path | None) -> list[str] | None:
@@ -97,12 +128,25 @@ def describe_folder(folder: Path) -> str:
     rows = []
     for idx, entry in enumerate(manifest['exits']):
         row = {'exit': entry['name'].removeprefix('exit ')}
-        row['MACs, % of plain'] = 100 * entry['macs']['sequential'] / total
+        row['MACs, % of main'] = 100 * entry['macs']['sequential'] / total
         for form in ('fixed', 'stages'):
             if programs[form]:
                 row[f'{form}, KB'] = manifest['files'][programs[form][idx]]['size'] / 1e3
         rows.append(row)
     return format_table(rows)
+
+
+def describe_use(folder: Path) -> str:
+    """Return how an exported folder is used: a command, or without what it needs a line of Python."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding='utf-8'))
+    programs = manifest['programs']['fp32']
+    if programs['stages'] or programs['conditional']:
+        command = ['python', str(folder / RUNNER_NAME), str(folder), 'PICTURE']
+        return shlex.join(command if manifest['policy'] else [*command, '--threshold', '0.9'])
+    if programs['fixed']:
+        return f'Runner({str(folder)!r})(images, exit_idx=0) with {folder / RUNNER_NAME}'
+    path = (manifest['pt2']['fixed'] or manifest['pt2']['stages'])[0]
+    return f'torch.export.load({str(folder / path)!r}).module()(images)'
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'timm-multiexit export') -> int:
@@ -113,11 +157,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-multiexit export')
     add_flags(parser, 'int8', INT8_FLAGS)
     args = parser.parse_args(argv)
     try:
-        check_int8_flags(args)
-        if args.int8 and not ('onnx' in args.formats and 'stages' in args.forms):
-            raise InvalidValueError('--int8 is made of the stages in ONNX: ask for both by --formats and --forms.')
-        if 'onnx' in args.formats:
-            check_extra()
+        check_flags(args)
+        class_names = read_class_names(args.class_names)
         model = create_exported_model(args.model)
         images = draw_images(args, model) if args.int8 else None
         size = None if args.img_size is None else (model.in_chans, args.img_size, args.img_size)
@@ -127,13 +168,13 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-multiexit export')
             forms=args.forms,
             formats=args.formats,
             input_size=size,
-            class_names=read_class_names(args.class_names),
-            policy=choose_policy(args, model),
+            class_names=class_names,
+            policy=choose_policy(args, model, size),
         )
         print(describe_folder(args.output))
         if images is not None:
             print(describe_int8(add_int8(args.output, images, limit=args.int8_limit)))
-        print(f'Wrote {args.output}: python {args.output / "runner.py"} {args.output} PICTURE answers.')
+        print(f'Wrote {args.output}: {describe_use(args.output)} answers.')
     except MultiExitError as error:
         print(f'{prog}: error: {error}', file=sys.stderr)
         return 2

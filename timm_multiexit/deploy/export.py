@@ -73,7 +73,7 @@ def export(
     """
     check_path('folder', folder)
     check_model(model)
-    forms, formats = _check_names('forms', forms, FORMS), _check_names('formats', formats, FORMATS)
+    forms, formats = check_programs(forms, formats)
     if len(model.exits) == 0 or model.num_classes < 2:
         raise StateError(
             f'The model must have exits and 2 or more classes to be exported, got {len(model.exits)} and'
@@ -83,8 +83,6 @@ def export(
     policy = model.policy if policy is None else check_instance('policy', policy, ExitPolicy)
     if policy is not None:
         policy.check_exits(len(model.exits))
-    if formats == ('pt2',) and forms == ('conditional',):
-        raise InvalidValueError("forms must have 'fixed' or 'stages' for the format 'pt2', got 'conditional' alone.")
     names = manifest.find_class_names(model, class_names)
     if 'onnx' in formats:
         check_extra()
@@ -102,6 +100,22 @@ def export(
         values['programs'] = {'fp32': programs}
         shutil.copyfile(runner.__file__, draft / manifest.RUNNER_NAME)
         manifest.write_manifest(draft, values)
+
+
+def check_programs(forms: Sequence[str], formats: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the forms and the formats of programs, each once, in their own order; see `export`.
+
+    Raises:
+        InvalidTypeError: One is not a list.
+        InvalidValueError: An unknown or no name, or a format without a program.
+    """
+    forms, formats = _check_names('forms', forms, FORMS), _check_names('formats', formats, FORMATS)
+    if 'pt2' in formats and forms == ('conditional',):
+        raise InvalidValueError(
+            'forms must have fixed or stages for the format pt2, got conditional alone: torch.export traces one path,'
+            ' and a conditional program chooses between several.'
+        )
+    return forms, formats
 
 
 def _check_names(name: str, values: Any, allowed: Collection[str]) -> tuple[str, ...]:

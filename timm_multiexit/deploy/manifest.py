@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.data.config import resolve_data_config
 
+from timm_multiexit.calibration.stage_costs import StageCosts, adapt_budgets
 from timm_multiexit.deploy import runner
 from timm_multiexit.deploy.programs import OPSET
 from timm_multiexit.evaluation.stamp import describe_preparation
@@ -43,8 +44,8 @@ def describe_exported(
         policy: Where images leave when nobody says.
     """
     preparation = describe_preparation({**resolve_data_config(model=model), 'input_size': input_size})
-    *exits, main = model.cost(input_size)
-    names = [f'exit {idx}' for idx in range(len(exits))]
+    costs = model.cost(input_size)
+    names = [*(f'exit {idx}' for idx in range(len(costs) - 1)), 'main']
     return {
         'format': runner.FORMAT,
         'name': str(model.pretrained_cfg.get('architecture') or type(model.backbone).__name__),
@@ -59,11 +60,11 @@ def describe_exported(
                 'macs': {'fixed': cost.fixed.macs, 'sequential': cost.sequential.macs},
                 'params': cost.fixed.params,
             }
-            for name, cost in zip((*names, 'main'), (*exits, main))
+            for name, cost in zip(names, costs)
         ],
-        'plain_macs': main.fixed.macs,
+        'plain_macs': costs[-1].fixed.macs,
         'policy': None if policy is None else policy.to_dict(),
-        'budgets': describe_budgets(model.budgets),
+        'budgets': describe_budgets(model.budgets, StageCosts.from_exit_costs(costs)),
         'programs': {},
         'pt2': None,
         'int8': None,
@@ -89,10 +90,19 @@ def find_class_names(model: MultiExitModel, class_names: Sequence[str] | None = 
     return list(class_names)
 
 
-def describe_budgets(budgets: BudgetTable | None) -> list[dict[str, Any]]:
-    """Return a table of budgets in MACs as the manifest has it, empty for none."""
-    points = () if budgets is None or budgets.total_macs is None else budgets.points
+def describe_budgets(budgets: BudgetTable | None, costs: StageCosts) -> list[dict[str, Any]]:
+    """Return a table of budgets in MACs as the manifest has it, at these costs; empty for none."""
+    points = () if budgets is None or budgets.total_macs is None else adapt_budgets(budgets, costs).points
     return [{'macs': point.macs, 'accuracy': point.accuracy, 'policy': point.policy.to_dict()} for point in points]
+
+
+def read_costs(manifest: Mapping[str, Any]) -> StageCosts:
+    """Return what leaving costs in MACs, as a manifest says."""
+    macs = [each['macs'] for each in manifest['exits']]
+    spent = [each['sequential'] - each['fixed'] for each in macs]  # on shallower heads
+    heads = [after - before for before, after in zip(spent, spent[1:])]
+    paths = [each['fixed'] - head for each, head in zip(macs, (*heads, 0))]
+    return StageCosts(tuple(paths), tuple(heads))
 
 
 def _find_version(name: str) -> str | None:

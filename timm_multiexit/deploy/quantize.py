@@ -1,12 +1,13 @@
 """int8 programs beside the fp32 ones: the chain as one graph, quantized once and cut again."""
 
+import errno
 import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from timm_multiexit.data.batches import LabelCheck, read_batches
 from timm_multiexit.deploy.export import write_programs
-from timm_multiexit.deploy.manifest import MANIFEST_NAME, read_manifest
+from timm_multiexit.deploy.manifest import MANIFEST_NAME, read_costs, read_manifest
 from timm_multiexit.deploy.programs import check_extra
 from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import ExitPolicy
@@ -76,6 +77,7 @@ def quantize(
         DataError: A loader is empty, or its images are of another size than the network's.
         InvalidValueError: The folder has no stages; or an exit or a policy loses more than the limit: nothing is
             written.
+        DiskError: The disk is full or not writable.
     """
     check_path('folder', folder)
     limit = check_number('limit', limit, 0, 100)
@@ -89,9 +91,11 @@ def quantize(
     images = _read_calibration(calibration, manifest['preprocessing']['input_size'])
     stages = [folder / path for path in fp32['stages']]
     whole = _prepare_cuts(_quantize(_join(stages), images), images[:1])
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.int8-') as draft:
-        forms = [form for form, programs in fp32.items() if programs]
-        programs = write_programs(whole, Path(draft), forms, policy, below=f'{PRECISION}/')
+    forms = [form for form, programs in fp32.items() if programs]
+    with ExitStack() as stack:
+        with explain_disk_errors(folder, advice=RUN_AGAIN):
+            draft = stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix='.int8-'))
+            programs = write_programs(whole, Path(draft), forms, policy, below=f'{PRECISION}/')
         made = [Path(draft, path) for path in programs['stages']]
         before, after, targets = _collect(stages, made, held_out, manifest)
         result = _compare(before, after, targets, manifest)
@@ -170,7 +174,8 @@ def _quantize(whole: 'ModelProto', images: np.ndarray) -> 'ModelProto':
             batch = next(batches, None)
             return None if batch is None else {'image': batch}
 
-    with tempfile.TemporaryDirectory() as temporary, _quiet():
+    place = tempfile.gettempdir()
+    with explain_disk_errors(place, advice=RUN_AGAIN), tempfile.TemporaryDirectory() as temporary, _quiet():
         source, prepared, target = (str(Path(temporary, f'{name}.onnx')) for name in ('source', 'prepared', 'target'))
         onnx.save(whole, source)
         try:
@@ -185,7 +190,11 @@ def _quantize(whole: 'ModelProto', images: np.ndarray) -> 'ModelProto':
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )
+        except OSError:
+            raise
         except Exception as error:  # its own kinds have no common base
+            if shutil.disk_usage(temporary).free < os.path.getsize(source):  # what it wrote is cut off, it says nothing
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise InvalidValueError(f'The network cannot be quantized: ONNX Runtime says {one_line(error)}.') from error
         return onnx.load(target)
 
@@ -330,8 +339,7 @@ def _saved_policies(manifest: Mapping[str, Any], logits: list[Tensor]) -> list[t
     if manifest['policy'] is not None:
         own = ExitPolicy.from_dict(manifest['policy'])
         if own not in [policy for _, policy in found]:
-            costs = torch.tensor([float(each['macs']['sequential']) for each in manifest['exits']])
-            found.append((float(costs[apply_policy(own, logits).exit_idx].mean()), own))
+            found.append((read_costs(manifest).mean(own, apply_policy(own, logits).exit_idx), own))
     return found
 
 

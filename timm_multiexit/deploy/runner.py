@@ -195,6 +195,7 @@ def _check_content(manifest: dict[str, Any]) -> None:
     exits = manifest['exits']
     if len(exits) < 2 or manifest['num_classes'] < 2 or manifest['plain_macs'] < 1:
         raise ValueError('it must have two or more classifiers, two or more classes, and plain_macs > 0')
+    _check_macs([each['macs'] for each in exits], manifest['plain_macs'])
     if manifest['classes'] is not None and len(manifest['classes']) != manifest['num_classes']:
         raise ValueError(f'classes must be {manifest["num_classes"]} names, got {len(manifest["classes"])}')
     for path, entry in manifest['files'].items():
@@ -203,12 +204,23 @@ def _check_content(manifest: dict[str, Any]) -> None:
             raise ValueError(f'a file must be a path of plain names inside the folder, got {_brief(path)}')
         if entry['size'] < 0 or not re.fullmatch(r'[0-9a-f]{64}', entry['sha256']):
             raise ValueError(f'files.{path} must have a size >= 0 and a SHA-256 of 64 digits')
-    for name, programs in {**manifest['programs'], 'pt2': manifest['pt2'] or {}}.items():
+    made = {**manifest['programs'], 'pt2': manifest['pt2'] or {}}
+    for name, programs in made.items():
         _check_programs(name, programs, len(exits), manifest['files'])
+    if not any(any(programs.values()) for programs in made.values()):
+        raise ValueError('it must have programs, got none: export it again')
     _check_preprocessing(manifest['preprocessing'])
     for policy in (manifest['policy'], *(point['policy'] for point in manifest['budgets'])):
         if policy is not None:
             _Policy(policy, len(exits) - 1)
+
+
+def _check_macs(macs: list[dict[str, int]], total: int) -> None:
+    if total != macs[-1]['fixed']:
+        raise ValueError(f'plain_macs must be the fixed macs of main, {macs[-1]["fixed"]}, got {total}')
+    wrong = next((each for each in macs if not 0 <= each['fixed'] <= each['sequential']), None)
+    if wrong is not None:
+        raise ValueError(f'macs must be fixed >= 0 and sequential >= fixed, got {_brief(wrong)}')
 
 
 def _check_programs(name: str, programs: dict[str, Any], count: int, files: dict[str, Any]) -> None:
@@ -515,6 +527,8 @@ class Runner:
         self.precision, self.classes = precision, self.manifest['classes']
         self.num_exits = len(self.manifest['exits']) - 1
         self._programs = self.manifest['programs'][precision]
+        if not any(self._programs.values()):
+            raise RunnerError(f'{self.folder} has no ONNX programs of {precision}: export it with the format onnx.')
         self._open = _make_opener(providers, threads)
         self._sessions: dict[str, Any] = {}
         self._times: OrderedDict[tuple[int, ...], _Times] = OrderedDict()
@@ -535,6 +549,7 @@ class Runner:
         if self._programs['fixed']:
             logits = self._run(self._programs['fixed'][idx], [images])[0]
         else:
+            self._require_stages('a call with exit_idx', 'fixed')
             state = [images]
             for stage in range(idx + 1):
                 logits, *state = self._run_stage(stage, state)
@@ -556,7 +571,7 @@ class Runner:
             images: [B, C, H, W] float32, normalized, as `preprocess` gives them.
             policy: What `ExitPolicy.to_dict` gives: criterion, thresholds, temperatures, combine.
             threshold: Least confidence to leave at, of all exits or of each; None for an exit that is not used.
-            budget: Mean MACs per image, such as '60%' of the plain network or '1.2GMACs'.
+            budget: Mean MACs per image, such as '60%' of main's or '1.2GMACs'.
 
         Raises:
             RunnerError: An argument is not what it must be, or a classifier gives NaN.
@@ -588,7 +603,7 @@ class Runner:
         """Answer image by image, by the program that leaves at run time."""
         one = self._programs['conditional']
         if one is None:
-            raise RunnerError(f'{self.folder} has no stages of {self.precision}: export it with the form stages.')
+            self._require_stages('infer', 'conditional')
         if (one['criterion'], one['combine']) != (rule.criterion, rule.combine):
             raise RunnerError(
                 f'{one["path"]} leaves by {one["criterion"]}, combine {one["combine"]}, and not by {rule.criterion},'
@@ -609,7 +624,7 @@ class Runner:
             images: [B, C, H, W] float32, normalized, as `preprocess` gives them.
         """
         images = self._check_images(images)
-        self._require_stages()
+        self._require_stages('anytime')
 
         def step() -> Iterator[tuple[int, np.ndarray]]:
             state = [images]
@@ -631,7 +646,7 @@ class Runner:
         """
         end = time.perf_counter() + self._check_deadline(deadline_ms)
         images = self._check_images(images)
-        self._require_stages()
+        self._require_stages('predict')
         times = self._times.get(images.shape)
         if times is None:
             times = self._learn(images)
@@ -656,7 +671,7 @@ class Runner:
         return prepare(image, self.manifest['preprocessing'])
 
     def macs(self, exit_idx: int) -> float:
-        """Return what it costs to leave at a classifier with all heads on the way, as a share of the plain network."""
+        """Return what it costs to leave at a classifier with all heads on the way, as a share of main's MACs alone."""
         return float(self.manifest['exits'][exit_idx]['macs']['sequential'] / self.manifest['plain_macs'])
 
     def _learn(self, images: np.ndarray) -> _Times:
@@ -697,7 +712,7 @@ class Runner:
         match = re.fullmatch(pattern, budget) if isinstance(budget, str) else None
         if match is None or float(match[1]) <= 0:
             raise RunnerError(
-                f"budget must be a share of the plain network such as '60%', or MACs such as '1.2GMACs', > 0, got"
+                f"budget must be a share of main's MACs such as '60%', or MACs such as '1.2GMACs', > 0, got"
                 f' {_brief(budget)}.'
             )
         if match[2] == 'ms':
@@ -710,14 +725,19 @@ class Runner:
         lowest = min(point['macs'] for point in points)
         largest = max(self.manifest['exits'][-1]['macs']['sequential'], *(point['macs'] for point in points))
         if not lowest * (1 - _SLACK) <= value <= largest * (1 + _SLACK):
-            low, high = math.ceil(lowest / plain * 1e4) / 100, math.floor(largest / plain * 1e4) / 100
-            raise RunnerError(f'budget must be {low:g}% to {high:g}% of the plain network, got {budget}.')
+            low, high = _show(lowest, match[2], plain, up=True), _show(largest, match[2], plain, up=False)
+            raise RunnerError(f'budget must be {low} to {high}, got {budget}.')
         within = [point for point in points if point['macs'] <= value * (1 + _SLACK)]
         return min(within, key=lambda point: (-point['accuracy'], point['macs']))['policy']
 
-    def _require_stages(self) -> None:
+    def _require_stages(self, call: str, *others: str) -> None:
+        """Raise unless there are stages, which a call needs where none of the other forms is there."""
         if not self._programs['stages']:
-            raise RunnerError(f'{self.folder} has no stages of {self.precision}: export it with the form stages.')
+            forms = ' or '.join(('stages', *others))
+            raise RunnerError(
+                f'{self.folder} has no {forms} of {self.precision}, which {call} needs: export it with'
+                f' the form {forms}.'
+            )
 
     def _check_deadline(self, deadline_ms: Any) -> float:
         if not _is_number(deadline_ms) or not 0 < deadline_ms <= 1e9:
@@ -758,6 +778,18 @@ class Runner:
             raise RunnerError(f'{path} cannot be run: {_one_line(error)}.') from error
 
 
+def _show(cost: float, unit: str, total: float, *, up: bool) -> str:
+    """Return a cost as a budget that is allowed again, rounded up or down to four digits, as timm_multiexit does."""
+    scale, suffix = total / 100, unit
+    if unit != '%':
+        units = ((1e9, 'GMACs'), (1e6, 'MMACs'), (1e3, 'kMACs'))
+        scale, suffix = next((each for each in units if cost >= each[0]), (1.0, 'MACs'))
+    value = cost / scale
+    step = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
+    rounded = (math.ceil(value / step - 1e-6) if up else math.floor(value / step + 1e-6)) * step
+    return f'{rounded:.10g}{suffix}'
+
+
 def _make_opener(providers: Any, threads: Any) -> Any:
     """Return a function that opens a program."""
     try:
@@ -776,10 +808,8 @@ def _make_opener(providers: Any, threads: Any) -> Any:
 
     def open_program(path: Path) -> Any:
         try:
-            # From memory nothing but this file can be read; weights beside it exist above 2 GB alone.
-            has_weights = path.with_name(f'{path.name}.data').is_file()
-            source = str(path) if has_weights else path.read_bytes()
-            return onnxruntime.InferenceSession(source, options, providers=list(names))
+            # From memory, so that nothing but this file can be read.
+            return onnxruntime.InferenceSession(path.read_bytes(), options, providers=list(names))
         except Exception as error:  # ONNX Runtime's own kinds have no common base
             raise RunnerError(f'{path} cannot be opened: {_one_line(error)}.') from error
 
@@ -800,7 +830,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=OWN_NAME, description=description)
     parser.add_argument('folder', help='what timm-multiexit export wrote')
     parser.add_argument('pictures', nargs='+', metavar='PICTURE')
-    parser.add_argument('--budget', metavar='B', help="mean MACs per picture: '60%%' of the plain network, 1.2GMACs")
+    parser.add_argument('--budget', metavar='B', help="mean MACs per picture: '60%%' of main's, 1.2GMACs")
     parser.add_argument(
         '--threshold',
         type=_thresholds,

@@ -198,7 +198,7 @@ class MultiExitModel(TimmSurface):
             policy: Who leaves where.
             threshold: Least confidence (largest probability) to leave with, in [0, 1], for all exits or one for each;
                 None for an exit that is not used.
-            budget: Mean cost of an image, of those that `calibrate` found: '60%' of the plain backbone's MACs,
+            budget: Mean cost of an image, of those that `calibrate` found: '60%' of main's MACs,
                 '1.2GMACs', or '5ms' where times were measured.
             bucket_sizes: Batch sizes to continue with, rising. What is left of the batch is filled up to the next of
                 them, so that compiled blocks meet few shapes. None for any size.
@@ -280,7 +280,7 @@ class MultiExitModel(TimmSurface):
 
         Args:
             loader: Batches of images and class indices, see `timm_multiexit.data.batches`.
-            budget: Mean cost of an image, '60%' of the plain backbone's MACs, '1.2GMACs', or '5ms' on this machine.
+            budget: Mean cost of an image, '60%' of main's MACs, '1.2GMACs', or '5ms' on this machine.
             max_drop: In place of a budget: the share of accuracy, in (0, 1), that may be lost against main, 0.01 for a
                 point; the cheapest policy that is known to lose no more with probability 1 - `delta`.
             delta: See `max_drop`, with which alone it goes; 0.1 if not given.

@@ -33,7 +33,7 @@ class Budget(NamedTuple):
 
     Attributes:
         value: How much.
-        unit: '%' of the plain backbone, 'MACs' or 'ms', per image.
+        unit: '%' of main's cost, 'MACs' or 'ms', per image.
     """
 
     value: float
@@ -44,7 +44,7 @@ def parse_budget(budget: str) -> Budget:
     """Return the budget that a text says.
 
     Args:
-        budget: '60%' of the plain backbone, '1.2GMACs', '300MMACs' or '5ms'.
+        budget: '60%' of main's cost, '1.2GMACs', '300MMACs' or '5ms'.
 
     Raises:
         InvalidValueError: Anything else; a bare number too, for it has no unit.
@@ -57,8 +57,8 @@ def parse_budget(budget: str) -> Budget:
     value, unit = (float(match[1]), match[2]) if match else (0.0, '')
     if value <= 0:
         raise InvalidValueError(
-            "A budget must be a share of the plain backbone such as '60%', MACs such as '1.2GMACs' or '300MMACs', or a"
-            f" time such as '5ms', per image and > 0, got {brief(budget)}."
+            "A budget must be a share of main's cost such as '60%', MACs such as '1.2GMACs' or '300MMACs', or a time"
+            f" such as '5ms', per image and > 0, got {brief(budget)}."
         )
     return Budget(value * _SCALES[unit[:-4]], 'MACs') if unit.endswith('MACs') else Budget(value, unit)
 
@@ -134,9 +134,9 @@ class BudgetTable:
 
     Attributes:
         points: The policies with what they give.
-        total_macs: MACs of the plain backbone per image; None if only times are known.
+        total_macs: MACs of main alone per image; None if only times are known.
         max_macs: MACs of main with all heads on the way: the most that a policy can spend.
-        total_ms: Time of the plain backbone per image in milliseconds; None if not measured.
+        total_ms: Time of main alone per image in milliseconds; None if not measured.
         max_ms: Time of main with all heads on the way.
         measured_on: Hardware and batch size of the times.
 
@@ -167,7 +167,7 @@ class BudgetTable:
             self._check_costs(unit)
         _simplify(self, 'total_macs', 'max_macs', 'total_ms', 'max_ms')
         if self.total_macs is None and self.total_ms is None:
-            raise InvalidValueError('A table of budgets needs total_macs or total_ms, the cost of the plain backbone.')
+            raise InvalidValueError('A table of budgets needs total_macs or total_ms, the cost of main alone.')
         costs = self._costs(self._main_unit)
         if costs != sorted(costs):
             raise InvalidValueError('The points of a table of budgets must be in order of cost, cheapest first.')
@@ -180,8 +180,8 @@ class BudgetTable:
         sizes_fit = _is_size(total) and _is_size(largest) and 0 < total <= largest * (1 + _SLACK)
         if known[0] and not sizes_fit:
             raise InvalidValueError(
-                f'The costs of the plain backbone and of all heads with it must be in [1e-9, 1e18] {unit}, the second'
-                f' not below the first, got {brief(total)} and {brief(largest)}.'
+                f'The costs of main alone and with all heads on the way must be in [1e-9, 1e18] {unit}, the second not'
+                f' below the first, got {brief(total)} and {brief(largest)}.'
             )
 
     @property
@@ -189,7 +189,7 @@ class BudgetTable:
         return 'MACs' if self.total_macs is not None else 'ms'
 
     def _limits(self, unit: str) -> tuple[float | None, float | None]:
-        """Return the cost of the plain backbone, and the most that a policy can spend."""
+        """Return the cost of main alone, and the most that a policy can spend."""
         return (self.total_macs, self.max_macs) if unit == 'MACs' else (self.total_ms, self.max_ms)
 
     def _costs(self, unit: str) -> list[float]:
@@ -200,8 +200,8 @@ class BudgetTable:
         """Return the point with the best held-out accuracy within a budget; of equals the cheapest.
 
         Args:
-            budget: As `parse_budget` reads it, the mean per image. Shares of the backbone are of its MACs, of its time
-                where only times are known.
+            budget: As `parse_budget` reads it, the mean per image. Shares are of main's MACs, of its time where
+                only times are known.
 
         Raises:
             InvalidValueError: The budget is below the cheapest point, above all that a policy can spend, or a time
@@ -221,7 +221,7 @@ class BudgetTable:
             wrong = 'below the cheapest policy' if value < lowest else 'more than any policy can spend'
             raise InvalidValueError(
                 f'The budget must be {_show(lowest, asked, total, up=True)} to'
-                f' {_show(largest, asked, total, up=False)}, got {budget}, which is {wrong}; the plain network costs'
+                f' {_show(largest, asked, total, up=False)}, got {budget}, which is {wrong}; main alone costs'
                 f' {_show(total, asked, total, up=True)} and is run without a policy.'
             )
         within = [(point, cost) for point, cost in zip(self.points, costs) if cost <= value * (1 + _SLACK)]

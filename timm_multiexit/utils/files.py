@@ -96,6 +96,20 @@ def write_text(path: str | os.PathLike[str], text: str, *, advice: str = RUN_AGA
         draft.write_text(text, encoding='utf-8')
 
 
+def check_new_folder(path: str | os.PathLike[str], mark: str) -> None:
+    """Raise unless `new_folder` may write there.
+
+    Raises:
+        InvalidValueError: There is something else at `path`, or a file where one of its folders must be.
+    """
+    path = Path(path).absolute()
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    if not existing.is_dir():
+        raise InvalidValueError(f'{path} must be a folder, got the file {existing}. Give another folder.')
+    if (existing == path and any(path.iterdir()) and not (path / mark).is_file()) or path == Path.cwd():
+        raise InvalidValueError(f'{path} holds other files or is in use: give another folder.')
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
     """Yield an empty folder beside `path`, which replaces `path` at the end, if nothing was raised.
@@ -103,16 +117,14 @@ def new_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
     An existing folder must be empty or have a file of the name `mark`, which says that it may be replaced.
 
     Raises:
-        InvalidValueError: There is something else at `path`.
+        InvalidValueError: There is something else at `path`, see `check_new_folder`.
         DiskError: The disk is full or not writable.
     """
     path = Path(path).absolute()
     draft = path.with_name(f'.{path.name}.new')
     try:
         with explain_disk_errors(path, advice=RUN_AGAIN):
-            holds_others = path.exists() and (not path.is_dir() or any(path.iterdir())) and not (path / mark).is_file()
-            if holds_others or path == Path.cwd():
-                raise InvalidValueError(f'{path} holds other files or is in use: give another folder.')
+            check_new_folder(path, mark)
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             yield draft

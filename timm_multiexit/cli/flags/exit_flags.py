@@ -26,7 +26,8 @@ from timm_multiexit.losses.teachers import TEACHER_WEIGHTS
 parse_widths = Items(lambda item: [int(width) for width in item.split('-')], 'widths such as 64-128-512,128-512')
 parse_weights = Items(non_negative, 'weights >= 0 such as 1,0.5,2')
 parse_thresholds = Items(
-    lambda item: None if item.strip().lower() == 'none' else float(item), 'thresholds such as 0.9 or 0.9,none,0.8'
+    lambda item: None if item.strip().lower() == 'none' else float(item),
+    'numbers, or none for an exit that is not used, such as 0.9 or 0.9,none,0.8',
 )
 
 
@@ -66,11 +67,14 @@ def join_shares(argv: Sequence[str] | None) -> list[str]:
     ['--exits', '0.5,1.5']
     >>> join_shares(['--exits', '2', '0.5'])
     ['--exits', '2', '0.5']
+    >>> join_shares(['--exits=0.25', '0.5'])
+    ['--exits=0.25,0.5']
     """
     joined: list[str] = []
     for word in sys.argv[1:] if argv is None else argv:
-        is_share = _SHARE.fullmatch(word) and len(joined) > 1 and joined[-2] == '--exits'
-        if is_share and all(_SHARE.fullmatch(item) for item in joined[-1].split(',')):
+        last = joined[-1] if joined else ''
+        shares = last if joined[-2:-1] == ['--exits'] else last.partition('--exits=')[2]
+        if all(_SHARE.fullmatch(item) for item in (word, *shares.split(','))):
             joined[-1] += f',{word}'
         else:
             joined.append(word)

@@ -247,7 +247,7 @@ def find_own_folder(args: Namespace, model: MultiExitModel) -> Path | None:
 def given_policy(args: Namespace, num_exits: int) -> ExitPolicy:
     """Return the policy of `--threshold`, for so many exits."""
     thresholds = args.threshold * num_exits if len(args.threshold) == 1 else args.threshold
-    policy = ExitPolicy(args.criterion, tuple(thresholds), combine=args.combine)
+    policy = ExitPolicy(args.criterion or 'confidence', tuple(thresholds), combine=args.combine)
     policy.check_exits(num_exits)
     return policy
 
@@ -262,7 +262,7 @@ def check_alone(args: Namespace) -> None:
 
 def _check_cascade(args: Namespace) -> None:
     names, sizes = args.compare_cascade, args.time_batch_sizes
-    if names and len(set(names)) != 2:
+    if names and not len(names) == len(set(names)) == 2:
         raise InvalidValueError(f'--compare-cascade must be two models, SMALL,LARGE, got {",".join(names)}.')
     if names and not chooses_thresholds(args):
         raise InvalidValueError(f'--compare-cascade {",".join(names)} needs data to choose thresholds on: {_DATA}.')
