@@ -1,0 +1,262 @@
+"""Every code block of README.md and docs/ runs, but for those that are listed with a reason.
+
+A page runs in a folder that has the files of a clone and photos of cats and dogs (`photos/train/cat/0.jpg`, ...), its
+blocks one after the other: Python in one namespace, the commands of shell blocks in this process. A page with code needs
+a row in `PAGES`. What it prints and writes is compared in `CHECKS`.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from helpers import write_images
+from helpers.pages import ROOT, RUN, SHOWN, list_pages, read_blocks, read_commands, read_links
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from hub.space import make
+from timm_multiexit.__main__ import main as commands_main
+from timm_multiexit.cli import publish, train, validate
+from timm_multiexit.deploy import runner
+
+SCRIPTS = {
+    'train.py': train.main,
+    'validate.py': validate.main,
+    'timm-multiexit': commands_main,
+    'hub/publish.py': publish.main,
+    'hub/space/make.py': make.main,
+    'runner.py': runner.main,
+}
+FILE_COMMANDS = ('ls', 'mkdir', 'cp', 'cat', 'head')  # run as they are
+INSTALLS = 'sets up what the tests already have'
+NETWORK = 'needs another host'
+LIBRARY = 'needs a library that this project does not install anywhere'
+NPM = 'needs packages of npm: tests/space runs it'
+STAYS = 'runs until it is stopped'
+
+
+TESTED = 'needs several processes: tests/cli/test_distributed.py, test_fsdp.py, test_hosts.py have its like'
+
+
+def write_imagenette(run_script):
+    """Parts of the three photos that the repository has, in folders of the shipped network's ten classes."""
+    labels = json.loads((ROOT / 'hub/checkpoints/imagenette_lite0_eed/config.json').read_text())['label_names']
+    photos = {path.stem: Image.open(path) for path in (ROOT / 'hub/space/examples').rglob('*.jpg')}
+    for idx, label in enumerate(labels):
+        photo = photos.get(label, list(photos.values())[idx % len(photos)])
+        Path('imagenette/val', label).mkdir(parents=True)
+        for number in range(8):
+            RandomResizedCrop(160, (0.5, 1.0))(photo).save(f'imagenette/val/{label}/{number}.jpg')
+
+
+def train_small(run_script):
+    """The run `mine`, of a network that is small enough for tests."""
+    flags = '--eed --data-dir photos --model test_resnet --img-size 64 --epochs 1 --experiment mine -j 0'
+    assert run_script(train.main, *flags.split())[0] == 0
+
+
+@dataclass(frozen=True)
+class Page:
+    """How many blocks of code a page has, and what the tests need to know to run them."""
+
+    blocks: int
+    not_run: dict[str, str] = field(default_factory=dict)  # a command, or a line of other code -> why
+    flags: dict[str, str] = field(default_factory=dict)  # script -> flags that shorten it, added to its commands
+    prepare: tuple[Callable, ...] = ()  # called with `run_script` before, for what the page says that a reader has
+    path: str | None = None  # a folder that Python imports from, made by the page
+    libraries: tuple[str, ...] = ()  # beyond the default environment: the page runs under the marker compat
+    is_slow: bool = False
+
+
+PAGES = {
+    'README.md': Page(
+        12,
+        not_run={
+            'pip install uv && uv run accelerate launch train.py --eed': INSTALLS,  # the slow test runs it in a clone
+            'pip install uv && uv run pytest': INSTALLS,
+        },
+    ),
+    'docs/deploy.md': Page(
+        16,
+        prepare=(write_imagenette, train_small),
+        path='net',
+        not_run={
+            'pip install onnxruntime pillow': INSTALLS,
+            'hf download org/mine --include "onnx/*" --local-dir mine': NETWORK,
+            'python mine/onnx/runner.py mine/onnx photos/val/cat/0.jpg': NETWORK,
+            'python hub/space/make.py net page --examples hub/space/examples': NPM,
+            'python -m http.server --directory page': STAYS,
+            'import openvino as ov': LIBRARY,
+            'from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner': LIBRARY,
+            'import litserve as ls': LIBRARY,
+        },
+        is_slow=True,
+    ),
+    'docs/distributed.md': Page(
+        5,
+        not_run={
+            'torchrun --nproc-per-node 8 train.py --eed --data-dir DIR --model resnet50': TESTED,
+            'accelerate launch --multi_gpu --num_processes 8 train.py --eed --data-dir DIR --model resnet50': TESTED,
+            'accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 --fsdp_auto_wrap_policy '
+            'TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap Block,ExitHead train.py --eed --data-dir DIR '
+            '--model vit_large_patch16_224': TESTED,
+            'from torch.distributed.fsdp import fully_shard': TESTED,
+            'torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id RUN --rdzv-endpoint FIRST_HOST:29400 '
+            'train.py --eed --data-dir DIR --model resnet50 --experiment NAME --resume auto --recovery-interval 500': TESTED,
+            '#SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --requeue --signal=TERM@120': 'needs Slurm',
+        },
+    ),
+}
+
+
+def list_cases():
+    cases = []
+    for name, page in PAGES.items():
+        marks = [pytest.mark.compat] * bool(page.libraries) + [pytest.mark.slow] * page.is_slow
+        cases.append(pytest.param(name, marks=marks, id=name))
+    return cases
+
+
+def test_every_block_is_known():
+    blocks = {name: read_blocks(name) for name in list_pages()}
+    assert {block.language for page in blocks.values() for block in page} - {*RUN, *SHOWN} == set()
+    counts = {name: sum(block.language in RUN for block in page) for name, page in blocks.items()}
+    assert {name: count for name, count in counts.items() if count} == {
+        name: page.blocks for name, page in PAGES.items()
+    }
+
+
+def test_files_that_are_linked_exist():
+    links = {(name, link.partition('#')[0]) for name in list_pages() for link in read_links(name)}
+    assert len(links) >= 14
+    assert [pair for pair in links if pair[1] and not ((ROOT / pair[0]).parent / pair[1]).is_file()] == []
+
+
+@pytest.fixture(scope='session')
+def clone(tmp_path_factory):
+    """A copy of the tracked files, so that pages may write into it."""
+    folder = tmp_path_factory.mktemp('docs') / 'clone'
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True, text=True)
+    for name in filter(None, listed.stdout.split('\0')):
+        if (ROOT / name).is_file() and not name.startswith('tests/'):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def place(clone, tmp_path):
+    """The folder that a page runs in; `run_script` makes it the current one."""
+    for path in clone.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    write_images(tmp_path / 'photos', num_train=90)
+    return tmp_path
+
+
+def find_script(words):
+    """Return the index of the script among the words of a command, None if it is none that runs here."""
+    names = [word if word in SCRIPTS else Path(word).name for word in words]
+    return next((idx for idx, name in enumerate(names) if name in SCRIPTS), None)
+
+
+def run_command(run_script, words, flags):
+    idx = find_script(words)
+    if idx is None:
+        assert words[0] in FILE_COMMANDS, f'not a command that runs here: {words}'
+        subprocess.run(words, check=True)
+        return
+    name = words[idx] if words[idx] in SCRIPTS else Path(words[idx]).name
+    is_loading = name in ('train.py', 'validate.py') or words[idx + 1] in ('train', 'validate')
+    added = [*(['-j', '0'] if is_loading else []), *shlex.split(flags.get(name, ''))]
+    code, _, err = run_script(SCRIPTS[name], *words[idx + 1 :], *added)
+    assert code == 0, f'{words}: {err}'
+
+
+@pytest.fixture
+def run_page(run_script, place, monkeypatch):
+    """Return a function that runs a page and returns the names that its Python defined."""
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    monkeypatch.setattr(sys, 'modules', sys.modules.copy())  # a page imports from its own folder
+
+    def run(name):
+        page, names, skipped = PAGES[name], {'__name__': '__main__'}, set()
+        if page.path:
+            sys.path.insert(0, page.path)
+        for prepare in page.prepare:
+            prepare(run_script)
+        for block in read_blocks(name):
+            if block.language not in RUN:
+                continue
+            if block.language == 'shell' and not block.text.startswith('#!'):
+                for printed, words in read_commands(block):
+                    if printed in page.not_run:
+                        skipped.add(printed)
+                    else:
+                        run_command(run_script, words, page.flags)
+            elif found := page.not_run.keys() & set(block.text.splitlines()):
+                skipped |= found
+            else:  # at its place in the page, for tracebacks and for code that is read again
+                source = '\n' * (block.line - 1) + block.text
+                exec(compile(source, str(ROOT / name), 'exec'), names)
+        assert skipped == set(page.not_run)
+        return names
+
+    return run
+
+
+def check_readme(names, place, hub):
+    assert names['early'].shape == (8, 100)
+    published = place / 'output/train/mine/publication'
+    assert {path.name for path in published.iterdir()} == {
+        *('model.safetensors', 'exits.safetensors', 'config.json', 'args.yaml', 'metrics.json', 'README.md', 'assets')
+    }
+    assert hub.repositories['org/calibrated'].is_private
+    assert names['prediction'].logits.shape == (1, 2)
+    assert names['tme'].create_model('local-dir:calibrated', pretrained=True).policy is not None
+    # plain timm's network is the main one
+    images = names['transform'](names['Image'].open('photos/val/cat/0.jpg'))[None]
+    folder = names['tme'].create_model('local-dir:output/train/mine/best', pretrained=True).eval()
+    assert names['torch'].equal(names['plain'].eval()(images), folder(images))
+
+
+CHECKS = {'README.md': check_readme}
+
+
+@pytest.mark.parametrize('name', list_cases())
+def test_blocks_run_in_order(name, run_page, place, hub):
+    for library in PAGES[name].libraries:
+        pytest.importorskip(library)
+    names = run_page(name)
+    if name in CHECKS:
+        CHECKS[name](names, place, hub)
+
+
+@pytest.mark.slow
+def test_first_command_trains_from_a_fresh_clone(tmp_path):
+    if shutil.which('git') is None or shutil.which('pip') is None:
+        pytest.skip('a clone needs git, and the README command pip')
+    subprocess.run(['git', 'clone', '-q', ROOT, tmp_path / 'clone'], check=True)
+    env = {
+        key: value for key, value in os.environ.items() if key not in ('VIRTUAL_ENV', 'PYTHONPATH', 'OMP_NUM_THREADS')
+    }
+    command = read_blocks('README.md')[0].text.strip()
+    assert command.endswith('accelerate launch train.py --eed')
+    done = subprocess.run(['bash', '-c', command], cwd=tmp_path / 'clone', env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {
+        line.split()[0]: line.split()
+        for line in done.stdout.splitlines()
+        if line[:4].strip() in ('0', '1', '2', 'main', 'ens')
+    }
+    assert list(rows) == ['0', '1', '2', 'main', 'ens']
+    assert float(rows['main'][5]) >= 97.0
+    assert not subprocess.run(
+        ['git', 'status', '--porcelain'], cwd=tmp_path / 'clone', capture_output=True, text=True
+    ).stdout.strip()
