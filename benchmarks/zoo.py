@@ -11,6 +11,7 @@ from torch import nn
 
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils import markdown
 from timm_multiexit.utils.environment import describe_environment
 from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.files import write_text
@@ -116,14 +117,94 @@ def measure_coverage(
         write_text(path, '{\n' + ',\n'.join(parts) + '\n}\n')
         return stamp | rows
 
-    for count, name in enumerate(names if again else [name for name in names if name not in models], 1):
+    names = names if again else [name for name in names if name not in models]
+    families = families if again else [family for family in families if family not in tried]
+    if not names and not families:
+        return content
+    for count, name in enumerate(names, 1):
         models[name] = look_at_model(name)
         if 'reason' in models[name]:
             show(f'{name}: {models[name]["reason"]}')
         if count % 50 == 0:
             write()
             show(f'{count} models')
-    for family in families if again else [family for family in families if family not in tried]:
+    for family in families:
         tried[family] = try_family(family)
         show(f'{family}: samples can leave at {tried[family]["can_leave"]}')
     return write()
+
+
+def format_zoo(coverage: dict[str, Any], parity: dict[str, Any]) -> str:
+    """Return the page on timm's families, of what `coverage` and `export` of benchmark.py wrote."""
+    models = {row['model']: row for row in coverage['models']}
+    exported = {row['network']: row for row in parity['rows']}
+    rows = []
+    for tried in coverage['families']:
+        row = models.get(tried['model'], {})
+        rows.append(
+            {
+                'family': markdown.escape(tried['family']),
+                'smallest model': markdown.code(tried['model']),
+                'exits': str(row.get('exits', '-')),
+                'stages give': row.get('layout', '-'),
+                'samples can leave': _describe_leaving(tried['can_leave']),
+                'exports': _describe_export(exported.get(tried['family'])),
+                'heads, % of MACs': ' / '.join(f'{100 * share:.1f}' for share in row.get('heads', ())) or '-',
+                'exit costs, % of MACs': ' / '.join(f'{100 * share:.0f}' for share in row.get('fixed', ())) or '-',
+            }
+        )
+    attached = [row for row in rows if row['exits'] != '-']
+    leaving = [row for row in rows if row['samples can leave'] == 'at all']
+    equal = [row for row in rows if row['exports'] == 'yes']
+    checked = [row for row in rows if row['exports'] != 'not tried']
+    table = markdown.table(rows, left=('family', 'smallest model', 'stages give', 'samples can leave', 'exports'))
+    counts = (
+        f'Of {len(rows)} families {len(attached)} take exits, samples can leave the batch at all exits of'
+        f' {len(leaving)}, and of {len(checked)} whose exported programs were compared {len(equal)} agree with the'
+        ' model.'
+    )
+    return f"""# Families of timm
+
+Made by `hub/tables.py` from what `benchmark.py coverage` and `benchmark.py export` measured; change nothing here.
+
+A family is a class of timm's models, here by its smallest member, with the exits that it gets by default
+(`exits='auto'`, `head='conv'`). {counts}
+
+- *Samples can leave*: where they cannot, the backbone carries more than the tapped tensor past the exit. Answers are
+  the same, and the forward stops once the whole batch has decided: a batch of one loses nothing. Tried on images of 64
+  pixels, or as few as the family takes.
+- *Exports*: fixed, staged and conditional ONNX programs agree with the model to {parity['limit']:g} of the largest
+  logit (numbers: `hub/export/parity.md`).
+- *Heads* is what the head of each exit costs, *exit costs* what its answer costs by `exit_idx`, both as shares of the
+  MACs of the backbone at the image size of its weights.
+
+timm {coverage['timm']}, torch {_find_version(coverage['versions'], 'torch')}, timm_multiexit at {coverage['commit']}.
+
+{table}
+"""
+
+
+def _find_version(versions: str, library: str) -> str:
+    """Return the version of a library.
+
+    >>> _find_version('python 3.11, torch 2.15.0', 'torch')
+    '2.15.0'
+    """
+    return dict(part.split(' ', 1) for part in versions.split(', '))[library]
+
+
+def _describe_leaving(can_leave: Sequence[bool]) -> str:
+    """Return at which exits samples can leave.
+
+    >>> _describe_leaving([True, True]), _describe_leaving([True, False]), _describe_leaving([False])
+    ('at all', 'at 0', 'at none')
+    """
+    if all(can_leave):
+        return 'at all'
+    return f'at {", ".join(str(idx) for idx, can in enumerate(can_leave) if can) or "none"}'
+
+
+def _describe_export(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return 'not tried'
+    return 'yes' if row['result'] == 'equal' else markdown.escape(row['result'].partition(':')[0])

@@ -4,12 +4,15 @@ import argparse
 import logging
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands import launch
+from accelerate.commands.config import config_args
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, write_basic_config
 
 from timm_multiexit.cli import train, validate
 from timm_multiexit.cli.flags.train_args import parse_train_args
@@ -214,3 +217,25 @@ def test_warm_up_that_takes_the_whole_run_is_warned_of_with_the_fix(flags, messa
         caplog.clear()
         train._warn_of_warmup(parse_train_args(['--data-dir', 'x', '--eed', *map(str, flags), *fix], 'train.py'))
         assert not caplog.messages
+
+
+LAUNCHES = {
+    'nothing': ('', False, True),
+    'quiet': ('--quiet', False, True),
+    'values': ('--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no', False, False),
+    'config': ('', True, False),
+}
+
+
+@pytest.mark.parametrize(('flags', 'has_config', 'is_noisy'), LAUNCHES.values(), ids=LAUNCHES.keys())
+def test_lines_of_the_launcher_are_gone_as_the_docs_say(flags, has_config, is_noisy, tmp_path, monkeypatch, caplog):
+    path = tmp_path / 'default_config.yaml'
+    monkeypatch.setattr(launch, 'default_config_file', str(path))
+    monkeypatch.setattr(config_args, 'default_yaml_config_file', str(path))
+    monkeypatch.setattr(config_args, 'default_config_file', str(path))
+    if has_config:
+        write_basic_config(save_location=str(path))
+    launch._validate_launch_command(launch.launch_command_parser().parse_args([*flags.split(), 'train.py']))
+    assert any('were not passed to `accelerate launch`' in message for message in caplog.messages) == is_noisy
+    page = ' '.join((Path(__file__).parents[2] / 'docs/distributed.md').read_text(encoding='utf-8').split())
+    assert flags in page

@@ -11,12 +11,14 @@ import torch
 import yaml
 from helpers import enliven
 from helpers.runs import FLAGS, PREPARATION, REPO, ROOT, edit, make_run, measure_run
+from huggingface_hub import parse_eval_result_entries
 from timm.data import resolve_data_config
 
 import timm_multiexit as tme
 from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.evaluation.stamp import describe_preparation
 from timm_multiexit.hub_client.client import push_folder
+from timm_multiexit.hub_client.files import EVAL_RESULTS
 from timm_multiexit.publishing.licenses import PublicationInfo
 from timm_multiexit.publishing.publication import write_publication
 from timm_multiexit.publishing.push import push_to_hub
@@ -519,7 +521,8 @@ def test_run_from_a_repository_takes_over_its_license(hub, tmp_path, folder):
     assert yaml.safe_load((folder / 'args.yaml').read_text())['model'] == f'hf-hub:org/base@{commit}'
 
 
-def test_snippets_of_the_card_run_against_the_hub(hub, run, folder, capsys):
+def test_snippets_of_the_card_run_against_the_hub(hub, run, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     metrics = write_publication(run, folder, REPO)
     push_folder(folder, REPO)
     card = hub.content(hub.repositories[REPO].find('main').files['README.md']).decode()
@@ -529,16 +532,30 @@ def test_snippets_of_the_card_run_against_the_hub(hub, run, folder, capsys):
     for snippet, space in zip(snippets, spaces):
         assert 'hf-hub:org/net' in snippet
         exec(snippet, space)
-    every, dynamic, plain = spaces
+    plain, every, onnx = spaces
     assert [tuple(logits.shape) for logits in every['outputs'].logits] == [(4, metrics['num_classes'])] * 3
     torch.testing.assert_close(every['early'], every['outputs'].logits[0])
-    expected = dynamic['model'].infer(dynamic['images'], budget='90%')
-    assert torch.equal(dynamic['prediction'].logits, expected.logits)
-    assert dynamic['k'] == 2
+    expected = every['model'].infer(every['images'], budget='90%')
+    assert torch.equal(every['prediction'].logits, expected.logits)
+    assert every['k'] == 2
+    assert onnx['logits'].shape == (4, metrics['num_classes'])
+    assert (tmp_path / 'net-onnx/runner.py').is_file()
     assert type(plain['model']) is timm.models.ResNet
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f'0 {every["outputs"].logits[0].argmax(-1)}'
+    assert lines[0] == f'{expected.logits.argmax(-1)} {expected.exit_idx}'
     assert lines[-1] == '2 torch.Size([4, 2])'
+
+
+def test_results_for_leaderboards_are_published_for_a_data_set_of_the_hub(hub, run, folder):
+    write_publication(run, folder, REPO)
+    assert not (folder / EVAL_RESULTS).exists()
+    metrics = write_publication(run, folder, REPO, info=PublicationInfo(dataset_id='org/data'))
+    push_folder(folder, REPO)
+    content = hub.content(hub.repositories[REPO].find('main').files[EVAL_RESULTS])
+    first, *others = parse_eval_result_entries(yaml.safe_load(content))
+    main = next(row for row in metrics['rows'] if row['exit'] == 'main')
+    assert (first.dataset_id, first.value) == ('org/data', main['top-1'])
+    assert len(others) >= len(metrics['rows']) - 1
 
 
 def test_run_from_a_run_started_where_that_did(tmp_path, folder):

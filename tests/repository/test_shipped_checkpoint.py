@@ -11,8 +11,9 @@ from torch import nn
 
 import timm_multiexit as tme
 from timm_multiexit.checkpoints.save import hash_weights
+from timm_multiexit.hub_client.files import EVAL_RESULTS
 from timm_multiexit.policies.leaving import apply_policy
-from timm_multiexit.publishing.card import write_card
+from timm_multiexit.publishing.card import write_card, write_eval_results
 
 KEPT = sorted(path.parent for path in (Path(__file__).parents[2] / 'hub/checkpoints').glob('*/config.json'))
 
@@ -34,12 +35,13 @@ def test_it_is_small_and_whole_and_its_card_is_of_its_numbers(folder):
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob('*') if path.is_file()}
     assert set(files) == {
         *('README.md', 'args.yaml', 'assets/accuracy_vs_macs.png', 'config.json', 'metrics.json'),
-        *('exits.safetensors', 'model.safetensors'),
+        *('exits.safetensors', 'model.safetensors', EVAL_RESULTS),
     }
     assert sum(path.stat().st_size for path in files.values()) < SIZES[folder.name]
     metrics = json.loads(files['metrics.json'].read_text())
     assert metrics['weights'] == hash_weights(folder)
     assert files['README.md'].read_text() == write_card(metrics)
+    assert files[EVAL_RESULTS].read_text() == write_eval_results(metrics)
     Image.open(files['assets/accuracy_vs_macs.png']).verify()
 
 
