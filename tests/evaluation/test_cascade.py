@@ -1,6 +1,7 @@
 """A cascade of two models is a policy on two classifiers, measured like own exits."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -205,6 +206,8 @@ def test_command_reports_own_exits_cascade_and_static_models(run_script, folders
 WRONG = {
     'one': (('small',), '--compare-cascade must be two models, SMALL,LARGE, got'),
     'same': (('small', 'small'), '--compare-cascade must be two models, SMALL,LARGE, got'),
+    'three': (('small', 'large', 'small'), '--compare-cascade must be two models, SMALL,LARGE, got'),
+    'equal': (('small', 'twin'), 'MMACs. Name a cheaper first model.'),
     'swapped': (('large', 'small'), 'MMACs. Swap them.'),
     'unknown': (('small', 'nowhere'), '/nowhere'),
     'classes': (('small', 'few'), 'few must have the 10 classes of the model, got 3.'),
@@ -217,6 +220,7 @@ WRONG = {
 def test_cascade_that_cannot_be_compared_is_one_line(run_script, folders, names, message):
     save(folders / 'few', 'test_resnet', num_classes=3)
     save(folders / 'wide', 'test_resnet', input_size=(3, 48, 48))
+    shutil.copytree(folders / 'small', folders / 'twin', dirs_exist_ok=True)
     save(folders / 'dark', 'test_resnet', std=(0.1,) * 3)
     text = ','.join(f'local-dir:{folders}/{name}' for name in names)
     code, out, err = run_script(validate.main, '--model', f'local-dir:{folders}/own', *FLAGS, '--compare-cascade', text)

@@ -1,11 +1,18 @@
 """The pass over a data set, and its table."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
+from accelerate import Accelerator
+from helpers.sharded import make_model, shard
 
 from timm_multiexit.evaluation.exit_table import evaluate, evaluate_loader
-from timm_multiexit.utils.errors import InvalidValueError, MultiExitError
+from timm_multiexit.evaluation.metrics import flatten_metrics
+from timm_multiexit.utils.errors import DataError, InvalidValueError, MultiExitError
 
 
 def make_batches(count, size=4, classes=10):
@@ -79,3 +86,36 @@ def test_logits_that_are_nan_are_no_table(make_model):
     torch.nn.init.constant_(model.exits[0].fc.bias, float('nan'))
     with pytest.raises(InvalidValueError, match='^exit 0 gives NaN|^exit0 gives NaN'):
         evaluate(model, [(torch.randn(4, 3, 32, 32), torch.arange(4))])
+
+
+def evaluate_in_two(rank, folder, batches, multi_label):
+    """One of two processes: the first has all batches, the second none, of a whole and of a sharded model."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1')
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    accelerator = Accelerator(cpu=True)
+    own = [] if rank else batches
+    found = []
+    for model in (make_model('test_resnet'), shard(make_model('test_resnet'), 'test_resnet')):
+        result = evaluate_loader(model, own, accelerator=accelerator, multi_label=multi_label)
+        found.append((result.num_samples, result.metrics))
+    with pytest.raises(DataError, match='The data loader is empty, so there is nothing to evaluate'):
+        evaluate_loader(model, [], accelerator=accelerator)
+    torch.save(found, folder / f'{rank}.pt')
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_process_without_images_takes_part_and_has_the_same_numbers(tmp_path, multi_label):
+    batches = make_batches(2, size=6)
+    if multi_label:
+        batches = [(images, (torch.rand(6, 10) < 0.3).float()) for images, _ in batches]
+    expected = evaluate_loader(make_model('test_resnet'), batches, multi_label=multi_label)
+    # Forked, so that nothing is imported twice more.
+    mp.start_processes(evaluate_in_two, args=(tmp_path, batches, multi_label), nprocs=2, start_method='fork')
+    for rank in range(2):
+        for num_samples, metrics in torch.load(tmp_path / f'{rank}.pt'):
+            assert num_samples == expected.num_samples == 12
+            assert flatten_metrics(metrics) == pytest.approx(flatten_metrics(expected.metrics), rel=1e-4)

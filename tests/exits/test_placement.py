@@ -337,3 +337,17 @@ def test_given_widths_are_used(make_empty):
     model = attach_exits(make_empty('resnet18'), head_widths=widths)
     assert [list(spec.widths) for spec in model.exits.specs] == widths
     assert [head.fc.in_features for head in model.exits] == [40, 72, 88]
+
+
+def test_dear_head_in_the_stem_says_its_cost_and_what_to_do(make_backbone, caplog):
+    backbone = make_backbone('test_resnet')
+    attach_exits(backbone, [1], input_size=(3, 64, 64))
+    assert not caplog.records
+    model = attach_exits(make_backbone('test_resnet'), [0], input_size=(3, 64, 64))
+    costs = model.cost()
+    percent = 100 * costs[0].head.macs / costs[-1].fixed.macs
+    assert percent > 4
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The narrowest head at {model.exits.specs[0].module} costs {percent:.3g} % of main's MACs, more than the 4 %"
+        ' that are advised: choose other places or fewer exits by exits (--exits).'
+    ]

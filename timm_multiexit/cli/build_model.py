@@ -326,7 +326,8 @@ def create_cascade(
         ) from error
     small, large = costs.heads[0], costs.paths[-1]
     if small >= large:
+        hint = 'Swap them.' if small > large else 'Name a cheaper first model.'
         raise InvalidValueError(
-            f'{flag} must be SMALL,LARGE, got {names} of {format_macs(small)} and {format_macs(large)}. Swap them.'
+            f'{flag} must be SMALL,LARGE, got {names} of {format_macs(small)} and {format_macs(large)}. {hint}'
         )
     return cascade

@@ -67,7 +67,7 @@ def create_exported_model(name: str) -> MultiExitModel:
     return create_model(source, pretrained=True).eval()
 
 
-def check_flags(args: Namespace) -> None:
+def check_export_flags(args: Namespace) -> None:
     """Raise for what can be told of the flags without the model.
 
     Raises:
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-multiexit export')
     add_flags(parser, 'int8', INT8_FLAGS)
     args = parser.parse_args(argv)
     try:
-        check_flags(args)
+        check_export_flags(args)
         class_names = read_class_names(args.class_names)
         model = create_exported_model(args.model)
         images = draw_images(args, model) if args.int8 else None

@@ -40,7 +40,7 @@ class Evaluation:
     Attributes:
         metrics: name -> {loss, top1, top5, ece}, or {loss, map, ...}, see `ExitEvaluator.compute`.
         num_samples: Images counted, over all ranks.
-        input_size: (channels, height, width) of the first batch.
+        input_size: (channels, height, width) of the first batch; zeros in a process that has none.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -73,7 +73,7 @@ def evaluate_loader(
 
     Raises:
         InvalidTypeError: It is not a loader.
-        DataError: The loader is empty, or gives something else.
+        DataError: The loaders of all processes are empty, or one gives something else.
     """
     num_exits = len(model.exits) if isinstance(model, MultiExitModel) else 0
     device = torch.device(device or (accelerator.device if accelerator else next(model.parameters()).device))
@@ -88,17 +88,17 @@ def evaluate_loader(
         for batch in run_in_step(read_batches(loader, multi_label=multi_label), model, device):
             if batch is not None:
                 images = batch[0].to(device, dtype)
-            if images is None:
-                break  # this process has no image at all
+            elif images is None:  # this process has none at all, but a part of the weights
+                images = torch.zeros(1, *_find_input_size(model), device=device, dtype=dtype)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            if not any(evaluation.input_size):
-                channels, height, width = images.shape[1:]
-                evaluation.input_size = channels, height, width
             with accelerator.autocast() if accelerator else nullcontext():
                 logits = model(images, exits=True).logits if num_exits else (model(images),)
             if batch is None:
                 continue  # the others' forward, in which this process has to take part
+            if not any(evaluation.input_size):
+                channels, height, width = images.shape[1:]
+                evaluation.input_size = channels, height, width
             target = batch[1]
             target = target if multi_label else labels.add(target, logits[-1].shape[-1])
             evaluator.update(logits, target.to(device))
@@ -106,14 +106,21 @@ def evaluate_loader(
         for module, mode in zip(model.modules(), training):
             module.training = mode
     labels.finish()
-    if not any(evaluation.input_size):
-        raise DataError('The data loader is empty, so there is nothing to evaluate.')
     evaluation.num_samples = evaluator.num_samples
     distributed = accelerator is not None and accelerator.num_processes > 1
     evaluation.metrics = evaluator.compute(distributed)
     if accelerator is not None and distributed:
         evaluation.num_samples = int(accelerator.reduce(torch.tensor(evaluator.num_samples, device=device)))
+    if not evaluation.num_samples:  # of one process alone there may be none, and the others wait for its sums
+        raise DataError('The data loader is empty, so there is nothing to evaluate.')
     return evaluation
+
+
+def _find_input_size(model: nn.Module) -> tuple[int, int, int]:
+    size: tuple[int, int, int] = (
+        model.input_size if isinstance(model, MultiExitModel) else resolve_data_config({}, model=model)['input_size']
+    )
+    return size
 
 
 # Metrics of `ExitEvaluator` as the table has them: one group for one label per image, one for several.

@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 # MACs: less than half of what is allowed, since dynamic inference runs every head on the way.
 HEAD_MACS_FRAC = 0.04
 
-# ... and leaves the exit cheaper than the plain network by this share of what the backbone has still ahead of it.
+# ... and leaves the exit cheaper than main by this share of what the backbone has still ahead of it.
 SPARED_FRAC = 0.5
 
 ExitsArg = str | int | Sequence[int] | Sequence[str] | Sequence[float]
@@ -259,7 +259,11 @@ def _build_spec(
         spec = replace(spec, widths=widths)
         if len(candidates) == 1 or _head_macs(spec, point, num_classes) <= most_macs:
             return spec
-    _logger.warning(f'No head at {point.module} is as cheap as it should be; the narrowest is taken: {spec.widths}.')
+    macs, total = _head_macs(spec, point, num_classes), survey.total.macs
+    _logger.warning(
+        f"The narrowest head at {point.module} costs {100 * macs / total:.3g} % of main's MACs, more than the"
+        f' {100 * most_macs / total:.3g} % that are advised: choose other places or fewer exits by exits (--exits).'
+    )
     return spec
 
 
