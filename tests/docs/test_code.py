@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from helpers import write_images
 from helpers.pages import ROOT, RUN, SHOWN, list_pages, read_blocks, read_commands, read_links
 from PIL import Image
@@ -42,6 +44,7 @@ NPM = 'needs packages of npm: tests/space runs it'
 STAYS = 'runs until it is stopped'
 
 
+SHORT = '--model test_resnet --epochs 2 --warmup-epochs 0'
 TESTED = 'needs several processes: tests/cli/test_distributed.py, test_fsdp.py, test_hosts.py have its like'
 
 
@@ -77,12 +80,18 @@ class Page:
 
 PAGES = {
     'README.md': Page(
-        12,
+        5,
         not_run={
+            'pip install uv && uv sync': INSTALLS,
+            'pip install ".[plots,onnx]"': INSTALLS,
             'pip install uv && uv run accelerate launch train.py --eed': INSTALLS,  # the slow test runs it in a clone
             'pip install uv && uv run pytest': INSTALLS,
         },
     ),
+    'docs/index.md': Page(1),
+    'docs/infer.md': Page(9, prepare=(write_imagenette,), flags={'validate.py': '--batch-size 20'}),
+    'docs/publish.md': Page(3, flags={'train.py': SHORT}),
+    'docs/train.md': Page(4, flags={'train.py': SHORT}),
     'docs/deploy.md': Page(
         16,
         prepare=(write_imagenette, train_small),
@@ -179,11 +188,30 @@ def run_command(run_script, words, flags):
     assert code == 0, f'{words}: {err}'
 
 
+def is_inside(module, folder):
+    file = getattr(module, '__file__', None)
+    return file is not None and folder in Path(file).resolve().parents
+
+
+def run_block(block, page, name, names, run_script):
+    """Run a block, except for what is listed, and return which of the list it has."""
+    if block.language == 'shell' and not block.text.startswith('#!'):
+        commands = dict(read_commands(block))
+        for printed, words in commands.items():
+            if printed not in page.not_run:
+                run_command(run_script, words, page.flags)
+        return page.not_run.keys() & commands.keys()
+    listed = page.not_run.keys() & set(block.text.splitlines())
+    if not listed:  # at its place in the page, for tracebacks and for code that is read again
+        source = '\n' * (block.line - 1) + block.text
+        exec(compile(source, str(ROOT / name), 'exec'), names)
+    return listed
+
+
 @pytest.fixture
 def run_page(run_script, place, monkeypatch):
     """Return a function that runs a page and returns the names that its Python defined."""
     monkeypatch.setattr(sys, 'path', sys.path[:])
-    monkeypatch.setattr(sys, 'modules', sys.modules.copy())  # a page imports from its own folder
 
     def run(name):
         page, names, skipped = PAGES[name], {'__name__': '__main__'}, set()
@@ -192,41 +220,61 @@ def run_page(run_script, place, monkeypatch):
         for prepare in page.prepare:
             prepare(run_script)
         for block in read_blocks(name):
-            if block.language not in RUN:
-                continue
-            if block.language == 'shell' and not block.text.startswith('#!'):
-                for printed, words in read_commands(block):
-                    if printed in page.not_run:
-                        skipped.add(printed)
-                    else:
-                        run_command(run_script, words, page.flags)
-            elif found := page.not_run.keys() & set(block.text.splitlines()):
-                skipped |= found
-            else:  # at its place in the page, for tracebacks and for code that is read again
-                source = '\n' * (block.line - 1) + block.text
-                exec(compile(source, str(ROOT / name), 'exec'), names)
+            if block.language in RUN:
+                skipped |= run_block(block, page, name, names, run_script)
         assert skipped == set(page.not_run)
         return names
 
-    return run
+    yield run
+    for name in [name for name, module in sys.modules.items() if is_inside(module, place)]:
+        del sys.modules[name]  # a page's own module
 
 
 def check_readme(names, place, hub):
-    assert names['early'].shape == (8, 100)
+    assert names['name'] == 'church'
+    assert names['model'].policy is not None
+    assert [tuple(logits.shape) for logits in names['outputs'].logits] == [(2, 10)] * 4
+    plain = timm.create_model('local-dir:hub/checkpoints/imagenette_lite0_eed', pretrained=True).eval()
+    assert torch.equal(plain(names['images']), names['main'])
+    assert names['first'].shape == names['main'].shape == (1, 10)
+
+
+def check_train(names, place, hub):
+    # plain timm's network is the main one
+    assert torch.equal(
+        names['plain'].eval()(names['images']),
+        names['tme'].create_model('local-dir:output/train/mine/best', pretrained=True).eval()(names['images']),
+    )
+    run = place / 'output/train/mine'
+    for name in ('best', 'results.json', 'summary.csv', 'curves.png', 'args.yaml', 'last.pth.tar'):
+        assert (run / name).exists()
+
+
+def check_infer(names, place, hub):
+    assert [names['names'][idx] for idx in names['prediction'].logits.argmax(-1)] == [
+        'church',
+        'golf_ball',
+        'parachute',
+    ]
+    assert names['tme'].create_model('local-dir:calibrated', pretrained=True).policy is not None
+    assert (place / 'results/accuracy_vs_macs.png').is_file()
+
+
+def check_publish(names, place, hub):
     published = place / 'output/train/mine/publication'
     assert {path.name for path in published.iterdir()} == {
         *('model.safetensors', 'exits.safetensors', 'config.json', 'args.yaml', 'metrics.json', 'README.md', 'assets')
     }
     assert hub.repositories['org/calibrated'].is_private
-    assert names['prediction'].logits.shape == (1, 2)
-    assert names['tme'].create_model('local-dir:calibrated', pretrained=True).policy is not None
-    # plain timm's network is the main one
-    images = names['transform'](names['Image'].open('photos/val/cat/0.jpg'))[None]
-    folder = names['tme'].create_model('local-dir:output/train/mine/best', pretrained=True).eval()
-    assert names['torch'].equal(names['plain'].eval()(images), folder(images))
+    assert names['model'].hub_commit
 
 
-CHECKS = {'README.md': check_readme}
+CHECKS = {
+    'README.md': check_readme,
+    'docs/infer.md': check_infer,
+    'docs/publish.md': check_publish,
+    'docs/train.md': check_train,
+}
 
 
 @pytest.mark.parametrize('name', list_cases())
@@ -246,8 +294,7 @@ def test_first_command_trains_from_a_fresh_clone(tmp_path):
     env = {
         key: value for key, value in os.environ.items() if key not in ('VIRTUAL_ENV', 'PYTHONPATH', 'OMP_NUM_THREADS')
     }
-    command = read_blocks('README.md')[0].text.strip()
-    assert command.endswith('accelerate launch train.py --eed')
+    command = next(block.text for block in read_blocks('README.md') if 'accelerate launch train.py' in block.text)
     done = subprocess.run(['bash', '-c', command], cwd=tmp_path / 'clone', env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {
