@@ -47,7 +47,14 @@ for photo in photos:
 # %%
 import subprocess
 
-command = [sys.executable, 'hub/space/make.py', 'output/docs/net', 'output/docs/page', '--examples', 'hub/space/examples']
+command = [
+    sys.executable,
+    'hub/space/make.py',
+    'output/docs/net',
+    'output/docs/page',
+    '--examples',
+    'hub/space/examples',
+]
 print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 # %% [markdown]

@@ -15,7 +15,9 @@ import timm_multiexit as tme
 torch.manual_seed(0)
 digits = load_digits()
 images = torch.nn.functional.interpolate(torch.tensor(digits.images).float()[:, None] / 8 - 1, size=32, mode='bicubic')
-train, test = random_split(TensorDataset(images, torch.tensor(digits.target)), [0.5, 0.5], torch.Generator().manual_seed(0))
+train, test = random_split(
+    TensorDataset(images, torch.tensor(digits.target)), [0.5, 0.5], torch.Generator().manual_seed(0)
+)
 
 model = tme.create_model('cifar_resnet8', exits='auto', num_classes=10, in_chans=1)
 epochs, loader, criterion = 12, DataLoader(train, batch_size=32, shuffle=True), tme.create_loss('eed')
@@ -49,7 +51,9 @@ assert torch.equal(exit_idx, model.infer(images, policy).exit_idx)
 for idx, name in enumerate(names):
     there = exit_idx == idx
     right = (answers[idx] == target).float()
-    print(f'{name}: {100 * right.mean():.1f} % of all right; {int(there.sum())} left here, {100 * right[there].mean():.1f} %')
+    print(
+        f'{name}: {100 * right.mean():.1f} % of all right; {int(there.sum())} left here, {100 * right[there].mean():.1f} %'
+    )
 
 # %% [markdown]
 # ## Easiest and hardest
@@ -79,7 +83,8 @@ show(confidence[-1].argsort()[:8], 'hardest')
 # Whether a class is easy depends on what it can be mistaken for.
 
 # %%
-shares = torch.stack([torch.stack([(exit_idx[target == digit] == idx).float().mean() for digit in range(10)]) for idx in range(3)])
+counts = torch.zeros(3, 10).index_put_((exit_idx, target), torch.ones(len(target)), accumulate=True)
+shares = counts / counts.sum(0)  # [classifier, digit]
 figure, axes = plt.subplots(figsize=(6.5, 3), layout='constrained')
 for idx, (name, color) in enumerate(zip(names, ('#56b4e9', '#e69f00', '#0072b2'))):
     axes.bar(range(10), 100 * shares[idx], bottom=100 * shares[:idx].sum(0), label=name, color=color)

@@ -40,7 +40,7 @@ import torch
 import timm_multiexit as tme
 
 torch.manual_seed(0)
-size = (3, 96, 96)
+size = (3, 64, 64)
 backbone = timm.create_model('local-dir:hub/checkpoints/imagenette_lite0_eed', pretrained=True, num_classes=5)
 model = tme.attach_exits(backbone, 'auto', input_size=size)
 model.exits
@@ -90,7 +90,7 @@ model.train()
 model.freeze_backbone(trains_classifier=True)
 train_epochs(1, lr=3e-3)
 model.freeze_backbone(False)
-train_epochs(3, lr=5e-4)
+train_epochs(2, lr=1e-3)
 model.eval()
 tme.evaluate(model, val)
 
