@@ -12,21 +12,21 @@ import timm_multiexit as tme
 
 torch.manual_seed(0)
 model = tme.create_model('cifar_resnet8', exits='auto', num_classes=10, in_chans=1)  # or any name that timm knows
-model.exits
+print(model.exits)
 
 # %% [markdown]
-# Two exits, each a small head that reads a stage of the network. `model(x)` returns what the network without exits would,
-# and `exits=True` the logits of all classifiers, shallow to deep, main last.
+# Two exits, each a small head that reads a stage of the network. `model(x)` returns what the network without exits
+# would, and `exits=True` the logits of all classifiers, shallow to deep, main last.
 
 # %%
 outputs = model(torch.randn(8, 1, 32, 32), exits=True)
-[tuple(logits.shape) for logits in outputs.logits]
+print([tuple(logits.shape) for logits in outputs.logits])
 
 # %% [markdown]
 # ## Train
 #
-# The images are 1,797 digits of 8 by 8 pixels, enlarged to 32. Half of them are trained on, a fifth chooses thresholds
-# below, and the rest is reported.
+# The images are 1,797 digits of 8 by 8 pixels, enlarged to 32. Half of them are trained on, a fifth chooses
+# thresholds below, and the rest is reported.
 
 # %%
 digits = load_digits()
@@ -48,16 +48,16 @@ for _ in range(epochs):
         schedule.step()
 
 model.eval()
-tme.evaluate(model, DataLoader(test, batch_size=64))
+print(tme.evaluate(model, DataLoader(test, batch_size=64)))
 
 # %% [markdown]
-# *Fixed* is the cost of an exit alone (`model(x, exit_idx=0)`), *sequential* includes the heads on the way; `ens` is the mean
-# of all. The deeper the better, so most images are not worth the whole network, and some are.
+# *Fixed* is the cost of an exit alone (`model(x, exit_idx=0)`), *sequential* includes the heads on the way; `ens` is
+# the mean of all. The deeper the better, so most images are not worth the whole network, and some are.
 #
 # ## Answer early
 #
-# `calibrate` chooses thresholds on the images that were kept for it. An image leaves at the first exit that is sure enough,
-# and what lies behind is not computed for it.
+# `calibrate` chooses thresholds on the images that were kept for it. An image leaves at the first exit that is sure
+# enough, and what lies behind is not computed for it.
 
 # %%
 model.calibrate(DataLoader(calib, batch_size=64), budget='70%')  # of the MACs of the network without exits
