@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Deploy to the browser
 #
-# The photo network of this repository becomes ONNX programs that stop early without Python, and a web page that runs them.
+# The photo network of this repository becomes ONNX programs that stop early without Python, and a web page that runs
+# them.
 
 # %%
 import timm_multiexit as tme
@@ -10,8 +11,8 @@ model = tme.create_model('local-dir:hub/checkpoints/imagenette_lite0_eed', pretr
 tme.export(model, 'output/docs/net', forms=['stages'])
 
 # %% [markdown]
-# One program per stage, which gives the logits of its exit and the state that the next one takes. The shell command is
-# `timm-multiexit export hub/checkpoints/imagenette_lite0_eed --output output/docs/net --forms stages`.
+# One program per stage, which gives the logits of its exit and the state that the next one takes. The shell command
+# is `timm-multiexit export hub/checkpoints/imagenette_lite0_eed --output output/docs/net --forms stages`.
 
 # %%
 from pathlib import Path
@@ -22,8 +23,8 @@ for path in sorted(Path('output/docs/net').rglob('*.*')):
 # %% [markdown]
 # ## Without torch
 #
-# `runner.py` in the folder needs numpy and ONNX Runtime alone. Three photos, each as far as the budget of the network's own
-# policy wants it:
+# `runner.py` in the folder needs numpy and ONNX Runtime alone. Three photos, each as far as the budget of the
+# network's own policy wants it:
 
 # %%
 import sys
@@ -40,19 +41,26 @@ for photo in photos:
 # %% [markdown]
 # ## The page
 #
-# `hub/space/make.py` writes a folder of static files: the programs, ONNX Runtime Web, which npm installs at the first call,
-# and the photos as examples. It needs no server of its own and asks no other host for anything, so it is a static Space of
-# the Hugging Face Hub as it is.
+# `hub/space/make.py` writes a folder of static files: the programs, ONNX Runtime Web, which npm installs at the first
+# call, and the photos as examples. It needs no server of its own and asks no other host for anything, so it is a
+# static Space of the Hugging Face Hub as it is.
 
 # %%
 import subprocess
 
-command = [sys.executable, 'hub/space/make.py', 'output/docs/net', 'output/docs/page', '--examples', 'hub/space/examples']
+command = [
+    sys.executable,
+    'hub/space/make.py',
+    'output/docs/net',
+    'output/docs/page',
+    '--examples',
+    'hub/space/examples',
+]
 print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 # %% [markdown]
-# Open it with `python -m http.server --bind 127.0.0.1 --directory output/docs/page`. Each exit shows its answer as it is
-# computed, and a slider moves the threshold:
+# Open it with `python -m http.server --bind 127.0.0.1 --directory output/docs/page`. Each exit shows its answer as it
+# is computed, and a slider moves the threshold:
 #
 # ![The demo page: a photo, the answer of each exit, and where the policy stops](../images/page-photos.webp)
 #

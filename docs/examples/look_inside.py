@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Look into a network
 #
-# Which images leave where, which were easy, which were hard, and what the exits think of the same image. On scikit-learn's
-# digits, with the network of [the first example](first_exits.html).
+# Which images leave where, which were easy, which were hard, and what the exits think of the same image. On
+# scikit-learn's digits, with the network of [the first example](first_exits.html).
 
 # %%
 import matplotlib.pyplot as plt
@@ -15,7 +15,9 @@ import timm_multiexit as tme
 torch.manual_seed(0)
 digits = load_digits()
 images = torch.nn.functional.interpolate(torch.tensor(digits.images).float()[:, None] / 8 - 1, size=32, mode='bicubic')
-train, test = random_split(TensorDataset(images, torch.tensor(digits.target)), [0.5, 0.5], torch.Generator().manual_seed(0))
+train, test = random_split(
+    TensorDataset(images, torch.tensor(digits.target)), [0.5, 0.5], torch.Generator().manual_seed(0)
+)
 
 model = tme.create_model('cifar_resnet8', exits='auto', num_classes=10, in_chans=1)
 epochs, loader, criterion = 12, DataLoader(train, batch_size=32, shuffle=True), tme.create_loss('eed')
@@ -28,13 +30,13 @@ for _ in range(epochs):
         loss.backward()
         optimizer.step()
         schedule.step()
-model.eval()
+model = model.eval()
 
 # %% [markdown]
 # ## What every classifier says
 #
-# All classifiers on all test images, once. Everything below is worked out from these logits: a policy on them gives the
-# answers that `model.infer` gives.
+# All classifiers on all test images, once. Everything below is worked out from these logits: a policy on them gives
+# the answers that `model.infer` gives.
 
 # %%
 images, target = next(iter(DataLoader(test, batch_size=len(test))))
@@ -49,13 +51,14 @@ assert torch.equal(exit_idx, model.infer(images, policy).exit_idx)
 for idx, name in enumerate(names):
     there = exit_idx == idx
     right = (answers[idx] == target).float()
-    print(f'{name}: {100 * right.mean():.1f} % of all right; {int(there.sum())} left here, {100 * right[there].mean():.1f} %')
+    left = f'{int(there.sum())} left here, {100 * right[there].mean():.1f} % of them right'
+    print(f'{name}: {100 * right.mean():.1f} % of all right; {left}')
 
 # %% [markdown]
 # ## Easiest and hardest
 #
-# Easiest: the first exit is most confident. Hardest: main is least confident. Below each image is its class, and what exit 0,
-# exit 1 and main answer.
+# Easiest: the first exit is most confident. Hardest: main is least confident. Below each image is its class, and what
+# exit 0, exit 1 and main answer.
 
 
 # %%
@@ -79,7 +82,8 @@ show(confidence[-1].argsort()[:8], 'hardest')
 # Whether a class is easy depends on what it can be mistaken for.
 
 # %%
-shares = torch.stack([torch.stack([(exit_idx[target == digit] == idx).float().mean() for digit in range(10)]) for idx in range(3)])
+counts = torch.zeros(3, 10).index_put_((exit_idx, target), torch.ones(len(target)), accumulate=True)
+shares = counts / counts.sum(0)  # [classifier, digit]
 figure, axes = plt.subplots(figsize=(6.5, 3), layout='constrained')
 for idx, (name, color) in enumerate(zip(names, ('#56b4e9', '#e69f00', '#0072b2'))):
     axes.bar(range(10), 100 * shares[idx], bottom=100 * shares[:idx].sum(0), label=name, color=color)
@@ -90,8 +94,8 @@ plt.show()
 # %% [markdown]
 # ## When a deeper answer is a worse one
 #
-# Images that exit 0 has right and main wrong, and the reverse. The first are why an exit can be better than the whole
-# network; the second are what thresholds are for.
+# Images that only one of exit 0 and main has right. Where exit 0 is right and main is not, the network thinks too long
+# about it; where main is right and exit 0 is not, thresholds have to keep the image inside.
 
 # %%
 early, late = answers[0] == target, answers[-1] == target

@@ -4,9 +4,9 @@
 # A pretrained network gets exits, is fine-tuned on a folder of photos, and its thresholds are chosen for a budget.
 #
 # This page is built without a network, so the photos are what there is offline: three of this repository and two of
-# scikit-learn, cut into 500 tiles of 40 by 40 pixels. The task is to say which photo a tile is from. Some tiles show nothing
-# but sky, which is what makes an image hard. The numbers below say nothing about other photos: put your own folder in the
-# place of `PHOTOS`.
+# scikit-learn, cut into 500 tiles of 40 by 40 pixels. The task is to say which photo a tile is from. Some tiles show
+# nothing but sky, which is what makes an image hard. The numbers below say nothing about other photos: put your own
+# folder in the place of `PHOTOS`.
 
 # %%
 from pathlib import Path
@@ -30,8 +30,8 @@ for name, photo in photos.items():
 # %% [markdown]
 # ## The network
 #
-# With a connection, `timm.create_model('tf_efficientnet_lite0', pretrained=True, num_classes=5)` starts from ImageNet. Here
-# the weights are those of a network that the repository ships. New exits on a backbone of any kind:
+# With a connection, `timm.create_model('tf_efficientnet_lite0', pretrained=True, num_classes=5)` starts from
+# ImageNet. Here the weights are those of a network that the repository ships. New exits on a backbone of any kind:
 
 # %%
 import timm
@@ -40,10 +40,10 @@ import torch
 import timm_multiexit as tme
 
 torch.manual_seed(0)
-size = (3, 96, 96)
+size = (3, 64, 64)
 backbone = timm.create_model('local-dir:hub/checkpoints/imagenette_lite0_eed', pretrained=True, num_classes=5)
 model = tme.attach_exits(backbone, 'auto', input_size=size)
-model.exits
+print(model.exits)
 
 # %% [markdown]
 # ## The data
@@ -90,9 +90,9 @@ model.train()
 model.freeze_backbone(trains_classifier=True)
 train_epochs(1, lr=3e-3)
 model.freeze_backbone(False)
-train_epochs(3, lr=5e-4)
+train_epochs(2, lr=1e-3)
 model.eval()
-tme.evaluate(model, val)
+print(tme.evaluate(model, val))
 
 # %% [markdown]
 # ## Calibrate
@@ -149,4 +149,4 @@ plt.show()
 # %%
 tme.save_pretrained(model, 'output/docs/photo-model', label_names=names)
 plain = timm.create_model('local-dir:output/docs/photo-model', pretrained=True)
-type(plain)
+print(type(plain))
