@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from timm_multiexit.checkpoints.save import save_pretrained
-from timm_multiexit.utils.errors import DiskError, HubError, MultiExitError, StateError
+from timm_multiexit.utils.errors import DiskError, HubError, InvalidValueError, MultiExitError, StateError
 from timm_multiexit.utils.files import (
     RESUME,
     RUN_AGAIN,
@@ -103,6 +103,17 @@ def test_file_where_a_folder_must_be_is_told_from_a_full_disk(tmp_path):
         write_text(tmp_path / 'folder', 'new')
     with pytest.raises(DiskError, match='File name too long; give a shorter name'):
         write_text(tmp_path / ('a' * 300), 'new')
+
+
+@pytest.mark.parametrize('below', ['', 'a/b'])
+def test_new_folder_names_the_file_in_its_way(below, tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    path = tmp_path / 'file' / below
+    with pytest.raises(InvalidValueError) as caught:
+        write_folder(path)
+    assert str(caught.value) == f'{path} must be a folder, got the file {tmp_path / "file"}. Give another folder.'
+    assert (tmp_path / 'file').read_text() == 'mine'
+    assert [each.name for each in tmp_path.iterdir()] == ['file']
 
 
 def test_only_errors_of_the_disk_are_explained(tmp_path):
