@@ -114,10 +114,10 @@ def heads(args):
 
 def coverage(args):
     """Write which of timm's models take exits, what these cost and where samples can leave; print the counts."""
-    from tests.helpers.families import FAMILIES, NAMES
+    from tests.helpers.families import ENCODERS, FAMILIES, NAMES
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    names = [*FAMILIES.values(), *(NAMES if args.all else ())]
+    names = [*FAMILIES.values(), *ENCODERS, *(NAMES if args.all else ())]
     content = measure_coverage(list(dict.fromkeys(names)), list(FAMILIES), args.output, again=args.again)
     taking = [row for row in content['models'] if 'reason' not in row]
     kinds = Counter(row['layout'] for row in taking)

@@ -108,28 +108,31 @@ def measure_coverage(
     models = {row['model']: row for row in content['models']}
     tried = {row['family']: row for row in content['families']}
 
+    # As each row has the commit that it was made at, the file has none.
+    stamp = describe_environment() | {'timm': timm.__version__}
+    described = {key: value for key, value in stamp.items() if key != 'commit'}
+
     def write() -> dict[str, Any]:
-        stamp = describe_environment() | {'timm': timm.__version__}
         rows = {'models': [models[key] for key in sorted(models)], 'families': [tried[key] for key in sorted(tried)]}
         # A row a line.
-        parts = [f' {json.dumps(key)}: {json.dumps(value)}' for key, value in stamp.items()]
+        parts = [f' {json.dumps(key)}: {json.dumps(value)}' for key, value in described.items()]
         parts += [f' "{key}": [\n  {_LINE_END.join(map(json.dumps, value))}\n ]' for key, value in rows.items()]
         write_text(path, '{\n' + ',\n'.join(parts) + '\n}\n')
-        return stamp | rows
+        return described | rows
 
     names = names if again else [name for name in names if name not in models]
     families = families if again else [family for family in families if family not in tried]
     if not names and not families:
         return content
     for count, name in enumerate(names, 1):
-        models[name] = look_at_model(name)
+        models[name] = look_at_model(name) | {'commit': stamp['commit']}
         if 'reason' in models[name]:
             show(f'{name}: {models[name]["reason"]}')
         if count % 50 == 0:
             write()
             show(f'{count} models')
     for family in families:
-        tried[family] = try_family(family)
+        tried[family] = try_family(family) | {'commit': stamp['commit']}
         show(f'{family}: samples can leave at {tried[family]["can_leave"]}')
     return write()
 
@@ -163,6 +166,9 @@ def format_zoo(coverage: dict[str, Any], parity: dict[str, Any]) -> str:
         f' {len(leaving)}, and of {len(checked)} whose exported programs were compared {len(equal)} agree with the'
         ' model.'
     )
+    commits = sorted({row['commit'] for row in (*coverage['models'], *coverage['families'])})
+    refused = [row for row in coverage['models'] if 'reason' in row]
+    without = ', '.join(markdown.code(row['model']) for row in refused) or 'none'
     return f"""# Families of timm
 
 Made by `hub/tables.py` from what `benchmark.py coverage` and `benchmark.py export` measured; change nothing here.
@@ -178,7 +184,9 @@ A family is a class of timm's models, here by its smallest member, with the exit
 - *Heads* is what the head of each exit costs, *exit costs* what its answer costs by `exit_idx`, both as shares of the
   MACs of the backbone at the image size of its weights.
 
-timm {coverage['timm']}, torch {_find_version(coverage['versions'], 'torch')}, timm_multiexit at {coverage['commit']}.
+Without exits, as these encoders have no classifier of which an exit could be an early answer: {without}.
+
+timm {coverage['timm']}, torch {_find_version(coverage['versions'], 'torch')}, timm_multiexit at {', '.join(commits)}.
 
 {table}
 """

@@ -3,8 +3,7 @@
 
 Tables of results as CSV with timm's columns (hub/results), the pages docs/zoo.md and docs/models.md, and of what
 hub/checkpoints holds the cards and results for leaderboards. --pictures draws those of cards anew, --figures those of
-hub/experiments too,
-but for figures 1, 2 and 4, which need the runs.
+hub/experiments too, but for figures 1, 2 and 4, which need the runs.
 """
 
 import argparse

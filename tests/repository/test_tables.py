@@ -98,21 +98,26 @@ def test_coverage_keeps_what_is_measured_and_goes_on(tmp_path, monkeypatch):
     assert resnet['family'] == 'ResNet'
     assert resnet['exits'] == len(resnet['heads']) == 3
     assert 'has no classifier' in encoder['reason']
-    assert first['families'] == [{'family': 'ResNet', 'model': 'test_resnet', 'px': 64, 'can_leave': [True] * 3}]
+    (tried,) = first['families']
+    assert tried.items() >= {'family': 'ResNet', 'model': 'test_resnet', 'px': 64, 'can_leave': [True] * 3}.items()
+    assert resnet['commit'] == tried['commit']
     assert json.loads(path.read_text()) == first
     monkeypatch.setattr(zoo, 'look_at_model', lambda name: {'model': name, 'reason': 'new'})
     second = zoo.measure_coverage(['test_resnet', 'test_vit'], ['ResNet'], path, **options)
     assert [row for row in second['models'] if row['model'] != 'test_vit'] == first['models']
-    assert second['models'][-1] == {'model': 'test_vit', 'reason': 'new'}
+    assert second['models'][-1] == {'model': 'test_vit', 'reason': 'new', 'commit': resnet['commit']}
 
 
 def test_a_program_that_disagrees_and_one_that_was_not_tried_are_told_apart():
-    rows = [{'family': name, 'model': 'm', 'px': 64, 'can_leave': [False, True]} for name in 'abc']
-    coverage = {'models': [], 'families': rows, 'timm': '1', 'versions': 'python 3, torch 2', 'commit': 'x'}
+    rows = [{'family': name, 'model': 'm', 'px': 64, 'can_leave': [False, True], 'commit': name} for name in 'abc']
+    refused = [{'model': 'encoder', 'reason': 'has no classifier', 'commit': 'a'}]
+    coverage = {'models': refused, 'families': rows, 'timm': '1', 'versions': 'python 3, torch 2'}
     parity = {
         'limit': 1e-5,
         'rows': [{'network': 'a', 'result': 'equal'}, {'network': 'b', 'result': 'above 1e-05: x'}],
     }
     page = zoo.format_zoo(coverage, parity)
     assert re.findall('at 1 . ([^|]*) .', page) == ['yes', 'above 1e-05', 'not tried']
+    assert 'no classifier of which an exit could be an early answer: `encoder`.' in page
+    assert 'timm_multiexit at a, b, c.' in page
     assert 'of 2 whose exported programs were compared 1 agree' in page
