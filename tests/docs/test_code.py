@@ -42,6 +42,7 @@ INSTALLS = 'sets up what the tests already have'
 NETWORK = 'needs another host'
 LIBRARY = 'needs a library that this project does not install anywhere'
 NPM = 'needs packages of npm: tests/space runs it'
+COMPILES = 'keeps a C++ compiler busy for minutes: tests/models/test_dynamic.py runs compiled blocks'
 STAYS = 'runs until it is stopped'
 
 
@@ -56,9 +57,11 @@ def write_imagenette(run_script, hub):
     photos = {path.stem: Image.open(path) for path in (ROOT / 'hub/space/examples').rglob('*.jpg')}
     for idx, label in enumerate(labels):
         photo = photos.get(label, list(photos.values())[idx % len(photos)])
-        Path('imagenette/val', label).mkdir(parents=True)
-        for number in range(8):
-            RandomResizedCrop(160, (0.5, 1.0))(photo).save(f'imagenette/val/{label}/{number}.jpg')
+        for split, count in (('held_out', 8), ('val', 3)):
+            folder = Path('imagenette', split, label)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                RandomResizedCrop(160, (0.5, 1.0))(photo).save(folder / f'{number}.jpg')
 
 
 def serve_backbone(run_script, hub):
@@ -101,7 +104,12 @@ PAGES = {
     ),
     'docs/finetune.md': Page(3, prepare=(serve_backbone,), flags={'timm-multiexit train': QUICK}),
     'docs/index.md': Page(1),
-    'docs/infer.md': Page(8, prepare=(write_imagenette,), flags={'validate.py': '--batch-size 20'}),
+    'docs/infer.md': Page(
+        8,
+        prepare=(write_imagenette,),
+        not_run={'    block.compile()': COMPILES},
+        flags={'validate.py': '--batch-size 20'},
+    ),
     'docs/publish.md': Page(3, flags={'train.py': SHORT}),
     'docs/quickstart.md': Page(
         5,
