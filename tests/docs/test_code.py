@@ -21,6 +21,7 @@ import torch
 from helpers import write_images
 from helpers.pages import ROOT, RUN, SHOWN, list_pages, read_blocks, read_commands, read_links
 from PIL import Image
+from safetensors.torch import load_file, save
 from torchvision.transforms import RandomResizedCrop
 
 from hub.space import make
@@ -44,11 +45,12 @@ NPM = 'needs packages of npm: tests/space runs it'
 STAYS = 'runs until it is stopped'
 
 
+QUICK = '--epochs 2 --img-size 64 --batch-size 32'
 SHORT = '--model test_resnet --epochs 2 --warmup-epochs 0'
 TESTED = 'needs several processes: tests/cli/test_distributed.py, test_fsdp.py, test_hosts.py have its like'
 
 
-def write_imagenette(run_script):
+def write_imagenette(run_script, hub):
     """Parts of the three photos that the repository has, in folders of the shipped network's ten classes."""
     labels = json.loads((ROOT / 'hub/checkpoints/imagenette_lite0_eed/config.json').read_text())['label_names']
     photos = {path.stem: Image.open(path) for path in (ROOT / 'hub/space/examples').rglob('*.jpg')}
@@ -59,7 +61,14 @@ def write_imagenette(run_script):
             RandomResizedCrop(160, (0.5, 1.0))(photo).save(f'imagenette/val/{label}/{number}.jpg')
 
 
-def train_small(run_script):
+def serve_backbone(run_script, hub):
+    """`tf_efficientnet_lite0` as ImageNet trained it, but for its classifier: the shipped network kept its backbone."""
+    weights = load_file(ROOT / 'hub/checkpoints/imagenette_lite0_eed/model.safetensors')
+    weights |= {'classifier.weight': 0.1 * torch.randn(1000, 1280), 'classifier.bias': torch.zeros(1000)}
+    hub.add('timm/tf_efficientnet_lite0.in1k', {'model.safetensors': save(weights, metadata={'format': 'pt'})})
+
+
+def train_small(run_script, hub):
     """The run `mine`, of a network that is small enough for tests."""
     flags = '--eed --data-dir photos --model test_resnet --img-size 64 --epochs 1 --experiment mine -j 0'
     assert run_script(train.main, *flags.split())[0] == 0
@@ -71,8 +80,10 @@ class Page:
 
     blocks: int
     not_run: dict[str, str] = field(default_factory=dict)  # a command, or a line of other code -> why
-    flags: dict[str, str] = field(default_factory=dict)  # script -> flags that shorten it, added to its commands
-    prepare: tuple[Callable, ...] = ()  # called with `run_script` before, for what the page says that a reader has
+    flags: dict[str, str] = field(default_factory=dict)  # script, or timm-multiexit COMMAND -> flags that shorten it
+    prepare: tuple[
+        Callable, ...
+    ] = ()  # called with `run_script` and `hub` before, for what the page says that a reader has
     path: str | None = None  # a folder that Python imports from, made by the page
     libraries: tuple[str, ...] = ()  # beyond the default environment: the page runs under the marker compat
     is_slow: bool = False
@@ -89,9 +100,16 @@ PAGES = {
             'pip install uv && uv run pytest': INSTALLS,
         },
     ),
+    'docs/finetune.md': Page(3, prepare=(serve_backbone,), flags={'timm-multiexit train': QUICK}),
     'docs/index.md': Page(1),
-    'docs/infer.md': Page(9, prepare=(write_imagenette,), flags={'validate.py': '--batch-size 20'}),
+    'docs/infer.md': Page(8, prepare=(write_imagenette,), flags={'validate.py': '--batch-size 20'}),
     'docs/publish.md': Page(3, flags={'train.py': SHORT}),
+    'docs/quickstart.md': Page(
+        5,
+        prepare=(serve_backbone,),
+        not_run={'pip install uv && uv sync': INSTALLS},
+        flags={'timm-multiexit train': QUICK, 'timm-multiexit validate': '-b 20 --time-rounds 1'},
+    ),
     'docs/train.md': Page(4, flags={'train.py': SHORT}),
     'docs/deploy.md': Page(
         16,
@@ -192,8 +210,9 @@ def run_command(run_script, words, flags):
         subprocess.run(words, check=True)
         return
     name = words[idx] if words[idx] in SCRIPTS else Path(words[idx]).name
-    is_loading = name in ('train.py', 'validate.py') or words[idx + 1] in ('train', 'validate')
-    added = [*(['-j', '0'] if is_loading else []), *shlex.split(flags.get(name, ''))]
+    command = f'{name} {words[idx + 1]}' if name == 'timm-multiexit' else name
+    is_loading = command in ('train.py', 'validate.py', 'timm-multiexit train', 'timm-multiexit validate')
+    added = [*(['-j', '0'] if is_loading else []), *shlex.split(flags.get(command, ''))]
     code, _, err = run_script(SCRIPTS[name], *words[idx + 1 :], *added)
     assert code == 0, f'{words}: {err}'
 
@@ -212,6 +231,8 @@ def run_block(block, page, name, names, run_script):
                 run_command(run_script, words, page.flags)
         return page.not_run.keys() & commands.keys()
     listed = page.not_run.keys() & set(block.text.splitlines())
+    if page.path and Path(page.path).is_dir():
+        sys.path.insert(0, str(Path(page.path).resolve()))
     if not listed:  # at its place in the page, for tracebacks and for code that is read again
         source = '\n' * (block.line - 1) + block.text
         exec(compile(source, str(ROOT / name), 'exec'), names)
@@ -219,16 +240,14 @@ def run_block(block, page, name, names, run_script):
 
 
 @pytest.fixture
-def run_page(run_script, place, monkeypatch):
+def run_page(run_script, place, hub, monkeypatch):
     """Return a function that runs a page and returns the names that its Python defined."""
     monkeypatch.setattr(sys, 'path', sys.path[:])
 
     def run(name):
         page, names, skipped = PAGES[name], {'__name__': '__main__'}, set()
-        if page.path:
-            sys.path.insert(0, page.path)
         for prepare in page.prepare:
-            prepare(run_script)
+            prepare(run_script, hub)
         for block in read_blocks(name):
             if block.language in RUN:
                 skipped |= run_block(block, page, name, names, run_script)
@@ -279,15 +298,17 @@ def check_own_network(names, place, hub):
 
 
 def check_own_loop(names, place, hub):
-    images = names['images']
     merged = names['tme'].create_model('local-dir:merged', pretrained=True).eval()
     batch = torch.randn(2, *merged.input_size)
     assert torch.equal(merged(batch, exit_idx=0), names['merged'].eval()(batch, exit_idx=0))
-    trained, theirs = (
-        names['tme'].create_model(f'local-dir:{name}', pretrained=True, exits='auto').eval()(images)
-        for name in ('trained', 'theirs')
-    )
-    assert torch.equal(trained, theirs)
+    trained, theirs = (timm.create_model(f'local-dir:{name}', pretrained=True).eval() for name in ('trained', 'theirs'))
+    assert torch.equal(trained(names['images']), theirs(names['images']))
+
+
+def check_quickstart(names, place, hub):
+    assert names['name'] == 'cat'  # the photos are a red and a green noise
+    assert names['model'].policy is not None
+    assert (place / 'output/train/photos/accuracy_vs_macs.png').is_file()
 
 
 def check_publish(names, place, hub):
@@ -305,6 +326,7 @@ CHECKS = {
     'docs/own_loop.md': check_own_loop,
     'docs/own_network.md': check_own_network,
     'docs/publish.md': check_publish,
+    'docs/quickstart.md': check_quickstart,
     'docs/train.md': check_train,
 }
 
