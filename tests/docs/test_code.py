@@ -90,6 +90,7 @@ class Page:
     path: str | None = None  # a folder that Python imports from, made by the page
     libraries: tuple[str, ...] = ()  # beyond the default environment: the page runs under the marker compat
     is_slow: bool = False
+    shows_output: bool = False  # its blocks of text are what it prints
 
 
 PAGES = {
@@ -148,6 +149,15 @@ PAGES = {
             '#SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --requeue --signal=TERM@120': 'needs Slurm',
         },
     ),
+    'docs/own_network.md': Page(7),
+    'docs/own_loop.md': Page(7, libraries=('lightning', 'transformers', 'peft')),
+    'docs/paper.md': Page(1, shows_output=True),
+    'docs/losses/index.md': Page(1),
+    'docs/losses/ce.md': Page(1),
+    'docs/losses/phuong.md': Page(1),
+    'docs/losses/byot.md': Page(2, shows_output=True),
+    'docs/losses/eed.md': Page(1),
+    'docs/losses/beed.md': Page(1),
 }
 
 
@@ -287,6 +297,22 @@ def check_infer(names, place, hub):
     assert (place / 'results/accuracy_vs_macs.png').is_file()
 
 
+def check_own_network(names, place, hub):
+    loaded, plain = names['model'].eval(), names['plain'].eval()
+    assert loaded.module_info.classifiers == ('net.fc',)
+    assert names['prediction'].logits.shape == names['early'].shape == (8, 4)
+    saved = names['tme'].load_exits(names['Net'](), 'my-net').eval()
+    assert torch.equal(saved(names['images']), plain(names['images']))
+
+
+def check_own_loop(names, place, hub):
+    merged = names['tme'].create_model('local-dir:merged', pretrained=True).eval()
+    batch = torch.randn(2, *merged.input_size)
+    assert torch.equal(merged(batch, exit_idx=0), names['merged'].eval()(batch, exit_idx=0))
+    trained, theirs = (timm.create_model(f'local-dir:{name}', pretrained=True).eval() for name in ('trained', 'theirs'))
+    assert torch.equal(trained(names['images']), theirs(names['images']))
+
+
 def check_quickstart(names, place, hub):
     assert names['name'] == 'cat'  # the photos are a red and a green noise
     assert names['model'].policy is not None
@@ -305,6 +331,8 @@ def check_publish(names, place, hub):
 CHECKS = {
     'README.md': check_readme,
     'docs/infer.md': check_infer,
+    'docs/own_loop.md': check_own_loop,
+    'docs/own_network.md': check_own_network,
     'docs/publish.md': check_publish,
     'docs/quickstart.md': check_quickstart,
     'docs/train.md': check_train,
@@ -312,10 +340,15 @@ CHECKS = {
 
 
 @pytest.mark.parametrize('name', list_cases())
-def test_blocks_run_in_order(name, run_page, place, hub):
+def test_blocks_run_in_order(name, run_page, place, hub, capsys):
     for library in PAGES[name].libraries:
         pytest.importorskip(library)
     names = run_page(name)
+    if PAGES[name].shows_output:
+        printed = capsys.readouterr().out
+        shown = [block.text for block in read_blocks(name) if block.language == 'text']
+        assert shown
+        assert [text for text in shown if text not in printed] == []
     if name in CHECKS:
         CHECKS[name](names, place, hub)
 
