@@ -23,7 +23,7 @@ for path in sorted(Path('output/docs/net').rglob('*.*')):
 # %% [markdown]
 # ## Without torch
 #
-# `runner.py` in the folder needs numpy and ONNX Runtime alone. Three photos, each as far as the budget of the
+# `runner.py` in the folder needs numpy and ONNX Runtime alone. Three drawings, each as far as the budget of the
 # network's own policy wants it:
 
 # %%
@@ -42,7 +42,7 @@ for photo in photos:
 # ## The page
 #
 # `hub/space/make.py` writes a folder of static files: the programs, ONNX Runtime Web, which npm installs at the first
-# call, and the photos as examples. It needs no server of its own and asks no other host for anything, so it is a
+# call, and the drawings as examples. It needs no server of its own and asks no other host for anything, so it is a
 # static Space of the Hugging Face Hub as it is.
 
 # %%
