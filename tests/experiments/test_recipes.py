@@ -38,5 +38,5 @@ def test_network_of_other_classes_is_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr('timm.create_model', lambda *args, **kwargs: timm.models.create_model('cifar_resnet8'))
     with pytest.raises(SystemExit, match='2'):
         run(monkeypatch, 'cifar_resnet8', tmp_path / 'ten')
-    assert 'MODEL must have the 1,000 classes of ImageNet, got cifar_resnet8 with 10.' in capsys.readouterr().err
+    assert 'MODEL must have the 1,000 classes of ImageNet, got cifar_resnet8 with 100.' in capsys.readouterr().err
     assert not (tmp_path / 'ten').exists()
