@@ -182,6 +182,18 @@ def test_curves_say_what_was_measured_and_which_epoch_is_kept(tmp_path, monkeypa
     assert not [line for line in drawn[1].axes[0].get_lines() if 'best' in line.get_label()]
 
 
+def test_classifiers_that_are_alike_all_show(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(summary, 'encode_png', lambda figure: drawn.append(figure) or b'')
+    columns = {'eval_exit0_top1': 30.0, 'eval_exit1_top1': 30.0, 'eval_top1': 30.0}
+    rows = [{'epoch': epoch, 'train_loss': 1.0, **columns} for epoch in range(2)]
+    draw_curves(tmp_path / 'curves.png', rows, ('exit0', 'exit1', 'main'))
+    lines = sorted(drawn[0].axes[0].get_lines(), key=lambda line: line.get_zorder())
+    assert [line.get_label() for line in lines] == ['main', 'exit1', 'exit0']  # from below
+    widths = [line.get_linewidth() for line in lines]
+    assert all(below - above >= 0.5 for below, above in zip(widths, widths[1:]))
+
+
 NAN_ROW = {'epoch': 0, 'train_loss': math.nan, 'eval_loss': math.inf, 'eval_top1': math.nan, 'eval_exit0_top1': 3.0}
 
 

@@ -84,7 +84,7 @@ def validation_lines(rows: Sequence[Mapping[str, Any]], sections: Mapping[str, A
     names = ['main' if row is main else f'exit {row["exit_idx"]}' for row in classifiers]
     style = {'color': 'black', 'marker': 'o', 'linestyle': ':'}
     lines.append(Line([_place(row, 'fixed') for row in classifiers], 'one exit alone (exit_idx)', style, names))
-    # Open and in grey, so that both show where they meet: before exit 0 there is no other head.
+    # Open and in grey, so that both show where they meet: exit 0 has nothing before it.
     style = {'color': '0.5', 'marker': 'o', 'markersize': 9, 'markerfacecolor': 'none', 'linestyle': '--'}
     lines.append(Line([_place(row, 'sequential') for row in classifiers], 'with all exits before it', style))
     saved = [row for row in sections.get('dynamic') or () if row.get('kind') in ('budget', 'max_drop')]

@@ -130,10 +130,14 @@ def draw_curves(
 def _draw_accuracy(axes: Any, rows: Sequence[Mapping[str, float]], names: Sequence[str], metric: str) -> None:
     singles = [name for name in names if name != ENSEMBLE]
     colors = dict(zip(singles, depth_shades(len(singles))))
-    for name in names:
-        style: dict[str, Any] = {'color': 'black', 'linestyle': '--'}
+    step = min(1.0, 4 / max(len(singles) - 1, 1))
+    for idx, name in enumerate(names):
+        style: dict[str, Any] = {'color': 'black', 'linestyle': '--', 'zorder': 3}
         if name != ENSEMBLE:
-            style = {'color': colors[name], 'linewidth': 3 if name == 'main' else 1.5}
+            # A deeper one is wider and below, so that classifiers that are alike all show.
+            width = 1.5 + step * idx
+            style = {'color': colors[name], 'linewidth': max(3, width) if name == 'main' else width}
+            style['zorder'] = 2 + (len(singles) - idx) / (len(singles) + 1)
         _draw_line(axes, rows, eval_column(name, metric), label='ensemble' if name == ENSEMBLE else name, **style)
 
 
