@@ -97,7 +97,7 @@ def _find_img_size(args: Namespace, source: ModelSource | None) -> Any:
         ) from error
 
 
-def _check_num_classes(args: Namespace, model: nn.Module, num_classes: int, *, is_new: bool) -> None:
+def _check_num_classes(args: Namespace, model: Any, num_classes: int, *, is_new: bool) -> None:
     """Raise where the data has more classes than the model, and warn where a trained classifier has more."""
     if num_classes > model.num_classes:
         raise InvalidValueError(
