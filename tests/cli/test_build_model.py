@@ -279,6 +279,18 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ('flags', 'num_classes', 'is_told'), [((), 4, True), ((), 10, False), (('--num-classes', '4'), 4, False)]
+)
+def test_trained_classifier_of_more_classes_than_the_data_is_warned_of(flags, num_classes, is_told, tmp_path, caplog):
+    tme.save_pretrained(timm.create_model('test_resnet', num_classes=10), tmp_path / 'net')
+    words = ['--data-dir', 'images', '--model', f'local-dir:{tmp_path / "net"}', '--pretrained', *flags]
+    args = parse_train_args(words)
+    create_train_model(args, find_source(args.model), num_classes=num_classes)
+    line = 'The model has 10 classes and the data 4: add --num-classes 4'
+    assert (line in caplog.text) == is_told
+
+
 @pytest.mark.parametrize(('flags', 'message'), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_made_is_one_line(flags, message):
     def build_all():

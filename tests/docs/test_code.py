@@ -42,6 +42,7 @@ INSTALLS = 'sets up what the tests already have'
 NETWORK = 'needs another host'
 LIBRARY = 'needs a library that this project does not install anywhere'
 NPM = 'needs packages of npm: tests/space runs it'
+COMPILES = 'keeps a C++ compiler busy for minutes: tests/models/test_dynamic.py runs compiled blocks'
 STAYS = 'runs until it is stopped'
 
 
@@ -56,9 +57,11 @@ def write_imagenette(run_script, hub):
     photos = {path.stem: Image.open(path) for path in (ROOT / 'hub/space/examples').rglob('*.jpg')}
     for idx, label in enumerate(labels):
         photo = photos.get(label, list(photos.values())[idx % len(photos)])
-        Path('imagenette/val', label).mkdir(parents=True)
-        for number in range(8):
-            RandomResizedCrop(160, (0.5, 1.0))(photo).save(f'imagenette/val/{label}/{number}.jpg')
+        for split, count in (('held_out', 8), ('val', 3)):
+            folder = Path('imagenette', split, label)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                RandomResizedCrop(160, (0.5, 1.0))(photo).save(folder / f'{number}.jpg')
 
 
 def serve_backbone(run_script, hub):
@@ -102,7 +105,12 @@ PAGES = {
     ),
     'docs/finetune.md': Page(3, prepare=(serve_backbone,), flags={'timm-multiexit train': QUICK}),
     'docs/index.md': Page(1),
-    'docs/infer.md': Page(8, prepare=(write_imagenette,), flags={'validate.py': '--batch-size 20'}),
+    'docs/infer.md': Page(
+        8,
+        prepare=(write_imagenette,),
+        not_run={'    block.compile()': COMPILES},
+        flags={'validate.py': '--batch-size 20'},
+    ),
     'docs/publish.md': Page(3, flags={'train.py': SHORT}),
     'docs/quickstart.md': Page(
         5,
@@ -172,7 +180,7 @@ def test_every_block_is_known():
 
 def test_files_that_are_linked_exist():
     links = {(name, link.partition('#')[0]) for name in list_pages() for link in read_links(name)}
-    assert len(links) >= 14
+    assert len(links) >= 100
     assert [pair for pair in links if pair[1] and not ((ROOT / pair[0]).parent / pair[1]).is_file()] == []
 
 
@@ -345,20 +353,40 @@ def test_blocks_run_in_order(name, run_page, place, hub, capsys):
         CHECKS[name](names, place, hub)
 
 
+def run_in_clone(folder, command):
+    """Run a command of bash in a clone, in the environment of a user; returns what it printed."""
+    if shutil.which('git') is None or shutil.which('pip') is None:
+        pytest.skip('a clone needs git, and the commands pip')
+    if not folder.exists():
+        subprocess.run(['git', 'clone', '-q', ROOT, folder], check=True)
+    hidden = ('VIRTUAL_ENV', 'PYTHONPATH', 'OMP_NUM_THREADS')
+    env = {key: value for key, value in os.environ.items() if key not in hidden}
+    done = subprocess.run(['bash', '-c', command], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_quickstart_runs_as_printed_in_a_fresh_clone(run_script, hub, tmp_path):
+    serve_backbone(run_script, hub)
+    clone = tmp_path / 'clone'
+    install, *blocks = [block for block in read_blocks('docs/quickstart.md') if block.language in RUN]
+    run_in_clone(clone, install.text)
+    write_images(clone / 'photos', num_train=45)
+    for block in blocks:
+        text = block.text if block.language == 'shell' else f'uv run python - <<"END"\n{block.text}\nEND'
+        printed = run_in_clone(clone, f'set -e\n{text}')
+    assert 'exit' in printed
+    assert (clone / 'net/manifest.json').is_file()
+
+
 @pytest.mark.slow
 def test_first_command_trains_from_a_fresh_clone(tmp_path):
-    if shutil.which('git') is None or shutil.which('pip') is None:
-        pytest.skip('a clone needs git, and the README command pip')
-    subprocess.run(['git', 'clone', '-q', ROOT, tmp_path / 'clone'], check=True)
-    env = {
-        key: value for key, value in os.environ.items() if key not in ('VIRTUAL_ENV', 'PYTHONPATH', 'OMP_NUM_THREADS')
-    }
     command = next(block.text for block in read_blocks('README.md') if 'accelerate launch train.py' in block.text)
-    done = subprocess.run(['bash', '-c', command], cwd=tmp_path / 'clone', env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed = run_in_clone(tmp_path / 'clone', command)
     rows = {
         line.split()[0]: line.split()
-        for line in done.stdout.splitlines()
+        for line in printed.splitlines()
         if line[:4].strip() in ('0', '1', '2', 'main', 'ens')
     }
     assert list(rows) == ['0', '1', '2', 'main', 'ens']

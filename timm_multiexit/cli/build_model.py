@@ -56,11 +56,8 @@ def create_train_model(
     if resume:
         _check_resumed(model, resume)
         load_checkpoint(model, resume, use_ema=False)
-    if num_classes and num_classes > model.num_classes:
-        raise InvalidValueError(
-            f'--num-classes must be at least {num_classes}, the classes of the data, got'
-            f' {args.num_classes or f"a model of {model.num_classes}"}.'
-        )
+    if num_classes:
+        _check_num_classes(args, model, num_classes, is_new=not resume)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     if not resume:
@@ -98,6 +95,20 @@ def _find_img_size(args: Namespace, source: ModelSource | None) -> Any:
         raise InvalidValueError(
             f'Cannot create {args.model}: {one_line(error)}. Check the name, --img-size and --model-kwargs.'
         ) from error
+
+
+def _check_num_classes(args: Namespace, model: nn.Module, num_classes: int, *, is_new: bool) -> None:
+    """Raise where the data has more classes than the model, and warn where a trained classifier has more."""
+    if num_classes > model.num_classes:
+        raise InvalidValueError(
+            f'--num-classes must be at least {num_classes}, the classes of the data, got'
+            f' {args.num_classes or f"a model of {model.num_classes}"}.'
+        )
+    if num_classes < model.num_classes and args.num_classes is None and is_new:
+        _logger.warning(
+            f'The model has {model.num_classes} classes and the data {num_classes}: add --num-classes {num_classes}'
+            ' for a classifier of these alone.'
+        )
 
 
 def _create_architecture(args: Namespace, source: ModelSource | None, num_classes: int | None) -> Any:
