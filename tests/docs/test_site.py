@@ -16,6 +16,8 @@ SAMPLE = {
     'index.html': 'article table',
     'quickstart.html': 'article pre code',
     'losses/eed.html': 'article math[display=block]',
+    'design.html': 'article img',
+    'examples/look_inside.html': 'article .jp-OutputArea-output img',
     'reference/models.html': '[id="timm_multiexit.create_model"]',
     'repository/hub/recipes/imagenette_lite0_eed.yaml.html': 'article pre code',
     'repository/hub/checkpoints/imagenette_lite0_eed/README.html': 'article img',
