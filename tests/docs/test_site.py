@@ -20,7 +20,7 @@ SAMPLE = {
     'examples/look_inside.html': 'article .jp-OutputArea-output img',
     'reference/models.html': '[id="timm_multiexit.create_model"]',
     'repository/hub/recipes/imagenette_lite0_eed.yaml.html': 'article pre code',
-    'repository/hub/checkpoints/imagenette_lite0_eed/README.html': 'article img',
+    'repository/hub/checkpoints/imagenette_lite0_eed/index.html': 'article img',
 }
 
 
@@ -46,7 +46,7 @@ def open_page(site):
             page.on('pageerror', lambda error: seen.messages.append(str(error)))
             page.on('response', lambda reply: reply.ok or seen.messages.append(f'{reply.status}: {reply.url}'))
             page.context.on('request', lambda request: seen.requests.append(request.url))
-            page.goto(f'{address}/{path}')
+            assert page.goto(f'{address}/{path}').ok, path
             page.wait_for_load_state('networkidle')
             seen.foreign = [url for url in seen.requests if not url.startswith((address, 'data:', f'blob:{address}'))]
             return page, seen
