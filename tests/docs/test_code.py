@@ -111,6 +111,7 @@ PAGES = {
         not_run={'    block.compile()': COMPILES},
         flags={'validate.py': '--batch-size 20'},
     ),
+    'docs/models.md': Page(1),
     'docs/publish.md': Page(3, flags={'train.py': SHORT}),
     'docs/quickstart.md': Page(
         5,
