@@ -229,6 +229,7 @@ LAUNCHES = {
 
 @pytest.mark.parametrize(('flags', 'has_config', 'is_noisy'), LAUNCHES.values(), ids=LAUNCHES.keys())
 def test_lines_of_the_launcher_are_gone_as_the_docs_say(flags, has_config, is_noisy, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
     path = tmp_path / 'default_config.yaml'
     monkeypatch.setattr(launch, 'default_config_file', str(path))
     monkeypatch.setattr(config_args, 'default_yaml_config_file', str(path))

@@ -48,7 +48,9 @@ def write_export(folder, *, channels=3, classes=('cat', 'dog'), forms=('stages',
             'plain_macs': 40,
             'policy': None,
             'budgets': [],
-            'programs': {'fp32': {'fixed': [], 'stages': paths if 'stages' in forms else [], 'conditional': None}},
+            'programs': {
+                'fp32': {**{form: paths if form in forms else [] for form in ('fixed', 'stages')}, 'conditional': None}
+            },
             'pt2': None,
             'int8': None,
         },
@@ -183,7 +185,7 @@ def test_what_cannot_become_a_page_is_refused_before_anything_is_written(what, b
         (export / 'stages/main.onnx').write_bytes(b'other')
         kind, message = CheckpointError, 'main.onnx'
     elif what == 'no stages':
-        write_export(export, forms=())
+        write_export(export, forms=('fixed',))
         kind, message = InvalidValueError, "form 'stages'"
     elif what == 'channels':
         write_export(export, channels=4)
