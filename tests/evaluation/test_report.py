@@ -8,7 +8,7 @@ from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.calibration.temperature import fit_temperatures
 from timm_multiexit.calibration.thresholds import search_budgets
-from timm_multiexit.evaluation.report import Calibration, report_curve
+from timm_multiexit.evaluation.report import Calibration, note_better_exits, report_curve
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,20 @@ def test_search_is_at_or_above_the_solver_where_both_were_chosen(seed, num, scal
         assert point['search'] is not None
         assert point['search']['top-1'] >= point['solver']['top-1'] - 1e-9
         assert point['search']['macs'] <= point['solver']['macs'] * (1 + 1e-6)
+
+
+def test_exit_alone_that_beats_a_policy_within_its_budget_is_named():
+    exits = [
+        {'exit': str(idx), 'top-1': top1, 'GMACs fixed': macs} for idx, top1, macs in ((0, 60, 0.3), (1, 97, 0.75))
+    ]
+    main = {'policy': 'main', 'budget': None, 'top-1': 98.0, 'macs': 1e9}
+    policies = [
+        {'policy': f'budget {budget}', 'budget': budget, 'top-1': 91.0} for budget in ('80%', '750MMACs', '5ms')
+    ]
+    cheap, good = ({'policy': name, 'budget': name, 'top-1': top1} for name, top1 in (('74%', 91.0), ('90%', 96.0)))
+    notes = note_better_exits([main, *policies, cheap, good], exits)
+    assert notes == [
+        f'{name}: exit 1 alone has 97.00 at 75.0 % of the MACs, more than this policy. Choose thresholds on more images,'
+        ' or use exit_idx=1.'
+        for name in ('budget 80%', 'budget 750MMACs')
+    ]

@@ -8,9 +8,12 @@ from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.calibration.thresholds import solve_budgeted_batch
 from timm_multiexit.evaluation.diagnostics import failure_auroc, measure_falls, measure_overthinking
-from timm_multiexit.policies.budgets import BudgetTable, PolicyResult
+from timm_multiexit.policies.budgets import BudgetTable, PolicyResult, parse_budget
 from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.text import exit_names, format_table
+
+# In points of accuracy, by which one exit alone must be better than a policy to be named.
+_NOTABLE = 1.0
 
 
 class Calibration(NamedTuple):
@@ -117,6 +120,33 @@ def format_latency(latency: Mapping[str, Any]) -> str:
         f'{f"exit_idx={name}" if name.isdecimal() else name} {value:.3f}' for name, value in latency['ms'].items()
     )
     return f'Latency of one image on {latency["device"]}, medians of {latency["rounds"]} rounds, ms: {times}'
+
+
+def note_better_exits(policies: Sequence[Mapping[str, Any]], exits: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each policy of a budget that one exit alone, within the same budget, beats by over a point.
+
+    A search on enough images finds something as good, so its thresholds were chosen on too few of them.
+
+    Args:
+        policies: As for `format_dynamic`, that of main among them.
+        exits: Rows of an `ExitTable`, without main and ensemble.
+    """
+    total = next(row['macs'] for row in policies if row['policy'] == 'main')
+    notes = []
+    for row in policies:
+        budget = parse_budget(row['budget']) if row.get('budget') else None
+        if budget is None or budget.unit == 'ms':
+            continue
+        limit = budget.value / 100 * total if budget.unit == '%' else budget.value
+        within = [each for each in exits if each['GMACs fixed'] * 1e9 <= limit * (1 + 1e-6)]
+        best = max(within, key=lambda each: each['top-1'], default=None)
+        if best is not None and best['top-1'] > row['top-1'] + _NOTABLE:
+            notes.append(
+                f'{row["policy"]}: exit {best["exit"]} alone has {best["top-1"]:.2f} at'
+                f' {100e9 * best["GMACs fixed"] / total:.1f} % of the MACs, more than this policy. Choose thresholds on'
+                f' more images, or use exit_idx={best["exit"]}.'
+            )
+    return notes
 
 
 def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mapping[str, Any] | None) -> str:

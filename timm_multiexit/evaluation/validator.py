@@ -39,6 +39,7 @@ from timm_multiexit.evaluation.report import (
     format_dynamic,
     format_latency,
     format_order,
+    note_better_exits,
     report_curve,
     report_order,
 )
@@ -394,14 +395,15 @@ class Validator:
         for name, (policy, kind, source, budget) in policies.items():
             row = {'policy': name, 'kind': kind, 'budget': budget, 'chosen_on': source}
             rows.append(row | describe_result(meter.measure(policy), total))
+        notes = ''.join(f'\n{note}' for note in note_better_exits(rows, validation.table.rows[:-2]))
         rounds = self.questions.time_rounds
         if not rounds or images is None:
-            self._add(validation, format_dynamic(rows, self.data.split, None), dynamic=rows)
+            self._add(validation, format_dynamic(rows, self.data.split, None) + notes, dynamic=rows)
             return
         bare = {name: named.policy for name, named in policies.items()}
         times = time_policies(self.model, images, bare, rounds=rounds, accelerator=self.accelerator)
         rows = [row | times[row['policy']] for row in rows]
         timing = {'images': len(images), 'rounds': rounds, 'device': str(images.device)}
-        self._add(validation, format_dynamic(rows, self.data.split, timing), dynamic=rows, timing=timing)
+        self._add(validation, format_dynamic(rows, self.data.split, timing) + notes, dynamic=rows, timing=timing)
         latency = time_exits(self.model, images, rounds=rounds, accelerator=self.accelerator)
         self._add(validation, format_latency(latency), latency=latency)
