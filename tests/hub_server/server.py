@@ -88,6 +88,11 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(response.body)
 
 
+def share_port(unbound: socket.socket) -> None:
+    """Let another socket of this user have the same port; the system gives such a port to nobody who asks for any."""
+    unbound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+
 class Server(ThreadingTCPServer):
     """Serves a Hub on a free port of 127.0.0.1 from a thread of its own, until closed or the process ends.
 
@@ -108,6 +113,10 @@ class Server(ThreadingTCPServer):
         hub.cdn_url = f'http://localhost:{port}'
         hub.unreachable = self.unreachable
         self._start()
+
+    def server_bind(self):
+        share_port(self.socket)
+        super().server_bind()
 
     def _start(self):
         self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), name='loopback-hub', daemon=True)
@@ -138,9 +147,11 @@ class Server(ThreadingTCPServer):
     @contextlib.contextmanager
     def unreachable(self):
         """Refuse all connections until the end of the block, as a Hub that is down or far away."""
+        reserved = socket.socket(self.address_family, self.socket_type)
+        share_port(reserved)
+        reserved.bind(self.server_address)  # before it is given up, or another process may get the port; not listening
         self.close()
-        self.socket = socket.socket(self.address_family, self.socket_type)
-        self.server_bind()  # the same port, kept from others; without listening it refuses
+        self.socket = reserved
         try:
             yield
         finally:

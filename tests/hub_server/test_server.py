@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import pytest
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hub_server.server import Server
 from hub_server.xet import UNCOMPRESSED, parse_xorb
 
 REPO = 'org/net'
@@ -231,6 +233,26 @@ def test_server_that_is_down_leaves_the_cache(hub):
         with pytest.raises(LocalEntryNotFoundError):
             hf_hub_download(REPO, 'other.json')
     assert open(hf_hub_download(REPO, 'other.json')).read() == '{}'
+
+
+def test_port_of_a_server_that_is_down_is_kept_from_others(hub, monkeypatch):
+    hub.add(REPO, {'config.json': b'{}'})
+    hf_hub_download(REPO, 'config.json')
+    address, tried = ('127.0.0.1', urlsplit(hub.url).port), []
+
+    def close_and_try(server, close=Server.close):
+        close(server)
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with pytest.raises(OSError, match='in use'):
+                other.bind(address)
+        tried.append(address)
+
+    monkeypatch.setattr(Server, 'close', close_and_try)
+    with hub.unreachable():
+        pass
+    assert tried == [address]
+    assert HfApi().model_info(REPO).id == REPO
 
 
 def test_connection_can_be_closed_without_an_answer(hub):
