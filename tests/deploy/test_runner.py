@@ -126,7 +126,8 @@ def test_own_policy_and_budgets_are_those_of_the_table(tmp_path):
     shares = [(1.0, 0.0, 0.0, 0.0), (0.5, 0.5, 0.0, 0.0), (0.0, 0.0, 0.5, 0.5), (0.1, 0.2, 0.3, 0.4)]
     policies = [tme.ExitPolicy('confidence', (0.1 * (idx + 1),) * 3) for idx in range(4)]
     # With times too, accuracy need not rise with MACs: the second point is better than the third.
-    costs, accuracies, ms = (250, 400, 700, 900), (70.0, 90.0, 85.0, 95.0), (1.0, 4.0, 2.0, 5.0)
+    # The last two are equally accurate.
+    costs, accuracies, ms = (250, 400, 700, 900), (70.0, 90.0, 85.0, 90.0), (1.0, 4.0, 2.0, 5.0)
     points = [PolicyResult(*row) for row in zip(policies, accuracies, shares, costs, ms)]
     table = BudgetTable(tuple(points), 1000, 1030, 6.0, 7.0)
     budgets = [
@@ -143,6 +144,7 @@ def test_own_policy_and_budgets_are_those_of_the_table(tmp_path):
         np.testing.assert_array_equal(answer.exit_idx, expected.exit_idx)
         assert runner._select(budget) == table.select(budget).policy.to_dict()
     np.testing.assert_array_equal(runner.infer(images).exit_idx, runner.infer(images, threshold=0.3).exit_idx)
+    assert runner._select('100%') == policies[3].to_dict()
     for budget in ('24%', '104%', '1MACs', '9GMACs'):  # both say the same range
         with pytest.raises(tme.MultiExitError) as theirs:
             table.select(budget)

@@ -13,7 +13,7 @@ from timm_multiexit.calibration.logits import LogitSet
 from timm_multiexit.calibration.meter import PolicyMeter
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.cli import validate
-from timm_multiexit.evaluation.cascade import Cascade, best_within, compare_curves, match_policies, measure_cascade
+from timm_multiexit.evaluation.cascade import Cascade, compare_curves, match_policies, measure_cascade
 from timm_multiexit.evaluation.report import Calibration
 from timm_multiexit.evaluation.speed import time_networks
 from timm_multiexit.models.multi_exit import MultiExitModel
@@ -104,7 +104,7 @@ def test_each_own_policy_is_matched_by_the_best_cascade_of_its_macs():
     assert len(right) > 10
     found = (apply_policy(policy, held_out[0]).logits.argmax(-1) == held_out[1]).float().mean().item()
     assert found >= max(right.values()) - 0.01
-    assert best_within(rival.table, 3.9) is None
+    assert rival.table.best_within(3.9) is None
 
 
 def test_curves_are_compared_at_equal_budgets_and_measured_on_the_reported_images():
@@ -118,7 +118,7 @@ def test_curves_are_compared_at_equal_budgets_and_measured_on_the_reported_image
     assert [pair['budget_macs'] for pair in pairs] == [2.0, 6.0, 12.0]
     assert pairs[0]['cascade'] is None
     for pair in pairs[1:]:
-        policy = best_within(rival.table, pair['budget_macs']).policy
+        policy = rival.table.best_within(pair['budget_macs']).policy
         simulated = apply_policy(policy, reported[0])
         right = (simulated.logits.argmax(-1) == reported[1]).float().mean().item()
         assert pair['cascade']['top-1'] == pytest.approx(100 * right, rel=1e-5)

@@ -70,9 +70,9 @@ def test_best_within_the_budget_is_selected(table, budget, accuracy):
     assert table.select(budget).accuracy == accuracy
 
 
-def test_of_equally_accurate_points_the_cheapest_is_selected():
-    table = BudgetTable((point(30.0, 70.0), point(60.0, 70.0)), total_macs=100.0, max_macs=100.0)
-    assert table.select('100%').macs == 30
+def test_of_equally_accurate_points_the_dearest_within_the_budget_is_selected():
+    table = BudgetTable((point(30.0, 70.0), point(60.0, 70.0), point(90.0, 70.0)), total_macs=100.0, max_macs=100.0)
+    assert [table.select(budget).macs for budget in ('59%', '60%', '89%', '100%')] == [30, 60, 60, 90]
 
 
 @pytest.mark.parametrize(

@@ -230,10 +230,11 @@ def _search(sets: Sequence[Candidates], costs: StageCosts) -> Iterator[tuple[Exi
 
 
 def _pick(right: Tensor, expected: Tensor, cost: Tensor, is_field: Tensor) -> list[int]:
-    """Return places of policies for many budgets, cheapest first, right answers rising.
+    """Return places of policies for many budgets, cheapest first, right answers never falling.
 
     Each has most right answers expected of those within a budget that are right as often as the field's or more, and
-    less often than what was picked for a larger budget: to take whatever is luckiest on these samples overfits.
+    worse than what was picked for a larger budget: right less often, or as often with fewer expected. To take whatever
+    is luckiest on these samples overfits; so does to take the cheapest of those that few samples cannot tell apart.
     """
     steps = torch.linspace(float(cost.min()), float(cost.max()), _NUM_BUDGETS, dtype=torch.float64)
     chosen: list[int] = []
@@ -243,10 +244,15 @@ def _pick(right: Tensor, expected: Tensor, cost: Tensor, is_field: Tensor) -> li
             continue
         floor = torch.where(within & is_field, right, -1).max()
         allowed = within & (right >= floor)
-        while chosen and not (allowed & (right < right[chosen[-1]])).any():
+        while chosen and not (allowed & _is_worse(right, expected, chosen[-1])).any():
             chosen.pop()
         if chosen:
-            allowed &= right < right[chosen[-1]]
+            allowed &= _is_worse(right, expected, chosen[-1])
         # Of equals the cheapest.
         chosen.append(int(torch.where(allowed, expected - 1e-6 * cost, -torch.inf).argmax()))
     return chosen[::-1]
+
+
+def _is_worse(right: Tensor, expected: Tensor, place: int) -> Tensor:
+    """Return which policies are right less often than the one at a place, or as often with fewer expected, [P] bool."""
+    return (right < right[place]) | ((right == right[place]) & (expected < expected[place]))

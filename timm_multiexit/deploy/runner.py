@@ -707,7 +707,7 @@ class Runner:
         return _Policy(policy, self.num_exits)
 
     def _select(self, budget: Any) -> dict[str, Any]:
-        """Return the policy of the best accuracy within a budget; of equals the cheapest."""
+        """Return the policy of the best accuracy within a budget; of equals the dearest."""
         pattern = r'([0-9]{1,20}(?:\.[0-9]{0,20})?) ?(%|[kKMGT]?MACs|ms)'
         match = re.fullmatch(pattern, budget) if isinstance(budget, str) else None
         if match is None or float(match[1]) <= 0:
@@ -728,7 +728,7 @@ class Runner:
             low, high = _show(lowest, match[2], plain, up=True), _show(largest, match[2], plain, up=False)
             raise RunnerError(f'budget must be {low} to {high}, got {budget}.')
         within = [point for point in points if point['macs'] <= value * (1 + _SLACK)]
-        return min(within, key=lambda point: (-point['accuracy'], point['macs']))['policy']
+        return max(within, key=lambda point: (point['accuracy'], point['macs']))['policy']
 
     def _require_stages(self, call: str, *others: str) -> None:
         """Raise unless there are stages, which a call needs where none of the other forms is there."""

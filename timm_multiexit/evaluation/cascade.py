@@ -17,7 +17,7 @@ from timm_multiexit.evaluation.report import Calibration, report_curve
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.outputs import ExitOutputs
 from timm_multiexit.models.truncation import truncate
-from timm_multiexit.policies.budgets import BudgetTable, PolicyResult
+from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.leaving import PolicyRun
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
 from timm_multiexit.utils.errors import InvalidValueError
@@ -104,12 +104,6 @@ def measure_cascade(
     return Rival(meter, table, report_curve(meter, calibration, costs, table))
 
 
-def best_within(table: BudgetTable, macs: float) -> PolicyResult | None:
-    """Return the most accurate point of at most so many MACs, on the images it was chosen on; None if there is none."""
-    affordable = [point for point in table.points if point.macs is not None and point.macs <= macs * (1 + 1e-6)]
-    return max(affordable, key=lambda point: point.accuracy) if affordable else None
-
-
 def match_policies(
     own: Mapping[str, ExitPolicy], own_meter: PolicyMeter, rival: Rival
 ) -> dict[str, tuple[str, ExitPolicy]]:
@@ -120,7 +114,7 @@ def match_policies(
     """
     found = {}
     for name, policy in own.items():
-        point = best_within(rival.table, own_meter.measure(policy).macs or 0.0)
+        point = rival.table.best_within((own_meter.measure(policy).macs or 0.0) * (1 + 1e-6))
         if point is not None:
             found[name] = (f'cascade, MACs of {name}', point.policy)
     return found
@@ -133,7 +127,8 @@ def compare_curves(curve: Mapping[str, Any], rival: Rival) -> list[dict[str, Any
     """
     pairs = []
     for point in curve['points']:
-        best, own = best_within(rival.table, point['budget_macs']), point['search']
+        best = rival.table.best_within(point['budget_macs'] * (1 + 1e-6))
+        own = point['search']
         if own is not None:
             other = best and rival.meter.measure(best.policy)
             pairs.append(

@@ -62,9 +62,7 @@ def report_curve(meter: PolicyMeter, calibration: Calibration, costs: StageCosts
     points = []
     for solved in solve_budgeted_batch(collected.logits, collected.targets, costs):
         # A tolerance, since equal costs may be rounded differently.
-        limit = _known_macs(solved) * (1 + 1e-6)
-        affordable = [point for point in table.points if _known_macs(point) <= limit]
-        best = max(affordable, key=lambda point: point.accuracy) if affordable else None
+        best = table.best_within(_known_macs(solved) * (1 + 1e-6))
         points.append(
             {
                 'budget_macs': solved.macs,

@@ -130,7 +130,7 @@ class PolicyResult:
 class BudgetTable:
     """Policies to choose from, found on held-out data, cheapest first.
 
-    Where one unit is known, accuracy rises with the cost; with both, the best policies of each unit are there.
+    Where one unit is known, accuracy never falls as cost rises; with both, the best policies of each unit are there.
 
     Attributes:
         points: The policies with what they give.
@@ -197,7 +197,7 @@ class BudgetTable:
         return [cost for cost in (point.cost(unit) for point in self.points) if cost is not None]
 
     def select(self, budget: str) -> PolicyResult:
-        """Return the point with the best held-out accuracy within a budget; of equals the cheapest.
+        """Return the point with the best held-out accuracy within a budget; of equals the dearest.
 
         Args:
             budget: As `parse_budget` reads it, the mean per image. Shares are of main's MACs, of its time where
@@ -224,8 +224,18 @@ class BudgetTable:
                 f' {_show(largest, asked, total, up=False)}, got {budget}, which is {wrong}; main alone costs'
                 f' {_show(total, asked, total, up=True)} and is run without a policy.'
             )
-        within = [(point, cost) for point, cost in zip(self.points, costs) if cost <= value * (1 + _SLACK)]
-        return min(within, key=lambda pair: (-pair[0].accuracy, pair[1]))[0]
+        best = self.best_within(value * (1 + _SLACK), unit)
+        assert best is not None  # the cheapest is not above the budget
+        return best
+
+    def best_within(self, cost: float, unit: str = 'MACs') -> PolicyResult | None:
+        """Return the point with the best held-out accuracy of those of at most this mean cost; None if there is none.
+
+        Of equals the dearest: few images cannot tell policies apart that differ on fresh ones, where what may be spent
+        helps.
+        """
+        known = [(each, point) for point in self.points if (each := point.cost(unit)) is not None and each <= cost]
+        return max(known, key=lambda pair: (pair[1].accuracy, pair[0]))[1] if known else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON-ready values."""
