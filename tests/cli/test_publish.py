@@ -122,10 +122,11 @@ def test_dry_run_says_what_it_would_do_and_sends_nothing(call, hub, run):
     assert sent(hub) == []
     assert hub.repositories == {}
     folder = run / 'publication'
-    headline, license_line, target, *changes, last = out.splitlines()
+    headline, license_line, written, target, *changes, last = out.splitlines()
     assert headline in (folder / 'README.md').read_text()
     assert '% top-1' in headline
     assert license_line == 'License: Trained from scratch; the license is the default of timm_multiexit.'
+    assert written == f'Wrote {folder}.'
     assert target == f'{folder} to {hub.url}/{REPO}, a new repository:'
     files = sorted(path for path in folder.rglob('*') if path.is_file())
     expected = {f'add {path.relative_to(folder)} ({path.stat().st_size:,} bytes)' for path in files}
@@ -135,9 +136,11 @@ def test_dry_run_says_what_it_would_do_and_sends_nothing(call, hub, run):
 
 def test_dry_run_without_the_hub_says_that_the_folder_is_written(call, hub, run):
     with hub.unreachable():
-        code, _, err = call()
+        code, out, err = call()
     assert code == 2
-    assert err.startswith(f'publish.py: error: Wrote {run}/publication, but cannot compare it with the repository: ')
+    assert out.splitlines()[-1] == f'Wrote {run}/publication.'
+    assert err.startswith('publish.py: error: ')
+    assert (REPO in err, err.count('\n')) == (True, 1)
     assert tme.create_model(f'local-dir:{run}/publication', pretrained=True).policy is not None
 
 
@@ -166,7 +169,7 @@ def test_second_push_of_the_same_run_sends_nothing(call, hub):
     assert sent(hub) == []
     assert commits(hub) == [commit]
     code, out, _ = call()
-    assert {line.split()[0] for line in out.splitlines()[3:-1]} == {'keep'}
+    assert {line.split()[0] for line in out.splitlines()[4:-1]} == {'keep'}
 
 
 def test_changed_exits_go_without_the_backbone(call, hub, run, images):
@@ -177,7 +180,7 @@ def test_changed_exits_go_without_the_backbone(call, hub, run, images):
     after = change_exits(run)
     code, out, _ = call('--yes', '--tag', 'v2')
     assert code == 0
-    actions = {line.split()[1]: line.split()[0] for line in out.splitlines()[3:-1]}
+    actions = {line.split()[1]: line.split()[0] for line in out.splitlines()[4:-1]}
     assert actions == {
         'README.md': 'update',
         'args.yaml': 'keep',

@@ -561,6 +561,9 @@ def test_command_line(folder, tmp_path, capsys):
     assert (code, again) == (0, out.splitlines()[1] + '\n')
     code, again, _ = run_main(capsys, folder, picture, picture, '--deadline-ms', 1e6)
     assert (code, again) == (0, (out.splitlines()[3] + '\n') * 2)
+    code, again, err = run_main(capsys, folder, picture, tmp_path / 'none.png', picture, '--threshold', 0)
+    assert (code, again) == (2, (out.splitlines()[0] + '\n') * 2)  # the others are answered
+    assert err == f'runner.py: error: {tmp_path}/none.png cannot be read: No such file or directory.\n'
     wrong = [
         ([picture], 'The network has no policy of its own'),
         ([tmp_path / 'none.png', '--all'], 'none.png'),

@@ -21,7 +21,7 @@ from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.publishing.card_tables import headline
 from timm_multiexit.publishing.licenses import PublicationInfo
 from timm_multiexit.publishing.publication import PUBLICATION_NAME, AddPrograms, write_publication
-from timm_multiexit.utils.errors import HubError, InvalidValueError, MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError, MultiExitError
 
 _FLAGS = (
     value('run', Path, None, 'RUN', 'folder of the run'),
@@ -101,15 +101,10 @@ def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
         metrics = write_publication(
             args.run, folder, repo_id, info=info, validation=args.validation, add_programs=add_programs
         )
-        print(f'{headline(metrics)}\nLicense: {metrics["license"]["note"]}')
+        print(f'{headline(metrics)}\nLicense: {metrics["license"]["note"]}\nWrote {folder}.', flush=True)
         if repo_id is None:
-            print(f'Wrote {folder}.')
             return 0
-        try:
-            plan = plan_push(folder, repo_id, private=args.private)
-        except HubError as error:
-            raise HubError(f'Wrote {folder}, but cannot compare it with the repository: {error}') from error
-        print(describe_plan(plan, folder))
+        print(describe_plan(plan_push(folder, repo_id, private=args.private), folder))
         if not args.yes:
             print('Nothing was sent: add --yes to push.')
             return 0

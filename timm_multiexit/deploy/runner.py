@@ -85,6 +85,10 @@ class RunnerError(ValueError):
     """An argument, the folder or a picture is not what it must be; the message is one line."""
 
 
+class PictureError(RunnerError):
+    """A picture cannot be read."""
+
+
 class Answer(NamedTuple):
     """What is answered for a batch.
 
@@ -254,6 +258,8 @@ def _brief(value: Any) -> str:
 
 
 def _one_line(error: object) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        error = error.strerror  # without its number and the path
     text = ' '.join(''.join(sign if sign.isprintable() else ' ' for sign in str(error)).split())
     return text[:300].rstrip('.: ') or type(error).__name__
 
@@ -401,7 +407,7 @@ def prepare(image: Any, cfg: dict[str, Any]) -> np.ndarray:
             raise ValueError('its pixels have an unknown range: save it with 8 or 16 bits')
         image = image.convert(_IMAGE_MODES[channels])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RunnerError(f'{name} cannot be read: {_one_line(error)}.') from error
+        raise PictureError(f'{name} cannot be read: {_one_line(error)}.') from error
     size = _scaled_size(image.size, cfg)
     if image.size != size:
         image = image.resize(size, getattr(Image.Resampling, cfg['interpolation'].upper()))
@@ -820,7 +826,7 @@ def _make_opener(providers: Any, threads: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer pictures, a line each, and return the exit code: 2 for an error of one line."""
+    """Answer pictures, a line each, and return the exit code: 2 for an error, of one line, or of each bad picture."""
     import argparse  # of the script alone
 
     description = (
@@ -848,9 +854,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RunnerError(
                 '--budget, --threshold, --deadline-ms and --all are mutually exclusive: give one of them.'
             )
-        runner = Runner(args.folder, args.precision, threads=args.threads)
+        runner, code = Runner(args.folder, args.precision, threads=args.threads), 0
         for picture in args.pictures:
-            images = runner.preprocess(picture)
+            try:
+                images = runner.preprocess(picture)
+            except PictureError as error:  # the others are answered
+                print(f'{OWN_NAME}: error: {error}', file=sys.stderr)
+                code = 2
+                continue
             if args.all:
                 for idx, logits in runner.anytime(images):
                     print(f'{picture}: {describe(runner, logits[0], idx)}', flush=True)
@@ -863,7 +874,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunnerError as error:
         print(f'{OWN_NAME}: error: {error}', file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
 def _thresholds(text: str) -> float | list[float | None]:

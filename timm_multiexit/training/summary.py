@@ -151,4 +151,4 @@ def _finish_axes(axes: Any, label: str) -> None:
     show_epochs(axes)
     axes.set(ylabel=label)
     if axes.lines:
-        axes.legend()
+        axes.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.12), ncols=3)  # off the lines
