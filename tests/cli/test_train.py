@@ -405,6 +405,15 @@ def test_model_is_resolved_once_and_what_a_run_resolves_is_stored_beside_its_fla
     run.close()
 
 
+def test_exits_that_are_about_to_be_trained_need_no_advice(train_on_images, tmp_path, caplog):
+    plain = timm.create_model('test_resnet', num_classes=2)
+    timm.models.save_for_hf(plain, tmp_path / 'plain', safe_serialization=True)
+    name = f'local-dir:{tmp_path}/plain'
+    train_on_images('run', '--model', name, '--pretrained', '--eed', '--epochs', '1')
+    assert 'Loading pretrained weights' in caplog.text
+    assert 'train them before use' not in caplog.text
+
+
 def test_unknown_config_keys_are_named(train_on_images, tmp_path):
     (tmp_path / 'bad.yaml').write_text('batchsize: 8\nlr: 0.1\n')
     _, (_, _, err) = train_on_images('run', '--config', tmp_path / 'bad.yaml', code=2)

@@ -3,7 +3,8 @@
 import logging
 import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,24 @@ def _create_architecture(args: Namespace, source: ModelSource | None, num_classe
         return create_backbone(source or args.model, **kwargs)
     exits = None if _has_own_exits(args, source) and args.exits == 'auto' else args.exits
     heads = {'head': args.exit_head, 'head_widths': args.head_widths}
-    model = create_model(source or args.model, exits=exits, input_size=size, **heads, **kwargs)
+    with _errors_alone(create_model.__module__):  # its advice is to train the exits
+        model = create_model(source or args.model, exits=exits, input_size=size, **heads, **kwargs)
     # Projectors that no loss reads would have no gradient, which distributed training takes for an error.
     if args.exit_projectors and create_train_loss(args).feature_weight > 0:
         model.add_projectors()
     return model
+
+
+@contextmanager
+def _errors_alone(name: str) -> Iterator[None]:
+    """Let a module's logger say nothing below an error within the block."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _has_own_exits(args: Namespace, source: ModelSource | None) -> bool:
