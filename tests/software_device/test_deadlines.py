@@ -34,19 +34,21 @@ def predict_after(model, images, queued, deadline):
 
 
 def test_queued_work_is_part_of_the_time(model, images):
-    """Twenty calls with 0 to 60 ms queued: none is late by more than the shallowest exit takes."""
+    """Calls with a part of their time queued are not late by more than the shallowest exit takes.
+
+    The quickest of five counts: other processes can only delay a call, and one that forgot what is queued is late always.
+    """
     with software_device.kernel_seconds(KERNEL_SECONDS):
         model.predict(images, deadline_ms=1e3)  # learns
         shallowest = min(predict_after(model, images, 0, 1e-6)[1] for _ in range(3))
         whole = min(predict_after(model, images, 0, 10)[1] for _ in range(3))
         assert 0 < shallowest < 0.7 * whole
         deadline = 1.2 * whole + 0.005
-        answers = {}
-        for call in range(20):
-            queued = call % 4 * deadline / 4
-            exit_idx, taken = predict_after(model, images, queued, deadline)
-            answers.setdefault(call % 4, []).append(exit_idx)
-            assert taken <= deadline + shallowest, (call, queued, exit_idx)
+        answers = []
+        for quarters in range(4):
+            calls = [predict_after(model, images, quarters * deadline / 4, deadline) for _ in range(5)]
+            assert min(taken for _, taken in calls) <= deadline + shallowest, (quarters, calls)
+            answers.append([exit_idx for exit_idx, _ in calls])
     assert statistics.median(answers[0]) == 3  # nothing queued: main
     assert statistics.mean(answers[3]) < statistics.mean(answers[0])  # a quarter of the time is left
 
@@ -55,9 +57,9 @@ def test_more_queued_than_there_is_time_leaves_the_shallowest_exit(model, images
     with software_device.kernel_seconds(KERNEL_SECONDS):
         model.predict(images, deadline_ms=1e3)
         shallowest = min(predict_after(model, images, 0, 1e-6)[1] for _ in range(3))
-        exit_idx, taken = predict_after(model, images, 0.2, 0.1)
-    assert exit_idx == 0
-    assert 0.2 <= taken < 0.2 + 3 * shallowest + 0.03
+        calls = [predict_after(model, images, 0.2, 0.1) for _ in range(5)]
+    assert [exit_idx for exit_idx, _ in calls] == [0] * 5
+    assert 0.2 <= min(taken for _, taken in calls) < 0.2 + 3 * shallowest + 0.03
 
 
 def test_work_on_other_streams_is_not_waited_for(model, images, device):
