@@ -17,17 +17,20 @@ from timm_multiexit.data.digits import DigitsReader
 LONG_NAMES = ['English springer', 'cassette_player', 'a ' * 30 + 'long name', 'Rindfleischetikettierungsgesetz' * 2]
 
 
+PREPARATION = {'interpolation': 'bicubic', 'crop_pct': 1.0}
+PREPARATION |= {'mean': timm.data.IMAGENET_DEFAULT_MEAN, 'std': timm.data.IMAGENET_DEFAULT_STD}
+
+
 def read_digits(split):
     """Return the digits [N, 3, 32, 32] as `train.py` prepares them, and their classes [N]."""
-    reader, (mean, std) = DigitsReader(split), (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
-    transform = timm.data.create_transform(32, interpolation='bicubic', crop_pct=1.0, mean=mean, std=std)
+    reader, transform = DigitsReader(split), timm.data.create_transform(32, **PREPARATION)
     images, targets = zip(*(reader[idx] for idx in range(len(reader))))
     return torch.stack([transform(Image.open(image).convert('RGB')) for image in images]), torch.tensor(targets)
 
 
 def train_digits(num_epochs=5, batch_size=62):
     """Return a network with exits that knows the digits."""
-    cfg = {'input_size': (3, 32, 32), 'crop_pct': 1.0, 'interpolation': 'bicubic'}
+    cfg = {'input_size': (3, 32, 32), **PREPARATION}
     model = tme.create_model('test_resnet', num_classes=10, pretrained_cfg_overlay=cfg)
     images, targets = read_digits('train')
     criterion, optimizer = tme.create_loss('eed'), torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -17,7 +17,7 @@ export class Pad {
     canvas.width = canvas.height = SIZE;
     this.context = canvas.getContext('2d', {willReadFrequently: true});
     canvas.addEventListener('pointerdown', (event) => this.begin(event));
-    canvas.addEventListener('pointermove', (event) => this.current && this.extend(this.place(event)));
+    canvas.addEventListener('pointermove', (event) => this.current && this.extend(event));
     for (const name of ['pointerup', 'pointercancel']) canvas.addEventListener(name, () => this.end());
     canvas.addEventListener('keydown', (event) => this.press(event));
     for (const name of ['focus', 'blur']) canvas.addEventListener(name, () => this.paint());
@@ -41,9 +41,11 @@ export class Pad {
     this.paint();
   }
 
-  extend(point) {
-    this.current.push(point);
-    this.cursor = point;
+  /** A slow device reports several moves in one event: all of them, or a stroke loses its corners. */
+  extend(event) {
+    const moves = event.getCoalescedEvents?.() ?? [];
+    this.current.push(...(moves.length ? moves : [event]).map((move) => this.place(move)));
+    this.cursor = this.current.at(-1);
     this.paint();
   }
 
