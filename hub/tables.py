@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write all that follows from numbers in this repository: `hub/tables.py`.
 
-Tables of results as CSV with timm's columns (hub/results), the pages docs/zoo.md and docs/models.md, and of what
-hub/checkpoints holds the cards and results for leaderboards. --pictures draws those of cards anew, --figures those of
-hub/experiments too, but for figures 1, 2 and 4, which need the runs.
+Tables of results as CSV with timm's columns (hub/results), the pages docs/zoo.md, docs/models.md and docs/cascade.md,
+and of what hub/checkpoints holds the cards and results for leaderboards. --pictures draws those of cards anew,
+--figures those of hub/experiments too, but for figures 1, 2 and 4, which need the runs.
 """
 
 import argparse
@@ -22,9 +22,11 @@ from evidence.results import read_results  # noqa: E402
 
 from benchmarks.zoo import format_zoo  # noqa: E402
 from timm_multiexit.analysis.study import figures_of_all  # noqa: E402
+from timm_multiexit.evaluation.cascade import describe_pairs  # noqa: E402
 from timm_multiexit.evaluation.pictures import draw_validation  # noqa: E402
 from timm_multiexit.hub_client.files import EVAL_RESULTS  # noqa: E402
 from timm_multiexit.publishing.card import PICTURE, write_card, write_eval_results  # noqa: E402
+from timm_multiexit.publishing.card_tables import table_networks  # noqa: E402
 from timm_multiexit.publishing.results import add_row_keys, find_default, find_main, policy_rows  # noqa: E402
 from timm_multiexit.utils import markdown  # noqa: E402
 from timm_multiexit.utils.figures import encode_png  # noqa: E402
@@ -152,6 +154,53 @@ model = tme.create_model('local-dir:hub/checkpoints/{example}', pretrained=True)
 """
 
 
+def format_cascade(validation: Row) -> str:
+    """Return the page on a network with exits beside a cascade of two plain networks and these alone."""
+    cascade, timing = validation['rivals']['cascade'], validation['rivals']['timing']
+    data = f'{validation["split"]} split of {markdown.escape(validation["dataset"])}'
+    pairs = [
+        {
+            'at most, MMACs': markdown.number(pair['budget_macs'] / 1e6, 1),
+            **{
+                f'{name}, {label}': markdown.number(each and scale * each[key], 2 if key == 'top-1' else 1)
+                for name, each in (('exits', pair['own']), ('cascade', pair['cascade']))
+                for key, label, scale in (('macs', 'MMACs', 1e-6), ('top-1', 'top-1', 1))
+            },
+        }
+        for pair in cascade['pairs'][::3]
+    ]
+    return f"""# Exits or a cascade
+
+Made by `hub/tables.py` from `hub/results/cascade.json`; change nothing here. What else can answer early is a cascade:
+a small plain network first, a large one for images on which it is not sure. Here is one network with exits, two plain
+networks alone, and, where it is that cheap, their best cascade of the mean MACs of each policy, on the {data},
+{validation['num_samples']:,} images. Thresholds of all were chosen on {markdown.escape(cascade['chosen_on'])}.
+
+{table_networks(validation)}
+
+Images/s: in turns, medians of {timing['rounds']} rounds on {markdown.escape(validation['hardware'])},
+{validation['threads']}, with the [variables](infer.md#on-a-cpu-first-the-allocator) of the allocator. One run; commit
+{validation['commit'][:12]}. {describe_pairs(cascade['pairs'])}
+
+Every third of these budgets, which are mean MACs on the images that chose the thresholds:
+
+{markdown.table(pairs)}
+
+A cascade costs the small network for every image and keeps two networks in memory. The commands:
+
+```text
+hub/recipes/imagenette_classifier.py tf_efficientnet_lite0 output/lite0
+hub/recipes/imagenette_classifier.py tf_efficientnet_lite2 output/lite2
+train.py --config hub/recipes/imagenette_lite0_eed.yaml --model local-dir:output/lite2 --data-dir imagenette160 \\
+  --experiment imagenette_lite2_eed
+validate.py --model local-dir:output/train/imagenette_lite2_eed/best --data-dir imagenette160 --split val \\
+  --calib-from-train 1000 --budget 80% 70% 60% --channels-last --batch-size 64 -j 0 --img-size 160 --crop-pct 1.0 \\
+  --compare-cascade local-dir:output/lite0,local-dir:output/lite2 --time-batch-sizes 1 64 --time-rounds 15 \\
+  --results-file hub/results/cascade.json --results-format json
+```
+"""
+
+
 def make_tables(root: Path = ROOT) -> dict[str, str]:
     """Return path -> text of all that this writes, pictures apart."""
     checkpoints = read_checkpoints(root)
@@ -167,6 +216,7 @@ def make_tables(root: Path = ROOT) -> dict[str, str]:
     files['docs/models.md'] = format_models(checkpoints, sizes)
     coverage, parity = read_json(root / 'hub/results/coverage.json'), read_json(root / 'hub/export/parity.json')
     files['docs/zoo.md'] = format_zoo(coverage, parity)
+    files['docs/cascade.md'] = format_cascade(read_json(root / 'hub/results/cascade.json'))
     for name, metrics in checkpoints.items():
         files[f'hub/checkpoints/{name}/README.md'] = write_card(metrics)
         if results := write_eval_results(metrics):

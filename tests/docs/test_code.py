@@ -124,6 +124,7 @@ PAGES = {
         16,
         prepare=(write_imagenette, train_small),
         path='net',
+        flags={'timm-multiexit export': '--int8-limit 10'},  # 40 parts of three photos
         not_run={
             'pip install onnxruntime pillow': INSTALLS,
             'hf download org/mine --include "onnx/*" --local-dir mine': NETWORK,

@@ -26,7 +26,7 @@ def made(tables):
 
 
 def test_files_are_what_the_command_writes(made):
-    assert {'docs/zoo.md', 'docs/models.md', 'hub/results/results-checkpoints.csv'} <= set(made)
+    assert {'docs/zoo.md', 'docs/models.md', 'docs/cascade.md', 'hub/results/results-checkpoints.csv'} <= set(made)
     stale = [name for name, text in made.items() if (ROOT / name).read_text(encoding='utf-8') != text]
     assert not stale, 'run hub/tables.py'
     kept = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'hub/results').glob('*.csv')}
@@ -66,6 +66,26 @@ def test_page_of_models_has_main_and_the_default_policy(made):
     (line,) = [line for line in made['docs/models.md'].splitlines() if line.startswith('| `imagenette_lite0_eed`')]
     cells = [cell.strip() for cell in line.strip('|').split('|')]
     assert cells[3:11] == ['6', '3.384', '195.9', '97.15', '`budget 60%`', '96.89', '59.5', '1.27']
+
+
+def test_page_on_the_cascade_has_every_network_and_budget(made):
+    validation = json.loads((ROOT / 'hub/results/cascade.json').read_text(encoding='utf-8'))
+    rivals, lines = validation['rivals'], made['docs/cascade.md'].splitlines()
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines if line.startswith('|')]
+    networks, budgets = rows[2 : 2 + len(rivals['rows'])], rows[4 + len(rivals['rows']) :]
+    assert [(row[0].strip('`'), row[2]) for row in networks] == [
+        (row['name'], f'{row["top-1"]:.2f}') for row in rivals['rows']
+    ]
+    assert {row[1] for row in networks} == {'main', 'own', 'static'}
+    pairs = rivals['cascade']['pairs']
+    assert len(budgets) == len(pairs[::3]) == 13
+    for row, pair in zip(budgets, pairs[::3]):
+        numbers = [pair['budget_macs'] / 1e6, pair['own']['macs'] / 1e6, pair['own']['top-1']]
+        assert [float(cell) for cell in row[:3]] == pytest.approx(numbers, abs=0.051)
+        other = pair['cascade']
+        assert row[3:] == ['-', '-'] if other is None else float(row[4]) == pytest.approx(other['top-1'], abs=0.0051)
+    assert sum(pair['cascade'] is None for pair in pairs) > 0
+    assert 'local-dir:/' not in made['docs/cascade.md']
 
 
 def test_page_of_families_has_every_family_once():
