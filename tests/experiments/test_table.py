@@ -113,8 +113,8 @@ def test_table_has_means_deviations_differences_and_what_is_missing(results):
     assert '| method | n | exit 0 | main | ensemble | main ECE |' in text
     assert '| `plain` | 3 | - | 80.50 ± 0.50 | - | 0.050 |' in text
     assert '| `ce` | 3 | 61.00 ± 1.00 | 80.67 ± 0.45 | 80.43 ± 0.45 | 0.050 |' in text
-    assert '| `eed-kl` - `ce` | 3 | +0.52 ± 0.19, above 0 | +0.87 ± 0.14, above 0 |' in text
-    assert '| `eed-kl` - `plain` | 3 | +0.68 ± 0.07, above 0 | - |' in text
+    assert '| `eed-kl` - `ce` | 3 | +1.00 ± 0.00, above 0 | +0.52 ± 0.19, above 0 | +0.87 ± 0.14, above 0 |' in text
+    assert '| `eed-kl` - `plain` | 3 | - | +0.68 ± 0.07, above 0 | - |' in text
     assert '5000 images held out of train' in text
     missing = [f'{method} seed {seed}' for seed in range(3) for method in ('phuong-kl', 'eed-mse', 'eed-kl-skill')]
     assert f'Planned and missing: {", ".join(missing)}.' in text
@@ -202,7 +202,7 @@ def test_difference_that_is_not_resolved_says_what_resolving_it_takes(results):
         if result['method'] == 'eed-kl':
             result['classifiers'][1]['top-1'] = next(mains)
     text = format_tables([SMALL], results, list(METHODS))
-    assert '| `eed-kl` - `ce` | 3 | +1.00 ± 2.48, not resolved | ' in text
+    assert '| `eed-kl` - `ce` | 3 | +1.00 ± 0.00, above 0 | +1.00 ± 2.48, not resolved | ' in text
     assert '| 15 more pairs, 300 minutes |' in text
 
 

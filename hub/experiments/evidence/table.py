@@ -135,7 +135,7 @@ def format_group(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> s
             'n': str(len(paired(results, method, baseline, 'main'))),
             **{
                 _header(name): describe_difference(paired(results, method, baseline, name))
-                for name in ('main', ENSEMBLE)
+                for name in (*names, 'main', ENSEMBLE)
             },
             'to resolve main': _describe_effort(results, method, baseline),
         }
@@ -266,9 +266,9 @@ def format_tables(plans: Sequence[Plan], results: Sequence[dict[str, Any]], meth
 
 
 def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> str:
-    """Return a table in Markdown: what EED's methods change in main, against plain and against cross-entropy alone.
+    """Return a table in Markdown: what ensembles that teach change, against plain and against cross-entropy alone.
 
-    One row for each group and method of which a pair of runs has been measured.
+    Main, and the first exit against cross-entropy. One row for each group and method of which a pair of runs has been measured.
 
     Args:
         plans: In order.
@@ -283,7 +283,7 @@ def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> 
             plain = [top1(result)['main'] for result in done if result['method'] == 'plain']
             for method in methods:
                 rivals = {name.split('-')[0]: name for name in baselines(method, methods)}
-                if method.split('-')[0] == 'eed' and {'plain', 'ce'} <= rivals.keys():
+                if method.split('-')[0] in _ENSEMBLES and {'plain', 'ce'} <= rivals.keys():
                     pairs = {name: paired(done, method, rivals[name], 'main') for name in ('plain', 'ce')}
                     rows.append(
                         {
@@ -293,6 +293,7 @@ def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> 
                             'n': str(max(map(len, pairs.values()))),
                             'main - plain': describe_difference(pairs['plain']),
                             'main - ce': describe_difference(pairs['ce']),
+                            'exit 0 - ce': describe_difference(paired(done, method, rivals['ce'], '0')),
                         }
                     )
     return table(rows, left=('network, images, protocol', 'method')) + '\n'
