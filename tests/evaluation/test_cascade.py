@@ -204,9 +204,9 @@ def test_command_reports_own_exits_cascade_and_static_models(run_script, folders
 
 
 WRONG = {
-    'one': (('small',), '--compare-cascade must be two models, SMALL,LARGE, got'),
-    'same': (('small', 'small'), '--compare-cascade must be two models, SMALL,LARGE, got'),
-    'three': (('small', 'large', 'small'), '--compare-cascade must be two models, SMALL,LARGE, got'),
+    'one': (('small',), '--compare-cascade must be two different models, SMALL,LARGE, got'),
+    'same': (('small', 'small'), '--compare-cascade must be two different models, SMALL,LARGE, got'),
+    'three': (('small', 'large', 'small'), '--compare-cascade must be two different models, SMALL,LARGE, got'),
     'equal': (('small', 'twin'), 'MMACs. Name a cheaper first model.'),
     'swapped': (('large', 'small'), 'MMACs. Swap them.'),
     'unknown': (('small', 'nowhere'), '/nowhere'),
@@ -236,7 +236,7 @@ def test_cascade_that_cannot_be_compared_is_one_line(run_script, folders, names,
     ('flags', 'message'),
     [
         (('--compare-cascade', 'a,b'), '--compare-cascade a,b needs data to choose thresholds on: give --calib-split'),
-        (('--compare-cascade', 'a,'), "--compare-cascade must be two models, SMALL,LARGE, got 'a,'."),
+        (('--compare-cascade', 'a,'), "--compare-cascade must be two different models, SMALL,LARGE, got 'a,'."),
         (('--time-batch-sizes', '2'), '--time-batch-sizes needs --compare-cascade SMALL,LARGE.'),
         (
             ('--compare-cascade', 'a,b', '--calib-from-train', '9', '--time-batch-sizes', '512'),

@@ -231,11 +231,11 @@ def describe_pairs(pairs: Sequence[Mapping[str, Any]]) -> str:
 
     >>> low, high = {'top-1': 70.0}, {'top-1': 71.0}
     >>> describe_pairs([{'own': low, 'cascade': high}, {'own': low, 'cascade': None}])
-    'At equal budgets own exits are at least as accurate at 0 of 1; 1 more are below the cost of the small model.'
+    'At equal budgets own exits match or beat the cascade at 0 of 1; 1 more are below the cost of the small model.'
     """
     both = [pair for pair in pairs if pair['cascade'] is not None]
     better = sum(pair['own']['top-1'] >= pair['cascade']['top-1'] for pair in both)
     return (
-        f'At equal budgets own exits are at least as accurate at {better} of {len(both)};'
+        f'At equal budgets own exits match or beat the cascade at {better} of {len(both)};'
         f' {len(pairs) - len(both)} more are below the cost of the small model.'
     )

@@ -155,7 +155,7 @@ def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mappin
     lines = [
         {
             'policy': row['policy'],
-            'thresholds': ' '.join('-' if value is None else f'{value:.4g}' for value in row.get('thresholds', ())),
+            'thresholds': ' '.join(map(_format_threshold, row.get('thresholds', ()))),
             'leave, %': ' / '.join(f'{100 * share:.0f}' for share in row.get('shares', ())),
             'top-1': row['top-1'],
             'GMACs': row['macs'] / 1e9,
@@ -175,3 +175,14 @@ def format_dynamic(rows: Sequence[Mapping[str, Any]], split: str, timing: Mappin
             f' {timing["device"]}; above 1 is faster than main.'
         )
     return text.rstrip('\n')
+
+
+def _format_threshold(value: float | None) -> str:
+    """Return a threshold with four digits, or as many as tell it from 1, at which nobody is sure enough.
+
+    >>> [_format_threshold(value) for value in (None, 0.5, 0.98765, 0.99996, 1.0)]
+    ['-', '0.5', '0.9877', '0.99996', '1']
+    """
+    if value is None:
+        return '-'
+    return next((text for digits in (4, 6, 8) if float(text := f'{value:.{digits}g}') != 1), f'{value:.4g}')

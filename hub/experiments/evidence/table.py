@@ -268,7 +268,8 @@ def format_tables(plans: Sequence[Plan], results: Sequence[dict[str, Any]], meth
 def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> str:
     """Return a table in Markdown: what ensembles that teach change, against plain and against cross-entropy alone.
 
-    Main, and the first exit against cross-entropy. One row for each group and method of which a pair of runs has been measured.
+    Main, and the first exit against cross-entropy. One row for each group and method of which a pair of runs has been
+    measured.
 
     Args:
         plans: In order.

@@ -143,7 +143,7 @@ _DYNAMIC_FLAGS = (
     ),
     value(
         '--compare-cascade',
-        Items(_name, 'two models, SMALL,LARGE'),
+        Items(_name, 'two different models, SMALL,LARGE'),
         [],
         'SMALL,LARGE',
         'measure a cascade of two models without exits too, named as for --compare: the second for what the first is'
@@ -263,7 +263,7 @@ def check_alone(args: Namespace) -> None:
 def _check_cascade(args: Namespace) -> None:
     names, sizes = args.compare_cascade, args.time_batch_sizes
     if names and not len(names) == len(set(names)) == 2:
-        raise InvalidValueError(f'--compare-cascade must be two models, SMALL,LARGE, got {",".join(names)}.')
+        raise InvalidValueError(f'--compare-cascade must be two different models, SMALL,LARGE, got {",".join(names)}.')
     if names and not chooses_thresholds(args):
         raise InvalidValueError(f'--compare-cascade {",".join(names)} needs data to choose thresholds on: {_DATA}.')
     if sizes and not names:
