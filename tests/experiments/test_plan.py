@@ -27,7 +27,7 @@ def test_recipes_are_configurations_of_train_py(path):
     assert args.val_from_train, 'no epoch is chosen on the reported images'
     head = path.read_text().replace('\n# ', ' ').splitlines()[0]
     for machine in ('(one|two) CPU core', 'a GPU'):
-        assert re.search(rf'\d+ (minutes|hours|days)[^.]* on {machine}', head), 'it says how long it takes'
+        assert re.search(rf'\d+ (minutes?|hours?|days?)[^.]* on {machine}', head), 'it says how long it takes'
 
 
 def test_runs_of_small_differ_in_method_and_seed_alone():
