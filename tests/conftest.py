@@ -70,6 +70,12 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
+def accelerate_state():
+    """Each test, and each process that it forks, begins as a new process does: without the Accelerator of another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
 def network_guard():
     """Fails a test that wanted to leave this machine, also where the code under test swallowed the error."""
     GUARD.take_attempts()

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands import launch
 from accelerate.commands.config import config_args
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, write_basic_config
 
 from timm_multiexit.cli import train, validate
@@ -30,9 +29,6 @@ def fresh(monkeypatch):
     for name in VARIABLES:
         monkeypatch.setenv(name, '')  # so that what Accelerate sets is taken back
         monkeypatch.delenv(name)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_args(**values):

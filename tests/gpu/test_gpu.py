@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers import write_images
 from helpers.members import MEMBERS, QUICK
 from helpers.runs import FLAGS, run_script
@@ -115,7 +114,6 @@ def test_a_training_step_never_waits(loss):
         **{'exits': 'auto', 'exit_head': 'conv', 'channels_last': True, 'torchcompile': False, 'amp': True},
         device='cuda',
     )
-    AcceleratorState._reset_state(reset_partial_state=True)
     train_args = create_train_args(args, loss)
     step, model = create_step(train_args, create_accelerator(train_args))
     batch = torch.randn(8, 3, 32, 32).cuda(), (torch.arange(8) % 10).cuda()

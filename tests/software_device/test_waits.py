@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers.members import QUICK
 
 import software_device
@@ -84,7 +83,6 @@ def test_inference_waits_once_for_each_exit_that_decides(name, make_small, devic
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
 def test_a_training_step_never_waits(precision, device, monkeypatch):
     monkeypatch.setenv('ACCELERATE_TORCH_DEVICE', 'software')
-    AcceleratorState._reset_state(reset_partial_state=True)
     batch = torch.randn(8, 3, 32, 32).to(device), (torch.arange(8) % 10).to(device)
     counted = {}
     for loss in (None, *LOSSES):

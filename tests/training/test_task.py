@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.task import DistillationTeacher, LogitDistillationTask
@@ -120,18 +119,14 @@ def test_the_teacher_runs_in_the_context_it_is_given(make_model, make_teacher):
 
 
 def test_under_accelerate_teacher_and_model_run_in_the_same_precision(make_model, make_teacher):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        accelerator, seen = Accelerator(cpu=True, mixed_precision='bf16'), []
-        model, teacher = make_model(input_size=SIZE), make_teacher()
-        for conv in (model.backbone.conv1[0], teacher.conv_stem):
-            conv.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
-        task = MultiExitTask(model, create_loss('ce'), teacher=teacher, autocast=accelerator.autocast, verbose=False)
-        task.trainable_module = accelerator.prepare_model(task.trainable_module)
-        result = task(*make_batch())
-        accelerator.backward(result['loss'])
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, seen = Accelerator(cpu=True, mixed_precision='bf16'), []
+    model, teacher = make_model(input_size=SIZE), make_teacher()
+    for conv in (model.backbone.conv1[0], teacher.conv_stem):
+        conv.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
+    task = MultiExitTask(model, create_loss('ce'), teacher=teacher, autocast=accelerator.autocast, verbose=False)
+    task.trainable_module = accelerator.prepare_model(task.trainable_module)
+    result = task(*make_batch())
+    accelerator.backward(result['loss'])
     assert seen == [torch.bfloat16, torch.bfloat16]
     assert result['kd_distance'].dtype == torch.float32
 
