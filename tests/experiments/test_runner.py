@@ -331,7 +331,13 @@ def test_how_images_are_loaded_may_change(bench):
     assert len(bench.done()) == 6
     assert bench.runner(extra=('-j', '1')).work() == 0
     with pytest.raises(MultiExitError, match='was made with the extra flags'):
-        bench.runner(extra=('--amp',))
+        bench.runner(extra=('--lr', '0.7'))
+
+
+def test_a_result_in_another_precision_is_a_result(bench):
+    assert bench.runner(extra=('--amp', '--amp-dtype', 'bfloat16')).work() == 0
+    assert len(bench.done()) == 6
+    assert bench.runner().pending == []
 
 
 def test_what_is_trained_is_what_was_planned_although_the_recipe_changes(bench):

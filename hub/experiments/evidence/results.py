@@ -112,6 +112,21 @@ def flags_that_matter(extra: Iterable[str]) -> list[str]:
     return kept
 
 
+def split_precision(flags: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return flags without those of automatic mixed precision, and those: which is fast depends on the hardware.
+
+    >>> split_precision(['--lr', '0.2', '--amp', '--amp-dtype', 'bfloat16'])
+    (['--lr', '0.2'], ['--amp', '--amp-dtype', 'bfloat16'])
+    """
+    rest, precision, words = [], [], iter(flags)
+    for word in words:
+        if word == '--amp-dtype':
+            precision += [word, *[value for value in [next(words, None)] if value is not None]]
+        else:
+            (precision if word == '--amp' or word.startswith('--amp-dtype=') else rest).append(word)
+    return rest, precision
+
+
 def result_path(folder: Path, run: PlannedRun) -> Path:
     """Return the file of a run's results."""
     return folder / f'{run.name}.json'
@@ -190,7 +205,7 @@ def is_done(run: PlannedRun, folder: Path, extra: Sequence[str] | None = None) -
     Args:
         run: The run.
         folder: Of results.
-        extra: Flags beyond the plan's; None for any.
+        extra: Flags beyond the plan's; None for any. Results in another precision are results.
 
     Raises:
         InvalidValueError: They are of other flags.
@@ -201,5 +216,5 @@ def is_done(run: PlannedRun, folder: Path, extra: Sequence[str] | None = None) -
     result = read_result(path)
     check_same_flags(run, result['flags'], path)
     if extra is not None:
-        check_extra_flags(extra, result.get('extra', ()), path)
+        check_extra_flags(split_precision(extra)[0], split_precision(result.get('extra', ()))[0], path)
     return True

@@ -8,7 +8,7 @@ from typing import Any
 from scipy.stats import t
 
 from evidence.plan import Plan
-from evidence.results import flags_that_matter
+from evidence.results import flags_that_matter, split_precision
 from timm_multiexit.utils.errors import CheckpointError, InvalidValueError
 from timm_multiexit.utils.markdown import code, escape, table
 from timm_multiexit.utils.text import ENSEMBLE
@@ -104,13 +104,18 @@ def baselines(method: str, present: Iterable[str]) -> list[str]:
 
 
 def paired(results: Iterable[dict[str, Any]], method: str, baseline: str, classifier: str) -> list[float]:
-    """Return the differences in top-1 of two methods' runs of the same seed, in order of seeds."""
-    found: dict[str, dict[int, float]] = {method: {}, baseline: {}}
+    """Return the differences in top-1 of two methods' runs of the same seed and precision, in order of seeds."""
+    found: dict[str, dict[tuple[int, str], float]] = {method: {}, baseline: {}}
     for result in results:
         if result['method'] in found and classifier in top1(result):
-            found[result['method']][result['seed']] = top1(result)[classifier]
+            found[result['method']][result['seed'], _precision(result)] = top1(result)[classifier]
     ours, theirs = found[method], found[baseline]
-    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    return [ours[pair] - theirs[pair] for pair in sorted(ours.keys() & theirs.keys())]
+
+
+def _precision(result: dict[str, Any]) -> str:
+    """Return the flags of mixed precision that were given for this run, and not for all by the recipe."""
+    return ' '.join(split_precision(result.get('extra', ()))[1])
 
 
 def format_group(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
@@ -214,10 +219,15 @@ def _mean_and_sd(numbers: Sequence[float]) -> str:
     return mean if len(numbers) == 1 else f'{mean} ± {statistics.stdev(numbers):.2f}'
 
 
+def _shared_extra(result: dict[str, Any]) -> list[str]:
+    """Return what all results of a table must have been given alike."""
+    return split_precision(flags_that_matter(result.get('extra', ())))[0]
+
+
 def _check_comparable(results: Sequence[dict[str, Any]]) -> None:
     for key in ('split', 'num_samples', 'extra'):
         seen = {
-            str(flags_that_matter(result.get(key, ())) if key == 'extra' else result.get(key)): result['name']
+            str(_shared_extra(result) if key == 'extra' else result.get(key)): result['name']
             for result in results
         }
         if len(seen) > 1:
@@ -313,8 +323,11 @@ def _describe(results: Sequence[dict[str, Any]]) -> str:
     for key in ('commit', 'hardware', 'threads', 'versions'):
         values = sorted({str(result[key]) for result in results})
         text += f'{key.capitalize()}: {"; ".join(map(escape, values))}. '
-    if first.get('extra'):
-        text += f'All with {code(" ".join(first["extra"]))}. '
+    if split_precision(first.get('extra', ()))[0]:
+        text += f'All with {code(" ".join(split_precision(first["extra"])[0]))}. '
+    for precision in sorted({_precision(result) for result in results} - {''}):
+        seeds = sorted({result['seed'] for result in results if _precision(result) == precision})
+        text += f'Seeds {", ".join(map(str, seeds))} with {code(precision)}, which no pair mixes with others. '
     minutes = statistics.fmean(result['seconds'] for result in results) / 60
     return text + f'{minutes:.1f} minutes a run.'
 
