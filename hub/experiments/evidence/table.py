@@ -226,10 +226,7 @@ def _shared_extra(result: dict[str, Any]) -> list[str]:
 
 def _check_comparable(results: Sequence[dict[str, Any]]) -> None:
     for key in ('split', 'num_samples', 'extra'):
-        seen = {
-            str(_shared_extra(result) if key == 'extra' else result.get(key)): result['name']
-            for result in results
-        }
+        seen = {str(_shared_extra(result) if key == 'extra' else result.get(key)): result['name'] for result in results}
         if len(seen) > 1:
             raise CheckpointError(
                 f'Results of one table differ in {key}: '
