@@ -49,3 +49,15 @@ def test_mean_cost_is_over_where_images_left():
 def test_costs_that_make_no_sense_are_refused(values, message):
     with pytest.raises(MultiExitError, match=message):
         StageCosts(**values)
+
+
+@pytest.mark.parametrize('unit', ['MACs', 'ms'])
+def test_budgets_are_from_always_the_first_exit_to_main_with_all_heads(unit):
+    costs = StageCosts(COSTS.paths, COSTS.heads, unit)
+    for budget in (f'13{unit}', f'45{unit}', '32.5%', '112.5%'):  # of 40
+        costs.check_budget(budget)
+    for budget in (f'12{unit}', f'46{unit}', '32%', '113%'):
+        with pytest.raises(MultiExitError, match=f'^The budget must be .*, got {budget}, which is'):
+            costs.check_budget(budget)
+    with pytest.raises(MultiExitError, match='The table has no costs in'):
+        costs.check_budget({'MACs': '20ms', 'ms': '20MACs'}[unit])

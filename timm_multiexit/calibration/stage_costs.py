@@ -76,6 +76,25 @@ class StageCosts:
         """Cost of main with all heads on the way: the most that a policy can spend on an image."""
         return self.paths[-1] + sum(self.heads)
 
+    def check_budget(self, budget: str) -> None:
+        """Check that a policy can meet a budget: from always the first exit to main with all heads on the way.
+
+        Args:
+            budget: As `parse_budget` reads it, in this unit or a share of main's cost.
+
+        Raises:
+            InvalidValueError: No policy can, or it is in another unit.
+        """
+        lowest = min([*(path + head for path, head in zip(self.paths, self.heads)), self.total])
+        unused, shares = ExitPolicy('confidence', (None,) * len(self.heads)), (0.0,) * len(self.heads) + (1.0,)
+        if self.unit == 'MACs':
+            point = PolicyResult(unused, 0.0, shares, macs=lowest)
+            table = BudgetTable((point,), total_macs=self.total, max_macs=self.largest)
+        else:
+            point = PolicyResult(unused, 0.0, shares, ms=lowest)
+            table = BudgetTable((point,), total_ms=self.total, max_ms=self.largest)
+        table.select(budget)
+
     def leaving(self, used: Sequence[int]) -> tuple[float, ...]:
         """Return the cost of leaving at each classifier, main last; exits not used are neither run nor charged."""
         return tuple(add_heads(self.paths, self.heads, used))

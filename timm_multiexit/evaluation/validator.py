@@ -186,6 +186,7 @@ class Validator:
         self.accelerator, self.name, self.show = accelerator, name, show
         self.costs = StageCosts.from_exit_costs(model.cost(data.config['input_size']))
         self._calibration: Calibration | None = None
+        self._times: StageCosts | None = None
         self._policies: dict[str, _NamedPolicy] = {}
 
     def run(self) -> Validation:
@@ -195,6 +196,7 @@ class Validator:
         if not self._keeps_logits():
             found = evaluate_loader(self.model, loader, accelerator=self.accelerator, channels_last=data.channels_last)
             return self._begin(found.metrics, found.num_samples)
+        self._measure_times()
         reported = self._collect(loader)
         validation = self._begin(evaluate_logits(reported.logits, reported.targets), len(reported.targets))
         order = report_order(reported)
@@ -267,6 +269,15 @@ class Validator:
             section['timing'] = {'batch_sizes': list(batch_sizes), **timing}
         self._add(validation, format_networks(section, self.data.split), rivals=section)
 
+    def _measure_times(self) -> None:
+        """Measure what budgets in ms are checked against before the evaluation, and chosen by after it."""
+        budgets = [budget for budget in self.questions.budgets if parse_budget(budget).unit == 'ms']
+        if budgets and self.data.calibration is not None:
+            with self.accelerator.autocast():
+                self._times = self.model.measure_times(self._load_timed())
+            for budget in budgets:
+                self._times.check_budget(budget)
+
     def _keeps_logits(self) -> bool:
         """Return whether dynamic inference is reported."""
         if not len(self.model.exits) or self.accelerator.num_processes > 1:
@@ -317,13 +328,12 @@ class Validator:
     def _add_policies(self, validation: Validation, meter: PolicyMeter, calibration: Calibration | None) -> None:
         """Add the budgeted curve and the results of all policies."""
         asked, images = self.questions, None
-        needs_times = any(parse_budget(budget).unit == 'ms' for budget in asked.budgets)
         has_policies = asked.policies or asked.budgets or asked.max_drop is not None or self.model.policy is not None
-        if needs_times or (asked.time_rounds and has_policies):
+        if self._times is not None or (asked.time_rounds and has_policies):
             images = self._load_timed()
         self._calibration = calibration
         if calibration is not None:
-            validation.budgets = self._search(calibration, images if needs_times else None)
+            validation.budgets = self._search(calibration, images)
             curve = report_curve(meter, calibration, self.costs, validation.budgets)
             text = format_curve(curve, self.data.split, self.costs.total)
             self._add(validation, text, curve=curve, calibrated_on=calibration.source)
@@ -335,12 +345,8 @@ class Validator:
             self._add_dynamic(validation, meter, policies, images)
 
     def _search(self, calibration: Calibration, images: Tensor | None) -> BudgetTable:
-        """Return policies for all budgets; in ms too if there are images to time."""
+        """Return policies for all budgets; in ms too if the images were timed."""
         logits, targets = calibration.collected.logits, calibration.collected.targets
-        times = None
-        if images is not None:
-            with self.accelerator.autocast():
-                times = self.model.measure_times(images)
         return search_budgets(
             logits,
             targets,
@@ -348,8 +354,8 @@ class Validator:
             criterion=self.questions.criterion,
             temperatures=fit_temperatures(logits, targets),
             combine=self.questions.combine,
-            times=times,
-            measured_on=None if images is None else describe_times(images),
+            times=self._times,
+            measured_on=None if images is None or self._times is None else describe_times(images),
         )
 
     def _find_policies(self, calibration: Calibration | None, budgets: BudgetTable | None) -> dict[str, _NamedPolicy]:

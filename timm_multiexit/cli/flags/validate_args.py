@@ -29,7 +29,7 @@ from timm_multiexit.cli.flags.timm_flags import TIMM_FLAGS
 from timm_multiexit.cli.flags.timm_rules import VALIDATE_RULES, check_rules
 from timm_multiexit.data.digits import DIGITS
 from timm_multiexit.models.multi_exit import MultiExitModel
-from timm_multiexit.policies.budgets import BudgetTable, PolicyResult, parse_budget
+from timm_multiexit.policies.budgets import parse_budget
 from timm_multiexit.policies.policy import COMBINATIONS, CRITERIA, ExitPolicy
 from timm_multiexit.utils.errors import DiskError, InvalidValueError, StateError, one_line
 
@@ -363,18 +363,15 @@ def _check_effect(args: Namespace, has_data: bool) -> None:
 def check_budgets(args: Namespace, model: MultiExitModel, costs: StageCosts) -> None:
     """Raise for a budget that no policy can meet; where thresholds are chosen anew, more may turn out to be too low.
 
-    Without data to choose thresholds on, the model's own table of budgets decides.
+    Without data to choose thresholds on, the model's own table of budgets decides. Budgets in ms need times, which the
+    validator measures first.
     """
-    table = model.budgets
-    if chooses_thresholds(args):
-        num_exits = len(costs.heads)
-        lowest = min([*(costs.paths[idx] + costs.heads[idx] for idx in range(num_exits)), costs.total])
-        unused = ExitPolicy(args.criterion, (None,) * num_exits)
-        point = PolicyResult(unused, 0.0, (0.0,) * num_exits + (1.0,), macs=lowest)
-        table = BudgetTable((point,), total_macs=costs.total, max_macs=costs.largest)
     for budget in args.budget:
-        if table is not None and (table is model.budgets or parse_budget(budget).unit != 'ms'):
-            table.select(budget)
+        if not chooses_thresholds(args):
+            if model.budgets is not None:
+                model.budgets.select(budget)
+        elif parse_budget(budget).unit != 'ms':
+            costs.check_budget(budget)
 
 
 def picture_path(args: Namespace) -> Path | None:
