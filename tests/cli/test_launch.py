@@ -145,6 +145,13 @@ def test_precision_is_that_of_the_flags(values, dtype):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
+@pytest.mark.parametrize(('amp', 'is_fast', 'expected'), [(True, False, 1), (True, True, 0), (False, False, 0)])
+def test_bfloat16_that_a_cpu_cannot_compute_is_warned_of(amp, is_fast, expected, monkeypatch, caplog):
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: is_fast)
+    create_accelerator(make_args(amp=amp, amp_dtype='bfloat16'))
+    assert caplog.text.count('bfloat16 is many times slower than float32 on this CPU') == expected
+
+
 def test_precision_of_accelerates_own_configuration_holds_without_amp(monkeypatch):
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
     assert create_accelerator(make_args()).mixed_precision == 'bf16'
