@@ -41,8 +41,29 @@ class Attention(nn.Module):
         return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)
 
 
-def test_attention_over_five_dimensions(open_program):
-    model = attach(Attention())
+class JoinedAttention(nn.Module):
+    """Attention of each row of a map to itself, rows and images together: three dimensions, a mask for each or all."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # [B * rows, columns, 4]
+        mask = {'none': None, 'each': rows @ rows.mT, 'all': torch.eye(8, device=x.device)}[self.mask]
+        attended = F.scaled_dot_product_attention(rows, rows * 2, rows + 1, attn_mask=mask)
+        return attended.unflatten(0, (-1, 8)).permute(0, 3, 1, 2)
+
+
+ATTENTION = {
+    'five-dimensions': Attention(),
+    **{f'three-dimensions-mask-{mask}': JoinedAttention(mask) for mask in ('none', 'each', 'all')},
+}
+
+
+@pytest.mark.parametrize('trunk', ATTENTION.values(), ids=ATTENTION)
+def test_attention_over_other_dimensions_than_four(trunk, open_program):
+    model = attach(trunk)
     program = trace_program(copy_for_export(model), (3, 8, 8))
     images = torch.randn(5, 3, 8, 8)
     expected = program.module()(images)

@@ -8,7 +8,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from timm_multiexit.models.multi_exit import MultiExitModel
@@ -151,28 +151,47 @@ def _convert(program: ExportedProgram) -> 'ModelProto':
 
 
 def flatten_attention(program: ExportedProgram) -> None:
-    """Make attention over more dimensions than the exporter of ONNX takes one over the first of them together."""
+    """Make attention one of four dimensions, the only one that the exporter of ONNX takes.
+
+    Three are images and heads together, and become four of one head each; of five or more the first are taken together.
+    """
     graph = program.graph
     for node in list(graph.nodes):
-        if node.op != 'call_function' or node.target is not torch.ops.aten.scaled_dot_product_attention.default:
-            continue
-        if 'val' not in node.meta:  # made here
-            continue
-        shape = node.meta['val'].shape
-        parts = [source.meta['val'].shape for source in node.args[:3]]
-        has_mask = len(node.args) > 3 and node.args[3] is not None
-        if len(shape) == 4 or has_mask or not all(isinstance(size, int) for part in parts for size in part[1:]):
-            continue
-        reshape = torch.ops.aten.reshape.default
-        with graph.inserting_before(node):
-            flat = [
-                graph.call_function(reshape, (source, [-1, *part[-3:]])) for source, part in zip(node.args[:3], parts)
-            ]
-            attended = graph.call_function(node.target, (*flat, *node.args[3:]), node.kwargs)
-            back = graph.call_function(reshape, (attended, [-1, *map(int, shape[1:])]))
-        node.replace_all_uses_with(back)
-        graph.erase_node(node)
+        is_attention = node.op == 'call_function' and node.target is torch.ops.aten.scaled_dot_product_attention.default
+        if is_attention and 'val' in node.meta:  # else it was made here
+            num_dims, made = node.meta['val'].dim(), None
+            with graph.inserting_before(node):
+                if num_dims != 4:
+                    made = _insert_head(graph, node) if num_dims == 3 else _join_first(graph, node)
+            if made is not None:
+                node.replace_all_uses_with(made)
+                graph.erase_node(node)
     program.graph_module.recompile()
+
+
+def _insert_head(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Return attention over three dimensions as one over four."""
+    target: Any = node.target
+    parts, rest = list[Any](node.args[:3]), list[Any](node.args[3:])
+    if rest and isinstance(rest[0], fx.Node) and rest[0].meta['val'].dim() == 3:  # a mask for each
+        rest[0] = graph.call_function(torch.ops.aten.unsqueeze.default, (rest[0], 1))
+    flat = [graph.call_function(torch.ops.aten.unsqueeze.default, (part, 1)) for part in parts]
+    attended = graph.call_function(target, (*flat, *rest), node.kwargs)
+    return graph.call_function(torch.ops.aten.squeeze.dim, (attended, 1))
+
+
+def _join_first(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """Return attention over five or more dimensions as one over four; None where it has a mask or sizes that vary."""
+    target: Any = node.target
+    parts, rest = list[Any](node.args[:3]), list[Any](node.args[3:])
+    shape, shapes = node.meta['val'].shape, [part.meta['val'].shape for part in parts]
+    has_mask = bool(rest) and rest[0] is not None
+    if has_mask or not all(isinstance(size, int) for each in shapes for size in each[1:]):
+        return None
+    reshape = torch.ops.aten.reshape.default
+    flat = [graph.call_function(reshape, (part, [-1, *each[-3:]])) for part, each in zip(parts, shapes)]
+    attended = graph.call_function(target, (*flat, *rest), node.kwargs)
+    return graph.call_function(reshape, (attended, [-1, *map(int, shape[1:])]))
 
 
 def simplify_pooling(program: ExportedProgram) -> None:
