@@ -264,9 +264,12 @@ def format_tables(plans: Sequence[Plan], results: Sequence[dict[str, Any]], meth
             protocol, data, network = group
             parts.append(f'{code(network)} on {code(data)}, protocol {code(protocol)}: {_describe(done)}')
             parts.append(format_group(done, methods))
-            missing = [f'{run.method} seed {run.seed}' for run in runs if run.name not in by_name]
+            missing: dict[str, list[str]] = {}
+            for run in (run for run in runs if run.name not in by_name):
+                missing.setdefault(run.method, []).append(str(run.seed))
             if missing:
-                parts.append(f'Planned and missing: {escape(", ".join(missing))}.')
+                seeds = [f'{code(method)} {", ".join(found)}' for method, found in missing.items()]
+                parts.append(f'Planned and missing, seeds of: {"; ".join(seeds)}.')
     if waiting:
         parts.append(f'Plans that have not been run: {", ".join(waiting)}.')
     return '\n\n'.join(parts) + '\n'
