@@ -117,6 +117,25 @@ def test_policy_is_saved_for_images_as_the_folder_has_them_alone(flags, message,
             make_validator(args, model)
 
 
+@pytest.mark.parametrize(
+    ('flags', 'num'),
+    [
+        ('', 0),
+        ('--img-size 64', 1),
+        ('--img-size 64 --mean 0.1', 2),
+        ('--img-size 64 --threshold 0.5', 0),
+        ('--img-size 64 --calib-split validation', 0),
+    ],
+)
+def test_thresholds_of_other_images_are_warned_of(flags, num, net_folder, caplog):
+    model = tme.create_model(f'local-dir:{net_folder}', pretrained=True).eval()
+    model.policy = tme.ExitPolicy('confidence', (0.5,) * len(model.exits))
+    make_validator(parse('--model', f'local-dir:{net_folder}', *flags.split()), model)
+    lines = [record.message for record in caplog.records if "model's thresholds were chosen on" in record.message]
+    assert len(lines) == num
+    assert all('images of input_size [3, 32, 32], got [3, 64, 64]: to choose' in line for line in lines[:1])
+
+
 @pytest.mark.parametrize('budget', ['3%', '0.001MMACs', '500%', '9TMACs'])
 def test_budgets_that_no_policy_meets_are_refused_before_evaluation(budget, model):
     costs = StageCosts.from_exit_costs(model.cost())

@@ -1,5 +1,6 @@
 """The command line of evaluation, and whether its flags fit the model, the processes and each other."""
 
+import logging
 from argparse import Namespace
 from dataclasses import replace
 from importlib.util import find_spec
@@ -40,6 +41,8 @@ def _name(text: str) -> str:
         raise ValueError('a name is empty')
     return text.strip()
 
+
+_logger = logging.getLogger(__name__)
 
 # timm's flags of `validate.py` that its `train.py` does not have.
 _DATA_FLAGS = (
@@ -337,15 +340,25 @@ def _check_saving(args: Namespace, model: MultiExitModel) -> None:
 
 
 def check_preparation(args: Namespace, model: MultiExitModel, data_config: dict[str, Any]) -> None:
-    """Raise for a policy that is to be saved for images preprocessed in another way than its folder says."""
-    if not args.save_policy:
+    """Raise for a policy that is to be saved for images preprocessed in another way than its folder says.
+
+    Warn where thresholds that the model has are used on such images.
+    """
+    uses_own = not chooses_thresholds(args) and (args.budget or (model.policy is not None and args.threshold is None))
+    if not args.save_policy and not uses_own:
         return
     for name, own in resolve_data_config(model=model).items():
         texts = [str(list(value) if isinstance(value, (list, tuple)) else value) for value in (own, data_config[name])]
-        if texts[0] != texts[1]:
+        if texts[0] == texts[1]:
+            continue
+        if args.save_policy:
             raise InvalidValueError(
                 f"--save-policy needs the folder's own {name} {texts[0]}, got {texts[1]}. Leave out the flag for it."
             )
+        _logger.warning(
+            f"The model's thresholds were chosen on images of {name} {texts[0]}, got {texts[1]}: to choose them on"
+            f' such images, {_DATA}.'
+        )
 
 
 def _check_effect(args: Namespace, has_data: bool) -> None:
