@@ -164,7 +164,7 @@ def _describe_effort(results: Sequence[dict[str, Any]], method: str, baseline: s
         return '-'
     missing = pairs_to_resolve(differences) - len(differences)
     both = [statistics.median(r['seconds'] for r in results if r['method'] == name) for name in (method, baseline)]
-    return f'{missing} more pairs, {missing * sum(both) / 60:,.0f} minutes'
+    return f'{missing} more pair{"" if missing == 1 else "s"}, {missing * sum(both) / 60:,.0f} minutes'
 
 
 def _curve_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]:
