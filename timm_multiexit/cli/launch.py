@@ -100,7 +100,9 @@ def _warn_of_bfloat16(accelerator: Accelerator) -> None:
     is_on_cpu = accelerator.mixed_precision == 'bf16' and accelerator.device.type == 'cpu'
     is_fast = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
     if is_on_cpu and accelerator.is_main_process and not is_fast():
-        _logger.warning('bfloat16 is many times slower than float32 on this CPU, which has no units for it. Leave out --amp.')
+        _logger.warning(
+            'bfloat16 is many times slower than float32 on this CPU, which has no units for it. Leave out --amp.'
+        )
 
 
 def choose_precision(args: Namespace, has_gpu: bool) -> str | None:
