@@ -152,7 +152,7 @@ def test_results_of_other_images_or_flags_do_not_come_into_one_table(results):
 def test_pairs_are_of_one_precision(results):
     results[0] = make_result('plain', 0, extra=['--amp', '--workers', '4'], main=90.0)
     text = format_tables([SMALL], results, list(METHODS))
-    assert 'Seeds 0 with `--amp`, which no pair mixes with others.' in text
+    assert '. 1 run (seeds 0) with `--amp`, which no pair mixes with others.' in text
     assert '| `plain` | 3 |' in text
     # Seeds 1 and 2 alone: 81.7 - 81.0 and 81.15 - 80.5.
     assert paired(results, 'eed-kl', 'plain', 'main') == pytest.approx([0.7, 0.65])

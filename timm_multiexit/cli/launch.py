@@ -96,10 +96,10 @@ def warn_of_workers(num_workers: int) -> None:
 
 
 def _warn_of_bfloat16(accelerator: Accelerator) -> None:
-    """Warn of bfloat16 on a CPU where torch has no fast convolutions in it: without AVX-512, 30 times slower."""
-    is_on_cpu = accelerator.mixed_precision == 'bf16' and accelerator.device.type == 'cpu'
+    """Warn of bfloat16 on a CPU where torch has no fast convolutions in it, such as one without AVX-512."""
+    is_used = accelerator.mixed_precision == 'bf16' and accelerator.device.type == 'cpu'
     is_fast = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
-    if is_on_cpu and accelerator.is_main_process and not is_fast():
+    if is_used and accelerator.is_main_process and not is_fast():
         _logger.warning(
             'bfloat16 is many times slower than float32 on this CPU, which has no units for it. Leave out --amp.'
         )

@@ -323,11 +323,13 @@ def _describe(results: Sequence[dict[str, Any]]) -> str:
     for key in ('commit', 'hardware', 'threads', 'versions'):
         values = sorted({str(result[key]) for result in results})
         text += f'{key.capitalize()}: {"; ".join(map(escape, values))}. '
-    if split_precision(first.get('extra', ()))[0]:
-        text += f'All with {code(" ".join(split_precision(first["extra"])[0]))}. '
+    if shared := split_precision(first.get('extra', ()))[0]:
+        text += f'All with {code(" ".join(shared))}. '
     for precision in sorted({_precision(result) for result in results} - {''}):
-        seeds = sorted({result['seed'] for result in results if _precision(result) == precision})
-        text += f'Seeds {", ".join(map(str, seeds))} with {code(precision)}, which no pair mixes with others. '
+        seeds = [result['seed'] for result in results if _precision(result) == precision]
+        count, named = len(seeds), ', '.join(map(str, sorted(set(seeds))))
+        runs = f'{count} run{"" if count == 1 else "s"} (seeds {named})'
+        text += f'{runs} with {code(precision)}, which no pair mixes with others. '
     minutes = statistics.fmean(result['seconds'] for result in results) / 60
     return text + f'{minutes:.1f} minutes a run.'
 
