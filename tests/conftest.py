@@ -2,6 +2,7 @@
 # ruff: noqa: E402
 
 import logging
+import os
 import tempfile
 from types import SimpleNamespace
 
@@ -16,6 +17,11 @@ SERVER = Server(Hub())
 replace_environment(environment(SERVER.hub, HOME.name))
 GUARD = NetworkGuard()
 GUARD.install()
+
+# Tests start hundreds of processes. One that may not write bytecode compiles torch and timm anew, which takes longer than
+# to import them. So bytecode goes to a folder of this run instead.
+if os.environ.pop('PYTHONDONTWRITEBYTECODE', None):
+    os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(HOME.name, 'bytecode')
 
 import pytest
 import timm
@@ -66,7 +72,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seed():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # not torch.manual_seed, which keeps a stack trace for each kind of device
 
 
 @pytest.fixture(autouse=True)

@@ -108,5 +108,9 @@ def test_accelerate_launches_the_module_as_the_script(launch, image_folder, tmp_
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / 'output/train/run/best/config.json').is_file()
-    result = run_process('-m', 'accelerate.commands.launch', '--cpu', *launch, '--lr', '-1', cwd=tmp_path)
-    assert 'train.py: error: --lr must be >= 0, got -1.' in result.stderr
+
+
+@pytest.mark.slow
+def test_error_of_a_launched_script_is_shown(tmp_path):
+    launch = ['-m', 'accelerate.commands.launch', '--cpu', '-m', 'timm_multiexit.cli.train']
+    assert 'train.py: error: --lr must be >= 0, got -1.' in run_process(*launch, '--lr', '-1', cwd=tmp_path).stderr

@@ -132,7 +132,7 @@ def test_population_is_simulated_by_the_rule_of_inference(population):
     assert cost == pytest.approx(COSTS.mean(policy, prediction.exit_idx), rel=1e-5)
 
 
-@pytest.mark.parametrize('times', [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('times', [100, pytest.param(400, marks=pytest.mark.slow)])
 def test_drop_is_kept_in_as_many_draws_as_promised(population, times):
     results = resample(population, times, max_drop=MAX_DROP, delta=DELTA)
     violations = (results[:, 0] > MAX_DROP).double().mean()

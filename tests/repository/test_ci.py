@@ -16,7 +16,7 @@ def is_check(command):
 
 
 def test_workflow_runs_the_commands_of_the_script():
-    script = {re.sub(r'\s+# .*', '', line) for line in SCRIPT.splitlines()}
+    script = {re.sub(r'\s+# .*', '', line.strip()) for line in SCRIPT.splitlines()}
     steps = [step['run'] for job in WORKFLOW['jobs'].values() for step in job['steps'] if 'run' in step]
     assert {command for command in steps if is_check(command)} == {line for line in script if is_check(line)}
 

@@ -10,7 +10,6 @@ from timm_multiexit.evaluation.exit_table import evaluate_loader
 
 LOSSES = {
     'ce': ('--exit-loss', 'ce'),
-    'phuong': ('--exit-loss', 'phuong'),
     'eed-kl': ('--eed',),
     'eed-mse': ('--eed', '--exit-output-loss', 'mse'),
 }

@@ -45,6 +45,10 @@ class ExitCost:
     sequential: Cost
 
 
+# Their first output is like their input, and they cost nothing. For tensors without data torch works that out in
+# Python, which is two fifths of the time that the costs of a ResNet take.
+NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.native_layer_norm.default)
+
 AnyCost = TypeVar('AnyCost', float, Cost)
 AnyModule = TypeVar('AnyModule', bound=nn.Module)
 
@@ -102,6 +106,8 @@ class CostMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._read.update(self._sizes.keys() & {id(leaf) for leaf in tree_leaves((args, kwargs))})
+        if func in NORMS and args[0].is_meta:
+            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
         return func(*args, **(kwargs or {}))
 
     def read(self) -> Cost:
