@@ -103,7 +103,7 @@ PAGES = {
             'pip install uv && uv run pytest': INSTALLS,
         },
     ),
-    'docs/finetune.md': Page(3, prepare=(serve_backbone,), flags={'timm-multiexit train': QUICK}),
+    'docs/finetune.md': Page(3, prepare=(serve_backbone,), flags={'timm-multiexit train': QUICK}, is_slow=True),
     'docs/index.md': Page(1),
     'docs/infer.md': Page(
         8,
@@ -118,6 +118,7 @@ PAGES = {
         prepare=(serve_backbone,),
         not_run={'pip install uv && uv sync': INSTALLS},
         flags={'timm-multiexit train': QUICK, 'timm-multiexit validate': '-b 20 --time-rounds 1'},
+        is_slow=True,
     ),
     'docs/train.md': Page(4, flags={'train.py': SHORT}),
     'docs/deploy.md': Page(
