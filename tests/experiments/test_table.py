@@ -91,6 +91,7 @@ def test_pairs_are_of_one_seed(results):
         ([0.1, -0.1, 0.0], 'no difference seen'),
         ([1.0, 1.5, 1.1], 'above 0'),  # by how much is not known to 0.5 points
         ([0.6, -0.2, 0.1], 'not resolved'),  # half of the interval is 1.0
+        ([1.0, 1.0], 'not resolved'),  # by chance
     ],
 )
 def test_reading_says_what_the_interval_says(differences, reading):

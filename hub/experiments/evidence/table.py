@@ -15,6 +15,8 @@ from timm_multiexit.utils.text import ENSEMBLE
 
 # Half-width of a 95 % interval around 0, in points of accuracy, above which a difference is not resolved.
 RESOLUTION = 0.5
+# Two differences can be equal by chance, and their interval nothing.
+MIN_PAIRS = 3
 
 START, END = '<!-- evidence -->', '<!-- /evidence -->'
 
@@ -56,7 +58,9 @@ def describe_difference(differences: Sequence[float]) -> str:
     mean, half = interval(differences)
     if math.isinf(half):
         return f'{mean:+.2f}, one pair'
-    if abs(mean) > half:
+    if len(differences) < MIN_PAIRS:
+        reading = 'not resolved'
+    elif abs(mean) > half:
         reading = 'above 0' if mean > 0 else 'below 0'
     else:
         reading = 'not resolved' if half > RESOLUTION else 'no difference seen'
@@ -70,7 +74,7 @@ def pairs_to_resolve(differences: Sequence[float]) -> int:
     18
     """
     deviation = statistics.stdev(differences)
-    count = len(differences)
+    count = max(len(differences), MIN_PAIRS)
     while float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count) > RESOLUTION:
         count += 1
     return count
