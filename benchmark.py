@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What exits cost: `infer` and `train` in time, `heads` in MACs; and `coverage`: which of timm's models take them.
 
-`export` compares exported programs with their models, `export-time` measures them.
+`export` compares exported programs with their models, `export-time` measures them, `export-serving` on real images.
 
 Speed is given as ratios to plain timm in the same run. Every variant takes one turn per round, in an order that changes
 from round to round, so that a busy machine slows all of them alike; ratios are of one round, and the table gives their
@@ -173,6 +173,28 @@ def export_time(args):
         write_output(args.output, ('\n'.join(lines) + '\n').encode())
 
 
+def export_serving(args):
+    """Print what the runners of exported folders make of real images: images/s, MACs and accuracy of budgets."""
+    from benchmarks.export_serving import Serving, load_images
+    from timm_multiexit.deploy.runner import Runner, RunnerError
+
+    threads = args.threads or 1
+    torch.set_num_threads(threads)  # with one, times are those of this process alone
+    try:
+        runners = {str(path): Runner(path, threads=threads) for path in args.folders}
+        images, classes = load_images(next(iter(runners.values())), args.images, args.num_images)
+        serving = Serving(runners, args.budgets, images, classes)
+        text = f'{len(images)} images of {list(images.shape[1:])}, {threads} threads of ONNX Runtime\n'
+        text += ', '.join(describe_environment().values())
+        for batch_size in args.batch_sizes:
+            text += f'\n\n{format_table(serving.measure(batch_size))}'
+    except RunnerError as error:
+        raise InvalidValueError(str(error)) from error
+    print(text, flush=True)
+    if args.output:
+        write_output(args.output, f'{text}\n'.encode())
+
+
 def parse_device(text):
     """Return the device of that name."""
     try:
@@ -230,6 +252,15 @@ def create_parser():
     command.add_argument('--int8', metavar='FOLDER', help='exported folder of it, to compare its int8 programs')
     command.add_argument('--policies', type=int, default=500, metavar='N', help='default: 500')
     command.set_defaults(run=export_time)
+    command = commands.add_parser('export-serving', help='exported folders and budgets on real images')
+    command.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='exported, of one network; main first')
+    command.add_argument('--images', type=Path, required=True, metavar='DIR', help='a folder of images per class')
+    command.add_argument('--budgets', nargs='+', default=('60%',), metavar='B', help='default: 60%%')
+    command.add_argument('--batch-sizes', nargs='+', type=int, default=(1, 64), metavar='N', help='default: 1 64')
+    command.add_argument('--num-images', type=int, metavar='N', help='default: all')
+    command.add_argument('--threads', type=int, metavar='N', help='of ONNX Runtime; 1, the default: CPU time')
+    command.add_argument('--output', type=Path, metavar='FILE', help='text file to write too')
+    command.set_defaults(run=export_serving)
     command = commands.add_parser('heads', help='MACs of heads')
     command.add_argument('models', nargs='*', default=POPULAR, metavar='NAME', help='default: twenty popular ones')
     command.set_defaults(run=heads)
@@ -272,6 +303,7 @@ def check_args(args):
         'bucket_sizes',
         'seconds',
         'policies',
+        'num_images',
     ):
         values = getattr(args, name, None)
         for value in values if isinstance(values, (list, tuple)) else (values,):

@@ -1,0 +1,103 @@
+"""What the runner of exported folders makes of real images: images/s, MACs and accuracy of budgets."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.datasets import ImageFolder
+
+from timm_multiexit.deploy.runner import Runner
+from timm_multiexit.utils.errors import InvalidValueError, MissingFileError
+from timm_multiexit.utils.timing import describe_ratios, read_clock
+
+_TURN = 64  # images at least, so that a turn of single images meets easy and hard ones
+
+
+def load_images(runner: Runner, folder: Path, num_images: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return images [N, C, H, W] of a folder with a folder per class, as the runner wants them, and their classes [N].
+
+    They are drawn with a fixed seed, all of them if no number is given.
+
+    Raises:
+        MissingFileError: The folder is missing or has no images.
+        InvalidValueError: It has fewer images, or other classes than the network.
+    """
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise MissingFileError(f'--images must be a folder with a folder of images per class, got {folder}.') from error
+    num_classes = runner.manifest['num_classes']
+    if found.classes != (runner.classes or found.classes) or len(found.classes) != num_classes:
+        raise InvalidValueError(
+            f'--images must have the {num_classes} classes of the network, got {len(found.classes)}, from'
+            f' {found.classes[0]} on.'
+        )
+    samples = random.Random(0).sample(found.samples, len(found.samples))
+    if num_images is not None and num_images > len(samples):
+        raise InvalidValueError(f'--num-images must be <= {len(samples)}, the images of {folder}, got {num_images}.')
+    paths, classes = zip(*samples[:num_images])
+    return np.concatenate([runner.preprocess(path) for path in paths]), np.array(classes)
+
+
+class Serving:
+    """Exported folders of one network, which answer the same images in turns.
+
+    Args:
+        runners: Folder -> its runner; main is that of the first.
+        budgets: For each runner, as `Runner.infer` takes them.
+        images: [N, C, H, W] float32, normalized.
+        classes: [N], the true ones.
+    """
+
+    def __init__(self, runners: Mapping[str, Runner], budgets: Sequence[str], images: np.ndarray, classes: np.ndarray):
+        self.images, self.classes = images, classes
+        first = next(iter(runners.values()))
+        self.costs = np.array([each['macs']['sequential'] for each in first.manifest['exits']])
+        self.total = first.manifest['plain_macs']
+        self.calls: dict[str, Callable[[np.ndarray], Any]] = {'main': first, 'main again': first}
+        for name, runner in runners.items():
+            for budget in budgets:
+                self.calls[f'{name}, {budget}'] = partial(runner.infer, budget=budget)
+
+    def measure(self, batch_size: int) -> list[dict[str, Any]]:
+        """Return a row for each call, all images in batches of this size: turns of some batches, in changing order.
+
+        `speed` is the median over turns of the images/s against those of main in the same turn; MACs are those of
+        the exits where images left, with all heads on the way.
+        """
+        device = torch.device('cpu')
+        times: dict[str, list[float]] = {name: [] for name in self.calls}
+        answers: dict[str, list[Any]] = {name: [] for name in self.calls}
+        order, shuffle = list(self.calls), random.Random(0).shuffle
+        for call in self.calls.values():
+            call(self.images[:batch_size])
+        size = batch_size * -(-_TURN // batch_size)
+        starts = range(0, max(len(self.images) - size, 0) + 1, size)  # the last turn is left out unless it is whole
+        for start in starts:
+            turn = self.images[start : start + size]
+            batches = [turn[idx : idx + batch_size] for idx in range(0, len(turn), batch_size)]
+            shuffle(order)
+            for name in order:
+                started = read_clock(device)
+                found = [self.calls[name](batch) for batch in batches]
+                times[name].append(read_clock(device) - started)
+                answers[name] += found
+        return [{'batch': batch_size, **self._describe(name, times, answers[name])} for name in self.calls]
+
+    def _describe(self, name: str, times: Mapping[str, list[float]], answers: list[Any]) -> dict[str, Any]:
+        speed, spread = describe_ratios(times['main'], times[name])
+        leaves_early = isinstance(answers[0], tuple)
+        logits = np.concatenate([answer.logits if leaves_early else answer for answer in answers])
+        macs = np.mean(self.costs[np.concatenate([each.exit_idx for each in answers])]) if leaves_early else self.total
+        return {
+            'call': name,
+            'top-1, %': 100 * np.mean(logits.argmax(-1) == self.classes[: len(logits)]),
+            'MACs, %': 100 * macs / self.total,
+            'images/s': len(logits) / sum(times[name]),
+            'speed': speed,
+            'quartiles': spread,
+        }

@@ -1,0 +1,86 @@
+"""benchmark.py export-serving: what it counts, and its errors."""
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+from benchmarks import export_serving
+from benchmarks.export_serving import Serving
+from timm_multiexit.deploy.runner import Answer
+
+
+class FakeRunner:
+    """Images are [N, 1, 1, 1], whose value is the exit where they leave; it calls all of them class 1, main class 0."""
+
+    manifest = {
+        'exits': [{'macs': {'sequential': cost}} for cost in (10, 60, 110)],
+        'plain_macs': 100,
+        'num_classes': 2,
+    }
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, images):
+        self.sizes.append(len(images))
+        return np.tile(np.float32([1, 0]), (len(images), 1))
+
+    def infer(self, images, budget):
+        self.sizes.append(len(images))
+        exit_idx = images.reshape(-1).astype(np.int64)
+        return Answer(np.where((exit_idx == 2)[:, None], np.float32([1, 0]), np.float32([0, 1])), exit_idx)
+
+
+def test_accuracy_and_macs_are_those_of_what_was_answered(monkeypatch):
+    # Ten images: five leave at exit 0, three at exit 1, two at main. Two turns of four images are whole.
+    monkeypatch.setattr(export_serving, '_TURN', 4)
+    images = np.float32([0, 0, 0, 1, 2, 0, 1, 2, 0, 1]).reshape(10, 1, 1, 1)
+    classes = np.array([0, 1, 1, 1, 0, 0, 0, 1, 0, 0])
+    first, second = FakeRunner(), FakeRunner()
+    rows = Serving({'net': first, 'other': second}, ['60%', '50%'], images, classes).measure(2)
+    assert [row['call'] for row in rows] == ['main', 'main again', 'net, 60%', 'net, 50%', 'other, 60%', 'other, 50%']
+    assert {row['batch'] for row in rows} == {2}
+    main, early = rows[0], rows[2]
+    assert (main['top-1, %'], main['MACs, %'], main['speed']) == (50.0, 100.0, 1.0)  # classes[:8] has four of class 0
+    # Right: three of class 1 that leave early and the image of class 0 that main answers.
+    assert early['top-1, %'] == 50.0
+    assert early['MACs, %'] == pytest.approx((4 * 10 + 2 * 60 + 2 * 110) / 8)
+    # Once to warm up and four batches of two, for each call.
+    assert first.sizes == [2] * 4 * 5
+    assert second.sizes == [2] * 2 * 5
+
+
+@pytest.mark.slow
+def test_exported_folders_answer_real_images(run_script, make_model, image_folder, tmp_path):
+    import timm_multiexit as tme
+
+    model = make_model(num_classes=2).eval()
+    tme.export(model, tmp_path / 'stages', forms=('fixed', 'stages'), class_names=('cat', 'dog'))
+    flags = ('--images', image_folder / 'val', '--batch-sizes', 1, 4)
+    code, out, err = run_script(benchmark.main, 'export-serving', 'stages', *flags)
+    assert (code, out) == (2, '')
+    assert 'The network has no table of budgets' in err
+    model.calibrate([(torch.randn(32, 3, 64, 64), torch.arange(32) % 2)], budget='80%')
+    tme.export(model, tmp_path / 'conditional', forms=('fixed', 'conditional'), class_names=('cat', 'dog'))
+    flags = (*flags, '--budgets', '80%')
+    code, out, err = run_script(benchmark.main, 'export-serving', 'conditional', *flags, '--output', 'table.txt')
+    assert (code, err) == (0, '')
+    assert (tmp_path / 'table.txt').read_text() == out
+    rows = [line.split() for line in out.splitlines() if 'conditional, 80%' in line or ' main ' in line]
+    assert [row[0] for row in rows] == ['1', '1', '1', '4', '4', '4']
+    assert len({row[-5] for row in rows if row[1] == 'main'}) == 1  # main answers alike, whatever the batches are
+    for wrong, message in (
+        (('--images', 'nowhere'), '--images must be a folder with a folder of images per class, got nowhere.'),
+        (('--num-images', 12), '--num-images must be <= 11, the images of'),
+        (('--num-images', 0), '--num-images must be >= 1, got 0.'),
+    ):
+        code, out, err = run_script(benchmark.main, 'export-serving', 'stages', *flags, *wrong)
+        assert (code, out) == (2, '')
+        assert err.startswith('benchmark.py: error: ')
+        assert message in err
+        assert err.count('\n') == 1
+    (image_folder / 'val/cat').rename(image_folder / 'val/tiger')
+    code, _, err = run_script(benchmark.main, 'export-serving', 'stages', *flags)
+    assert code == 2
+    assert '--images must have the 2 classes of the network, got 2, from dog on.' in err
