@@ -149,12 +149,7 @@ def export_time(args):
     manifest = read_int8(args.int8) if args.int8 else None
     model = create_exported_model(args.model).eval()
     benchmark = ExportBenchmark(model)
-    lines = []
-
-    def show(text):
-        print(text, flush=True)
-        lines.append(text)
-
+    show, lines = create_printer()
     name = args.name or model.pretrained_cfg.get('architecture')
     show(f'{name}, {list(model.input_size)}, batch 1, {args.rounds} rounds')
     show(', '.join(describe_environment().values()))
@@ -180,19 +175,30 @@ def export_serving(args):
 
     threads = args.threads or 1
     torch.set_num_threads(threads)  # with one, times are those of this process alone
+    show, lines = create_printer()
     try:
         runners = {str(path): Runner(path, threads=threads) for path in args.folders}
         images, classes = load_images(next(iter(runners.values())), args.images, args.num_images)
         serving = Serving(runners, args.budgets, images, classes)
-        text = f'{len(images)} images of {list(images.shape[1:])}, {threads} threads of ONNX Runtime\n'
-        text += ', '.join(describe_environment().values())
+        show(f'{len(images)} images of {list(images.shape[1:])}, {threads} threads of ONNX Runtime')
+        show(', '.join(describe_environment().values()))
         for batch_size in args.batch_sizes:
-            text += f'\n\n{format_table(serving.measure(batch_size))}'
+            show(f'\n{format_table(serving.measure(batch_size))}')
     except RunnerError as error:
         raise InvalidValueError(str(error)) from error
-    print(text, flush=True)
     if args.output:
-        write_output(args.output, f'{text}\n'.encode())
+        write_output(args.output, ('\n'.join(lines) + '\n').encode())
+
+
+def create_printer():
+    """Return a function that prints a text at once, and the list of what it has printed."""
+    lines = []
+
+    def show(text):
+        print(text, flush=True)
+        lines.append(text)
+
+    return show, lines
 
 
 def parse_device(text):

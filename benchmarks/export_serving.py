@@ -51,6 +51,9 @@ class Serving:
         budgets: For each runner, as `Runner.infer` takes them.
         images: [N, C, H, W] float32, normalized.
         classes: [N], the true ones.
+
+    Raises:
+        RunnerError: A budget is not allowed.
     """
 
     def __init__(self, runners: Mapping[str, Runner], budgets: Sequence[str], images: np.ndarray, classes: np.ndarray):
@@ -62,12 +65,15 @@ class Serving:
         for name, runner in runners.items():
             for budget in budgets:
                 self.calls[f'{name}, {budget}'] = partial(runner.infer, budget=budget)
+        for call in self.calls.values():
+            call(images[:1])  # a budget that is not allowed is found here
 
     def measure(self, batch_size: int) -> list[dict[str, Any]]:
         """Return a row for each call, all images in batches of this size: turns of some batches, in changing order.
 
-        `speed` is the median over turns of the images/s against those of main in the same turn; MACs are those of
-        the exits where images left, with all heads on the way.
+        `speed` is the median over turns of the images/s against those of main in the same turn; images that do not
+        fill a turn count for accuracy and MACs alone. These are those of the exits where images left, with all heads on
+        the way.
         """
         device = torch.device('cpu')
         times: dict[str, list[float]] = {name: [] for name in self.calls}
@@ -76,28 +82,31 @@ class Serving:
         for call in self.calls.values():
             call(self.images[:batch_size])
         size = batch_size * -(-_TURN // batch_size)
-        starts = range(0, max(len(self.images) - size, 0) + 1, size)  # the last turn is left out unless it is whole
-        for start in starts:
+        for start in range(0, len(self.images), size):
             turn = self.images[start : start + size]
             batches = [turn[idx : idx + batch_size] for idx in range(0, len(turn), batch_size)]
             shuffle(order)
             for name in order:
                 started = read_clock(device)
                 found = [self.calls[name](batch) for batch in batches]
-                times[name].append(read_clock(device) - started)
+                if len(turn) == size or not start:
+                    times[name].append(read_clock(device) - started)
                 answers[name] += found
-        return [{'batch': batch_size, **self._describe(name, times, answers[name])} for name in self.calls]
+        num_images = min(size, len(self.images))
+        return [{'batch': batch_size, **self._describe(name, times, num_images, answers[name])} for name in self.calls]
 
-    def _describe(self, name: str, times: Mapping[str, list[float]], answers: list[Any]) -> dict[str, Any]:
+    def _describe(
+        self, name: str, times: Mapping[str, list[float]], num_images: int, answers: list[Any]
+    ) -> dict[str, Any]:
         speed, spread = describe_ratios(times['main'], times[name])
         leaves_early = isinstance(answers[0], tuple)
         logits = np.concatenate([answer.logits if leaves_early else answer for answer in answers])
         macs = np.mean(self.costs[np.concatenate([each.exit_idx for each in answers])]) if leaves_early else self.total
         return {
             'call': name,
-            'top-1, %': 100 * np.mean(logits.argmax(-1) == self.classes[: len(logits)]),
+            'top-1, %': 100 * np.mean(logits.argmax(-1) == self.classes),
             'MACs, %': 100 * macs / self.total,
-            'images/s': len(logits) / sum(times[name]),
+            'images/s': num_images / np.median(times[name]),
             'speed': speed,
             'quartiles': spread,
         }

@@ -33,22 +33,25 @@ class FakeRunner:
 
 
 def test_accuracy_and_macs_are_those_of_what_was_answered(monkeypatch):
-    # Ten images: five leave at exit 0, three at exit 1, two at main. Two turns of four images are whole.
+    # Ten images: five leave at exit 0, three at exit 1, two at main. Two turns of four images, and two images more.
     monkeypatch.setattr(export_serving, '_TURN', 4)
+    times = iter(range(1000))
+    monkeypatch.setattr(export_serving, 'read_clock', lambda device: next(times))
     images = np.float32([0, 0, 0, 1, 2, 0, 1, 2, 0, 1]).reshape(10, 1, 1, 1)
     classes = np.array([0, 1, 1, 1, 0, 0, 0, 1, 0, 0])
     first, second = FakeRunner(), FakeRunner()
     rows = Serving({'net': first, 'other': second}, ['60%', '50%'], images, classes).measure(2)
     assert [row['call'] for row in rows] == ['main', 'main again', 'net, 60%', 'net, 50%', 'other, 60%', 'other, 50%']
-    assert {row['batch'] for row in rows} == {2}
     main, early = rows[0], rows[2]
-    assert (main['top-1, %'], main['MACs, %'], main['speed']) == (50.0, 100.0, 1.0)  # classes[:8] has four of class 0
-    # Right: three of class 1 that leave early and the image of class 0 that main answers.
-    assert early['top-1, %'] == 50.0
-    assert early['MACs, %'] == pytest.approx((4 * 10 + 2 * 60 + 2 * 110) / 8)
-    # Once to warm up and four batches of two, for each call.
-    assert first.sizes == [2] * 4 * 5
-    assert second.sizes == [2] * 2 * 5
+    assert (main['top-1, %'], main['MACs, %']) == (60.0, 100.0)  # six images are of class 0
+    # Right: three of class 1 that leave early, and the first image of class 0 that main answers.
+    assert early['top-1, %'] == 40.0
+    assert early['MACs, %'] == pytest.approx((5 * 10 + 3 * 60 + 2 * 110) / 10)
+    # A turn of four images takes one tick of this clock.
+    assert {(row['batch'], row['images/s'], row['speed']) for row in rows} == {(2, 4.0, 1.0)}
+    # Each call once to see that it can, once to warm up, and for five batches of two.
+    assert (first.sizes.count(1), first.sizes.count(2)) == (4, 6 * 4)
+    assert (second.sizes.count(1), second.sizes.count(2)) == (2, 6 * 2)
 
 
 @pytest.mark.slow
