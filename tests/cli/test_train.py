@@ -80,6 +80,14 @@ def test_run_without_data_trains_on_the_digits(run_script, tmp_path):
     assert model.input_size == (3, 32, 32)
 
 
+@pytest.mark.parametrize(('warmup', 'warns'), [('2', True), ('0', False)])
+def test_best_epoch_of_the_warm_up_is_told(train_on_images, warmup, warns):
+    run, (_, _, err) = train_on_images('run', '--eed', '--head-warmup-epochs', warmup)
+    best = json.loads((run / 'results.json').read_text())['best_epoch']
+    told = f'best is epoch {best + 1}, and backbone and heads learned together only after 2. --eval-metric mean_top1'
+    assert (told in err, 'learned together' in err) == (warns, warns)
+
+
 def test_best_folder_holds_the_epoch_of_the_best_metric(train_on_images):
     run, _ = train_on_images('run', '--eed', '--epochs', '3', '--eval-metric', 'exit0_top1')
     rows = read_csv(run / 'summary.csv')

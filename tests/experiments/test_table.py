@@ -137,6 +137,25 @@ def test_curves_say_how_main_learns(results):
     assert '| `eed-kl` | 81.00 ± 1.00 | 7.52 | 2.0, 2 of 3 runs |' in text
 
 
+def test_runs_that_chose_the_warm_up_are_told_and_not_summarized(results):
+    for result in results:
+        result['flags'] = {**result['flags'], 'pretrained': True}
+        result['selection'] = {**result['selection'], 'epoch': 0 if result['seed'] < 2 else 1}
+        result['validation'] = [{'eval_top1': 90.0, 'eval_exit0_top1': 50.0}, {'eval_top1': 80.0}]
+        if result['method'] == 'eed-kl':
+            result['validation'][1]['eval_exit0_top1'] = 70.0 + result['seed']
+    text = format_tables([SMALL], results, list(METHODS))
+    line = next(line for line in text.splitlines() if line.startswith('Seeds whose chosen epoch'))
+    assert line.endswith(
+        'on the images that chose: `ce` 0: main 80.00; `ce` 1: main 80.00; `eed-kl` 0: exit 0 70.00, main 80.00;'
+        ' `eed-kl` 1: exit 0 71.00, main 80.00.'
+    )
+    assert '| `eed-kl` | 1 | +0.65, one pair | +0.45, one pair |' in format_summary([SMALL], results)
+    for result in results:
+        result['flags'] = {**result['flags'], 'head-warmup-epochs': 0.0}
+    assert 'Seeds whose' not in format_tables([SMALL], results, list(METHODS))
+
+
 def test_plan_without_results_takes_one_line():
     assert format_tables([SMALL], [], list(METHODS)).count('\n') == 1
 
@@ -174,7 +193,7 @@ def test_script_prints_and_writes_the_tables(tmp_path, results, run_script):
     flags = ('--results', tmp_path / 'results')
     assert run_script(table.main, EXPERIMENTS / 'plans/small.yaml', *flags) == (0, expected, '')
     others = [read_plan(path) for path in PLANS if path.stem != 'small']
-    assert len(others) == 9
+    assert len(others) == 10
     expected = format_tables([SMALL, *others], results, list(METHODS))  # what was measured comes first
     summary = format_summary([SMALL, *others], results)
     (tmp_path / 'docs').mkdir()

@@ -44,31 +44,32 @@ class Regime:
 
     def phase(self, time: float) -> str:
         """Return what trains: 'backbone', 'heads' or 'joint'."""
-        if self.name == 'frozen' or self.backbone_epochs <= time < self._joint_from:
+        if self.name == 'frozen' or self.backbone_epochs <= time < self.joint_from:
             return 'heads'
         return 'backbone' if time < self.backbone_epochs else 'joint'
 
     def distill_scale(self, time: float) -> float:
         """Return the factor of the teacher's pull, from 0 to 1."""
-        if time < self._joint_from:
+        if time < self.joint_from:
             return 0.0
         length = max(self.exit_warmup_epochs, self.head_warmup_epochs)
-        return min(1.0, (time - self._joint_from) / length) if length else 1.0
+        return min(1.0, (time - self.joint_from) / length) if length else 1.0
 
     def backbone_scale(self, time: float) -> float:
         """Return the factor of the backbone's learning rate, from 0 to 1."""
         if not self.head_warmup_epochs or self.phase(time) != 'joint':
             return 1.0
-        return min(1.0, (time - self._joint_from) / self.head_warmup_epochs)
+        return min(1.0, (time - self.joint_from) / self.head_warmup_epochs)
 
     @property
-    def _joint_from(self) -> float:
+    def joint_from(self) -> float:
+        """Epochs before backbone and heads train together."""
         return self.backbone_epochs + self.head_warmup_epochs
 
     @property
     def changes(self) -> bool:
         """Whether some parameters train only for a part of the run, which distributed training must know of."""
-        return self.name != 'frozen' and self._joint_from > 0
+        return self.name != 'frozen' and self.joint_from > 0
 
 
 class RegimeControl:

@@ -1,6 +1,7 @@
 """A training run: its epochs, their evaluation, the files it keeps, and the table at its end."""
 
 import json
+import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from timm_multiexit.training.trainer import Trainer
 from timm_multiexit.utils.environment import describe_environment
 from timm_multiexit.utils.files import RESUME, write_text
 from timm_multiexit.utils.signals import Stopped, Stopper
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -289,6 +292,12 @@ class TrainingRun:
             f'{files.best} is the network: create_model({json.dumps(f"local-dir:{files.best}")}, pretrained=True)\n',
             flush=True,
         )
+        control = self.trainer.regime
+        if best_epoch is not None and control and best_epoch + 1 <= control.regime.joint_from:
+            _logger.warning(
+                f'{files.best} is epoch {best_epoch + 1}, and backbone and heads learned together only after'
+                f' {control.regime.joint_from:g}. --eval-metric mean_top1 chooses by all classifiers.'
+            )
         results = {
             'split': data.split,
             'num_samples': table.num_samples,

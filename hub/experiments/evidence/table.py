@@ -158,7 +158,32 @@ def format_group(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> s
         parts.append(table(curves, left=('method',)))
     if differences:
         parts.append(table(differences, left=('difference',)))
+    if note := _describe_warmups(results, names):
+        parts.append(note)
     return '\n\n'.join(parts)
+
+
+def chose_warmup(result: dict[str, Any]) -> bool:
+    """Return whether a run's epoch is one in which its heads warmed up: nothing distils, and losses do not differ."""
+    flags, epoch = result['flags'], result['selection'].get('epoch')
+    warms_up = flags.get('pretrained') and 'exits' in flags and not flags.get('freeze-backbone')
+    return epoch is not None and epoch + 1 <= flags.get('head-warmup-epochs', 1.0 if warms_up else 0.0)
+
+
+def _describe_warmups(results: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """Return which runs chose an epoch of the warm-up, and what they had at the end; '' for none."""
+    ends = []
+    for result in filter(chose_warmup, results):
+        last = result['validation'][-1]
+        columns = {_header(name): f'eval_exit{name}_top1' for name in names} | {'main': 'eval_top1'}
+        found = ', '.join(f'{name} {last[key]:.2f}' for name, key in columns.items() if key in last)
+        ends.append(f'{code(result["method"])} {result["seed"]}: {found}')
+    if not ends:
+        return ''
+    return (
+        'Seeds whose chosen epoch is one in which heads warmed up, so that losses do not differ there; at the end, on'
+        f' the images that chose: {"; ".join(ends)}.'
+    )
 
 
 def _describe_effort(results: Sequence[dict[str, Any]], method: str, baseline: str) -> str:
@@ -185,8 +210,9 @@ def _curve_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]
     changes = [
         statistics.stdev(after['eval_top1'] - before['eval_top1'] for before, after in zip(curve, curve[1:]))
         for curve in curves.values()
+        if len(curve) > 2
     ]
-    row['sd of changes between epochs'] = f'{statistics.fmean(changes):.2f}'
+    row['sd of changes between epochs'] = f'{statistics.fmean(changes):.2f}' if changes else '-'
     heads = next((f'-{part}' for part in method.split('-') if part in _HEADS), '')
     ends = {r['seed']: r['validation'][-1] for r in results if r['method'] == f'ce{heads}' and 'validation' in r}
     reached = [
@@ -283,7 +309,7 @@ def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> 
     """Return a table in Markdown: what ensembles that teach change, against plain and against cross-entropy alone.
 
     Main, and the first exit against cross-entropy. One row for each group and method of which a pair of runs has been
-    measured.
+    measured, without runs that chose an epoch in which heads warmed up.
 
     Args:
         plans: In order.
@@ -294,6 +320,7 @@ def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> 
     for plan in plans:
         for group in dict.fromkeys(run.group for run in plan.runs):
             done = [by_name[run.name] for run in plan.runs if run.group == group and run.name in by_name]
+            done = [result for result in done if not chose_warmup(result)]
             methods = list(dict.fromkeys(result['method'] for result in done))
             plain = [top1(result)['main'] for result in done if result['method'] == 'plain']
             for method in methods:
