@@ -147,7 +147,7 @@ def test_runs_that_chose_the_warm_up_are_told_and_not_summarized(results):
     text = format_tables([SMALL], results, list(METHODS))
     line = next(line for line in text.splitlines() if line.startswith('Seeds whose chosen epoch'))
     assert line.endswith(
-        'on the images that chose: `ce` 0: main 80.00; `ce` 1: main 80.00; `eed-kl` 0: exit 0 70.00, main 80.00;'
+        'on the images that chose: `ce` 0: main 80.00; `eed-kl` 0: exit 0 70.00, main 80.00; `ce` 1: main 80.00;'
         ' `eed-kl` 1: exit 0 71.00, main 80.00.'
     )
     assert '| `eed-kl` | 1 | +0.65, one pair | +0.45, one pair |' in format_summary([SMALL], results)
