@@ -52,6 +52,7 @@ def answer(line, folder):
     assert re.fullmatch(r'PICTURE: [\w ]+, [0-9.]+ %, at (exit \d|main) with \d+ % of the MACs\n', done.stdout)
 
 
+@pytest.mark.slow
 def test_printed_call_works_whatever_was_exported(tmp_path, run_script):
     model = enliven(tme.create_model('test_resnet', exits=[1], num_classes=4)).eval()
     tme.save_pretrained(model, tmp_path / 'model')
@@ -75,6 +76,7 @@ def test_printed_call_works_whatever_was_exported(tmp_path, run_script):
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_budgets_are_those_of_the_size_that_is_exported(saved, run_script):
     model, folder = saved
     flags = ('--output', 'net', '--img-size', '96', '--forms', 'stages')

@@ -170,15 +170,14 @@ def _train_in_a_group(argv):
     _train_forked(argv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('sign', 'send', 'flags'),
     [
         (signal.SIGTERM, os.killpg, ()),
-        pytest.param(
-            signal.SIGTERM, os.killpg, ('--no-prefetcher', '--use-multi-epochs-loader'), marks=pytest.mark.slow
-        ),
-        pytest.param(signal.SIGINT, os.killpg, (), marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, os.kill, (), marks=pytest.mark.slow),
+        (signal.SIGTERM, os.killpg, ('--no-prefetcher', '--use-multi-epochs-loader')),
+        (signal.SIGINT, os.killpg, ()),
+        (signal.SIGTERM, os.kill, ()),
     ],
     ids=['group', 'group-multi-epochs', 'ctrl-c', 'main'],
 )

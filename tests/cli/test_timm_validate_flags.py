@@ -224,6 +224,7 @@ def test_reparameterized_model_is_smaller_and_answers_the_same():
     assert (num_branches[0] > 0, num_branches[1]) == (True, 0)
 
 
+@pytest.mark.slow
 def test_compiled_model_has_the_same_table(net, run_script):
     plain, _ = run_rows(run_script, '-m', net)
     compiled, _ = run_rows(run_script, '-m', net, '--torchcompile', 'eager')

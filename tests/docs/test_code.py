@@ -110,6 +110,7 @@ PAGES = {
         prepare=(write_imagenette,),
         not_run={'    block.compile()': COMPILES},
         flags={'validate.py': '--batch-size 20'},
+        is_slow=True,
     ),
     'docs/models.md': Page(1),
     'docs/publish.md': Page(3, flags={'train.py': SHORT}),

@@ -408,7 +408,14 @@ ATTRIBUTES += ['set_distilled_training', 'global_pool', 'pretrained_model_args',
 
 
 @pytest.mark.parametrize(
-    'name', [*QUICK, DEIT, SWIN, 'sequencer2d_s', 'levit_128s', 'naflexvit_base_patch16_gap', 'inception_v3']
+    'name',
+    [
+        *QUICK,
+        DEIT,
+        SWIN,
+        pytest.param('sequencer2d_s', marks=pytest.mark.slow),
+        *('levit_128s', 'naflexvit_base_patch16_gap', 'inception_v3'),
+    ],
 )
 def test_model_has_what_its_backbone_has(make_empty, name):
     kwargs = {'depth': 4} if name.startswith('naflex') else {}

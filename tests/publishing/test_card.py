@@ -660,6 +660,7 @@ def test_snippets_run_as_printed(metrics, folder, capsys):
     assert len(capsys.readouterr().out.splitlines()) >= 4
 
 
+@pytest.mark.slow
 def test_snippet_of_onnx_runtime_runs_as_printed(metrics, folder, tmp_path, monkeypatch):
     pytest.importorskip('onnxruntime')
     monkeypatch.chdir(tmp_path)

@@ -498,6 +498,7 @@ def test_arguments_of_timms_own_script_do_not_say_where_weights_are_from(run, fo
     assert '(a file) is unknown' in refused(run, folder)
 
 
+@pytest.mark.slow
 def test_run_from_weights_of_the_registry_names_them(hub, tmp_path, folder):
     base = enliven(timm.create_model('test_resnet'))
     hub.add('timm/test_resnet.r160_in1k', {'model.safetensors': safetensors.torch.save(base.state_dict())})
@@ -521,6 +522,7 @@ def test_run_from_a_repository_takes_over_its_license(hub, tmp_path, folder):
     assert yaml.safe_load((folder / 'args.yaml').read_text())['model'] == f'hf-hub:org/base@{commit}'
 
 
+@pytest.mark.slow
 def test_snippets_of_the_card_run_against_the_hub(hub, run, folder, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     metrics = write_publication(run, folder, REPO)

@@ -146,7 +146,9 @@ def assert_whole(folder):
             safetensors.torch.load_file(folder / name / 'model.safetensors')
 
 
-@pytest.mark.parametrize('metrics', METRICS.values(), ids=METRICS.keys())
+@pytest.mark.parametrize(
+    'metrics', [pytest.param(METRICS['metric'], marks=pytest.mark.slow), METRICS['no-metric']], ids=METRICS.keys()
+)
 def test_kill_before_any_file_operation_changes_nothing_in_the_end(metrics, tmp_path):
     whole = Run(tmp_path / 'whole', metrics).fit()
     expected = whole.contents()

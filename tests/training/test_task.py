@@ -175,6 +175,7 @@ def test_weights_without_an_outside_teacher_are_refused(make_model):
         MultiExitTask(make_model(input_size=SIZE), create_loss('ce'), kd=KDConfig(), verbose=False)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_compiled_with_the_model(make_model, make_teacher):
     model, batch = make_model(input_size=SIZE).eval(), make_batch()
     task = MultiExitTask(model, create_loss('ce'), teacher=make_teacher(), verbose=False).eval()
