@@ -53,12 +53,16 @@ class Serving:
         classes: [N], the true ones.
 
     Raises:
+        InvalidValueError: The folders are of several networks.
         RunnerError: A budget is not allowed.
     """
 
     def __init__(self, runners: Mapping[str, Runner], budgets: Sequence[str], images: np.ndarray, classes: np.ndarray):
         self.images, self.classes = images, classes
         first = next(iter(runners.values()))
+        for name, runner in runners.items():
+            if runner.manifest['exits'] != first.manifest['exits']:
+                raise InvalidValueError(f'FOLDER must be one network in all forms, got another one in {name}.')
         self.costs = np.array([each['macs']['sequential'] for each in first.manifest['exits']])
         self.total = first.manifest['plain_macs']
         self.calls: dict[str, Callable[[np.ndarray], Any]] = {'main': first, 'main again': first}

@@ -8,6 +8,7 @@ import benchmark
 from benchmarks import export_serving
 from benchmarks.export_serving import Serving
 from timm_multiexit.deploy.runner import Answer
+from timm_multiexit.utils.errors import InvalidValueError
 
 
 class FakeRunner:
@@ -52,6 +53,14 @@ def test_accuracy_and_macs_are_those_of_what_was_answered(monkeypatch):
     # Each call once to see that it can, once to warm up, and for five batches of two.
     assert (first.sizes.count(1), first.sizes.count(2)) == (4, 6 * 4)
     assert (second.sizes.count(1), second.sizes.count(2)) == (2, 6 * 2)
+
+
+def test_folders_of_two_networks_are_refused():
+    other = FakeRunner()
+    other.manifest = {**other.manifest, 'exits': other.manifest['exits'][1:]}
+    runners = {'net': FakeRunner(), 'other': other}
+    with pytest.raises(InvalidValueError, match='^FOLDER must be one network in all forms, got another one in other.$'):
+        Serving(runners, ['60%'], np.zeros((1, 1, 1, 1), np.float32), np.zeros(1))
 
 
 @pytest.mark.slow
