@@ -193,7 +193,7 @@ def test_script_prints_and_writes_the_tables(tmp_path, results, run_script):
     flags = ('--results', tmp_path / 'results')
     assert run_script(table.main, EXPERIMENTS / 'plans/small.yaml', *flags) == (0, expected, '')
     others = [read_plan(path) for path in PLANS if path.stem != 'small']
-    assert len(others) == 10
+    assert len(others) == 11
     expected = format_tables([SMALL, *others], results, list(METHODS))  # what was measured comes first
     summary = format_summary([SMALL, *others], results)
     (tmp_path / 'docs').mkdir()
