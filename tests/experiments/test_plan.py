@@ -72,6 +72,8 @@ def test_methods_are_the_papers_losses():
         'beed-kl-narrow': ('all', 1.0, 0.0),
         'ce-quarters': (None, 0.0, 0.0),
         'eed-kl-quarters': ('all', 0.1, 0.0),
+        'ce-quarters-frozen': (None, 0.0, 0.0),
+        'eed-kl-quarters-frozen': ('all', 0.1, 0.0),
         'ce-bottleneck': (None, 0.0, 0.0),
         'eed-kl-bottleneck': ('all', 0.1, 0.0),
         'eed-mse-bottleneck': ('all', 1.0, 0.0),

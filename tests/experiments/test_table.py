@@ -105,6 +105,8 @@ def test_distances_are_compared_with_their_like():
     assert baselines('eed-mse-bottleneck', METHODS) == ['plain', 'eed-mse', 'ce-bottleneck']
     assert baselines('beed-kl', METHODS) == ['plain', 'ce', 'phuong-kl', 'byot-kl', 'eed-kl']
     assert baselines('eed-kl-weight-1', METHODS) == ['plain', 'ce', 'phuong-kl', 'byot-kl', 'eed-kl']
+    quarters = ['plain', 'eed-kl', 'ce-quarters-frozen', 'eed-kl-quarters']  # the last in another regime
+    assert baselines('eed-kl-quarters-frozen', METHODS) == [quarters[0], quarters[1], quarters[3], quarters[2]]
     assert [baselines(name, METHODS) for name in ('plain', 'ce', 'phuong-kl', 'ce-narrow')] == [[], [], [], ['ce']]
 
 
@@ -151,9 +153,20 @@ def test_runs_that_chose_the_warm_up_are_told_and_not_summarized(results):
         ' `eed-kl` 1: exit 0 71.00, main 80.00.'
     )
     assert '| `eed-kl` | 1 | +0.65, one pair | +0.45, one pair |' in format_summary([SMALL], results)
+    frozen = {'regime': 'frozen'}, {'freeze-backbone': True}  # its heads learn by the loss from the first epoch
+    for flags in ({'head-warmup-epochs': 0.0}, *frozen):
+        others = [{**result, 'flags': {**result['flags'], **flags}} for result in results]
+        assert 'Seeds whose' not in format_tables([SMALL], others, list(METHODS))
+
+
+def test_methods_whose_epochs_are_chosen_by_other_metrics_are_named(results):
+    assert '. Epoch chosen by top1 on 5000 images held out of train.' in format_tables([SMALL], results, list(METHODS))
     for result in results:
-        result['flags'] = {**result['flags'], 'head-warmup-epochs': 0.0}
-    assert 'Seeds whose' not in format_tables([SMALL], results, list(METHODS))
+        if result['method'] != 'plain':
+            result['selection'] = {**result['selection'], 'by': 'mean_top1'}
+    text = format_tables([SMALL], results, list(METHODS))
+    for methods, metric in (('`ce`, `eed-kl`', r'mean\_top1'), ('`plain`', 'top1')):
+        assert f'. Epoch of {methods} chosen by {metric} on 5000 images held out of train.' in text
 
 
 def test_plan_without_results_takes_one_line():

@@ -24,8 +24,9 @@ _BASELINES = ('ce', 'phuong', 'byot')
 
 _DISTANCES = ('kl', 'mse')
 
-# Endings of methods that have other heads or other places, for all of their rivals alike.
+# Endings of methods that have other heads or other places, or a backbone that stays, for all of their rivals alike.
 _HEADS = ('narrow', 'bottleneck', 'quarters')
+_REGIMES = ('frozen',)
 
 _ENSEMBLES = ('eed', 'beed')
 
@@ -95,16 +96,22 @@ def baselines(method: str, present: Iterable[str]) -> list[str]:
     ['plain', 'ce', 'phuong-mse', 'byot-mse', 'eed-mse']
     >>> baselines('ce-bottleneck', ['plain', 'ce', 'ce-bottleneck']), baselines('ce', ['plain', 'ce'])
     (['ce'], [])
+    >>> baselines('eed-kl-quarters-frozen', ['plain', 'ce-quarters', 'ce-quarters-frozen', 'eed-kl-quarters'])
+    ['plain', 'ce-quarters-frozen', 'eed-kl-quarters']
     """
     parts = method.split('-')
     distance = next((part for part in parts if part in _DISTANCES), '')
-    heads = next((f'-{part}' for part in parts if part in _HEADS), '')
+    heads, ending = _ending(method, _HEADS), _ending(method, _HEADS + _REGIMES)
     loss = f'{parts[0]}-{distance}' if distance else parts[0]
-    wanted = {loss, f'{loss}{heads}'} - {method}
+    wanted = {loss, f'{loss}{heads}', f'{loss}{ending}'} - {method}
     if parts[0] in _ENSEMBLES:
         rivals = (*_BASELINES, 'eed') if parts[0] == 'beed' else _BASELINES
-        wanted |= {'plain', *(f'{name}{heads}' for name in rivals), *(f'{name}-{distance}{heads}' for name in rivals)}
+        wanted |= {'plain', *(f'{name}{ending}' for name in rivals), *(f'{name}-{distance}{ending}' for name in rivals)}
     return [name for name in present if name in wanted]
+
+
+def _ending(method: str, words: Sequence[str]) -> str:
+    return ''.join(f'-{part}' for part in method.split('-') if part in words)
 
 
 def paired(results: Iterable[dict[str, Any]], method: str, baseline: str, classifier: str) -> list[float]:
@@ -166,7 +173,8 @@ def format_group(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> s
 def chose_warmup(result: dict[str, Any]) -> bool:
     """Return whether a run's epoch is one in which its heads warmed up: nothing distils, and losses do not differ."""
     flags, epoch = result['flags'], result['selection'].get('epoch')
-    warms_up = flags.get('pretrained') and 'exits' in flags and not flags.get('freeze-backbone')
+    is_frozen = flags.get('freeze-backbone') or flags.get('regime') == 'frozen'
+    warms_up = flags.get('pretrained') and 'exits' in flags and not is_frozen
     return epoch is not None and epoch + 1 <= flags.get('head-warmup-epochs', 1.0 if warms_up else 0.0)
 
 
@@ -213,8 +221,8 @@ def _curve_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]
         if len(curve) > 2
     ]
     row['sd of changes between epochs'] = f'{statistics.fmean(changes):.2f}' if changes else '-'
-    heads = next((f'-{part}' for part in method.split('-') if part in _HEADS), '')
-    ends = {r['seed']: r['validation'][-1] for r in results if r['method'] == f'ce{heads}' and 'validation' in r}
+    rival = f'ce{_ending(method, _HEADS + _REGIMES)}'
+    ends = {r['seed']: r['validation'][-1] for r in results if r['method'] == rival and 'validation' in r}
     reached = [
         next((epoch for epoch, values in enumerate(curve, 1) if values['eval_top1'] >= ends[seed]['eval_top1']), None)
         for seed, curve in curves.items()
@@ -344,13 +352,15 @@ def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> 
 def _describe(results: Sequence[dict[str, Any]]) -> str:
     """Return how results were measured, in words."""
     first = results[0]
-    selections = {
-        (str(r['selection']['by']), r['selection']['on'], r['selection']['is_reported_split']) for r in results
-    }
+    selections: dict[tuple[str, str, bool], list[str]] = {}
+    for r in results:
+        selection = (str(r['selection']['by']), r['selection']['on'], r['selection']['is_reported_split'])
+        selections.setdefault(selection, []).append(r['method'])
     text = f'top-1 in percent on {first["num_samples"]:,} images of {escape(first["split"])}, mean ± standard deviation'
     text += ' over n seeds; differences of runs of the same seed, mean ± half of the 95 % interval. '
-    for by, on, is_reported in sorted(selections):
-        text += f'Epoch chosen by {escape(by)} on {escape(on)}{", the reported images" if is_reported else ""}. '
+    for (by, on, is_reported), methods in sorted(selections.items()):
+        named = f' of {", ".join(map(code, dict.fromkeys(methods)))}' if len(selections) > 1 else ''
+        text += f'Epoch{named} chosen by {escape(by)} on {escape(on)}{", the reported images" if is_reported else ""}. '
     for key in ('commit', 'hardware', 'threads', 'versions'):
         values = sorted({str(result[key]) for result in results})
         text += f'{key.capitalize()}: {"; ".join(map(escape, values))}. '
