@@ -165,7 +165,7 @@ def test_methods_whose_epochs_are_chosen_by_other_metrics_are_named(results):
         if result['method'] != 'plain':
             result['selection'] = {**result['selection'], 'by': 'mean_top1'}
     text = format_tables([SMALL], results, list(METHODS))
-    for methods, metric in (('`ce`, `eed-kl`', r'mean\_top1'), ('`plain`', 'top1')):
+    for methods, metric in (('`ce`, `eed-kl`', 'mean_top1'), ('`plain`', 'top1')):
         assert f'. Epoch of {methods} chosen by {metric} on 5000 images held out of train.' in text
 
 
