@@ -179,7 +179,8 @@ def export_serving(args):
     try:
         runners = {str(path): Runner(path, threads=threads) for path in args.folders}
         images, classes = load_images(next(iter(runners.values())), args.images, args.num_images)
-        serving = Serving(runners, args.budgets, images, classes)
+        model = create_exported_model(args.model) if args.model else None
+        serving = Serving(runners, args.budgets, images, classes, model)
         show(f'{len(images)} images of {list(images.shape[1:])}, {threads} threads of ONNX Runtime')
         show(', '.join(describe_environment().values()))
         for batch_size in args.batch_sizes:
@@ -261,6 +262,7 @@ def create_parser():
     command = commands.add_parser('export-serving', help='exported folders and budgets on real images')
     command.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='exported, of one network; main first')
     command.add_argument('--images', type=Path, required=True, metavar='DIR', help='a folder of images per class')
+    command.add_argument('--model', metavar='NAME', help='the network in PyTorch, as of `export`, beside them')
     command.add_argument('--budgets', nargs='+', default=('60%',), metavar='B', help='default: 60%%')
     command.add_argument('--batch-sizes', nargs='+', type=int, default=(1, 64), metavar='N', help='default: 1 64')
     command.add_argument('--num-images', type=int, metavar='N', help='default: all')

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torchvision.datasets import ImageFolder
 
-from timm_multiexit.deploy.runner import Runner
+from timm_multiexit.deploy.manifest import describe_exported
+from timm_multiexit.deploy.runner import Answer, Runner
+from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.utils.errors import InvalidValueError, MissingFileError
 from timm_multiexit.utils.timing import describe_ratios, read_clock
 
@@ -43,6 +45,32 @@ def load_images(runner: Runner, folder: Path, num_images: int | None) -> tuple[n
     return np.concatenate([runner.preprocess(path) for path in paths]), np.array(classes)
 
 
+class EagerRunner:
+    """A model in PyTorch that answers as an exported folder's runner does, in channels last.
+
+    Args:
+        model: In eval mode, on the CPU.
+        input_size: (channels, height, width) of an image.
+    """
+
+    def __init__(self, model: MultiExitModel, input_size: tuple[int, int, int]):
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.manifest = describe_exported(model, input_size, class_names=None, policy=None)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Return main's logits [B, C]."""
+        with torch.inference_mode():
+            return self.model(self._to_tensor(images)).numpy()
+
+    def infer(self, images: np.ndarray, budget: str) -> Answer:
+        """Return what is answered under a budget."""
+        prediction = self.model.infer(self._to_tensor(images), budget=budget)
+        return Answer(prediction.logits.numpy(), prediction.exit_idx.numpy())
+
+    def _to_tensor(self, images: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
+
+
 class Serving:
     """Exported folders of one network, which answer the same images in turns.
 
@@ -51,22 +79,34 @@ class Serving:
         budgets: For each runner, as `Runner.infer` takes them.
         images: [N, C, H, W] float32, normalized.
         classes: [N], the true ones.
+        model: The network in PyTorch, which takes turns too.
 
     Raises:
         InvalidValueError: The folders are of several networks.
         RunnerError: A budget is not allowed.
     """
 
-    def __init__(self, runners: Mapping[str, Runner], budgets: Sequence[str], images: np.ndarray, classes: np.ndarray):
+    def __init__(
+        self,
+        runners: Mapping[str, Runner],
+        budgets: Sequence[str],
+        images: np.ndarray,
+        classes: np.ndarray,
+        model: MultiExitModel | None = None,
+    ):
         self.images, self.classes = images, classes
         first = next(iter(runners.values()))
-        for name, runner in runners.items():
+        eager = {} if model is None else {'PyTorch': EagerRunner(model, images.shape[1:])}
+        everyone: dict[str, Runner | EagerRunner] = {**runners, **eager}
+        for name, runner in everyone.items():
             if runner.manifest['exits'] != first.manifest['exits']:
-                raise InvalidValueError(f'FOLDER must be one network in all forms, got another one in {name}.')
+                where = '--model' if name in eager else name
+                raise InvalidValueError(f'FOLDER must be one network in all forms, got another one in {where}.')
         self.costs = np.array([each['macs']['sequential'] for each in first.manifest['exits']])
         self.total = first.manifest['plain_macs']
         self.calls: dict[str, Callable[[np.ndarray], Any]] = {'main': first, 'main again': first}
-        for name, runner in runners.items():
+        self.calls |= {f'{name}, main': runner for name, runner in eager.items()}
+        for name, runner in everyone.items():
             for budget in budgets:
                 self.calls[f'{name}, {budget}'] = partial(runner.infer, budget=budget)
         for call in self.calls.values():

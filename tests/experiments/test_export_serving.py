@@ -6,7 +6,7 @@ import torch
 
 import benchmark
 from benchmarks import export_serving
-from benchmarks.export_serving import Serving
+from benchmarks.export_serving import EagerRunner, Serving
 from timm_multiexit.deploy.runner import Answer
 from timm_multiexit.utils.errors import InvalidValueError
 
@@ -63,6 +63,22 @@ def test_folders_of_two_networks_are_refused():
         Serving(runners, ['60%'], np.zeros((1, 1, 1, 1), np.float32), np.zeros(1))
 
 
+def test_pytorch_answers_as_a_runner_does(make_model):
+    model = make_model().eval()
+    model.calibrate([(torch.randn(32, 3, 64, 64), torch.arange(32) % 10)], budget='80%')
+    images = torch.randn(5, 3, 64, 64)
+    eager = EagerRunner(model, (3, 64, 64))
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(eager(images.numpy())), model(images), atol=1e-5)
+    answer, expected = eager.infer(images.numpy(), '80%'), model.infer(images, budget='80%')
+    assert answer.exit_idx.tolist() == expected.exit_idx.tolist()
+    assert torch.allclose(torch.from_numpy(answer.logits), expected.logits, atol=1e-5)
+    with pytest.raises(
+        InvalidValueError, match='^FOLDER must be one network in all forms, got another one in --model.$'
+    ):
+        Serving({'net': FakeRunner()}, ['60%'], images.numpy(), np.zeros(5), model)
+
+
 @pytest.mark.slow
 def test_exported_folders_answer_real_images(run_script, make_model, image_folder, tmp_path):
     import timm_multiexit as tme
@@ -76,10 +92,17 @@ def test_exported_folders_answer_real_images(run_script, make_model, image_folde
     model.calibrate([(torch.randn(32, 3, 64, 64), torch.arange(32) % 2)], budget='80%')
     tme.export(model, tmp_path / 'conditional', forms=('fixed', 'conditional'), class_names=('cat', 'dog'))
     flags = (*flags, '--budgets', '80%')
-    code, out, err = run_script(benchmark.main, 'export-serving', 'conditional', *flags, '--output', 'table.txt')
+    tme.save_pretrained(model, tmp_path / 'model')
+    eager = ('--model', 'model', '--output', 'table.txt')
+    code, out, err = run_script(benchmark.main, 'export-serving', 'conditional', *flags, *eager)
     assert (code, err) == (0, '')
     assert (tmp_path / 'table.txt').read_text() == out
-    rows = [line.split() for line in out.splitlines() if 'conditional, 80%' in line or ' main ' in line]
+    rows = [line.split() for line in out.splitlines() if ', 80%' in line]
+    assert [row[1] for row in rows] == 2 * ['conditional,', 'PyTorch,']
+    assert len({tuple(row[3:5]) for row in rows}) == 1  # the same accuracy and MACs
+    assert out.count('PyTorch, main') == 2
+    lines = [line for line in out.splitlines() if 'PyTorch' not in line]
+    rows = [line.split() for line in lines if 'conditional, 80%' in line or ' main ' in line]
     assert [row[0] for row in rows] == ['1', '1', '1', '4', '4', '4']
     assert len({row[-5] for row in rows if row[1] == 'main'}) == 1  # main answers alike, whatever the batches are
     for wrong, message in (
