@@ -41,7 +41,7 @@ def calibrate(
     With `max_drop`, the true accuracy is less than main's by at most that with probability 1 - `delta` over the draw
     of the held-out samples (see `timm_multiexit.calibration.bounded_drop`). One half of them, drawn with a fixed seed,
     gives policies from careful to cheap, the other half tests them. A policy that uses no exit is always safe and is
-    returned with a warning where no other passes; at least 1.1 log(1 / delta) / max_drop tested samples are needed, about.
+    returned with a warning where no other passes; about 1.1 log(1 / delta) / max_drop tested samples are needed.
 
     Args:
         logits: One [N, C] tensor per classifier, main last, of held-out samples, independent of each other.
