@@ -178,8 +178,8 @@ def export_serving(args):
     show, lines = create_printer()
     try:
         runners = {str(path): Runner(path, threads=threads) for path in args.folders}
-        images, classes = load_images(next(iter(runners.values())), args.images, args.num_images)
         model = create_exported_model(args.model) if args.model else None
+        images, classes = load_images(next(iter(runners.values())), args.images, args.num_images)
         serving = Serving(runners, args.budgets, images, classes, model)
         show(f'{len(images)} images of {list(images.shape[1:])}, {threads} threads of ONNX Runtime')
         show(', '.join(describe_environment().values()))
