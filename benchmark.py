@@ -262,7 +262,7 @@ def create_parser():
     command = commands.add_parser('export-serving', help='exported folders and budgets on real images')
     command.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='exported, of one network; main first')
     command.add_argument('--images', type=Path, required=True, metavar='DIR', help='a folder of images per class')
-    command.add_argument('--model', metavar='NAME', help='the network in PyTorch, as of `export`, beside them')
+    command.add_argument('--model', help='folder of the run or model, for its times in PyTorch beside them')
     command.add_argument('--budgets', nargs='+', default=('60%',), metavar='B', help='default: 60%%')
     command.add_argument('--batch-sizes', nargs='+', type=int, default=(1, 64), metavar='N', help='default: 1 64')
     command.add_argument('--num-images', type=int, metavar='N', help='default: all')
