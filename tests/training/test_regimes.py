@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
 
 from timm_multiexit.losses.multi_exit_loss import create_loss
 from timm_multiexit.training.regimes import Regime, RegimeControl, split_exit_groups
@@ -32,7 +33,7 @@ class Batches:
 class Run:
     """A model in training under a regime; `log` has phase, scale of the teacher and rates of every step."""
 
-    def __init__(self, model, regime, *, make_scheduler=None, lr_scale=1.0, **optim):
+    def __init__(self, model, regime, *, make_scheduler=None, lr_scale=1.0, freeze_bn_stats=False, **optim):
         self.model, self.log = model, []
         self.task = MultiExitTask(model, create_loss('eed', output_loss='mse'), verbose=False)
         optim = {'opt': 'sgd', 'lr': 0.02, 'momentum': 0.9, 'weight_decay': 0.01, **optim}
@@ -44,7 +45,7 @@ class Run:
             self.task,
             self.optimizer,
             accelerator=Accelerator(cpu=True),
-            config=TrainerConfig(),
+            config=TrainerConfig(freeze_bn_stats=freeze_bn_stats),
             scheduler=make_scheduler(self.optimizer) if make_scheduler else None,
             regime=self.control,
         )
@@ -146,6 +147,40 @@ def test_joint_phase_trains_all_again(model):
     trained = {name for name, _ in model.named_parameters()}
     assert trained <= changed(before, run.state())
     assert any(key.startswith('backbone.') and 'running_mean' in key for key in changed(before, run.state()))
+
+
+def test_norms_of_the_backbone_keep_their_statistics_in_every_phase(model):
+    regime = Regime('mixed', backbone_epochs=1, head_warmup_epochs=0.5)
+    run = Run(model, regime, freeze_bn_stats=True)
+    statistics = {key for key in run.state() if 'running_' in key or 'num_batches' in key}
+    own = {key for key in statistics if key.startswith('backbone.')}
+    assert len(own) > 10 and statistics - own
+    before = run.state()
+    run.train(0, 1, 2)
+    assert [entry[0] for entry in run.log][::4] == ['backbone', 'heads', 'joint']
+    after = changed(before, run.state())
+    assert own & after == set()
+    assert statistics - own <= after
+    assert {name for name, _ in model.named_parameters()} <= after
+
+
+def test_plain_network_with_norms_that_stay_learns_as_in_eval_mode(model):
+    network = model.backbone
+    expected = deepcopy(network)
+    task = ClassificationTask(network, verbose=False)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02)
+    accelerator = Accelerator(cpu=True)
+    trainer = Trainer(task, optimizer, accelerator=accelerator, config=TrainerConfig(freeze_bn_stats=True))
+    batches = Batches()
+    trainer.train_epoch(0, batches)
+
+    optimizer = torch.optim.SGD(expected.eval().parameters(), lr=0.02)
+    for images, target in batches.batches:
+        optimizer.zero_grad()
+        F.cross_entropy(expected(images), target).backward()
+        optimizer.step()
+    for key, tensor in expected.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[key], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_heads_warm_up_at_the_highest_rate_and_the_schedule_goes_on_behind(model):

@@ -86,17 +86,19 @@ class RegimeControl:
         self.phase = 'joint'
         self.backbone_scale = 1.0
 
-    def begin_step(self, time: float) -> None:
-        """Set what trains in the step at `time`, in epochs."""
+    def begin_step(self, time: float) -> bool:
+        """Set what trains in the step at `time`, in epochs, and return whether that changed, and modules' modes with it."""
         if not isinstance(self.model, MultiExitModel):
-            return
+            return False
         phase = self.regime.phase(time)
-        if phase != self.phase:
+        is_new = phase != self.phase
+        if is_new:
             self.model.freeze_backbone(phase == 'heads', trains_classifier=self.regime.trains_classifier)
             self.task.trains_main_alone = phase == 'backbone'
             self.phase = phase
         self.task.loss.distill_scale = self.regime.distill_scale(time)
         self.backbone_scale = self.regime.backbone_scale(time)
+        return is_new
 
     @contextmanager
     def rates(self) -> Iterator[None]:

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.task import TrainingTask
-from timm.utils import dispatch_clip_grad
-from torch import Tensor
+from timm.utils import dispatch_clip_grad, unwrap_model
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_multiexit.data.seeding import SeededLoader, Stream, seed_generators
 from timm_multiexit.losses.multi_exit_loss import LossTerms
+from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.training.regimes import RegimeControl
 from timm_multiexit.training.running_metrics import RunningMetrics
 from timm_multiexit.utils.errors import DataError, InvalidValueError
@@ -45,6 +47,8 @@ class TrainerConfig:
         mixup_off_epoch: Epoch from which `mixup_fn` mixes no more; 0 for never.
         synchronize: Wait for the device after every step.
         shows_progress: Draw a bar.
+        freeze_bn_stats: Batch norms, but for those of the heads, normalize by their running statistics and keep them;
+            their weights train.
     """
 
     epochs: int = 1
@@ -60,6 +64,7 @@ class TrainerConfig:
     mixup_off_epoch: int = 0
     synchronize: bool = False
     shows_progress: bool = False
+    freeze_bn_stats: bool = False
 
 
 class Trainer:
@@ -107,6 +112,7 @@ class Trainer:
         self._sync_lookahead = getattr(raw, 'sync_lookahead', None)
         module: Any = task.get_trainable_module()
         self._dtype = next(module.parameters()).dtype
+        self._fixed_norms = _find_norms(module) if config.freeze_bn_stats else []
         self.epoch = self.batch = self.num_updates = 0
         self.progress: RunningMetrics | None = None
         self.images: Tensor | None = None
@@ -130,7 +136,7 @@ class Trainer:
             InvalidValueError: A batch is too small for the batch norms.
         """
         config, accelerator = self.config, self.accelerator
-        self.task.train()
+        self._set_training_mode()
         num_batches, accum = len(loader), config.grad_accum_steps
         self.epoch, self.batch = epoch, first_batch
         self.num_updates = epoch * math.ceil(num_batches / accum) + first_batch // accum
@@ -151,8 +157,8 @@ class Trainer:
             # The true window: the tail of an epoch is shorter, and its gradient must not be scaled as if it were full.
             window = min(accum, num_batches - batch_idx // accum * accum)
             is_step = is_last or (batch_idx + 1) % accum == 0
-            if self.regime:
-                self.regime.begin_step(epoch + batch_idx / num_batches)
+            if self.regime and self.regime.begin_step(epoch + batch_idx / num_batches):
+                self._set_training_mode()
             seed_generators(config.seed, Stream.STEP, epoch, batch_idx, accelerator.process_index, all_devices=True)
             with nullcontext() if is_step else accelerator.no_sync(self.task.trainable_module):
                 result, target = self._forward_backward(images, target, window)
@@ -173,6 +179,11 @@ class Trainer:
         if self.batch < num_batches:
             self.progress.check_finite(accelerator)
         return self.progress.metrics(self.progress.state_dict(accelerator))
+
+    def _set_training_mode(self) -> None:
+        self.task.train()
+        for norm in self._fixed_norms:
+            norm.eval()
 
     def _set_mixing(self, epoch: int) -> None:
         if self.mixup_fn is not None and hasattr(self.mixup_fn, 'mixup_enabled'):
@@ -266,6 +277,13 @@ class Trainer:
         _logger.info(
             f'Train {self.epoch + 1:>3}/{self.config.epochs} [{self.batch:>4}/{num_batches}]  {" | ".join(parts)}'
         )
+
+
+def _find_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the batch norms of a network without its heads, which are fresh."""
+    model = unwrap_model(model)
+    backbone = model.backbone if isinstance(model, MultiExitModel) else model
+    return [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
 
 
 def show_progress(

@@ -32,7 +32,7 @@ OURS = (
     'eed exit_feature_weight exit_head exit_loss exit_lr_scale exit_output_loss exit_output_weight exit_projectors'
     ' exit_survivors exit_teacher exit_teacher_weights exit_temperature exit_warmup_epochs exit_weights exits head_widths freeze_backbone regime'
     ' backbone_epochs head_warmup_epochs test_split val_from_train bad_images cache_images'
-    ' crop_padding log_with progress push_to_hub hub_private'
+    ' crop_padding freeze_bn_stats log_with progress push_to_hub hub_private'
     ' hub_license'
 ).split()
 
@@ -387,6 +387,9 @@ REFUSED = {
     '--aug-splits 2 --no-prefetcher': 'Leave out --no-prefetcher',
     '--split-bn': '--split-bn needs augmentation splits, got --aug-splits 0',
     '--split-bn --sync-bn --aug-splits 2': '--split-bn and --sync-bn contradict',
+    '--freeze-bn-stats': '--freeze-bn-stats keeps the statistics of trained weights',
+    '--freeze-bn-stats --pretrained --sync-bn': '--freeze-bn-stats takes no statistics of batches',
+    '--freeze-bn-stats --pretrained --split-bn --aug-splits 2': '--freeze-bn-stats takes no statistics of batches',
     '--mixup 0.2 --batch-size 7': '--batch-size must be even for --mixup and --cutmix, got 7.',
     '--mixup 0.2 --mixup-mode half --no-prefetcher': '--mixup-mode half needs the prefetcher',
     '--train-img-sizes 32 --use-multi-epochs-loader': '--train-img-sizes cannot be combined with',

@@ -189,6 +189,13 @@ AUGMENTATION_FLAGS = (
     value('--crop-padding', positive_int, None, 'N', 'crop at random from images padded by N zero pixels, 4 for CIFAR'),
 )
 
+NORM_FLAGS = (
+    switch(
+        '--freeze-bn-stats',
+        "the backbone's batch norms normalize by the statistics of its pretrained weights, which stay",
+    ),
+)
+
 RUN_FLAGS = (
     value(
         '--log-with', Choice('tensorboard', 'wandb'), [], None, 'write the curves of the run for these too', nargs='+'

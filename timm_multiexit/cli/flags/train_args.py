@@ -14,6 +14,7 @@ from timm_multiexit.cli.flags.exit_flags import (
     DATA_FLAGS,
     EXIT_FLAGS,
     EXIT_TRAIN_FLAGS,
+    NORM_FLAGS,
     RUN_FLAGS,
     join_shares,
 )
@@ -67,7 +68,12 @@ def create_train_parser(prog: str = 'train.py') -> ScriptParser:
     parser.add_argument(
         '-c', '--config', default='', metavar='FILE', help='YAML file of flag values; flags given here win'
     )
-    ours = {'Data': DATA_FLAGS, 'Augmentation and regularization': AUGMENTATION_FLAGS, 'Run': RUN_FLAGS}
+    ours = {
+        'Data': DATA_FLAGS,
+        'Augmentation and regularization': AUGMENTATION_FLAGS,
+        'Batch norm': NORM_FLAGS,
+        'Run': RUN_FLAGS,
+    }
     for title, flags in TIMM_FLAGS.items():
         add_flags(parser, title, (*flags, *ours.get(title, ())))
         if title == 'Model':

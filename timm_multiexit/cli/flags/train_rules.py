@@ -108,6 +108,14 @@ TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
     ),
     (lambda a: a.split_bn and a.sync_bn, '--split-bn and --sync-bn contradict each other. Give one of them.'),
     (
+        lambda a: a.freeze_bn_stats and (a.split_bn or a.sync_bn),
+        '--freeze-bn-stats takes no statistics of batches, which --split-bn and --sync-bn are about. Leave one out.',
+    ),
+    (
+        lambda a: a.freeze_bn_stats and not (a.pretrained or a.pretrained_path or a.initial_checkpoint or a.resume),
+        '--freeze-bn-stats keeps the statistics of trained weights: add --pretrained or --initial-checkpoint.',
+    ),
+    (
         lambda a: is_mixing(a) and a.batch_size % 2,
         '--batch-size must be even for --mixup and --cutmix, got {batch_size}.',
     ),
