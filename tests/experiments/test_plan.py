@@ -73,6 +73,8 @@ def test_methods_are_the_papers_losses():
         'ce-quarters': (None, 0.0, 0.0),
         'eed-kl-quarters': ('all', 0.1, 0.0),
         'ce-quarters-frozen': (None, 0.0, 0.0),
+        'ce-quarters-fixednorms': (None, 0.0, 0.0),
+        'eed-kl-quarters-fixednorms': ('all', 0.1, 0.0),
         'eed-kl-quarters-frozen': ('all', 0.1, 0.0),
         'ce-bottleneck': (None, 0.0, 0.0),
         'eed-kl-bottleneck': ('all', 0.1, 0.0),
@@ -85,7 +87,8 @@ def test_methods_are_the_papers_losses():
         model = create_model('cifar_resnet18', exits='auto', head='paper', num_classes=10)
     found = {}
     for name, flags in METHODS.items():
-        if flags:
+        if 'exits' in flags:
+            flags = {**flags, 'pretrained': True}  # which some need
             run = PlannedRun('short16', 'c', 'cifar_resnet18', name, 0, ROOT / 'hub/recipes/short16.yaml', flags, flags)
             loss = create_task(parse_train_args(run.arguments('data')), model, torch.device('meta')).loss
             found[name] = (loss.teacher, loss.output_weight, loss.feature_weight)

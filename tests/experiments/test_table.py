@@ -53,7 +53,7 @@ def test_runs_that_chose_the_warm_up_are_told_and_not_summarized(results):
         'on the images that chose: `ce` 0: main 80.00; `eed-kl` 0: exit 0 70.00, main 80.00; `ce` 1: main 80.00;'
         ' `eed-kl` 1: exit 0 71.00, main 80.00.'
     )
-    assert '| `eed-kl` | 1 | +0.65, one pair | +0.45, one pair |' in format_summary([SMALL], results)
+    assert format_summary([SMALL], results).count('\n') == 2  # the pair of seed 2 is not enough
     frozen = {'regime': 'frozen'}, {'freeze-backbone': True}  # its heads learn by the loss from the first epoch
     for flags in ({'head-warmup-epochs': 0.0}, *frozen):
         others = [{**result, 'flags': {**result['flags'], **flags}} for result in results]

@@ -87,7 +87,7 @@ class RegimeControl:
         self.backbone_scale = 1.0
 
     def begin_step(self, time: float) -> bool:
-        """Set what trains in the step at `time`, in epochs, and return whether that changed, and modules' modes with it."""
+        """Set what trains in the step at `time`, in epochs; return whether that changed, and modules' modes with it."""
         if not isinstance(self.model, MultiExitModel):
             return False
         phase = self.regime.phase(time)

@@ -18,9 +18,9 @@ _BASELINES = ('ce', 'phuong', 'byot')
 _ENSEMBLES = ('eed', 'beed')
 _DISTANCES = ('kl', 'mse')
 
-# Endings of methods that have other heads or other places, or a backbone that stays, for all of their rivals alike.
+# Endings of methods that have other heads or other places, or whose backbone or its norms stay, all their rivals alike.
 _HEADS = ('narrow', 'bottleneck', 'quarters')
-_REGIMES = ('frozen',)
+_REGIMES = ('frozen', 'fixednorms')
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -90,15 +90,18 @@ def baselines(method: str, present: Iterable[str]) -> list[str]:
     (['ce'], [])
     >>> baselines('eed-kl-quarters-frozen', ['plain', 'ce-quarters', 'ce-quarters-frozen', 'eed-kl-quarters'])
     ['plain', 'ce-quarters-frozen', 'eed-kl-quarters']
+    >>> baselines('eed-kl-quarters-fixednorms', ['plain', 'plain-fixednorms', 'ce-quarters', 'ce-quarters-fixednorms'])
+    ['plain', 'plain-fixednorms', 'ce-quarters-fixednorms']
     """
     parts = method.split('-')
     distance = next((part for part in parts if part in _DISTANCES), '')
-    heads, ending = _ending(method, _HEADS), _ending(method, _HEADS + _REGIMES)
+    heads, regime, ending = (_ending(method, words) for words in (_HEADS, _REGIMES, _HEADS + _REGIMES))
     loss = f'{parts[0]}-{distance}' if distance else parts[0]
     wanted = {loss, f'{loss}{heads}', f'{loss}{ending}'} - {method}
     if is_taught_by_ensemble(method):
         rivals = (*_BASELINES, 'eed') if parts[0] == 'beed' else _BASELINES
-        wanted |= {'plain', *(f'{name}{ending}' for name in rivals), *(f'{name}-{distance}{ending}' for name in rivals)}
+        wanted |= {'plain', f'plain{regime}'}
+        wanted |= {f'{name}{outputs}{ending}' for name in rivals for outputs in ('', f'-{distance}')}
     return [name for name in present if name in wanted]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evidence.differences import (
+    MIN_PAIRS,
     baselines,
     cross_entropy_of,
     describe_difference,
@@ -210,8 +211,8 @@ def format_tables(plans: Sequence[Plan], results: Sequence[dict[str, Any]], meth
 def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> str:
     """Return a table in Markdown: what ensembles that teach change, against plain and against cross-entropy alone.
 
-    Main, and the first exit against cross-entropy. One row for each group and method of which a pair of runs has been
-    measured, without runs that chose an epoch in which heads warmed up.
+    Main, and the first exit against cross-entropy. One row for each group and method of which enough pairs of runs have
+    been measured, without runs that chose an epoch in which heads warmed up.
 
     Args:
         plans: In order.
@@ -224,11 +225,13 @@ def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> 
             done = [by_name[run.name] for run in plan.runs if run.group == group and run.name in by_name]
             done = [result for result in done if not chose_warmup(result)]
             methods = list(dict.fromkeys(result['method'] for result in done))
-            plain = [top1(result)['main'] for result in done if result['method'] == 'plain']
             for method in methods:
                 rivals = {name.split('-')[0]: name for name in baselines(method, methods)}
                 if is_taught_by_ensemble(method) and {'plain', 'ce'} <= rivals.keys():
                     pairs = {name: paired(done, method, rivals[name], 'main') for name in ('plain', 'ce')}
+                    if min(map(len, pairs.values())) < MIN_PAIRS:
+                        continue
+                    plain = [top1(result)['main'] for result in done if result['method'] == rivals['plain']]
                     rows.append(
                         {
                             'network, images, protocol': ', '.join(code(group[k]) for k in (2, 1, 0)),
