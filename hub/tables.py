@@ -191,7 +191,7 @@ A cascade costs the small network for every image and keeps two networks in memo
 ```text
 hub/recipes/imagenette_classifier.py tf_efficientnet_lite0 output/lite0
 hub/recipes/imagenette_classifier.py tf_efficientnet_lite2 output/lite2
-train.py --config hub/recipes/imagenette_lite0_eed.yaml --exits '[0.25,0.35,0.5,0.6,0.75,0.85]' --epochs 8 \\
+train.py --config hub/recipes/imagenette_lite0_frozen.yaml --exits '[0.25,0.35,0.5,0.6,0.75,0.85]' --epochs 8 \\
   --model local-dir:output/lite2 --data-dir imagenette160 --experiment imagenette_lite2_eed6
 validate.py --model local-dir:output/train/imagenette_lite2_eed6/best --data-dir imagenette160 --split val \\
   --calib-from-train 1000 --budget 80% 70% 60% --channels-last --batch-size 64 -j 0 --img-size 160 --crop-pct 1.0 \\
