@@ -173,8 +173,9 @@ def format_cascade(validation: Row) -> str:
 
 Made by `hub/tables.py` from `hub/results/cascade.json`; change nothing here. What else can answer early is a cascade:
 a small plain network first, a large one for images on which it is not sure. Here is one network with exits on a frozen
-backbone, two plain networks alone, and, where it is that cheap, their best cascade of the mean MACs of each policy, on
-the {data}, {validation['num_samples']:,} images. Thresholds of all were chosen on {markdown.escape(cascade['chosen_on'])}.
+backbone, two plain networks alone, and, where it is that cheap, their best cascade of the mean MACs of each policy,
+on the {data}, {validation['num_samples']:,} images.
+Thresholds of all were chosen on {markdown.escape(cascade['chosen_on'])}.
 
 {table_networks(validation)}
 
