@@ -56,6 +56,9 @@ def test_distances_are_compared_with_their_like():
     assert baselines('eed-kl-weight-1', METHODS) == ['plain', 'ce', 'phuong-kl', 'byot-kl', 'eed-kl']
     frozen = ['plain', 'eed-kl', 'eed-kl-quarters', 'ce-quarters-frozen']
     assert baselines('eed-kl-quarters-frozen', METHODS) == frozen
+    fixed = ['plain', 'eed-kl', 'eed-kl-quarters', 'plain-fixednorms', 'ce-quarters-fixednorms']
+    assert baselines('eed-kl-quarters-fixednorms', METHODS) == fixed
+    assert baselines('plain-fixednorms', METHODS) == ['plain']
     assert [baselines(name, METHODS) for name in ('plain', 'ce', 'phuong-kl', 'ce-narrow')] == [[], [], [], ['ce']]
 
 

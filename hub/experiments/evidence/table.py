@@ -226,6 +226,7 @@ def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> 
             done = [result for result in done if not chose_warmup(result)]
             methods = list(dict.fromkeys(result['method'] for result in done))
             for method in methods:
+                # Of two that begin alike the later, which is nearer to the method.
                 rivals = {name.split('-')[0]: name for name in baselines(method, methods)}
                 if is_taught_by_ensemble(method) and {'plain', 'ce'} <= rivals.keys():
                     pairs = {name: paired(done, method, rivals[name], 'main') for name in ('plain', 'ce')}
