@@ -179,12 +179,12 @@ def export_serving(args):
     try:
         runners = {str(path): Runner(path, threads=threads) for path in args.folders}
         model = create_exported_model(args.model) if args.model else None
+        serving = Serving(runners, args.budgets, model)
         images, classes = load_images(next(iter(runners.values())), args.images, args.num_images)
-        serving = Serving(runners, args.budgets, images, classes, model)
         show(f'{len(images)} images of {list(images.shape[1:])}, {threads} threads of ONNX Runtime')
         show(', '.join(describe_environment().values()))
         for batch_size in args.batch_sizes:
-            show(f'\n{format_table(serving.measure(batch_size))}')
+            show(f'\n{format_table(serving.measure(images, classes, batch_size))}')
     except RunnerError as error:
         raise InvalidValueError(str(error)) from error
     if args.output:

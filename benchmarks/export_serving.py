@@ -77,8 +77,6 @@ class Serving:
     Args:
         runners: Folder -> its runner; main is that of the first.
         budgets: For each runner, as `Runner.infer` takes them.
-        images: [N, C, H, W] float32, normalized.
-        classes: [N], the true ones.
         model: The network in PyTorch, which takes turns too.
 
     Raises:
@@ -90,13 +88,11 @@ class Serving:
         self,
         runners: Mapping[str, Runner],
         budgets: Sequence[str],
-        images: np.ndarray,
-        classes: np.ndarray,
         model: MultiExitModel | None = None,
     ):
-        self.images, self.classes = images, classes
         first = next(iter(runners.values()))
-        eager = {} if model is None else {'PyTorch': EagerRunner(model, images.shape[1:])}
+        input_size = first.manifest['preprocessing']['input_size']
+        eager = {} if model is None else {'PyTorch': EagerRunner(model, tuple(input_size))}
         everyone: dict[str, Runner | EagerRunner] = {**runners, **eager}
         for name, runner in everyone.items():
             if runner.manifest['exits'] != first.manifest['exits']:
@@ -110,10 +106,12 @@ class Serving:
             for budget in budgets:
                 self.calls[f'{name}, {budget}'] = partial(runner.infer, budget=budget)
         for call in self.calls.values():
-            call(images[:1])  # a budget that is not allowed is found here
+            call(np.zeros((1, *input_size), np.float32))  # a budget that is not allowed is found here
 
-    def measure(self, batch_size: int) -> list[dict[str, Any]]:
+    def measure(self, images: np.ndarray, classes: np.ndarray, batch_size: int) -> list[dict[str, Any]]:
         """Return a row for each call, all images in batches of this size: turns of some batches, in changing order.
+
+        Images are [N, C, H, W] float32, normalized, and the true classes [N].
 
         `speed` is the median over turns of the images/s against those of main in the same turn; images that do not
         fill a turn count for accuracy and MACs alone. These are those of the exits where images left, with all heads on
@@ -124,10 +122,10 @@ class Serving:
         answers: dict[str, list[Any]] = {name: [] for name in self.calls}
         order, shuffle = list(self.calls), random.Random(0).shuffle
         for call in self.calls.values():
-            call(self.images[:batch_size])
+            call(images[:batch_size])
         size = batch_size * -(-_TURN // batch_size)
-        for start in range(0, len(self.images), size):
-            turn = self.images[start : start + size]
+        for start in range(0, len(images), size):
+            turn = images[start : start + size]
             batches = [turn[idx : idx + batch_size] for idx in range(0, len(turn), batch_size)]
             shuffle(order)
             for name in order:
@@ -136,21 +134,19 @@ class Serving:
                 if len(turn) == size or not start:
                     times[name].append(read_clock(device) - started)
                 answers[name] += found
-        num_images = min(size, len(self.images))
-        return [{'batch': batch_size, **self._describe(name, times, num_images, answers[name])} for name in self.calls]
+        return [
+            {
+                'batch': batch_size,
+                'call': name,
+                **self._describe(answers[name], classes),
+                'images/s': min(size, len(images)) / np.median(times[name]),
+                **dict(zip(('speed', 'quartiles'), describe_ratios(times['main'], times[name]))),
+            }
+            for name in self.calls
+        ]
 
-    def _describe(
-        self, name: str, times: Mapping[str, list[float]], num_images: int, answers: list[Any]
-    ) -> dict[str, Any]:
-        speed, spread = describe_ratios(times['main'], times[name])
+    def _describe(self, answers: list[Any], classes: np.ndarray) -> dict[str, float]:
         leaves_early = isinstance(answers[0], tuple)
         logits = np.concatenate([answer.logits if leaves_early else answer for answer in answers])
         macs = np.mean(self.costs[np.concatenate([each.exit_idx for each in answers])]) if leaves_early else self.total
-        return {
-            'call': name,
-            'top-1, %': 100 * np.mean(logits.argmax(-1) == self.classes),
-            'MACs, %': 100 * macs / self.total,
-            'images/s': num_images / np.median(times[name]),
-            'speed': speed,
-            'quartiles': spread,
-        }
+        return {'top-1, %': 100 * np.mean(logits.argmax(-1) == classes), 'MACs, %': 100 * macs / self.total}

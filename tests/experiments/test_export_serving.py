@@ -18,6 +18,7 @@ class FakeRunner:
         'exits': [{'macs': {'sequential': cost}} for cost in (10, 60, 110)],
         'plain_macs': 100,
         'num_classes': 2,
+        'preprocessing': {'input_size': [1, 1, 1]},
     }
 
     def __init__(self):
@@ -41,7 +42,7 @@ def test_accuracy_and_macs_are_those_of_what_was_answered(monkeypatch):
     images = np.float32([0, 0, 0, 1, 2, 0, 1, 2, 0, 1]).reshape(10, 1, 1, 1)
     classes = np.array([0, 1, 1, 1, 0, 0, 0, 1, 0, 0])
     first, second = FakeRunner(), FakeRunner()
-    rows = Serving({'net': first, 'other': second}, ['60%', '50%'], images, classes).measure(2)
+    rows = Serving({'net': first, 'other': second}, ['60%', '50%']).measure(images, classes, 2)
     assert [row['call'] for row in rows] == ['main', 'main again', 'net, 60%', 'net, 50%', 'other, 60%', 'other, 50%']
     main, early = rows[0], rows[2]
     assert (main['top-1, %'], main['MACs, %']) == (60.0, 100.0)  # six images are of class 0
@@ -60,7 +61,7 @@ def test_folders_of_two_networks_are_refused():
     other.manifest = {**other.manifest, 'exits': other.manifest['exits'][1:]}
     runners = {'net': FakeRunner(), 'other': other}
     with pytest.raises(InvalidValueError, match='^FOLDER must be one network in all forms, got another one in other.$'):
-        Serving(runners, ['60%'], np.zeros((1, 1, 1, 1), np.float32), np.zeros(1))
+        Serving(runners, ['60%'])
 
 
 def test_pytorch_answers_as_a_runner_does(make_model):
@@ -73,10 +74,11 @@ def test_pytorch_answers_as_a_runner_does(make_model):
     answer, expected = eager.infer(images.numpy(), '80%'), model.infer(images, budget='80%')
     assert answer.exit_idx.tolist() == expected.exit_idx.tolist()
     assert torch.allclose(torch.from_numpy(answer.logits), expected.logits, atol=1e-5)
-    with pytest.raises(
-        InvalidValueError, match='^FOLDER must be one network in all forms, got another one in --model.$'
-    ):
-        Serving({'net': FakeRunner()}, ['60%'], images.numpy(), np.zeros(5), model)
+    other = FakeRunner()
+    other.manifest = {**other.manifest, 'preprocessing': {'input_size': [3, 64, 64]}}
+    message = '^FOLDER must be one network in all forms, got another one in --model.$'
+    with pytest.raises(InvalidValueError, match=message):
+        Serving({'net': other}, ['60%'], model)
 
 
 @pytest.mark.slow
@@ -86,7 +88,7 @@ def test_exported_folders_answer_real_images(run_script, make_model, image_folde
     model = make_model(num_classes=2).eval()
     tme.export(model, tmp_path / 'stages', forms=('fixed', 'stages'), class_names=('cat', 'dog'))
     flags = ('--images', image_folder / 'val', '--batch-sizes', 1, 4)
-    code, out, err = run_script(benchmark.main, 'export-serving', 'stages', *flags)
+    code, out, err = run_script(benchmark.main, 'export-serving', 'stages', '--images', 'nowhere')  # not looked for yet
     assert (code, out) == (2, '')
     assert 'The network has no table of budgets' in err
     model.calibrate([(torch.randn(32, 3, 64, 64), torch.arange(32) % 2)], budget='80%')
@@ -110,12 +112,12 @@ def test_exported_folders_answer_real_images(run_script, make_model, image_folde
         (('--num-images', 12), '--num-images must be <= 11, the images of'),
         (('--num-images', 0), '--num-images must be >= 1, got 0.'),
     ):
-        code, out, err = run_script(benchmark.main, 'export-serving', 'stages', *flags, *wrong)
+        code, out, err = run_script(benchmark.main, 'export-serving', 'conditional', *flags, *wrong)
         assert (code, out) == (2, '')
         assert err.startswith('benchmark.py: error: ')
         assert message in err
         assert err.count('\n') == 1
     (image_folder / 'val/cat').rename(image_folder / 'val/tiger')
-    code, _, err = run_script(benchmark.main, 'export-serving', 'stages', *flags)
+    code, _, err = run_script(benchmark.main, 'export-serving', 'conditional', *flags)
     assert code == 2
     assert '--images must have the 2 classes of the network, got 2, from dog on.' in err
