@@ -33,6 +33,12 @@ LIBRARIES = {
     'geist.LICENSE': '@fontsource-variable/geist/LICENSE',
 }
 
+# All files that a page may hold.
+OWNED_FILES = (
+    *('page.json', 'README.md', '.gitattributes', 'vendor/*', 'model/*', 'examples/*'),
+    *(path.name for path in sorted((HERE / 'page').iterdir())),
+)
+
 PICTURES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'}
 MAX_EXAMPLES = 24
 EXAMPLE_SIZE = 480  # pixels of the longer side
@@ -113,7 +119,7 @@ def make_page(
     if drawing == 'auto':
         drawing = 'digits' if manifest['classes'] == DIGITS else 'none'
     version = install_libraries(libraries)
-    with new_folder(out, 'page.json') as draft:
+    with new_folder(out, 'page.json', OWNED_FILES) as draft:
         shutil.copytree(HERE / 'page', draft, dirs_exist_ok=True)
         _copy(libraries, LIBRARIES, draft / 'vendor')
         stages = manifest['programs'][precision]['stages']

@@ -201,5 +201,5 @@ def test_output_is_required_and_others_folders_stay(saved, run_script, tmp_path)
     (tmp_path / 'mine/notes.txt').write_text('mine')
     code, _, err = run_script(main, 'export', saved[1], '--output', 'mine')
     assert code == 2
-    assert 'mine holds other files or is in use: give another folder.' in err
+    assert 'mine holds other files, such as notes.txt: give another folder.' in err
     assert [path.name for path in (tmp_path / 'mine').iterdir()] == ['notes.txt']

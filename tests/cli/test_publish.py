@@ -243,7 +243,7 @@ def test_license_and_base_model_are_on_the_card(call, hub):
     ('flags', 'message'),
     [
         (('--license', 'mine-1.0'), "got 'mine-1.0'."),
-        (('--folder', 'notes'), 'notes holds other files or is in use: give another folder.'),
+        (('--folder', 'notes'), 'notes holds other files, such as a.txt: give another folder.'),
         (('--validation', 'nowhere.json'), 'nowhere.json'),
         (('--yes', '--tag', 'main'), "Tag 'main' is the name of a branch"),
         (('--yes', '--tag', 'a tag'), "begin with a letter or digit, got 'a tag'."),

@@ -119,9 +119,13 @@ def test_earlier_export_is_replaced_and_other_folders_stay(tiny, tmp_path):
     assert files(folder) == {'fixed/exit_0.pt2', 'fixed/main.pt2', 'runner.py', 'manifest.json'}
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine/notes.txt').write_text('mine')
-    with pytest.raises(tme.MultiExitError, match='mine holds other files or is in use: give another folder'):
+    with pytest.raises(tme.MultiExitError, match='mine holds other files, such as notes.txt: give another folder'):
         tme.export(tiny, tmp_path / 'mine', formats=['pt2'])
     assert files(tmp_path / 'mine') == {'notes.txt'}
+    (folder / 'server.py').write_text('mine')
+    with pytest.raises(tme.MultiExitError, match='net holds other files, such as server.py: give another folder'):
+        tme.export(tiny, folder, formats=['pt2'])
+    assert len(files(folder)) == 5
     assert {path.name for path in tmp_path.iterdir()} == {'net', 'mine'}
 
 

@@ -409,7 +409,7 @@ def test_run_without_exits_is_refused(run, folder):
 def test_folder_with_other_files_is_refused_and_untouched(run, folder):
     folder.mkdir()
     (folder / 'thesis.tex').write_text('mine')
-    assert refused(run, folder) == f'{folder} holds other files or is in use: give another folder.'
+    assert refused(run, folder) == f'{folder} holds other files, such as thesis.tex: give another folder.'
     assert contents(folder) == {'thesis.tex': b'mine'}
 
 

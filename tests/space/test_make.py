@@ -144,9 +144,14 @@ def test_digits_are_drawn_where_the_classes_are_digits(build, tmp_path):
 
 def test_page_replaces_a_page_and_nothing_else(build, tmp_path):
     folder, _ = build()
-    (folder / 'stray.txt').write_text('of an older page')
+    (folder / 'examples').mkdir(exist_ok=True)
+    (folder / 'examples/stray.jpg').write_text('of an older page')
     build()
-    assert not (folder / 'stray.txt').exists()
+    assert not (folder / 'examples/stray.jpg').exists()
+    (folder / 'notes.txt').write_text('mine')
+    with pytest.raises(InvalidValueError, match='holds other files, such as notes.txt'):
+        build()
+    (folder / 'notes.txt').unlink()
     (folder / 'page.json').unlink()
     with pytest.raises(InvalidValueError, match='holds other files'):
         build()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import stat
 import time
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -43,7 +44,7 @@ def write_replacing(path):
 
 
 def write_folder(path):
-    with new_folder(path, 'mark') as draft:
+    with new_folder(path, 'mark', ['mark', 'part/*.txt']) as draft:
         (draft / 'mark').write_text('new')
 
 
@@ -114,6 +115,62 @@ def test_new_folder_names_the_file_in_its_way(below, tmp_path):
     assert str(caught.value) == f'{path} must be a folder, got the file {tmp_path / "file"}. Give another folder.'
     assert (tmp_path / 'file').read_text() == 'mine'
     assert [each.name for each in tmp_path.iterdir()] == ['file']
+
+
+@pytest.mark.parametrize('name', ['index.html', 'part/page.html', 'mark/a', 'deep/mark'])
+def test_new_folder_replaces_nothing_but_its_own_kind(name, tmp_path):
+    folder = tmp_path / 'out'
+    write_folder(folder)
+    (folder / 'part').mkdir()
+    (folder / 'part/a.txt').write_text('old')
+    (folder / '__pycache__').mkdir()
+    (folder / '__pycache__/runner.cpython-311.pyc').write_text('old')
+    write_folder(folder)
+    assert [path.name for path in folder.iterdir()] == ['mark']
+    if name == 'mark/a':
+        (folder / 'mark').unlink()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text('mine')
+    with pytest.raises(
+        InvalidValueError, match=f'^{folder} holds other files, such as {name}: give another folder[.]$'
+    ):
+        write_folder(folder)
+    assert (folder / name).read_text() == 'mine'
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+
+
+def test_new_folder_that_cannot_be_put_there_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / 'out'
+    write_folder(folder)
+    (folder / 'mark').write_text('old')
+    rename = Path.rename
+
+    def refuse_draft(path, target):
+        if path.name == '.out.new':
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, 'rename', refuse_draft)
+    with pytest.raises(DiskError, match='Permission denied'):
+        write_folder(folder)
+    assert (folder / 'mark').read_text() == 'old'
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+
+
+def test_new_folder_goes_where_a_link_points(tmp_path):
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'out').symlink_to('disk')
+    for _ in range(2):
+        write_folder(tmp_path / 'out')
+        assert (tmp_path / 'disk/mark').read_text() == 'new'
+    assert (tmp_path / 'out').is_symlink()
+
+
+def test_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    write_folder(tmp_path / 'out')
+    monkeypatch.chdir(tmp_path / 'out')
+    with pytest.raises(InvalidValueError, match='out must not be the working directory. Give another folder.$'):
+        write_folder('.')
 
 
 def test_only_errors_of_the_disk_are_explained(tmp_path):

@@ -24,6 +24,15 @@ from timm_multiexit.version import __version__
 MANIFEST_NAME = runner.MANIFEST
 RUNNER_NAME = runner.OWN_NAME
 
+# All files that an exported folder may hold, and `.int8-` what an interrupted quantization left.
+OWNED_FILES = (
+    MANIFEST_NAME,
+    RUNNER_NAME,
+    'conditional.onnx',
+    *(f'{form}/*.{suffix}' for form in ('fixed', 'stages') for suffix in ('onnx', 'pt2')),
+    *('int8/*.onnx', '.int8-*'),
+)
+
 _LIBRARIES = ('timm', 'torch', 'onnx', 'onnxruntime')
 _PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
 

@@ -20,7 +20,7 @@ from timm_multiexit.checkpoints.config_rules import BACKBONE_NAME, CONFIG_KEY, C
 from timm_multiexit.checkpoints.load import load_pretrained
 from timm_multiexit.checkpoints.run_folder import ARGS_NAME, RunFolder, read_origin
 from timm_multiexit.data.datasets import is_same_split
-from timm_multiexit.hub_client.files import EVAL_RESULTS
+from timm_multiexit.hub_client.files import EVAL_RESULTS, OWNED_FILES
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.publishing.card import PICTURE, write_card, write_eval_results
@@ -113,7 +113,7 @@ def write_publication(
         'weights': measured['weights'],
     }
     _mark_default(metrics, config)
-    with new_folder(folder, METRICS_NAME) as draft:
+    with new_folder(folder, METRICS_NAME, OWNED_FILES) as draft:
         for name in (BACKBONE_NAME, EXITS_NAME, CONFIG_NAME):
             shutil.copy2(best / name, draft / name)
         tag = re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}')

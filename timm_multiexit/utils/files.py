@@ -7,8 +7,10 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +22,9 @@ from timm_multiexit.utils.errors import DiskError, InvalidValueError, MultiExitE
 RESUME = 'then resume by --resume auto'
 
 RUN_AGAIN = 'then run it again'
+
+# What Python writes beside a module that is imported.
+_BYTECODE = '__pycache__/*'
 
 # What keeps a file from being written, by the system's number, and what helps.
 _FULL = 'free disk space'
@@ -96,7 +101,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, advice: str = RUN_AGA
         draft.write_text(text, encoding='utf-8')
 
 
-def check_new_folder(path: str | os.PathLike[str], mark: str) -> None:
+def check_new_folder(path: str | os.PathLike[str], mark: str, owned: Collection[str]) -> None:
     """Raise unless `new_folder` may write there.
 
     Raises:
@@ -106,32 +111,58 @@ def check_new_folder(path: str | os.PathLike[str], mark: str) -> None:
     existing = next(each for each in (path, *path.parents) if each.exists())
     if not existing.is_dir():
         raise InvalidValueError(f'{path} must be a folder, got the file {existing}. Give another folder.')
-    if (existing == path and any(path.iterdir()) and not (path / mark).is_file()) or path == Path.cwd():
-        raise InvalidValueError(f'{path} holds other files or is in use: give another folder.')
+    if path == Path.cwd():
+        raise InvalidValueError(f'{path} must not be the working directory. Give another folder.')
+    if existing == path:
+        names = sorted(each.relative_to(path).as_posix() for each in path.rglob('*') if not each.is_dir())
+        known = owned if mark in names else ()
+        others = (name for name in names if not any(fnmatchcase(name, pattern) for pattern in (*known, _BYTECODE)))
+        if other := next(others, None):
+            raise InvalidValueError(f'{path} holds other files, such as {other}: give another folder.')
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], mark: str, owned: Collection[str]) -> Iterator[Path]:
     """Yield an empty folder beside `path`, which replaces `path` at the end, if nothing was raised.
 
-    An existing folder must be empty or have a file of the name `mark`, which says that it may be replaced.
+    Args:
+        path: May be a folder that was written so before, and is left as it was if this fails.
+        mark: A file that is in every such folder.
+        owned: Patterns of all files that may be in one, the mark too; a star is any text. A folder that has another
+            file, or lacks the mark, is not replaced.
 
     Raises:
         InvalidValueError: There is something else at `path`, see `check_new_folder`.
         DiskError: The disk is full or not writable.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve() if os.path.islink(path) else Path(path).absolute()
     draft = path.with_name(f'.{path.name}.new')
     try:
         with explain_disk_errors(path, advice=RUN_AGAIN):
-            check_new_folder(path, mark)
+            check_new_folder(path, mark, owned)
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             yield draft
-            shutil.rmtree(path, ignore_errors=True)
-            draft.rename(path)
+            _swap(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _swap(draft: Path, path: Path) -> None:
+    """Put a folder in the place of another one, or leave that there."""
+    if not path.exists():
+        draft.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.'))
+    try:
+        path.rename(aside / path.name)
+        try:
+            draft.rename(path)
+        except OSError:
+            (aside / path.name).rename(path)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_output(path: Path, content: bytes) -> None:
