@@ -116,6 +116,28 @@ def test_second_quantization_replaces_the_first(quantized, tmp_path):
     assert read_manifest(folder)['int8']['images'] == 50
 
 
+def test_disk_that_fills_up_while_int8_is_replaced_costs_int8_alone(quantized, tmp_path, monkeypatch):
+    folder = shutil.copytree(quantized[0], tmp_path / 'copy')
+    runner = Runner(folder)
+    images = draw_images(3)
+    before, write, calls = runner(images), module.write_manifest, []
+
+    def refuse(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise DiskError('No space left on device.')
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, 'write_manifest', refuse)
+        with pytest.raises(DiskError, match='No space'):
+            quantize(folder, load(40, 5, runner), load(50, 6, runner), limit=100)
+    assert read_manifest(folder)['int8'] is None
+    np.testing.assert_array_equal(Runner(folder)(images), before)
+    quantize(folder, load(40, 5, runner), load(50, 6, runner), limit=100)
+    assert read_manifest(folder)['int8']['images'] == 50
+
+
 def test_loss_above_the_limit_is_refused_and_nothing_is_written(quantized, tmp_path):
     folder = make_exported(tmp_path / 'exported')
     runner, before = Runner(folder), (folder / 'manifest.json').read_bytes()

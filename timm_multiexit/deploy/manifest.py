@@ -121,12 +121,17 @@ def _find_version(name: str) -> str | None:
         return None
 
 
-def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder whose other files are all there; their sizes and checksums are taken now."""
-    paths = sorted(path for path in folder.rglob('*') if path.is_file() and path != folder / MANIFEST_NAME)
-    files = {
+def describe_files(folder: Path, pattern: str = '**/*') -> dict[str, Any]:
+    """Return sizes and checksums of the files in a folder that a pattern finds, but for its manifest."""
+    paths = sorted(path for path in folder.glob(pattern) if path.is_file() and path != folder / MANIFEST_NAME)
+    return {
         path.relative_to(folder).as_posix(): {'size': path.stat().st_size, 'sha256': sha256(path)} for path in paths
     }
+
+
+def write_manifest(folder: Path, values: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> None:
+    """Write the manifest of a folder whose other files are all there; `describe_files` is called now unless given."""
+    files = dict(sorted((describe_files(folder) if files is None else files).items()))
     write_text(folder / MANIFEST_NAME, json.dumps({**values, 'files': files}, indent=2, allow_nan=False) + '\n')
 
 

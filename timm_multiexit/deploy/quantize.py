@@ -1,7 +1,6 @@
 """int8 programs beside the fp32 ones: the chain as one graph, quantized once and cut again."""
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from timm_multiexit.data.batches import LabelCheck, read_batches
 from timm_multiexit.deploy.export import write_programs
-from timm_multiexit.deploy.manifest import MANIFEST_NAME, read_costs, read_manifest
+from timm_multiexit.deploy.manifest import describe_files, read_costs, read_manifest, write_manifest
 from timm_multiexit.deploy.programs import check_extra
 from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.checks import check_number, check_path
 from timm_multiexit.utils.errors import DataError, InvalidValueError, one_line
-from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, sha256, write_text
+from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -100,8 +99,7 @@ def quantize(
         before, after, targets = _collect(stages, made, held_out, manifest)
         result = _compare(before, after, targets, manifest)
         _refuse_losses(result, manifest, limit)
-        _move(Path(draft), folder)
-    _describe(folder, manifest, programs, result, limit)
+        _install(Path(draft), folder, manifest, programs, result, limit)
     return result
 
 
@@ -357,32 +355,37 @@ def _refuse_losses(result: QuantizationResult, manifest: Mapping[str, Any], limi
         )
 
 
-def _move(draft: Path, folder: Path) -> None:
-    with explain_disk_errors(folder, advice=RUN_AGAIN):
-        shutil.rmtree(folder / PRECISION, ignore_errors=True)
-        (draft / PRECISION).rename(folder / PRECISION)
-
-
-def _describe(
-    folder: Path, manifest: dict[str, Any], programs: dict[str, Any], result: QuantizationResult, limit: float
+def _install(
+    draft: Path,
+    folder: Path,
+    manifest: dict[str, Any],
+    programs: dict[str, Any],
+    result: QuantizationResult,
+    limit: float,
 ) -> None:
-    """Write the manifest of the folder with the programs in it."""
+    """Move the programs into the folder, and say so in its manifest; earlier ones are first taken out of it.
+
+    So the folder is whole at every moment, with int8 programs or without.
+    """
     import onnxruntime
 
-    paths = [path for path in (folder / PRECISION).rglob('*') if path.is_file()]
-    files = {name: entry for name, entry in manifest['files'].items() if not name.startswith(f'{PRECISION}/')}
-    for path in sorted(paths):
-        files[path.relative_to(folder).as_posix()] = {'size': path.stat().st_size, 'sha256': sha256(path)}
+    kept = {name: entry for name, entry in manifest['files'].items() if not name.startswith(f'{PRECISION}/')}
+    forms = {name: made for name, made in manifest['programs'].items() if name != PRECISION}
+    if PRECISION in manifest['programs']:
+        write_manifest(folder, {**manifest, 'programs': forms, 'int8': None}, kept)
+    with explain_disk_errors(folder, advice=RUN_AGAIN):
+        if (folder / PRECISION).exists():
+            shutil.rmtree(folder / PRECISION)
+        (draft / PRECISION).rename(folder / PRECISION)
     values = {
         **manifest,
         'versions': {**manifest['versions'], 'onnxruntime': onnxruntime.__version__},
-        'programs': {**manifest['programs'], PRECISION: programs},
+        'programs': {**forms, PRECISION: programs},
         'int8': {
             'images': result.images,
             'limit': limit,
             'top1': {'fp32': list(result.fp32), 'int8': list(result.int8)},
             'policies': list(result.policies),
         },
-        'files': dict(sorted(files.items())),
     }
-    write_text(folder / MANIFEST_NAME, json.dumps(values, indent=2, allow_nan=False) + '\n')
+    write_manifest(folder, values, {**kept, **describe_files(folder, f'{PRECISION}/**/*')})
