@@ -149,6 +149,8 @@ def damage(path, how):
         path.write_bytes(file.getvalue()[:8] + b'\0\0\0\3IHDR' + file.getvalue()[16:])
     elif how == 'bomb':
         path.write_bytes(b'P6 60000 60000 255\n')
+    elif how == 'qoi':
+        path.write_bytes(b'qoif' + (9).to_bytes(4, 'big') * 2 + bytes([3, 0]))
     else:
         path.write_bytes({'empty': b'', 'text': b'not found', 'truncated': content[:-100]}[how])
 
@@ -160,6 +162,7 @@ DAMAGES = {
     'truncated': 'image file is truncated',
     'png header': 'IHDR',
     'bomb': 'exceeds limit',
+    'qoi': 'index out of range',
 }
 
 

@@ -86,9 +86,9 @@ def test_heads_that_are_not_used_are_not_run(graph, open_program, images, small)
     image = images[:1]
     with torch.no_grad():
         expected = small(image, exits=True).logits
-    for thresholds, is_nan in (((1.0, None, 1.0), False), ((1.0, 1.0, 1.0), True)):
+    for thresholds, expected_idx, is_nan in (((1.0, None, 1.0), 3, False), ((1.0, 1.0, 1.0), 1, True)):
         answer, exit_idx = session.run(None, feed_policy(image.numpy(), tme.ExitPolicy('confidence', thresholds)))
-        assert exit_idx.tolist() == [3]
+        assert exit_idx.tolist() == [expected_idx]
         assert np.isnan(answer).any() == is_nan
         if not is_nan:
             policy = tme.ExitPolicy('confidence', thresholds, combine='mean')
@@ -117,11 +117,13 @@ def test_wrong_count_of_thresholds_is_refused_by_the_runtime(graph, open_program
         session.run(None, feed)
 
 
-def test_logits_that_are_no_numbers_do_not_leave(graph, open_program):
+@pytest.mark.parametrize('criterion', CRITERIA)
+@pytest.mark.parametrize('combine', [None, 'mean', 'geometric'])
+def test_logits_that_are_no_numbers_leave_where_they_are_seen(criterion, combine, graph, open_program):
+    session = open_program(make_conditional(graph, criterion=criterion, combine=combine))
     image = np.full((1, 3, 64, 64), np.nan, np.float32)
-    for criterion in CRITERIA:
-        session = open_program(make_conditional(graph, criterion=criterion, combine=None))
-        least = 1 if criterion == 'patience' else 0
-        policy = tme.ExitPolicy(criterion, (1 if criterion == 'entropy' else least,) * 3)
-        _, exit_idx = session.run(None, feed_policy(image, policy))
-        assert exit_idx.tolist() == [3], criterion
+    never = {'patience': 1000, 'entropy': 0.0}.get(criterion, 1.0)
+    for thresholds, expected in (((never,) * 3, 0), ((None, never, never), 1), ((None, None, None), 3)):
+        answer, exit_idx = session.run(None, feed_policy(image, tme.ExitPolicy(criterion, thresholds)))
+        assert exit_idx.tolist() == [expected]
+        assert np.isnan(answer).all()

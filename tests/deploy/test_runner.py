@@ -3,11 +3,14 @@
 import ast
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,9 +247,38 @@ def test_real_clock(runner):
     begun = time.perf_counter()
     assert len(runner.predict(images, 1e-6).exit_idx) == 4
     assert time.perf_counter() - begun < 1
-    for size in range(1, 20):
+
+
+def test_shapes_that_are_asked_with_stay_known(runner, monkeypatch):
+    monkeypatch.setattr(module, '_NUM_FORMS', 3)
+    learnt = []
+    learn = runner._learn
+    monkeypatch.setattr(runner, '_learn', lambda images: learnt.append(len(images)) or learn(images))
+    for size in (1, 2, 3, 1, 4, 1, 5, 1, 4, 2):
         runner.predict(draw_images(size), 1000)
-    assert len(runner._times) == 16
+    assert learnt == [1, 2, 3, 4, 5, 2]
+    assert [shape[0] for shape in runner._times] == [1, 4, 2]
+
+
+def test_threads_that_learn_times_do_not_disturb_each_other():
+    times, interval = module._Times(2), sys.getswitchinterval()
+    for idx in (0, 1):
+        times.add(idx, 1e-3)
+
+    def work():
+        for _ in range(3000):
+            times.add(0, 1e-3)
+            times.add(0, 1e-3)
+            assert times.expect(1) > 0
+            times.add(1, 1e-3 if times.expect(1) > 1e-5 else 1e-4)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(work) for _ in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_nan_of_a_classifier_is_an_error_that_names_it(folder):
@@ -275,6 +307,8 @@ POLICY = {'criterion': 'confidence', 'thresholds': [0.5, 0.5, 0.5]}
         ({'budget': '60%'}, "The network has no table of budgets to look '60%' up in"),
         ({'policy': POLICY | {'criterion': 'luck'}}, 'criterion must be one of confidence, margin, patience, entropy'),
         ({'policy': POLICY | {'combine': 'max'}}, 'combine must be None, mean or geometric'),
+        ({'policy': POLICY | {'temperatures': np.ones(4)}}, 'thresholds and temperatures of a policy must be lists'),
+        ({'policy': POLICY | {'combine': np.ones(2)}}, 'combine must be None, mean or geometric, got array'),
         ({'policy': POLICY | {'temperatures': [1.0, 1.0]}}, 'temperatures must be empty or have 4 values'),
         ({'policy': POLICY | {'temperatures': [1.0, 1.0, 0.0, 1.0]}}, 'A temperature must be in [0.01, 100]'),
         ({'policy': POLICY | {'threshold': 1}}, 'policy must be a dict of criterion, thresholds'),
@@ -334,6 +368,21 @@ def test_other_wrong_arguments_are_one_line(exported, runner):
         with pytest.raises(RunnerError, match='^threads must be an integer'):
             Runner(exported, threads=threads)
     assert Runner(exported, providers=['CPUExecutionProvider'], threads=2)(images).shape == (1, 5)
+    for idx, line in ((4, r'exit_idx must be in \[-4, 3\], got 4'), ('a', 'exit_idx must be an integer')):
+        with pytest.raises(RunnerError, match=line):
+            runner.macs(idx)
+    assert runner.macs(-1) == runner.macs(3) == 1.03
+
+
+def test_heads_that_are_skipped_cost_nothing(folder):
+    runner = Runner(folder)  # heads cost 10 each, paths 250, 500, 750 and 1000
+    assert runner.macs(3, [0, 2]) == pytest.approx(1.01)
+    assert runner.macs(1, [0, 1, 2]) == pytest.approx(0.5)
+    thresholds = [None, 0.5, None]
+    assert runner.unused(threshold=thresholds) == []  # stages run all heads
+    runner._programs = {'fixed': [], 'stages': [], 'conditional': {'path': 'a'}}
+    assert runner.unused(threshold=thresholds) == [0, 2]
+    assert runner.unused({'criterion': 'margin', 'thresholds': thresholds}) == [0, 2]
 
 
 def test_missing_libraries_are_named(exported, runner, monkeypatch):
@@ -483,6 +532,43 @@ def test_changed_and_missing_files_are_refused(folder):
         Runner(folder / 'nowhere')
 
 
+def test_file_that_changes_under_a_runner_is_refused_when_it_is_opened(folder, monkeypatch):
+    images, path = draw_images(1), folder / 'stages/main.onnx'
+    monkeypatch.chdir(folder.parent)
+    runners = [Runner(folder.name, check=check) for check in (True, False)]
+    monkeypatch.chdir(folder)
+    for runner in runners:
+        assert runner.infer(images, threshold=0).exit_idx.tolist() == [0]  # opens the first alone
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RunnerError, match=r'main.onnx has changed: its SHA-256'):
+        runners[0](images)
+    path.write_bytes(content[:-1])
+    for runner in runners:
+        with pytest.raises(RunnerError, match=rf'main.onnx must have {len(content)} bytes, got {len(content) - 1}'):
+            runner(images)
+    path.unlink()
+    with pytest.raises(RunnerError, match=r'main.onnx cannot be opened: No such file'):
+        runners[0](images)
+
+
+def test_folder_that_may_not_be_read_is_one_line(folder, monkeypatch):
+    is_file = Path.is_file
+
+    def refuse(path):
+        if path.name == name:
+            raise PermissionError(13, 'Permission denied', str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, 'is_file', refuse)
+    for name in ('manifest.json', 'main.onnx'):
+        with pytest.raises(RunnerError, match=rf'{name} cannot be read: Permission denied[.]$'):
+            Runner(folder)
+    monkeypatch.undo()
+    with pytest.raises(RunnerError, match=r'cannot be read: File name too long[.]$'):
+        Runner('a' * 300)
+
+
 def test_what_lies_beside_is_not_looked_at(folder):
     (folder / 'notes.txt').write_text('mine')
     (folder / 'runner.py').write_text('changed by hand')
@@ -577,6 +663,29 @@ def test_command_line(folder, tmp_path, capsys):
         assert (code, out, err.count('\n')) == (2, '', 1)
         assert err.startswith('runner.py: error: ')
         assert line in err
+
+
+def test_names_of_others_do_nothing_to_the_terminal(folder, tmp_path):
+    from PIL import Image
+
+    change(folder, put('classes', value=[f'\x1b[31m教会\n{idx}' for idx in range(len(CLASSES))]))
+    names = [os.fsdecode(b'bad_\xff.png'), 'two\nlines.png', 'missing\n.png']
+    for name in names[:2]:
+        Image.new('RGB', (9, 9)).save(tmp_path / name)
+    for encoding in ('utf-8', 'cp1252', 'ascii'):
+        done = subprocess.run(
+            [sys.executable, module.__file__, folder, *names, '--threshold', '0.9'],
+            cwd=tmp_path,
+            env={**os.environ, 'PYTHONIOENCODING': f'{encoding}:strict'},
+            capture_output=True,
+        )
+        lines = done.stdout.decode(encoding).splitlines()
+        assert done.returncode == 2
+        assert [line.split(': ')[0] for line in lines] == ['bad_ .png', 'two lines.png']
+        shown = '教会' if encoding == 'utf-8' else r'\u6559\u4f1a'
+        assert all(f': [31m{shown} ' in line for line in lines)
+        assert b'\x1b' not in done.stdout
+        assert done.stderr.decode() == 'runner.py: error: missing .png cannot be read: No such file or directory.\n'
 
 
 def test_file_imports_nothing_but_numpy_onnxruntime_and_pillow():

@@ -86,3 +86,29 @@ def test_what_is_no_picture_is_one_line(tmp_path):
             prepare(image, config())
     with pytest.raises(RunnerError, match='takes 2 channels, which no picture has'):
         prepare(make_picture(5, 5), config(input_size=[2, 8, 8]))
+
+
+@pytest.mark.parametrize('error', [RuntimeError, IndexError, MemoryError, OSError])
+def test_whatever_a_decoder_raises_is_one_line(error, tmp_path, monkeypatch):
+    make_picture(9, 9).save(tmp_path / 'a.png')
+
+    def refuse(*args):
+        raise error('of the\ndecoder')
+
+    monkeypatch.setattr('PIL.ImageFile.ImageFile.load', refuse)
+    with pytest.raises(RunnerError, match='a.png cannot be read: of the decoder[.]$'):
+        prepare(tmp_path / 'a.png', config())
+
+
+def test_picture_of_extreme_shape_is_prepared_or_refused_in_one_line():
+    assert prepare(make_picture(1, 1000), config(crop_mode='border')).shape == (1, 3, 64, 64)
+    with pytest.raises(
+        RunnerError, match='^The picture cannot be read: scaled for the network it would have 73 x 4745'
+    ):
+        prepare(Image.new('RGB', (1, 65_000)), config())
+
+
+def test_postscript_is_not_run(tmp_path):
+    make_picture(9, 9).save(tmp_path / 'a.eps')
+    with pytest.raises(RunnerError, match='a.eps cannot be read: cannot identify image file'):
+        prepare(tmp_path / 'a.eps', config())

@@ -212,13 +212,16 @@ def test_later_exits_are_given_up_when_everything_becomes_slower(network):
     assert set(answers[-10:]) == {1}  # 20 + 20 + 2 ms
 
 
-def test_times_are_kept_by_form_of_input_and_the_oldest_are_forgotten():
+def test_times_are_kept_by_form_of_input_and_the_longest_unused_are_forgotten():
     book = TimeBook()
     times = [PartTimes(1) for _ in range(NUM_FORMS + 1)]
     for idx, part_times in enumerate(times):
         book.keep(torch.empty(idx + 1, 3), part_times)
     assert book.find(torch.empty(1, 3)) is None
     assert book.find(torch.empty(2, 3)) is times[1]
+    book.keep(torch.empty(NUM_FORMS + 2, 3), PartTimes(1))
+    assert book.find(torch.empty(2, 3)) is times[1]  # it was just asked with, the third was not
+    assert book.find(torch.empty(3, 3)) is None
     assert book.find(torch.empty(2, 3, dtype=torch.float64)) is None
     with torch.autocast('cpu', torch.bfloat16):
         assert book.find(torch.empty(2, 3)) is None

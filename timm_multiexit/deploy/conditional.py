@@ -139,25 +139,30 @@ class _Conditional:
     def _leaves(
         self, block: _Block, answer: str, threshold: str, memory: Mapping[str, str]
     ) -> tuple[str, Mapping[str, str]]:
-        """Do `PolicyRun.score` and `ExitPolicy.leaves`."""
-        if self.criterion == 'patience':
-            return self._is_patient(block, answer, threshold, memory)
+        """Do `PolicyRun.score` and `ExitPolicy.leaves`; NaN leaves too, for whoever asked to find."""
         probs = block.add('Softmax', answer, axis=-1)
+        sums = block.add('ReduceSum', probs, block.constant([-1], np.int64), keepdims=0)
+        is_broken = block.add('IsNaN', sums)
+        if self.criterion == 'patience':
+            leaves, memory = self._is_patient(block, answer, threshold, memory)
+        else:
+            compare = 'GreaterOrEqual' if CRITERIA[self.criterion].leaves_at_least else 'LessOrEqual'
+            leaves = block.add(compare, self._score(block, probs), threshold)
+        return block.add('Or', leaves, is_broken), memory
+
+    def _score(self, block: _Block, probs: str) -> str:
         if self.criterion == 'entropy':
             logs = block.add('Log', block.add('Max', probs, block.constant(_TINY, np.float32)))
             terms = block.add('Neg', block.add('Mul', probs, logs))
             sums = block.add('ReduceSum', terms, block.constant([-1], np.int64), keepdims=0)
             share = block.add('Div', sums, block.constant(math.log(self.graph.num_classes), np.float32))
-            score = block.add('Min', share, block.constant(1, np.float32))
-        elif self.criterion == 'margin':
+            return block.add('Min', share, block.constant(1, np.float32))
+        if self.criterion == 'margin':
             top = block.add('TopK', probs, block.constant([2], np.int64), outputs=2, axis=-1)
             first, second = (block.constant([idx], np.int64) for idx in (0, 1))
             gap = block.add('Sub', block.add('Gather', top, first, axis=1), block.add('Gather', top, second, axis=1))
-            score = block.add('Squeeze', gap, second)
-        else:
-            score = block.add('ReduceMax', probs, block.constant([-1], np.int64), keepdims=0)
-        compare = 'GreaterOrEqual' if CRITERIA[self.criterion].leaves_at_least else 'LessOrEqual'
-        return block.add(compare, score, threshold), memory
+            return block.add('Squeeze', gap, second)
+        return block.add('ReduceMax', probs, block.constant([-1], np.int64), keepdims=0)
 
     def _is_patient(
         self, block: _Block, answer: str, threshold: str, memory: Mapping[str, str]
@@ -166,10 +171,7 @@ class _Conditional:
         more = block.add('Add', memory['streak'], block.constant([1], np.float32))
         agrees = block.add('Equal', predicted, memory['predicted'])
         streak = block.add('Where', agrees, more, block.constant([0], np.float32))
-        largest = block.add('ReduceMax', answer, block.constant([-1], np.int64), keepdims=0)
-        is_finite = block.add('Less', block.add('Abs', largest), block.constant(np.inf, np.float32))
-        leaves = block.add('And', block.add('GreaterOrEqual', streak, threshold), is_finite)
-        return leaves, {**memory, 'predicted': predicted, 'streak': streak}
+        return block.add('GreaterOrEqual', streak, threshold), {**memory, 'predicted': predicted, 'streak': streak}
 
     def _copy(self, block: _Block, nodes: Iterable[int]) -> None:
         """Write nodes of the graph with all the weights that they need.

@@ -13,6 +13,7 @@ answers there. In a program:
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -20,7 +21,9 @@ import re
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,9 +78,10 @@ _SCALES = {'': 1.0, 'k': 1e3, 'K': 1e3, 'M': 1e6, 'G': 1e9, 'T': 1e12}
 _SLACK = 1e-9  # a budget that a policy's cost was printed as must reach it
 _INTERPOLATION = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _CROP_MODES = ('center', 'squash', 'border')
+_MAX_PIXELS = 2**28  # of a picture that was scaled
 _IMAGE_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
-_NUM_REMEMBERED, _NUM_PROBES, _NUM_FORMS = 32, 5, 16  # times of a stage, forwards at first, shapes of batches
+_NUM_REMEMBERED, _NUM_PROBES, _NUM_FORMS = 32, 5, 64  # times of a stage, forwards at first, shapes of batches
 _QUANTILE, _HOPE = 0.9, 1e-4
 
 
@@ -111,7 +115,11 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
         RunnerError: The folder or its manifest is missing, cannot be read, or says something that is not allowed.
     """
     path = Path(folder) / MANIFEST
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise RunnerError(f'{path} cannot be read: {_one_line(error)}.') from error
+    if not found:
         raise RunnerError(f'{folder} is not an exported folder: it has no {MANIFEST}.')
     try:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
@@ -139,15 +147,21 @@ def check_files(folder: str | Path, manifest: dict[str, Any], *, hashes: bool = 
         path = Path(folder) / name
         if name == OWN_NAME:
             continue
-        if not path.is_file():
-            raise RunnerError(f'{folder} has no {name}, which its {MANIFEST} lists: copy the folder again.')
-        size = path.stat().st_size
-        if size != entry['size']:
-            raise RunnerError(f'{path} must have {entry["size"]} bytes, got {size}: copy the folder again.')
-        if hashes and _sha256(path) != entry['sha256']:
-            raise RunnerError(
-                f'{path} has changed: its SHA-256 is not that of {MANIFEST}. Copy the whole folder again.'
-            )
+        try:
+            if not path.is_file():
+                raise RunnerError(f'{folder} has no {name}, which its {MANIFEST} lists: copy the folder again.')
+            size, digest = path.stat().st_size, _sha256(path) if hashes else None
+        except OSError as error:
+            raise RunnerError(f'{path} cannot be read: {_one_line(error)}.') from error
+        _check_file(path, entry, size, digest)
+
+
+def _check_file(path: Path, entry: dict[str, Any], size: int, digest: str | None) -> None:
+    """Raise unless size and SHA-256 of a file, if that is known, are those of the manifest."""
+    if size != entry['size']:
+        raise RunnerError(f'{path} must have {entry["size"]} bytes, got {size}: copy the folder again.')
+    if digest not in (None, entry['sha256']):
+        raise RunnerError(f'{path} has changed: its SHA-256 is not that of {MANIFEST}. Copy the whole folder again.')
 
 
 def _sha256(path: Path) -> str:
@@ -260,8 +274,12 @@ def _brief(value: Any) -> str:
 def _one_line(error: object) -> str:
     if isinstance(error, OSError) and error.strerror:
         error = error.strerror  # without its number and the path
-    text = ' '.join(''.join(sign if sign.isprintable() else ' ' for sign in str(error)).split())
-    return text[:300].rstrip('.: ') or type(error).__name__
+    return _printable(str(error))[:300].rstrip('.: ') or type(error).__name__
+
+
+def _printable(text: str) -> str:
+    """Return a text from outside as one line that does nothing to a terminal."""
+    return ' '.join(''.join(sign if sign.isprintable() else ' ' for sign in text).split())
 
 
 # --- Policies ---------------------------------------------------------------------------------------------------------
@@ -275,7 +293,7 @@ def _is_number(value: Any) -> bool:
 def _require_known(criterion: Any, combine: Any) -> None:
     if not isinstance(criterion, str) or criterion not in _AT_LEAST:
         raise RunnerError(f'criterion must be one of {", ".join(_AT_LEAST)}, got {_brief(criterion)}.')
-    if combine not in _COMBINATIONS:
+    if not isinstance(combine, (str, type(None))) or combine not in _COMBINATIONS:
         raise RunnerError(f'combine must be None, mean or geometric, got {_brief(combine)}.')
 
 
@@ -288,7 +306,8 @@ class _Policy:
             raise RunnerError(f'policy must be a dict of {", ".join(keys)}, got {_brief(values)}.')
         self.criterion, self.combine = values['criterion'], values.get('combine')
         _require_known(self.criterion, self.combine)
-        self.thresholds, self.temperatures = values['thresholds'], values.get('temperatures') or []
+        self.thresholds, self.temperatures = values['thresholds'], values.get('temperatures')
+        self.temperatures = [] if self.temperatures is None else self.temperatures
         if not all(isinstance(numbers, (list, tuple)) for numbers in (self.thresholds, self.temperatures)):
             raise RunnerError('thresholds and temperatures of a policy must be lists of numbers.')
         if len(self.thresholds) != num_exits:
@@ -397,20 +416,25 @@ def prepare(image: Any, cfg: dict[str, Any]) -> np.ndarray:
         raise RunnerError(f'The network takes {channels} channels, which no picture has: give infer an array.')
     if not isinstance(image, (str, os.PathLike, Image.Image)):
         raise RunnerError(f'The picture must be a path or an image of Pillow, got {type(image).__name__}.')
-    name = 'The picture' if isinstance(image, Image.Image) else os.fspath(image)
+    name = 'The picture' if isinstance(image, Image.Image) else _printable(os.fspath(image))
     try:
-        image = image if isinstance(image, Image.Image) else Image.open(image)
+        if not isinstance(image, Image.Image):
+            Image.init()
+            # Not PostScript, for which Pillow starts a program.
+            image = Image.open(image, formats=[name for name in Image.OPEN if name != 'EPS'])
         image.load()
         if image.mode.startswith('I;16'):  # Pillow itself would make white of all above 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ('I', 'F'):
             raise ValueError('its pixels have an unknown range: save it with 8 or 16 bits')
         image = image.convert(_IMAGE_MODES[channels])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        size = _scaled_size(image.size, cfg)
+        if math.prod(size) > _MAX_PIXELS:
+            raise ValueError(f'scaled for the network it would have {size[0]} x {size[1]} pixels')
+        if image.size != size:
+            image = image.resize(size, getattr(Image.Resampling, cfg['interpolation'].upper()))
+    except Exception as error:  # what decoders raise for a damaged picture has no common base
         raise PictureError(f'{name} cannot be read: {_one_line(error)}.') from error
-    size = _scaled_size(image.size, cfg)
-    if image.size != size:
-        image = image.resize(size, getattr(Image.Resampling, cfg['interpolation'].upper()))
     fill = [round(255 * value) for value in cfg['mean']] if cfg['crop_mode'] == 'border' else [0] * channels
     image = _crop(image, (width, height), fill)
     pixels = np.asarray(image, np.float32).reshape(height, width, channels) / np.float32(255)
@@ -429,7 +453,7 @@ def _scaled_size(size: tuple[int, int], cfg: dict[str, Any]) -> tuple[int, int]:
         return (target_width, longer) if width <= height else (longer, target_width)
     ratios = height / target_height, width / target_width
     ratio = max(ratios) if cfg['crop_mode'] == 'border' else min(ratios)
-    return round(width / ratio), round(height / ratio)
+    return max(1, round(width / ratio)), max(1, round(height / ratio))
 
 
 def _crop(image: Any, size: tuple[int, int], fill: Sequence[int]) -> Any:
@@ -466,15 +490,16 @@ class _Times:
         if idx == 0:
             self._unit.append(seconds)
             self._num_unrun = [count + 1 for count in self._num_unrun]
-        multiple, known = seconds / self._first(), self._multiples[idx]
+        multiple = seconds / self._first()
         if self._num_unrun[idx] > 1:  # what was assumed meanwhile holds from now on
             hope = self._hope(idx)
-            # Whole before another thread sees it.
-            known = deque((value * hope for value in known), maxlen=_NUM_REMEMBERED)
+            known = [value * hope for value in tuple(self._multiples[idx])]
             if known and 2 * multiple <= _quantile(known, _QUANTILE):
-                known.clear()
-            self._multiples[idx] = known
-        known.append(multiple)
+                known = []
+            # Whole before another thread sees it.
+            self._multiples[idx] = deque([*known, multiple], maxlen=_NUM_REMEMBERED)
+        else:
+            self._multiples[idx].append(multiple)
         self._num_unrun[idx] = 0
 
     def expect(self, idx: int) -> float:
@@ -489,7 +514,7 @@ class _Times:
         return float((1 - _HOPE * doubt**2) ** max(0, self._num_unrun[idx] - 1))
 
 
-def _quantile(values: deque[float], share: float) -> float:
+def _quantile(values: Collection[float], share: float) -> float:
     ranked = sorted(values)
     return ranked[int(share * (len(ranked) - 1))]
 
@@ -535,7 +560,8 @@ class Runner:
         self._programs = self.manifest['programs'][precision]
         if not any(self._programs.values()):
             raise RunnerError(f'{self.folder} has no ONNX programs of {precision}: export it with the format onnx.')
-        self._open = _make_opener(providers, threads)
+        self._open, self._checks = _make_opener(providers, threads), check
+        self._root = self.folder.absolute()  # the working directory may change
         self._sessions: dict[str, Any] = {}
         self._times: OrderedDict[tuple[int, ...], _Times] = OrderedDict()
 
@@ -546,12 +572,7 @@ class Runner:
             images: [B, C, H, W] float32, normalized, as `preprocess` gives them.
             exit_idx: 0 for the shallowest exit; -1 or the number of exits for main.
         """
-        images = self._check_images(images)
-        if isinstance(exit_idx, bool) or not isinstance(exit_idx, (int, np.integer)):
-            raise RunnerError(f'exit_idx must be an integer, got {_brief(exit_idx)}.')
-        idx = int(exit_idx) + (self.num_exits + 1) * (exit_idx < 0)
-        if not 0 <= idx <= self.num_exits:
-            raise RunnerError(f'exit_idx must be in [{-self.num_exits - 1}, {self.num_exits}], got {exit_idx}.')
+        images, idx = self._check_images(images), self._check_exit(exit_idx)
         if self._programs['fixed']:
             logits = self._run(self._programs['fixed'][idx], [images])[0]
         else:
@@ -621,7 +642,9 @@ class Runner:
             self._run(one['path'], [images[idx : idx + 1], thresholds, temperatures]) for idx in range(len(images))
         ]
         logits, exit_idx = (np.concatenate(parts) for parts in zip(*found))
-        return Answer(self._checked(int(exit_idx.max()), logits), exit_idx)
+        for idx in np.unique(exit_idx):
+            self._checked(int(idx), logits[exit_idx == idx])
+        return Answer(logits, exit_idx)
 
     def anytime(self, images: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (k, logits [B, C]) of each exit as soon as it is computed, main last; leaving the loop stops the work.
@@ -657,6 +680,8 @@ class Runner:
         if times is None:
             times = self._learn(images)
             end = time.perf_counter() + deadline_ms / 1e3
+        with suppress(KeyError):  # another thread may have forgotten it
+            self._times.move_to_end(images.shape)
         found: tuple[int, np.ndarray] | None = None
         state, last = [images], time.perf_counter()
         for idx in range(self.num_exits + 1):
@@ -676,9 +701,31 @@ class Runner:
         """Return a picture as [1, C, H, W] float32, given a path or a `PIL.Image.Image`; see `prepare`."""
         return prepare(image, self.manifest['preprocessing'])
 
-    def macs(self, exit_idx: int) -> float:
-        """Return what it costs to leave at a classifier with all heads on the way, as a share of main's MACs alone."""
-        return float(self.manifest['exits'][exit_idx]['macs']['sequential'] / self.manifest['plain_macs'])
+    def macs(self, exit_idx: int, skipped: Collection[int] = ()) -> float:
+        """Return what it costs to leave at a classifier, as a share of main's MACs alone.
+
+        Args:
+            exit_idx: As for a call.
+            skipped: Exits on the way whose heads are not run; the heads of all others are.
+        """
+        idx = self._check_exit(exit_idx)
+        macs = [each['macs'] for each in self.manifest['exits']]
+        heads = [each['sequential'] - each['fixed'] for each in macs]  # of all exits before
+        spent = macs[idx]['sequential'] - sum(heads[k + 1] - heads[k] for k in skipped if k < idx)
+        return float(spent / self.manifest['plain_macs'])
+
+    def unused(
+        self,
+        policy: dict[str, Any] | None = None,
+        *,
+        threshold: float | Sequence[float | None] | None = None,
+        budget: str | None = None,
+    ) -> list[int]:
+        """Return the exits whose heads `infer` does not run, given its arguments: none of the stages skips one."""
+        if self._programs['stages']:
+            return []
+        rule = self._choose(policy, threshold, budget)
+        return [idx for idx, value in enumerate(rule.thresholds) if value is None]
 
     def _learn(self, images: np.ndarray) -> _Times:
         seconds = []
@@ -745,6 +792,14 @@ class Runner:
                 f' the form {forms}.'
             )
 
+    def _check_exit(self, exit_idx: Any) -> int:
+        if isinstance(exit_idx, bool) or not isinstance(exit_idx, (int, np.integer)):
+            raise RunnerError(f'exit_idx must be an integer, got {_brief(exit_idx)}.')
+        idx = int(exit_idx) + (self.num_exits + 1) * (exit_idx < 0)
+        if not 0 <= idx <= self.num_exits:
+            raise RunnerError(f'exit_idx must be in [{-self.num_exits - 1}, {self.num_exits}], got {exit_idx}.')
+        return idx
+
     def _check_deadline(self, deadline_ms: Any) -> float:
         if not _is_number(deadline_ms) or not 0 < deadline_ms <= 1e9:
             raise RunnerError(f'deadline_ms must be > 0 and <= 1e9, got {_brief(deadline_ms)}.')
@@ -775,13 +830,26 @@ class Runner:
         return self._run(self._programs['stages'][idx], state)
 
     def _run(self, path: str, values: list[np.ndarray]) -> list[np.ndarray]:
-        if path not in self._sessions:
-            self._sessions[path] = self._open(self.folder / path)
-        session = self._sessions[path]
+        session = self._sessions.get(path)
+        if session is None:
+            session = self._sessions[path] = self._open_program(path)
         try:
             return session.run(None, dict(zip([node.name for node in session.get_inputs()], values)))
         except Exception as error:  # ONNX Runtime's own kinds have no common base
             raise RunnerError(f'{path} cannot be run: {_one_line(error)}.') from error
+
+    def _open_program(self, path: str) -> Any:
+        """Open a program, which is still the one that the manifest lists."""
+        try:
+            content = (self._root / path).read_bytes()
+        except OSError as error:
+            raise RunnerError(f'{self.folder / path} cannot be opened: {_one_line(error)}.') from error
+        digest = hashlib.sha256(content).hexdigest() if self._checks else None
+        _check_file(self.folder / path, self.manifest['files'][path], len(content), digest)
+        try:
+            return self._open(content)
+        except Exception as error:  # ONNX Runtime's own kinds have no common base
+            raise RunnerError(f'{self.folder / path} cannot be opened: {_one_line(error)}.') from error
 
 
 def _show(cost: float, unit: str, total: float, *, up: bool) -> str:
@@ -797,7 +865,7 @@ def _show(cost: float, unit: str, total: float, *, up: bool) -> str:
 
 
 def _make_opener(providers: Any, threads: Any) -> Any:
-    """Return a function that opens a program."""
+    """Return a function that opens the content of a program, from memory, so that it can read no other file."""
     try:
         import onnxruntime
     except ImportError:
@@ -811,15 +879,7 @@ def _make_opener(providers: Any, threads: Any) -> Any:
         if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
             raise RunnerError(f'threads must be an integer in [1, 1024], got {_brief(threads)}.')
         options.intra_op_num_threads = threads
-
-    def open_program(path: Path) -> Any:
-        try:
-            # From memory, so that nothing but this file can be read.
-            return onnxruntime.InferenceSession(path.read_bytes(), options, providers=list(names))
-        except Exception as error:  # ONNX Runtime's own kinds have no common base
-            raise RunnerError(f'{path} cannot be opened: {_one_line(error)}.') from error
-
-    return open_program
+    return partial(onnxruntime.InferenceSession, sess_options=options, providers=list(names))
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -848,6 +908,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--precision', default='fp32', help='fp32 or int8')
     parser.add_argument('--threads', type=int, metavar='N', help='of ONNX Runtime')
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # names that it cannot write
     given = [args.budget is not None, args.threshold is not None, args.deadline_ms is not None, args.all]
     try:
         if sum(given) > 1:
@@ -857,20 +919,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner, code = Runner(args.folder, args.precision, threads=args.threads), 0
         for picture in args.pictures:
             try:
-                images = runner.preprocess(picture)
+                images, name = runner.preprocess(picture), _printable(picture)
             except PictureError as error:  # the others are answered
                 print(f'{OWN_NAME}: error: {error}', file=sys.stderr)
                 code = 2
                 continue
             if args.all:
                 for idx, logits in runner.anytime(images):
-                    print(f'{picture}: {describe(runner, logits[0], idx)}', flush=True)
+                    print(f'{name}: {describe(runner, logits[0], idx)}', flush=True)
                 continue
+            skipped: Sequence[int] = ()
             if args.deadline_ms is not None:
                 answer = runner.predict(images, args.deadline_ms)
             else:
                 answer = runner.infer(images, threshold=args.threshold, budget=args.budget)
-            print(f'{picture}: {describe(runner, answer.logits[0], int(answer.exit_idx[0]))}', flush=True)
+                skipped = runner.unused(threshold=args.threshold, budget=args.budget)
+            print(f'{name}: {describe(runner, answer.logits[0], int(answer.exit_idx[0]), skipped)}', flush=True)
     except RunnerError as error:
         print(f'{OWN_NAME}: error: {error}', file=sys.stderr)
         return 2
@@ -887,13 +951,13 @@ def _thresholds(text: str) -> float | list[float | None]:
     return each[0]
 
 
-def describe(runner: Runner, logits: np.ndarray, exit_idx: int) -> str:
-    """Return an answer [C] in words."""
+def describe(runner: Runner, logits: np.ndarray, exit_idx: int, skipped: Sequence[int] = ()) -> str:
+    """Return an answer [C] in words; for `skipped` see `Runner.macs`."""
     shares = softmax(logits)
     best = int(shares.argmax())
-    name = runner.classes[best] if runner.classes else f'class {best}'
-    where = runner.manifest['exits'][exit_idx]['name']
-    return f'{name}, {100 * shares[best]:.1f} %, at {where} with {100 * runner.macs(exit_idx):.0f} % of the MACs'
+    name = _printable(runner.classes[best]) if runner.classes else f'class {best}'
+    where, macs = _printable(runner.manifest['exits'][exit_idx]['name']), runner.macs(exit_idx, skipped)
+    return f'{name}, {100 * shares[best]:.1f} %, at {where} with {100 * macs:.0f} % of the MACs'
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ QUANTILE = 0.9
 
 HOPE = 1e-4
 NUM_LATEST = 3  # of the first stage, whose median says how fast the machine is just now
-NUM_FORMS = 16
+NUM_FORMS = 64
 NUM_PROBES = 5
 
 
@@ -108,10 +109,14 @@ class TimeBook:
 
     def find(self, x: Tensor) -> PartTimes | None:
         """Return what is known of inputs of this shape, dtype, device and precision; None if it is nothing."""
-        return self._forms.get(self._key(x))
+        key = self._key(x)
+        times = self._forms.get(key)
+        with suppress(KeyError):  # unknown, or forgotten by another thread
+            self._forms.move_to_end(key)
+        return times
 
     def keep(self, x: Tensor, times: PartTimes) -> None:
-        """Keep what was learnt; the oldest form is forgotten."""
+        """Keep what was learnt; the form that was not asked with for the longest time is forgotten."""
         self._forms[self._key(x)] = times
         while len(self._forms) > NUM_FORMS:
             self._forms.popitem(last=False)
