@@ -1,6 +1,7 @@
 """What trains when, and at which rate: the parts that wait stay bit for bit as they are."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -10,9 +11,11 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
+from torch import nn
 
 from timm_multiexit.losses.multi_exit_loss import create_loss
 from timm_multiexit.training.regimes import Regime, RegimeControl, split_exit_groups
+from timm_multiexit.training.run import RunConfig, TrainingRun
 from timm_multiexit.training.task import MultiExitTask
 from timm_multiexit.training.trainer import Trainer, TrainerConfig
 
@@ -163,6 +166,36 @@ def test_norms_of_the_backbone_keep_their_statistics_in_every_phase(model):
     assert own & after == set()
     assert statistics - own <= after
     assert {name for name, _ in model.named_parameters()} <= after
+
+
+def test_norms_that_stay_leave_what_they_hold_in_training_mode(model):
+    run = Run(model, Regime('joint'), freeze_bn_stats=True)
+    norm = next(module for module in model.backbone.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.drop = nn.Dropout()
+    run.trainer._set_training_mode()
+    assert (norm.training, norm.drop.training) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ('name', 'freeze_bn_stats', 'expected'),
+    [('joint', False, {'backbone', 'exits'}), ('joint', True, {'exits'}), ('frozen', False, {'exits'})],
+)
+def test_statistics_that_stay_are_not_distributed(name, freeze_bn_stats, expected, model, monkeypatch):
+    seen = []
+    monkeypatch.setattr('timm_multiexit.training.run.distribute_bn', lambda *args: seen.append(args))
+    inner = Run(model, Regime(name), freeze_bn_stats=freeze_bn_stats)
+    run = SimpleNamespace(
+        config=RunConfig('a', dist_bn='reduce'),
+        accelerator=SimpleNamespace(num_processes=3),
+        trainer=inner.trainer,
+        task=inner.trainer.task,
+    )
+    TrainingRun._distribute_norms(run)
+    ((module, num_processes, is_reduced),) = seen
+    assert (num_processes, is_reduced) == (3, True)
+    own = {id(buffer) for buffer in module.buffers()}
+    parts = {key.split('.')[0] for key, buffer in model.named_buffers() if id(buffer) in own and 'running_' in key}
+    assert parts == expected
 
 
 def test_plain_network_with_norms_that_stay_learns_as_in_eval_mode(model):

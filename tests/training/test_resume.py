@@ -1,5 +1,6 @@
 """Which checkpoint a run is resumed from, and what must fit it."""
 
+import json
 import multiprocessing
 import os
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from timm_multiexit.cli import train
@@ -102,6 +104,60 @@ def test_state_of_the_same_optimizer_is_taken(kind):
     load_optimizer(optimizer, {'optimizer': other.state_dict()}, 'x.pth.tar')
     assert optimizer.param_groups[0]['lr'] == 0.3
     assert str(optimizer.state_dict()) == str(other.state_dict())
+    optimizer.param_groups[0]['lr'] = 0.1
+    load_optimizer(optimizer, {'optimizer': other.state_dict()}, 'x.pth.tar', has_schedule=False)
+    assert optimizer.param_groups[0]['lr'] == 0.1
+
+
+def test_settings_are_those_of_the_flags_that_are_given_now():
+    own = make_optimizer('AdamW', weight_decay=0.5, betas=(0.5, 0.6), eps=1e-3)
+    other = make_optimizer('AdamW', weight_decay=0.1)
+    own.param_groups[0].update(initial_lr=0.7, lr_scale=0.25)
+    other.param_groups[0].update(initial_lr=0.1, lr_scale=1.0, lr=0.3)
+    load_optimizer(own, {'optimizer': other.state_dict()}, 'x.pth.tar')
+    group = own.param_groups[0]
+    assert (group['weight_decay'], group['betas'], group['eps']) == (0.5, (0.5, 0.6), 1e-3)
+    assert (group['initial_lr'], group['lr_scale'], group['lr']) == (0.7, 0.25, 0.3)
+    assert own.state[group['params'][0]]['exp_avg'].tolist() == pytest.approx([0.1] * 3)
+
+
+def test_bookkeeping_of_an_optimizer_is_kept():
+    params = [nn.Parameter(torch.ones(3))]
+    own, other = (create_optimizer_v2(params, 'lookahead_sgd', lr=0.1, weight_decay=decay) for decay in (0.5, 0.1))
+    params[0].sum().backward()
+    for _ in range(4):
+        other.step()
+    load_optimizer(own, {'optimizer': other.state_dict()}, 'x.pth.tar')
+    assert (own.param_groups[0]['lookahead_step'], own.param_groups[0]['weight_decay']) == (4, 0.5)
+
+
+def test_milestone_and_best_epoch_of_a_run_that_goes_back(train_run, image_folder):
+    folder = image_folder.parent / 'out/run'
+    flags = ('--val-interval', 3, '--save-epochs', 1)
+    train_run('--epochs', 3, *flags)
+    milestone = torch.load(folder / 'milestone-1.pth.tar', weights_only=False)
+    err = train_run('--epochs', 3, '--stop-epoch', 1, *flags, '--resume', folder / 'milestone-1.pth.tar')
+    assert 'All 1 epochs' in err
+    for name in ('milestone-1', 'last'):
+        again = torch.load(folder / f'{name}.pth.tar', weights_only=False)
+        assert read_position(again) == (1, 0)
+        assert all(torch.equal(value, again['state_dict'][key]) for key, value in milestone['state_dict'].items())
+    err = train_run('--epochs', 4, '--resume', 'auto', '--eval-metric', 'mean_top1')
+    assert json.loads((folder / 'results.json').read_text())['best_epoch'] in (1, 2, 3)
+
+
+def test_run_of_before_a_flag_had_its_default(train_run, image_folder):
+    train_run('--epochs', 1, '--eed')
+    path = image_folder.parent / 'out/run/last.pth.tar'
+    checkpoint = torch.load(path, weights_only=False)
+    for name in ('exit_teacher_weights', 'freeze_bn_stats'):
+        delattr(checkpoint['args'], name)
+    torch.save(checkpoint, path)
+    line = train_run('--epochs', 2, '--eed', '--exit-teacher-weights', 'skill', '--resume', 'auto', refused=True)
+    assert line.startswith("--exit-teacher-weights must be 'equal', as in out/run/last.pth.tar, got 'skill'.")
+    assert 'Other flags than before from epoch 2 on: --epochs 2 (was 1), --freeze-bn-stats True' in train_run(
+        '--epochs', 2, '--eed', '--freeze-bn-stats', '--initial-checkpoint', path, '--resume', 'auto'
+    )
 
 
 MISFITS = {

@@ -3,6 +3,7 @@
 import argparse
 import os
 import resource
+import shutil
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -53,6 +54,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         self.saver = RunSaver(
             run_state=self.state,
+            chosen_by='top1',
             model=self.model,
             optimizer=torch.optim.SGD(self.model.parameters(), lr=0.1),
             args=argparse.Namespace(model='test_resnet'),
@@ -183,6 +185,57 @@ def test_kept_files_by_hand(tmp_path):
         'best/config.json': None,
         'best/model.safetensors': 3.0,
     }
+
+
+def test_nan_is_worse_than_any_number(tmp_path):
+    run = Run(tmp_path / 'run', (float('nan'), -5.0, float('nan'))).fit()
+    assert (run.saver.best_epoch, run.saver.best_metric) == (1, -5.0)
+    assert run.contents()['best/model.safetensors'] == 1.0
+    assert not run.saver.is_best(float('nan'))
+
+
+def go_back(folder, name, **changes):
+    """Resume from an earlier checkpoint of a folder."""
+    run = Run(folder)
+    checkpoint = read_training_checkpoint(folder / name)
+    run.model.load_state_dict(checkpoint['state_dict'])
+    run.epoch, run.batch = read_position(checkpoint)
+    vars(run.saver).update(changes)
+    run.saver.load_state_dict(checkpoint['saver'])
+    return run
+
+
+def test_run_that_goes_back_leaves_no_checkpoint_of_what_it_left(tmp_path, caplog):
+    whole = Run(tmp_path / 'run').fit()
+    whole.epoch, whole.batch = 5, 0
+    nn.init.constant_(whole.model.weight, 4.0)
+    whole.saver.save_last(4)  # an epoch that was not measured
+    shutil.copy(tmp_path / 'run/last.pth.tar', tmp_path / 'run/milestone-5.pth.tar')
+    whole.epoch = 6
+    whole.saver.save_last(5)
+    for name, epoch in (('milestone-5', 4), ('checkpoint-1', 1)):
+        run = go_back(tmp_path / 'run', f'{name}.pth.tar')
+        last = torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)
+        assert (last['epoch'], float(last['state_dict']['weight'][0])) == (epoch, float(epoch))
+        assert read_position(last) == (epoch + 1, 0)
+    # The network of epoch 4 is still there, and epoch 2 was the best.
+    assert [record.message for record in caplog.records] == [
+        f'The best epoch is chosen anew, by top1: {tmp_path}/run/best is not of epoch 2, which was the best until here.'
+    ]
+    assert run.saver.best_epoch is None
+    run.metrics = (None, None, 5.0)
+    run.close_epoch(2)
+    assert run.saver.best_epoch == 2
+    assert run.contents()['best/model.safetensors'] == 2.0
+
+
+def test_best_epoch_is_chosen_anew_by_another_metric(tmp_path, caplog):
+    Run(tmp_path / 'run').fit()
+    run = go_back(tmp_path / 'run', 'checkpoint-3.pth.tar')
+    assert (run.saver.best_epoch, caplog.records) == (3, [])
+    run = go_back(tmp_path / 'run', 'checkpoint-3.pth.tar', chosen_by='loss on the val split')
+    assert (run.saver.best_epoch, run.saver.best_metric) == (None, None)
+    assert 'anew, by loss on the val split: until here it was chosen by top1.' in caplog.text
 
 
 @contextmanager

@@ -227,8 +227,8 @@ def create_regime(args: Namespace, model: nn.Module, source: ModelSource | None)
     # timm replaces a classifier of other classes by a fresh one.
     is_other = args.pretrained and model.pretrained_cfg.get('num_classes') != model.num_classes
     has_fresh_classifier = bool(is_other and not args.initial_checkpoint)
-    is_trained = bool(args.pretrained or args.pretrained_path or args.initial_checkpoint or backbone_epochs)
-    if name == 'frozen' and not (is_trained or args.resume):
+    is_trained = bool(args.pretrained or args.initial_checkpoint or backbone_epochs)
+    if name == 'frozen' and not (is_trained or args.resume not in ('', 'auto')):
         _logger.warning('The backbone stays as it is, and it is not trained: add --pretrained or --initial-checkpoint.')
     warmup = 0.0 if name == 'frozen' else args.head_warmup_epochs
     if warmup is None:

@@ -124,7 +124,7 @@ class RunState:
         with _explain_damage(path):
             resume_task_checkpoint(self.gathered or self.task, str(path), log_info=False)
         if with_optimizer:
-            load_optimizer(self.optimizer, checkpoint, path)
+            load_optimizer(self.optimizer, checkpoint, path, has_schedule=self.trainer.scheduler is not None)
             if self.accelerator.scaler and _SCALER_KEY in checkpoint:
                 with _explain_damage(path):
                     self.accelerator.scaler.load_state_dict(checkpoint[_SCALER_KEY])
@@ -377,8 +377,18 @@ def read_position(checkpoint: Mapping[str, Any]) -> tuple[int, int]:
     return int(epoch) + (1 if checkpoint.get('version', 0) > 1 else 0), 0
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Load a checkpoint's optimizer state, but for the rate that this run's schedule starts from.
+# Of a group of parameters: what it is of, and what training changes.
+_NOT_SETTINGS = ('params', 'lr', 'lookahead_step')
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    checkpoint: dict[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    has_schedule: bool = True,
+) -> None:
+    """Load a checkpoint's optimizer state; its settings stay those of this run, and the rate if no schedule sets it.
 
     Raises:
         CheckpointError: There is none, or it is of another optimizer or of other parameters.
@@ -398,6 +408,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any],
             f"The optimizer in {path} does not fit this run's: {one_line(error)}. Give the flags"
             ' it was trained with, or --no-resume-opt.'
         ) from error
+    settings = {'initial_lr', 'lr_scale', *optimizer.defaults}.difference(_NOT_SETTINGS)
     for before, after in zip(own, optimizer.param_groups):
-        if before.get('initial_lr') is not None:
-            after['initial_lr'] = before['initial_lr']
+        after.update({name: before[name] for name in settings if before.get(name) is not None})
+        if not has_schedule:
+            after['lr'] = before['lr']

@@ -43,7 +43,7 @@ class RunConfig:
         val_interval: Epochs between evaluations.
         eval_metric: Column that the best epoch is chosen by, e.g. 'top1'.
         multilabel_threshold: Probability from which a label counts as predicted.
-        dist_bn: 'broadcast' or 'reduce' the statistics of batch norms over processes before an evaluation; '' for not.
+        dist_bn: 'broadcast' or 'reduce' the statistics of batch norms over processes after an epoch; '' for not.
         evaluates_ema: Evaluate the moving average of the weights in place of the weights.
         recovery_interval: Updates between recovery checkpoints; 0 for none.
         checkpoint_hist: Checkpoints of single epochs that are kept.
@@ -144,6 +144,7 @@ class TrainingRun:
             record=record,
             num_batches=len(data.train_loader),
             save_epochs=config.save_epochs,
+            chosen_by=f'{config.eval_metric} on {data.evaluation_images}',
             decreasing=config.is_decreasing,
             max_history=config.checkpoint_hist,
         )
@@ -200,6 +201,7 @@ class TrainingRun:
         self.start_batch = 0
         epoch_log.flush(trainer)
         rate, lr = trainer.images_per_second, trainer.learning_rate
+        self._distribute_norms()
         is_evaluated = (epoch + 1) % config.val_interval == 0 or is_last
         model, metrics = self._evaluate() if is_evaluated else (None, {})
         # Without an evaluation timm chooses by the training loss, if by a loss.
@@ -218,13 +220,22 @@ class TrainingRun:
         if not is_last and self.stopper.is_asked():
             raise Stopped(self.stopper.signal)
 
+    def _distribute_norms(self) -> None:
+        """Make the statistics of batch norms those of all processes; what is fixed stays as it is, to the last bit."""
+        config, num_processes = self.config, self.accelerator.num_processes
+        if num_processes == 1 or config.dist_bn not in ('broadcast', 'reduce'):
+            return
+        control = self.trainer.regime
+        is_fixed = self.trainer.config.freeze_bn_stats or (control and control.regime.name == 'frozen')
+        for is_ema in (False, True)[: 1 + config.evaluates_ema]:
+            module = unwrap_model(self.task.get_trainable_module(ema=is_ema))
+            if is_fixed:
+                module = module.exits if isinstance(module, MultiExitModel) else torch.nn.Module()
+            distribute_bn(module, num_processes, config.dist_bn == 'reduce')
+
     def _evaluate(self) -> tuple[torch.nn.Module, dict[str, float]]:
         """Return the model that counts, the moving average if there is one, and its metrics as columns."""
-        config, num_processes = self.config, self.accelerator.num_processes
-        if num_processes > 1 and config.dist_bn in ('broadcast', 'reduce'):
-            for is_ema in (False, True)[: 1 + config.evaluates_ema]:
-                module = unwrap_model(self.task.get_trainable_module(ema=is_ema))
-                distribute_bn(module, num_processes, config.dist_bn == 'reduce')
+        config = self.config
         model = unwrap_model(self.task.get_eval_model(ema=config.evaluates_ema))
         if self.data.val_loader is None:
             return model, {}

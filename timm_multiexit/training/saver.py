@@ -1,6 +1,8 @@
 """A training run's files, whole after a kill at any moment: timm's checkpoints, and the best network as a folder."""
 
 import copy
+import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -14,10 +16,12 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 from timm_multiexit.checkpoints.run_folder import BEST_NAME
-from timm_multiexit.checkpoints.save import write_model
+from timm_multiexit.checkpoints.save import hash_weights, write_model
 from timm_multiexit.evaluation.stamp import fit_channels
 from timm_multiexit.models.sharding import gather_state, shard_state
 from timm_multiexit.utils.files import explain_disk_errors
+
+_logger = logging.getLogger(__name__)
 
 _OLD_BEST_NAME = '.best-old'
 _NEW_BEST_NAME = '.best-new'
@@ -26,36 +30,65 @@ _NEW_BEST_NAME = '.best-new'
 class RunSaver(CheckpointSaver):
     """timm's saver, with files that are there whole or not at all, and with where the run stands.
 
-    `run_state` returns what the run needs to be resumed besides weights and optimizer: plain values and tensors.
+    Args:
+        run_state: Returns what the run needs to be resumed besides weights and optimizer: plain values and tensors.
+        chosen_by: What the best epoch is chosen by, and on which images.
+        **kwargs: For timm's.
     """
 
-    def __init__(self, *, run_state: Callable[[], dict[str, Any]], **kwargs: Any):
+    def __init__(self, *, run_state: Callable[[], dict[str, Any]], chosen_by: str = '', **kwargs: Any):
         super().__init__(**kwargs)
-        self.run_state = run_state
+        self.run_state, self.chosen_by = run_state, chosen_by
+        self._best_weights: dict[str, str] | None = None
         self._keeps_history = True
 
     def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
         """Return timm's bookkeeping and, under 'run', where the run stands."""
         pending = (epoch, metric) if self._keeps_history else (None, None)
-        return {**super().state_dict(*pending), 'run': self.run_state()}
+        best = {'chosen_by': self.chosen_by, 'best_weights': self._best_weights}
+        return {**super().state_dict(*pending), **best, 'run': self.run_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the bookkeeping of a checkpoint in this folder; call it when all else has been restored.
 
-        If that checkpoint closed an epoch, its files are written once more: a kill may have come between them.
+        If that checkpoint closed an epoch, its files are written once more: a kill may have come between them, and
+        where the run goes back, the last checkpoint is of what it leaves.
         """
         epoch, metric = state_dict.get('pending', (None, None))
         super().load_state_dict({**state_dict, 'pending': (None, None)})
         self.clean()
-        if epoch is not None and not state_dict.get('run', {}).get('batch'):
+        run = state_dict.get('run', {})
+        self._best_weights = state_dict.get('best_weights')
+        if epoch is not None and not run.get('batch'):
             # timm's own list may hold the file already, where the list was read from a later checkpoint.
             path = self._checkpoint_path(epoch)
             self.checkpoint_files = [entry for entry in self.checkpoint_files if entry[0] != path]
             self.save_checkpoint(epoch, metric)
+        elif run.get('epoch') and not run.get('batch'):
+            self.save_last(run['epoch'] - 1)
+        self._check_best(state_dict)
+
+    def _check_best(self, state_dict: dict[str, Any]) -> None:
+        """Choose the best epoch anew if what was chosen is not in the folder, or by something else."""
+        if self.best_epoch is None:
+            return
+        reason, best = '', Path(self.checkpoint_dir, BEST_NAME)
+        if state_dict.get('chosen_by', self.chosen_by) != self.chosen_by:
+            reason = f'until here it was chosen by {state_dict["chosen_by"]}'
+        elif self._best_weights is not None and (not best.exists() or hash_weights(best) != self._best_weights):
+            reason = f'{best} is not of epoch {self.best_epoch + 1}, which was the best until here'
+        if reason:
+            _logger.warning(f'The best epoch is chosen anew, by {self.chosen_by}: {reason}.')
+            self.best_epoch = self.best_metric = self._best_weights = None
 
     def is_best(self, metric: float | None) -> bool:
         """Return whether a network with this metric is the best so far; the latest is, where nothing is measured."""
-        return metric is None or self.best_metric is None or self.cmp(metric, self.best_metric)
+        return metric is None or self.best_metric is None or self.cmp(self._ranked(metric), self.best_metric)
+
+    def _ranked(self, metric: float | None) -> float | None:
+        """Return a metric that can be compared: NaN is worse than all others."""
+        worst = math.inf if self.decreasing else -math.inf
+        return worst if metric is not None and math.isnan(metric) else metric
 
     def save_best(
         self, model: nn.Module, *, data_config: dict[str, Any] | None = None, label_names: list[str] | None = None
@@ -70,11 +103,12 @@ class RunSaver(CheckpointSaver):
             if best.exists():
                 best.rename(old)
             new.rename(best)
+            self._best_weights = hash_weights(best)
         shutil.rmtree(old, ignore_errors=True)
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """See timm; recovery checkpoints of the epoch are removed, the run has gone past them."""
-        best: tuple[float | None, int | None] = super().save_checkpoint(epoch, metric)
+        best: tuple[float | None, int | None] = super().save_checkpoint(epoch, self._ranked(metric))
         self._drop_recovery_files()
         return best
 

@@ -183,7 +183,7 @@ class Trainer:
     def _set_training_mode(self) -> None:
         self.task.train()
         for norm in self._fixed_norms:
-            norm.eval()
+            norm.training = False  # not what it holds besides, as DropBlock
 
     def _set_mixing(self, epoch: int) -> None:
         if self.mixup_fn is not None and hasattr(self.mixup_fn, 'mixup_enabled'):

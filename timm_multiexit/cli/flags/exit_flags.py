@@ -160,7 +160,7 @@ EXIT_TRAIN_FLAGS: tuple[Flag, ...] = (
         Choice('joint', 'frozen', 'mixed'),
         None,
         None,
-        'what trains: all, the heads alone, or first the backbone and then the heads',
+        'what trains: all, the heads alone, or first the backbone alone and then all',
     ),
     value(
         '--backbone-epochs',

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_multiexit.cli.flags.parser import option_name
+from timm_multiexit.cli.flags.train_args import create_train_parser
 from timm_multiexit.utils.errors import InvalidValueError, brief
 
 # What a run minimises. Its table, its name in comparisons and its card say that of all its epochs.
@@ -76,7 +77,10 @@ def check_changes(record: Namespace, before: Namespace, checkpoint: Path, *, is_
     Raises:
         InvalidValueError: A run would continue with another loss than it has begun with.
     """
-    changes = find_changes(vars(record), vars(before))
+    flags = vars(before)
+    if 'exit_loss' in flags:  # not of timm's own script: what the run began without had its default
+        flags = {action.dest: action.default for action in create_train_parser()._actions} | flags
+    changes = find_changes(vars(record), flags)
     for name in _LOSS:
         if is_own and name in changes:
             was, now = changes[name]

@@ -97,11 +97,11 @@ def parse_train_args(argv: Sequence[str] | None = None, prog: str = 'train.py') 
     chosen |= given
     is_demo = not any(chosen.get(name) for name in ('data', 'data_dir', 'dataset'))
     settings = defaults | (deepcopy(DIGITS_DEFAULTS) if is_demo else {}) | chosen
-    settings |= {dest: default for dest, default in _dependent_defaults(settings).items() if dest not in chosen}
     for dest, target, _ in _ALIASES:
         if (dest in given) != (target in given):  # of two names for one thing, the one given here wins
             other = target if dest in given else dest
             settings[other] = defaults[other]
+    settings |= {dest: default for dest, default in _dependent_defaults(settings).items() if dest not in chosen}
     args = argparse.Namespace(**settings, is_demo=is_demo)
     _resolve(args)
     needs_exits = [flag for flag in (*EXIT_FLAGS, *EXIT_TRAIN_FLAGS) if flag.dest not in ('exits', 'exit_loss', 'eed')]
