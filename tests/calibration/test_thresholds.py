@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.samples import COSTS, make_samples, simulate
 
 from timm_multiexit.calibration import candidates
@@ -373,3 +374,21 @@ def test_wrong_number_of_temperatures_is_refused():
     logits, targets = make_samples(30)
     with pytest.raises(MultiExitError, match='temperatures must be empty or have 4 values, .* got 2'):
         search_budgets(logits, targets, COSTS, temperatures=(1.0, 1.0))
+
+
+def test_default_device_does_not_matter(make_model):
+    model = make_model(num_classes=3).eval()
+    loader = [(torch.randn(24, 3, 64, 64), torch.arange(24) % 3)]
+    expected = [model.calibrate(loader, budget='80%'), model.calibrate(loader, max_drop=0.5)]
+    with torch.device('meta'):
+        assert [model.calibrate(loader, budget='80%'), model.calibrate(loader, max_drop=0.5)] == expected
+
+
+def test_accuracy_of_logits_whose_probabilities_round_to_ties():
+    rng = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 3, (100,), generator=rng)
+    logits = [1e-8 * (F.one_hot(targets, 3) + 0.5 * torch.rand(100, 3, generator=rng)) for _ in range(2)]
+    assert all(torch.equal(each.argmax(-1), targets) for each in logits)
+    costs = StageCosts(paths=(40, 100), heads=(2,))
+    table = search_budgets(logits, targets, costs, criterion='confidence', temperatures=())
+    assert {point.accuracy for point in table.points} == {100.0}

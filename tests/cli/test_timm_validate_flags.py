@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from helpers.validation import make_validator, parse
 from PIL import Image
 from timm.data import create_loader
@@ -233,7 +232,7 @@ def test_compiled_model_has_the_same_table(net, run_script):
 
 def test_compiled_model_is_compiled(net):
     args = parse('-m', net, '--torchcompile', 'eager')
-    model = place_evaluated_model(args, create_evaluated_model(args), Accelerator(cpu=True))
+    model = place_evaluated_model(args, create_evaluated_model(args), torch.device('cpu'))
     assert model._compiled_call_impl is not None
 
 

@@ -86,6 +86,9 @@ def test_logits_that_are_nan_are_no_table(make_model):
     torch.nn.init.constant_(model.exits[0].fc.bias, float('nan'))
     with pytest.raises(InvalidValueError, match='^exit 0 gives NaN|^exit0 gives NaN'):
         evaluate(model, [(torch.randn(4, 3, 32, 32), torch.arange(4))])
+    labels = torch.eye(model.num_classes)[:4]
+    with pytest.raises(InvalidValueError, match='^exit0 gives NaN'):
+        evaluate(model, [(torch.randn(4, 3, 32, 32), labels)], multi_label=True)
 
 
 def evaluate_in_two(rank, folder, batches, multi_label):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from timm_multiexit.evaluation import speed
+from timm_multiexit.evaluation.speed import compile_network, make_plain
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.timing import time_interleaved
 
@@ -76,3 +77,20 @@ def test_latency_is_of_one_image_to_each_exit_alone(model, monkeypatch):
     assert latency['ms'] == {name: 1e3 * num for name, num in expected.items()}
     assert {**latency, 'ms': None} == {'batch_size': 1, 'rounds': 3, 'device': 'cpu', 'ms': None}
     assert list(latency['ms']) == ['main in timm', '0', '1', 'main']
+
+
+def test_plain_network_is_compiled_as_the_model_is(model):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(len(inputs))
+        return graph.forward
+
+    assert make_plain(model)._compiled_call_impl is None
+    compile_network(model, backend=backend)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.backbone(images)
+        assert graphs == []
+        torch.testing.assert_close(make_plain(model)(images), expected)
+    assert len(graphs) == 1

@@ -339,6 +339,14 @@ def test_reset_classifier_changes_main_and_every_exit(make_model, x):
     assert model.get_classifier().out_features == 7
 
 
+def test_names_of_the_classes_go_with_their_classifier(make_model):
+    model = make_model()
+    model.backbone.pretrained_cfg.update(label_names=['a'] * model.num_classes, label_descriptions={'a': 'b'})
+    model.reset_classifier(model.num_classes)
+    assert not {'label_names', 'label_descriptions'} & model.pretrained_cfg.keys()
+    assert model.pretrained_cfg['mean']
+
+
 def test_reset_classifier_to_zero_leaves_features_as_logits(make_model, x):
     model = make_model('test_resnet').eval()
     model.reset_classifier(0)

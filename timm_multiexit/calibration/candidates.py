@@ -92,8 +92,8 @@ class Candidates:
         correct, odds, ranks = [], [], [targets.new_zeros(0, len(targets))]
         self.thresholds, cuts = [], []
         for place, (_, answer, score) in enumerate(walk(self.base, logits)):
-            confidence, predicted = answer.softmax(-1).max(-1)
-            correct.append(predicted == targets)
+            confidence = answer.softmax(-1).amax(-1)
+            correct.append(answer.argmax(-1) == targets)  # as a policy answers, also where probabilities round to ties
             odds.append(confidence.double().logit(eps=1e-6))
             if score is not None:
                 values, rank = rank_scores(self.sign * score)

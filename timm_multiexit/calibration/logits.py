@@ -65,8 +65,8 @@ class Fingerprinter:
         size = bits.shape[1]
         key = (size, images.device)
         if key not in self._weights:
-            generator = torch.Generator().manual_seed(0)
-            weights = torch.randint(-(2**62), 2**62, (size,), generator=generator)
+            generator = torch.Generator('cpu').manual_seed(0)
+            weights = torch.randint(-(2**62), 2**62, (size,), generator=generator, device='cpu')
             self._weights = {key: weights.to(images.device)}
         parts = bits.split(max(1, MAX_PRODUCTS // size))
         return torch.cat([(part * self._weights[key]).sum(1) for part in parts])

@@ -66,12 +66,13 @@ def calibrate(
     check_wishes(budget, max_drop, delta, criterion, combine)
     logits, targets = checked_data(logits, targets)
     costs = checked_costs(costs, len(logits) - 1)
-    if budget is None:
-        delta = _DELTA if delta is None else delta
-        return _calibrate_drop(logits, targets, costs, max_drop, delta, criterion=criterion, combine=combine)
-    temperatures = fit_temperatures(logits, targets)
-    table = search_budgets(logits, targets, costs, criterion=criterion, temperatures=temperatures, combine=combine)
-    return table.select(budget).policy
+    with torch.device('cpu'):  # whatever the default device is
+        if budget is None:
+            delta = _DELTA if delta is None else delta
+            return _calibrate_drop(logits, targets, costs, max_drop, delta, criterion=criterion, combine=combine)
+        temperatures = fit_temperatures(logits, targets)
+        table = search_budgets(logits, targets, costs, criterion=criterion, temperatures=temperatures, combine=combine)
+        return table.select(budget).policy
 
 
 def check_wishes(budget: Any, max_drop: Any, delta: Any, criterion: Any, combine: Any) -> bool:

@@ -49,6 +49,7 @@ from timm_multiexit.cli.validate_data import create_validation_data
 from timm_multiexit.evaluation.cascade import Cascade
 from timm_multiexit.evaluation.labels import LabelMetrics, read_valid_labels
 from timm_multiexit.evaluation.pictures import draw_validation
+from timm_multiexit.evaluation.speed import compile_network
 from timm_multiexit.evaluation.stamp import describe_inputs, name_dataset
 from timm_multiexit.evaluation.validator import Questions, Validation, Validator
 from timm_multiexit.factory import create_model
@@ -96,17 +97,17 @@ def create_evaluated_model(args: Namespace) -> MultiExitModel:
     return model
 
 
-def place_evaluated_model(args: Namespace, model: _Model, accelerator: Accelerator) -> _Model:
-    """Return the model on its device, in eval mode, as the flags want it to run."""
+def place_evaluated_model(args: Namespace, model: _Model, device: torch.device) -> _Model:
+    """Return the model on a device, in eval mode, as the flags want it to run."""
     if args.fast_norm:
         set_fast_norm()
-    model.to(device=accelerator.device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None).eval()
+    model.to(device=device, dtype=getattr(torch, args.model_dtype) if args.model_dtype else None).eval()
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.torchcompile:
         torch._dynamo.config.recompile_limit = 64  # one forward serves several modes and batch sizes
         for network in model.children() if isinstance(model, Cascade) else (model,):
-            network.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            compile_network(network, backend=args.torchcompile, mode=args.torchcompile_mode)
     return model
 
 
@@ -177,7 +178,7 @@ def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dic
         _logger.info('No data named (--data-dir, --dataset): a split of the handwritten digits.')
     resolve_data(args)
     given = dict(vars(args))
-    model = place_evaluated_model(args, create_evaluated_model(args), accelerator)
+    model = place_evaluated_model(args, create_evaluated_model(args), accelerator.device)
     data_config = resolve_images(args, model)
     # Hashed before the evaluation: a run that is still training may write new weights into its folder.
     weights = hash_own_weights(args, model) if accelerator.is_main_process else None
@@ -189,7 +190,12 @@ def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dic
     validator = build_validator(args, model, data_config, accelerator, show=show)
     labels = create_label_metrics(args, validator)
     in_chans = data_config['input_size'][0]
-    statics = {name: create_static(name, num_classes=model.num_classes, in_chans=in_chans) for name in args.compare}
+    statics = {
+        name: place_evaluated_model(
+            args, create_static(name, num_classes=model.num_classes, in_chans=in_chans), torch.device('cpu')
+        )
+        for name in args.compare
+    }
     cascade = create_cascade(args, given, model, data_config) if args.compare_cascade else None
     validation = validator.run()
     if labels is not None:
@@ -202,7 +208,7 @@ def validate(args: Namespace, accelerator: Accelerator) -> tuple[Validation, dic
     if has_dynamic and statics:
         validator.compare(validation, statics)
     if has_dynamic and cascade is not None:
-        place_evaluated_model(args, cascade, accelerator)
+        place_evaluated_model(args, cascade, accelerator.device)
         small, large = args.compare_cascade
         validator.compare_cascade(validation, cascade, (small, large), statics=statics, batch_sizes=timed_sizes(args))
     picture = draw_picture(args, validation) if has_dynamic else {}

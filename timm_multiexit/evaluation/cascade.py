@@ -14,9 +14,9 @@ from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.calibration.temperature import fit_temperatures
 from timm_multiexit.calibration.thresholds import search_budgets
 from timm_multiexit.evaluation.report import Calibration, report_curve
+from timm_multiexit.evaluation.speed import make_plain
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.outputs import ExitOutputs
-from timm_multiexit.models.truncation import truncate
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.leaving import PolicyRun
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
@@ -192,7 +192,7 @@ def create_variants(
 
     Names are those of `list_networks`.
     """
-    variants: dict[str, Callable[[Tensor], object]] = {'main': truncate(model, -1).backbone}
+    variants: dict[str, Callable[[Tensor], object]] = {'main': make_plain(model)}
     for name, policy in own.items():
         variants[name] = partial(model.infer, policy=policy)
     for name, policy in matched.values():

@@ -53,7 +53,6 @@ def evaluate_loader(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    device: torch.device | str | None = None,
     accelerator: Accelerator | None = None,
     channels_last: bool = False,
     multi_label: bool = False,
@@ -65,8 +64,7 @@ def evaluate_loader(
         model: A `MultiExitModel`, or a plain model, which has main alone; not wrapped for distributed training.
         loader: Batches of images and class indices, see `timm_multiexit.data.batches`; in distributed runs this rank's
             share of them.
-        device: Where to run; the accelerator's, else where the model is.
-        accelerator: Precision, and the processes to sum over.
+        accelerator: Device, precision, and the processes to sum over; without it all is as the model is.
         channels_last: Memory format of the images.
         multi_label: Targets are [B, C] labels.
         threshold: Probability from which a label counts as predicted.
@@ -76,7 +74,7 @@ def evaluate_loader(
         DataError: The loaders of all processes are empty, or one gives something else.
     """
     num_exits = len(model.exits) if isinstance(model, MultiExitModel) else 0
-    device = torch.device(device or (accelerator.device if accelerator else next(model.parameters()).device))
+    device = accelerator.device if accelerator else next(model.parameters()).device
     limit = evaluation_sample_limit(loader)
     evaluator = ExitEvaluator(num_exits, device=device, max_samples=limit, multi_label=multi_label, threshold=threshold)
     evaluation, labels = Evaluation(), LabelCheck()
@@ -157,7 +155,6 @@ def evaluate(
     model: MultiExitModel,
     loader: Iterable[Any],
     *,
-    device: torch.device | str | None = None,
     input_size: tuple[int, int, int] | None = None,
     multi_label: bool = False,
     threshold: float = 0.5,
@@ -168,7 +165,6 @@ def evaluate(
         model: The model; put in eval mode during the call, and back in its own mode after it.
         loader: Batches of images [B, in_chans, H, W] and class indices [B], or labels [B, C] with `multi_label`; see
             `timm_multiexit.data.batches`.
-        device: Where to run; default: where the model is.
         input_size: (channels, height, width) that MACs are computed for; default: that of the loader's first batch.
         multi_label: Targets are [B, C] labels.
         threshold: Probability from which a label counts as predicted, for the F1 of `multi_label`.
@@ -181,9 +177,9 @@ def evaluate(
     check_model(model)
     if input_size is not None:
         input_size = check_image_size('input_size', input_size, model.in_chans)
-    result = evaluate_loader(model, loader, device=device, multi_label=multi_label, threshold=threshold)
+    result = evaluate_loader(model, loader, multi_label=multi_label, threshold=threshold)
     for name, metrics in result.metrics.items():
-        if math.isnan(metrics.get('ece', 0.0)):
+        if math.isnan(metrics['loss']) or math.isnan(metrics.get('ece', 0.0)):
             raise InvalidValueError(f'{name} gives NaN or infinite logits: check the weights and the images.')
     return make_table(model, result.metrics, input_size=input_size or result.input_size, num_samples=result.num_samples)
 

@@ -8,12 +8,26 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.truncation import truncate
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.timing import describe_ratios, time_interleaved
+
+
+def compile_network(network: nn.Module, **options: Any) -> None:
+    """Compile a network in place, see `torch.nn.Module.compile`, and remember how for `make_plain`."""
+    network.compile(**options)
+    network._compile_options = options  # type: ignore[assignment]
+
+
+def make_plain(model: MultiExitModel) -> nn.Module:
+    """Return main alone, as timm runs it, compiled as the model is."""
+    plain = truncate(model, -1).backbone
+    if options := getattr(model, '_compile_options', None):
+        plain.compile(**options)
+    return plain
 
 
 @torch.no_grad()
@@ -31,7 +45,7 @@ def time_policies(
     The model is in eval mode, the batch [B, C, H, W] on its device and of mixed classes: images of one class leave
     alike. The precision is the accelerator's, else the model's.
     """
-    plain = truncate(model, -1).backbone
+    plain = make_plain(model)
     variants: dict[str, Callable[[], object]] = {
         'main': partial(plain, images),
         'all exits': partial(model, images, exits=True),
@@ -59,7 +73,7 @@ def time_exits(
     """
     image = images[:1]
     variants: dict[str, Callable[[], object]] = {
-        'main in timm': partial(truncate(model, -1).backbone, image),
+        'main in timm': partial(make_plain(model), image),
         **{str(idx): partial(model, image, exit_idx=idx) for idx in range(len(model.exits))},
         'main': partial(model, image),
     }

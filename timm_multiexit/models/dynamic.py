@@ -163,16 +163,18 @@ def calibrate_model(
     collected = collect_logits(model, loader)
     logits, targets, images = collected.logits, collected.targets, collected.first_batch
     costs = StageCosts.from_exit_costs(model.cost(collected.input_size))
-    budgets = search_budgets(
-        logits,
-        targets,
-        costs,
-        criterion=criterion,
-        temperatures=fit_temperatures(logits, targets),
-        combine=combine,
-        times=measure_model_times(model, images) if measures_time else None,
-        measured_on=describe_times(images) if measures_time else None,
-    )
+    times = measure_model_times(model, images) if measures_time else None
+    with torch.device('cpu'):  # whatever the default device is
+        budgets = search_budgets(
+            logits,
+            targets,
+            costs,
+            criterion=criterion,
+            temperatures=fit_temperatures(logits, targets),
+            combine=combine,
+            times=times,
+            measured_on=describe_times(images) if measures_time else None,
+        )
     if budget is not None:
         policy = budgets.select(budget).policy
     else:

@@ -85,10 +85,10 @@ class RunSaver(CheckpointSaver):
         """Return whether a network with this metric is the best so far; the latest is, where nothing is measured."""
         return metric is None or self.best_metric is None or self.cmp(self._ranked(metric), self.best_metric)
 
-    def _ranked(self, metric: float | None) -> float | None:
+    def _ranked(self, metric: float) -> float:
         """Return a metric that can be compared: NaN is worse than all others."""
         worst = math.inf if self.decreasing else -math.inf
-        return worst if metric is not None and math.isnan(metric) else metric
+        return worst if math.isnan(metric) else metric
 
     def save_best(
         self, model: nn.Module, *, data_config: dict[str, Any] | None = None, label_names: list[str] | None = None
@@ -108,7 +108,9 @@ class RunSaver(CheckpointSaver):
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """See timm; recovery checkpoints of the epoch are removed, the run has gone past them."""
-        best: tuple[float | None, int | None] = super().save_checkpoint(epoch, self._ranked(metric))
+        best: tuple[float | None, int | None] = super().save_checkpoint(
+            epoch, None if metric is None else self._ranked(metric)
+        )
         self._drop_recovery_files()
         return best
 
