@@ -178,6 +178,9 @@ def test_command_reports_own_exits_cascade_and_static_models(run_script, folders
         '--time-batch-sizes',
         '2',
         '8',
+        '512',
+        '-b',
+        '512',
         '--results-format',
         'json',
         '--results-file',
@@ -199,6 +202,7 @@ def test_command_reports_own_exits_cascade_and_static_models(run_script, folders
     assert rivals['timing'] == {'batch_sizes': [2, 8], 'rounds': 1, 'device': 'cpu'}
     assert len(rivals['cascade']['pairs']) > 5
     assert rivals['cascade']['chosen_on'] == saved['calibrated_on']
+    assert 'Times are of batches of [2, 8], the test split has no larger ones.' in err
     assert 'This network and others on the test split' in out
     assert 'plain timm' not in out
 

@@ -258,15 +258,18 @@ class Validator:
         }
         if batch_sizes and asked.time_rounds:
             images = self._load_timed()
+            sizes = [size for size in batch_sizes if size <= len(images)] or [len(images)]
+            if sizes != list(batch_sizes):
+                _logger.warning(f'Times are of batches of {sizes}, the {self.data.split} split has no larger ones.')
             found = time_networks(
                 *create_variants(self.model, cascade, names, own, matched, statics or {}, images),
-                batch_sizes,
+                sizes,
                 rounds=asked.time_rounds,
                 accelerator=self.accelerator,
             )
             section['rows'] = [row | {'img/s': found[row['name']]} for row in section['rows']]
             timing = {'rounds': asked.time_rounds, 'device': str(images.device)}
-            section['timing'] = {'batch_sizes': list(batch_sizes), **timing}
+            section['timing'] = {'batch_sizes': sizes, **timing}
         self._add(validation, format_networks(section, self.data.split), rivals=section)
 
     def _measure_times(self) -> None:

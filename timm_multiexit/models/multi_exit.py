@@ -199,7 +199,8 @@ class MultiExitModel(TimmSurface):
             threshold: Least confidence (largest probability) to leave with, in [0, 1], for all exits or one for each;
                 None for an exit that is not used.
             budget: Mean cost of an image, of those that `calibrate` found: '60%' of main's MACs,
-                '1.2GMACs', or '5ms' where times were measured.
+                '1.2GMACs', or '5ms' where times were measured. MACs and times are of images of the size that was
+                calibrated with: for others give a share.
             bucket_sizes: Batch sizes to continue with, rising. What is left of the batch is filled up to the next of
                 them, so that compiled blocks meet few shapes. None for any size.
 
