@@ -16,6 +16,7 @@ from torch import nn
 from timm_multiexit.losses.multi_exit_loss import create_loss
 from timm_multiexit.losses.teachers import DepthWeights, KDConfig
 from timm_multiexit.models.attach import attach_exits
+from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.training.task import MultiExitTask
 from timm_multiexit.utils.errors import MultiExitError
 
@@ -168,6 +169,20 @@ def test_a_teacher_of_other_classes_is_refused(make_model, make_teacher, tmp_pat
         teacher = f'local-dir:{tmp_path}'
     with pytest.raises(MultiExitError, match='must have the 10 classes of the model, got .* with 7'):
         MultiExitTask(make_model(input_size=SIZE), create_loss('ce'), teacher=teacher, verbose=False)
+
+
+def test_a_teacher_of_other_channels_is_refused(make_model, make_teacher):
+    with pytest.raises(MultiExitError, match='take images of 3 channels, as the model does, got EfficientNet for 1.'):
+        MultiExitTask(make_model(input_size=SIZE), create_loss('ce'), teacher=make_teacher(in_chans=1), verbose=False)
+
+
+def test_a_teacher_of_grey_images_sees_them_as_prepared(make_backbone, make_teacher):
+    model = attach_exits(make_backbone('test_resnet', in_chans=1), [1], input_size=(1, 32, 32)).eval()
+    teacher, images = make_teacher(in_chans=1).eval(), torch.randn(4, 1, 32, 32)
+    mean, std = (sum(model.pretrained_cfg[key]) / 3 for key in ('mean', 'std'))
+    wanted = teacher((images * std + mean - 0.3) / 0.6)
+    task = MultiExitTask(model, create_loss('ce'), teacher=teacher, verbose=False)
+    torch.testing.assert_close(task._outside_logits(images), wanted)
 
 
 def test_weights_without_an_outside_teacher_are_refused(make_model):

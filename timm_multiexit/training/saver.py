@@ -75,7 +75,7 @@ class RunSaver(CheckpointSaver):
         reason, best = '', Path(self.checkpoint_dir, BEST_NAME)
         if state_dict.get('chosen_by', self.chosen_by) != self.chosen_by:
             reason = f'until here it was chosen by {state_dict["chosen_by"]}'
-        elif self._best_weights is not None and (not best.exists() or hash_weights(best) != self._best_weights):
+        elif not best.exists() or self._best_weights not in (None, hash_weights(best)):
             reason = f'{best} is not of epoch {self.best_epoch + 1}, which was the best until here'
         if reason:
             _logger.warning(f'The best epoch is chosen anew, by {self.chosen_by}: {reason}.')

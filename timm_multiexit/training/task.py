@@ -20,6 +20,9 @@ from timm_multiexit.utils.checks import check_instance
 from timm_multiexit.utils.errors import InvalidValueError
 
 
+_MOST_CHANNELS = 4  # of an image
+
+
 class MultiExitTask(TrainingTask):
     """Train a `MultiExitModel` with a `MultiExitLoss`, and with a frozen outside teacher if there is one.
 
@@ -111,13 +114,24 @@ class MultiExitTask(TrainingTask):
                 f'The outside teacher must have the {model.num_classes} classes of the model, got {name} with'
                 f' {num_classes}. Use one that was trained on these classes.'
             )
+        stem = next((module for module in inner.modules() if isinstance(module, nn.Conv2d)), None)
+        # Some stems take pixels of a block as channels.
+        if stem is not None and stem.in_channels <= _MOST_CHANNELS and stem.in_channels != model.in_chans:
+            raise InvalidValueError(
+                f'The outside teacher must take images of {model.in_chans} channels, as the model does, got {name} for'
+                f' {stem.in_channels}.'
+            )
         self.teacher = made.to(self.device).eval().requires_grad_(False)
         # timm's normalize_input compares values, which waits for a GPU; the map to the teacher's pixels is fixed here.
         mean, std = (
             torch.tensor(model.pretrained_cfg.get(key, default), device=self.device).view(1, -1, 1, 1)
             for key, default in (('mean', IMAGENET_DEFAULT_MEAN), ('std', IMAGENET_DEFAULT_STD))
         )
-        own: tuple[Any, Any] = (made.mean_kd, made.std_kd)
+        buffers: tuple[Any, Any] = (made.mean_kd, made.std_kd)
+        # Of images of other channels than the numbers their mean, as timm prepares them.
+        mean, std, *own = (
+            each if each.shape[1] == model.in_chans else each.mean(1, keepdim=True) for each in (mean, std, *buffers)
+        )
         same = all(torch.equal(ours.to(theirs.dtype), theirs) for ours, theirs in zip((mean, std), own))
         self.register_buffer('teacher_scale', None if same else std / own[1], persistent=False)
         self.register_buffer('teacher_shift', None if same else (mean - own[0]) / own[1], persistent=False)
