@@ -172,9 +172,10 @@ def format_cascade(validation: Row) -> str:
     return f"""# Exits or a cascade
 
 Made by `hub/tables.py` from `hub/results/cascade.json`; change nothing here. What else can answer early is a cascade:
-a small plain network first, a large one for images on which it is not sure. Here is one network with exits on a frozen
-backbone, two plain networks alone, and, where it is that cheap, their best cascade of the mean MACs of each policy,
-on the {data}, {validation['num_samples']:,} images.
+a small plain network first, a large one for images on which it is not sure. Here is `tf_efficientnet_lite2` with exits
+that have learned with it, as [shipped](finetune.md#first-frozen-then-together-as-shipped) with `tf_efficientnet_lite0`;
+both networks without exits, by the second of its recipes; and, where it is that cheap, their best cascade of the mean
+MACs of each policy, on the {data}, {validation['num_samples']:,} images.
 Thresholds of all were chosen on {markdown.escape(cascade['chosen_on'])}.
 
 {table_networks(validation)}
@@ -190,14 +191,19 @@ Every third of these budgets, which are mean MACs on the images that chose the t
 A cascade costs the small network for every image and keeps two networks in memory. The commands:
 
 ```text
-hub/recipes/imagenette_classifier.py tf_efficientnet_lite0 output/lite0
-hub/recipes/imagenette_classifier.py tf_efficientnet_lite2 output/lite2
-train.py --config hub/recipes/imagenette_lite0_frozen.yaml --exits '[0.25,0.35,0.5,0.6,0.75,0.85]' --epochs 8 \\
-  --model local-dir:output/lite2 --data-dir imagenette160 --experiment imagenette_lite2_eed6
-validate.py --model local-dir:output/train/imagenette_lite2_eed6/best --data-dir imagenette160 --split val \\
-  --calib-from-train 1000 --budget 80% 70% 60% --channels-last --batch-size 64 -j 0 --img-size 160 --crop-pct 1.0 \\
-  --compare-cascade local-dir:output/lite0,local-dir:output/lite2 --time-batch-sizes 1 64 --time-rounds 15 \\
-  --results-file hub/results/cascade.json --results-format json
+for size in 0 2; do
+  hub/recipes/imagenette_classifier.py tf_efficientnet_lite$size output/lite$size
+  train.py --config hub/recipes/imagenette_plain.yaml --model local-dir:output/lite$size \\
+    --data-dir imagenette160 --experiment lite${{size}}_plain
+done
+train.py --config hub/recipes/imagenette_lite0_frozen.yaml --model local-dir:output/lite2 \\
+  --data-dir imagenette160 --experiment lite2_frozen
+train.py --config hub/recipes/imagenette_lite0_eed.yaml --model local-dir:output/train/lite2_frozen/best \\
+  --data-dir imagenette160 --experiment lite2_eed
+validate.py --model local-dir:output/train/lite2_eed/best --data-dir imagenette160 --split val \\
+  --calib-from-train 1000 --budget 80% 70% 60% 50% --channels-last --batch-size 64 -j 0 \\
+  --compare-cascade local-dir:output/train/lite0_plain/best,local-dir:output/train/lite2_plain/best \\
+  --time-batch-sizes 1 64 --time-rounds 15 --results-file hub/results/cascade.json --results-format json
 ```
 """
 

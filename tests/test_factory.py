@@ -34,6 +34,16 @@ def test_keywords_reach_timm():
     assert model(torch.randn(2, 1, 32, 32), exits=True).logits[0].shape == (2, 7)
 
 
+def test_names_of_classes_stay_with_their_classifier(tmp_path):
+    names = [f'class {idx}' for idx in range(10)]
+    tme.save_pretrained(tme.create_model('test_resnet', exits=2, num_classes=10), tmp_path, label_names=names)
+    for num_classes, expected in ((None, names), (10, names), (3, None)):
+        kwargs = {} if num_classes is None else {'num_classes': num_classes}
+        for exits in (None, 1):
+            model = tme.create_model(f'local-dir:{tmp_path}', pretrained=True, exits=exits, **kwargs)
+            assert model.pretrained_cfg.get('label_names') == expected
+
+
 def test_input_size_brings_its_channels():
     model = tme.create_model('test_resnet', input_size=(1, 32, 32)).eval()
     assert model.input_size == (1, 32, 32)

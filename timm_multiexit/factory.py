@@ -11,7 +11,7 @@ from timm_multiexit.exits.backbone import resolve_input_size
 from timm_multiexit.exits.placement import ExitsArg, stage_points, survey_places
 from timm_multiexit.exits.survey import ExitPoint
 from timm_multiexit.models.attach import attach_exits, check_attachable
-from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.multi_exit import MultiExitModel, drop_labels
 from timm_multiexit.models.origin import Origin, find_origin
 from timm_multiexit.utils.checks import check_image_size, check_instance, check_int
 from timm_multiexit.utils.errors import InvalidValueError
@@ -86,6 +86,7 @@ def create_model(
         return cast(MultiExitModel, source.create_backbone(pretrained=pretrained, **kwargs))
     if source is not None and source.config.exits is not None and exits is None:
         model = source.create_model(pretrained=pretrained, **kwargs)
+        _drop_other_labels(model)
         model.origin = _find_origin(model, source, pretrained, kwargs)
         return model
     if input_size is not None:
@@ -99,6 +100,7 @@ def create_model(
         drop_rate=kwargs.get('drop_rate'),
         input_size=input_size,
     )
+    _drop_other_labels(model)
     model.origin = _find_origin(model, source, pretrained, kwargs)
     if pretrained:
         _logger.warning(f'{model_name} is trained, but not its exits ({len(model.exits)}): train them before use.')
@@ -113,6 +115,13 @@ def _check_arguments(input_size: tuple[int, int, int] | None, kwargs: dict[str, 
     if kwargs.get('features_only'):
         raise InvalidValueError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
     return None if input_size is None else check_image_size('input_size', input_size)
+
+
+def _drop_other_labels(model: MultiExitModel) -> None:
+    """Forget the names of a trained classifier's classes where a fresh one has more or fewer."""
+    names = model.pretrained_cfg.get('label_names')
+    if names is not None and len(names) != model.num_classes:
+        drop_labels(model.backbone)
 
 
 def _find_origin(model: MultiExitModel, source: ModelSource | None, pretrained: bool, kwargs: dict[str, Any]) -> Origin:

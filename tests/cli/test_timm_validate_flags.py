@@ -130,6 +130,14 @@ def test_valid_labels_are_the_only_answers(net, image_folder, run_script, tmp_pa
     assert [row['top-1'] for row in every] != [row['top-1'] for row in rows]
 
 
+def test_valid_labels_take_their_names_along(net, tmp_path):
+    (tmp_path / 'valid.txt').write_text('7\n2\n')
+    args = parse('-m', net, '--valid-labels', str(tmp_path / 'valid.txt'))
+    names = create_evaluated_model(parse('-m', net)).pretrained_cfg.get('label_names')
+    found = create_evaluated_model(args).pretrained_cfg.get('label_names')
+    assert found == (names and [names[7], names[2]])
+
+
 @pytest.mark.parametrize('text', ['', '3\n3\n', '10\n', '-1\n', 'cat\n'])
 def test_valid_labels_that_are_no_classes_are_refused(text, tmp_path):
     (tmp_path / 'valid.txt').write_text(text)

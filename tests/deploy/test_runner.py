@@ -683,7 +683,7 @@ def test_names_of_others_do_nothing_to_the_terminal(folder, tmp_path):
         assert done.returncode == 2
         assert [line.split(': ')[0] for line in lines] == ['bad_ .png', 'two lines.png']
         shown = '教会' if encoding == 'utf-8' else r'\u6559\u4f1a'
-        assert all(f': [31m{shown} ' in line for line in lines)
+        assert all(f':  [31m{shown} ' in line for line in lines)
         assert b'\x1b' not in done.stdout
         assert done.stderr.decode() == 'runner.py: error: missing .png cannot be read: No such file or directory.\n'
 

@@ -306,6 +306,16 @@ def test_finished_run_is_said_to_be_and_fewer_epochs_are_refused(train_run, imag
     assert line == '--epochs must be >= 2, as out/run/last.pth.tar has done, got 1 in all.'
 
 
+def test_fixed_statistics_are_of_trained_weights(train_run):
+    line = train_run('--epochs', 1, '--freeze-bn-stats', '--resume', 'auto', refused=True)
+    assert line.startswith(
+        '--freeze-bn-stats keeps the statistics of trained weights, of which --resume auto found none'
+    )
+    train_run('--epochs', 1)
+    err = train_run('--epochs', 2, '--freeze-bn-stats', '--resume', 'auto')
+    assert '--freeze-bn-stats True (was False)' in err
+
+
 def test_folder_that_another_process_works_in_is_refused(train_run, image_folder):
     train_run('--epochs', 1)
     context = multiprocessing.get_context('fork')

@@ -236,6 +236,29 @@ def test_best_epoch_is_chosen_anew_by_another_metric(tmp_path, caplog):
     run = go_back(tmp_path / 'run', 'checkpoint-3.pth.tar', chosen_by='loss on the val split')
     assert (run.saver.best_epoch, run.saver.best_metric) == (None, None)
     assert 'anew, by loss on the val split: until here it was chosen by top1.' in caplog.text
+    caplog.clear()
+    # A kill just then, and again: what was written says nothing of top1.
+    run = go_back(tmp_path / 'run', 'last.pth.tar', chosen_by='loss on the val split')
+    assert (run.saver.best_epoch, caplog.records) == (None, [])
+    # Of the new kind of metric all are below the old ones, and the history is full.
+    run.metrics = (*run.metrics, 5.0, 7.0, 6.0)
+    for epoch in (4, 5, 6):
+        run.close_epoch(epoch)
+    assert (run.saver.best_epoch, run.saver.best_metric) == (5, 7.0)
+    contents = run.contents()
+    assert contents['best/model.safetensors'] == contents['model_best.pth.tar'][2] == 5.0
+    assert {name for name in contents if 'checkpoint' in name} == {'checkpoint-5.pth.tar', 'checkpoint-6.pth.tar'}
+
+
+def test_best_epoch_is_known_where_all_that_is_kept_was_better(tmp_path):
+    Run(tmp_path / 'run').fit()
+    shutil.rmtree(tmp_path / 'run/best')
+    run = go_back(tmp_path / 'run', 'last.pth.tar')
+    assert run.saver.best_epoch is None
+    run.metrics = (*run.metrics, 20.0, 30.0, 10.0)
+    for epoch in (4, 5, 6):
+        run.close_epoch(epoch)
+    assert (run.saver.best_epoch, run.contents()['best/model.safetensors']) == (5, 5.0)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from torch import nn
 from timm_multiexit.losses.multi_exit_loss import create_loss
 from timm_multiexit.losses.teachers import DepthWeights, KDConfig
 from timm_multiexit.models.attach import attach_exits
-from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.training.task import MultiExitTask
 from timm_multiexit.utils.errors import MultiExitError
 

@@ -123,8 +123,9 @@ def test_new_folder_replaces_nothing_but_its_own_kind(name, tmp_path):
     write_folder(folder)
     (folder / 'part').mkdir()
     (folder / 'part/a.txt').write_text('old')
-    (folder / '__pycache__').mkdir()
-    (folder / '__pycache__/runner.cpython-311.pyc').write_text('old')
+    for leftover in ('__pycache__/a.pyc', 'part/__pycache__/a.pyc', '.mark.tmp'):
+        (folder / leftover).parent.mkdir(exist_ok=True)
+        (folder / leftover).write_text('old')
     write_folder(folder)
     assert [path.name for path in folder.iterdir()] == ['mark']
     if name == 'mark/a':
@@ -152,6 +153,24 @@ def test_new_folder_that_cannot_be_put_there_leaves_the_old_one(tmp_path, monkey
 
     monkeypatch.setattr(Path, 'rename', refuse_draft)
     with pytest.raises(DiskError, match='Permission denied'):
+        write_folder(folder)
+    assert (folder / 'mark').read_text() == 'old'
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+
+
+def test_new_folder_that_is_interrupted_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / 'out'
+    write_folder(folder)
+    (folder / 'mark').write_text('old')
+    rename = Path.rename
+
+    def interrupt(path, target):
+        if path.name == '.out.new':
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, 'rename', interrupt)
+    with pytest.raises(KeyboardInterrupt):
         write_folder(folder)
     assert (folder / 'mark').read_text() == 'old'
     assert [path.name for path in tmp_path.iterdir()] == ['out']

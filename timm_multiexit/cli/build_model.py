@@ -23,8 +23,9 @@ from timm_multiexit.evaluation.cascade import Cascade
 from timm_multiexit.exits.backbone import classifier_names
 from timm_multiexit.exits.cost import empty_images, find_dtype, meta_copy
 from timm_multiexit.factory import create_model
-from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.multi_exit import MultiExitModel, drop_labels
 from timm_multiexit.training.regimes import Regime
+from timm_multiexit.utils.checks import is_list
 from timm_multiexit.utils.errors import LIBRARY_ERRORS, CheckpointError, InvalidValueError, MultiExitError, one_line
 from timm_multiexit.utils.text import format_macs
 
@@ -228,8 +229,6 @@ def create_regime(args: Namespace, model: nn.Module, source: ModelSource | None)
     is_other = args.pretrained and model.pretrained_cfg.get('num_classes') != model.num_classes
     has_fresh_classifier = bool(is_other and not args.initial_checkpoint)
     is_trained = bool(args.pretrained or args.initial_checkpoint or backbone_epochs)
-    if name == 'frozen' and not (is_trained or args.resume not in ('', 'auto')):
-        _logger.warning('The backbone stays as it is, and it is not trained: add --pretrained or --initial-checkpoint.')
     warmup = 0.0 if name == 'frozen' else args.head_warmup_epochs
     if warmup is None:
         has_own_heads = args.exits == 'auto' and _has_own_exits(args, source)
@@ -262,6 +261,10 @@ def keep_classes(model: MultiExitModel, labels: Sequence[int]) -> None:
                 setattr(linear, name, nn.Parameter(tensor.detach()[places.to(tensor.device)]))
         setattr(linear, 'out_features' if isinstance(linear, nn.Linear) else 'out_channels', len(labels))
     backbone: Any = model.backbone
+    names: Any = model.pretrained_cfg.get('label_names')
+    drop_labels(backbone)
+    if is_list(names):
+        backbone.pretrained_cfg['label_names'] = [names[label] for label in labels]
     backbone.num_classes = len(labels)
 
 

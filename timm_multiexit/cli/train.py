@@ -106,6 +106,12 @@ def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
     folder = choose_output_dir(args)
     resume = _find_resume(args, folder)
     resumed = {} if resume is None else read_resume(resume)
+    is_untrained = not (args.pretrained or args.initial_checkpoint or resume)
+    if args.freeze_bn_stats and is_untrained:
+        raise InvalidValueError(
+            '--freeze-bn-stats keeps the statistics of trained weights, of which --resume auto found none: add'
+            ' --pretrained or --initial-checkpoint.'
+        )
     random_seed(args.seed, accelerator.process_index)
     datasets, num_classes = create_datasets(args)
     if args.is_demo:
@@ -121,6 +127,10 @@ def build_run(args: Namespace, accelerator: Accelerator) -> TrainingRun:
     data_config = resolve_data_config(vars(args), model=model)
     regime = create_regime(args, model, source)
     if regime.name == 'frozen':
+        if is_untrained:
+            _logger.warning(
+                'The backbone stays as it is, and it is not trained: add --pretrained or --initial-checkpoint.'
+            )
         model.freeze_backbone(trains_classifier=regime.trains_classifier)
     check_takes_images(model, data_config['input_size'])
     model = place_model(args, model, accelerator)

@@ -274,12 +274,12 @@ def _brief(value: Any) -> str:
 def _one_line(error: object) -> str:
     if isinstance(error, OSError) and error.strerror:
         error = error.strerror  # without its number and the path
-    return _printable(str(error))[:300].rstrip('.: ') or type(error).__name__
+    return ' '.join(_printable(str(error)).split())[:300].rstrip('.: ') or type(error).__name__
 
 
 def _printable(text: str) -> str:
     """Return a text from outside as one line that does nothing to a terminal."""
-    return ' '.join(''.join(sign if sign.isprintable() else ' ' for sign in text).split())
+    return ''.join(sign if sign.isprintable() else ' ' for sign in text)
 
 
 # --- Policies ---------------------------------------------------------------------------------------------------------

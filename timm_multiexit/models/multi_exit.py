@@ -461,12 +461,17 @@ class MultiExitModel(TimmSurface):
             self.module_info = replace(self.module_info, num_classes=num_classes)
         for head in self.exits:
             cast(ExitHead, head).reset_classifier(num_classes)
-        for name in ('pretrained_cfg', 'default_cfg'):  # the names of the classes are of those before
-            cfg = getattr(self.backbone, name, None)
-            if isinstance(cfg, dict):
-                setattr(self.backbone, name, {key: cfg[key] for key in cfg if not key.startswith('label_')})
+        drop_labels(self.backbone)
         self._taps.remove(self.backbone)
         self._set_taps()  # the classifiers may have other names: without classes some are part of an Identity
+
+
+def drop_labels(backbone: nn.Module) -> None:
+    """Forget the names of classes that a classifier had before."""
+    for name in ('pretrained_cfg', 'default_cfg'):
+        cfg = getattr(backbone, name, None)
+        if isinstance(cfg, dict):
+            setattr(backbone, name, {key: cfg[key] for key in cfg if not key.startswith('label_')})
 
 
 def _fix_traced(value: Any, default: Any) -> Any:

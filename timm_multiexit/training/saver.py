@@ -59,6 +59,11 @@ class RunSaver(CheckpointSaver):
         self.clean()
         run = state_dict.get('run', {})
         self._best_weights = state_dict.get('best_weights')
+        was_chosen_by = state_dict.get('chosen_by', self.chosen_by)
+        if was_chosen_by != self.chosen_by:
+            self._choose_anew(f'until here it was chosen by {was_chosen_by}')
+            self.checkpoint_files = [(path, None) for path, _ in self.checkpoint_files]
+            metric = None
         if epoch is not None and not run.get('batch'):
             # timm's own list may hold the file already, where the list was read from a later checkpoint.
             path = self._checkpoint_path(epoch)
@@ -66,20 +71,15 @@ class RunSaver(CheckpointSaver):
             self.save_checkpoint(epoch, metric)
         elif run.get('epoch') and not run.get('batch'):
             self.save_last(run['epoch'] - 1)
-        self._check_best(state_dict)
+        best = Path(self.checkpoint_dir, BEST_NAME)
+        # Last: what was just written says the same, should another kill come now.
+        if self.best_epoch is not None and (not best.exists() or self._best_weights not in (None, hash_weights(best))):
+            self._choose_anew(f'{best} is not of epoch {self.best_epoch + 1}, which was the best until here')
 
-    def _check_best(self, state_dict: dict[str, Any]) -> None:
-        """Choose the best epoch anew if what was chosen is not in the folder, or by something else."""
-        if self.best_epoch is None:
-            return
-        reason, best = '', Path(self.checkpoint_dir, BEST_NAME)
-        if state_dict.get('chosen_by', self.chosen_by) != self.chosen_by:
-            reason = f'until here it was chosen by {state_dict["chosen_by"]}'
-        elif not best.exists() or self._best_weights not in (None, hash_weights(best)):
-            reason = f'{best} is not of epoch {self.best_epoch + 1}, which was the best until here'
-        if reason:
+    def _choose_anew(self, reason: str) -> None:
+        if self.best_epoch is not None:
             _logger.warning(f'The best epoch is chosen anew, by {self.chosen_by}: {reason}.')
-            self.best_epoch = self.best_metric = self._best_weights = None
+        self.best_epoch = self.best_metric = self._best_weights = None
 
     def is_best(self, metric: float | None) -> bool:
         """Return whether a network with this metric is the best so far; the latest is, where nothing is measured."""
@@ -108,11 +108,12 @@ class RunSaver(CheckpointSaver):
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """See timm; recovery checkpoints of the epoch are removed, the run has gone past them."""
-        best: tuple[float | None, int | None] = super().save_checkpoint(
-            epoch, None if metric is None else self._ranked(metric)
-        )
+        metric = None if metric is None else self._ranked(metric)
+        super().save_checkpoint(epoch, metric)
+        if metric is not None and self.is_best(metric):  # timm looks only at what is better than its history
+            self.best_metric, self.best_epoch = metric, epoch
         self._drop_recovery_files()
-        return best
+        return self.best_metric, self.best_epoch
 
     def save_last(self, epoch: int) -> None:
         """Save the end of an epoch that was not evaluated as `last`, without a place in the history."""

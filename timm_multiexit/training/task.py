@@ -19,7 +19,6 @@ from timm_multiexit.models.outputs import pack_outputs
 from timm_multiexit.utils.checks import check_instance
 from timm_multiexit.utils.errors import InvalidValueError
 
-
 _MOST_CHANNELS = 4  # of an image
 
 

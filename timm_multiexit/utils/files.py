@@ -23,8 +23,8 @@ RESUME = 'then resume by --resume auto'
 
 RUN_AGAIN = 'then run it again'
 
-# What Python writes beside a module that is imported.
-_BYTECODE = '__pycache__/*'
+# What Python writes beside a module that is imported, and what a kill leaves of a file that is being written.
+_LEFTOVERS = ('__pycache__/*', '*/__pycache__/*', '.*.tmp', '*/.*.tmp')
 
 # What keeps a file from being written, by the system's number, and what helps.
 _FULL = 'free disk space'
@@ -114,10 +114,9 @@ def check_new_folder(path: str | os.PathLike[str], mark: str, owned: Collection[
     if path == Path.cwd():
         raise InvalidValueError(f'{path} must not be the working directory. Give another folder.')
     if existing == path:
-        names = sorted(each.relative_to(path).as_posix() for each in path.rglob('*') if not each.is_dir())
-        known = owned if mark in names else ()
-        others = (name for name in names if not any(fnmatchcase(name, pattern) for pattern in (*known, _BYTECODE)))
-        if other := next(others, None):
+        names = (each.relative_to(path).as_posix() for each in path.rglob('*') if not each.is_dir())
+        known = (*owned, *_LEFTOVERS) if (path / mark).is_file() else _LEFTOVERS
+        if other := next((name for name in names if not any(fnmatchcase(name, each) for each in known)), None):
             raise InvalidValueError(f'{path} holds other files, such as {other}: give another folder.')
 
 
@@ -154,15 +153,16 @@ def _swap(draft: Path, path: Path) -> None:
         draft.rename(path)
         return
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.'))
+    old = aside / path.name
     try:
-        path.rename(aside / path.name)
-        try:
-            draft.rename(path)
-        except OSError:
-            (aside / path.name).rename(path)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(old)
+        draft.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)  # if this fails too, it stays where it is
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_output(path: Path, content: bytes) -> None:

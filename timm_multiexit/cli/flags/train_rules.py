@@ -65,7 +65,7 @@ def _lacks_sizes(args: Namespace) -> bool:
 
 
 def _has_odd_batch(args: Namespace) -> bool:
-    return any(size % 2 for size in (args.batch_size, *(args.train_batch_sizes or ())))
+    return any(size % 2 for size in args.train_batch_sizes or ())
 
 
 # A condition that must not hold, and the message where it does.
@@ -120,18 +120,24 @@ TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
         '--pretrained-path is where --pretrained takes weights from, which is not given. Add --pretrained.',
     ),
     (
-        lambda a: a.freeze_bn_stats and not (a.pretrained or a.initial_checkpoint or a.resume not in ('', 'auto')),
+        lambda a: a.freeze_bn_stats and not (a.pretrained or a.initial_checkpoint or a.resume),
         '--freeze-bn-stats keeps the statistics of trained weights: add --pretrained or --initial-checkpoint.',
     ),
     (
+        lambda a: is_mixing(a) and a.batch_size % 2,
+        '--batch-size must be even for --mixup and --cutmix, got {batch_size}.',
+    ),
+    (
         lambda a: is_mixing(a) and _has_odd_batch(a),
-        '--batch-size must be even for --mixup and --cutmix, and all --train-batch-sizes, got {batch_size} and'
-        ' {train_batch_sizes}.',
+        '--train-batch-sizes must be even for --mixup and --cutmix, got {train_batch_sizes}.',
+    ),
+    (
+        lambda a: a.split_bn and a.resplit and not a.aug_splits and a.batch_size % 2,
+        '--batch-size must be even for --split-bn, got {batch_size}.',
     ),
     (
         lambda a: a.split_bn and a.resplit and not a.aug_splits and _has_odd_batch(a),
-        '--batch-size must be even for --split-bn, and all --train-batch-sizes, got {batch_size} and'
-        ' {train_batch_sizes}.',
+        '--train-batch-sizes must be even for --split-bn, got {train_batch_sizes}.',
     ),
     (
         lambda a: is_mixing(a) and a.mixup_mode == 'half' and a.no_prefetcher,
