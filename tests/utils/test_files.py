@@ -140,37 +140,24 @@ def test_new_folder_replaces_nothing_but_its_own_kind(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['out']
 
 
-def test_new_folder_that_cannot_be_put_there_leaves_the_old_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ('raised', 'expected'),
+    [(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), DiskError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=['refused', 'interrupted'],
+)
+def test_new_folder_that_cannot_be_put_there_leaves_the_old_one(raised, expected, tmp_path, monkeypatch):
     folder = tmp_path / 'out'
     write_folder(folder)
     (folder / 'mark').write_text('old')
     rename = Path.rename
 
-    def refuse_draft(path, target):
+    def stop(path, target):
         if path.name == '.out.new':
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            raise raised
         return rename(path, target)
 
-    monkeypatch.setattr(Path, 'rename', refuse_draft)
-    with pytest.raises(DiskError, match='Permission denied'):
-        write_folder(folder)
-    assert (folder / 'mark').read_text() == 'old'
-    assert [path.name for path in tmp_path.iterdir()] == ['out']
-
-
-def test_new_folder_that_is_interrupted_leaves_the_old_one(tmp_path, monkeypatch):
-    folder = tmp_path / 'out'
-    write_folder(folder)
-    (folder / 'mark').write_text('old')
-    rename = Path.rename
-
-    def interrupt(path, target):
-        if path.name == '.out.new':
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, 'rename', interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(Path, 'rename', stop)
+    with pytest.raises(expected):
         write_folder(folder)
     assert (folder / 'mark').read_text() == 'old'
     assert [path.name for path in tmp_path.iterdir()] == ['out']
