@@ -100,6 +100,8 @@ class CheckedImages(ImageDataset):
 
     def _read_next(self, index: int) -> tuple[Any, ...]:
         """Return the image at the index, or with 'skip' the first after it that can be read, and its labels."""
+        if index >= len(self.reader):
+            raise IndexError(f'There are {len(self.reader)} images, got the index {index}.')  # ends an iteration
         for _ in range(self._max_retries):
             try:
                 return self._read(index)
