@@ -76,7 +76,7 @@ def test_page_on_the_cascade_has_every_network_and_budget(made):
     assert [(row[0].strip('`'), row[2]) for row in networks] == [
         (row['name'], f'{row["top-1"]:.2f}') for row in rivals['rows']
     ]
-    assert {row[1] for row in networks} == {'main', 'own', 'static'}
+    assert {row[1] for row in networks} == {'main', 'own', 'cascade', 'static'}
     pairs = rivals['cascade']['pairs']
     assert len(budgets) == len(pairs[::3]) == 13
     for row, pair in zip(budgets, pairs[::3]):

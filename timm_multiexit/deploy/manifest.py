@@ -25,7 +25,7 @@ MANIFEST_NAME = runner.MANIFEST
 RUNNER_NAME = runner.OWN_NAME
 
 # All files that an exported folder may hold, and `.int8-` what an interrupted quantization left.
-OWNED_FILES = (
+EXPORT_FILES = (
     MANIFEST_NAME,
     RUNNER_NAME,
     'conditional.onnx',
