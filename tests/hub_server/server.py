@@ -150,7 +150,10 @@ class Server(ThreadingTCPServer):
         reserved = socket.socket(self.address_family, self.socket_type)
         share_port(reserved)
         reserved.bind(self.server_address)  # before it is given up, or another process may get the port; not listening
+        from huggingface_hub import close_session  # which reads where the Hub is when it is imported
+
         self.close()
+        close_session()  # a connection that the client has kept would be reset, which is another error
         self.socket = reserved
         try:
             yield
