@@ -468,10 +468,12 @@ class MultiExitModel(TimmSurface):
 
 def drop_labels(backbone: nn.Module) -> None:
     """Forget the names of classes that a classifier had before."""
-    for name in ('pretrained_cfg', 'default_cfg'):
-        cfg = getattr(backbone, name, None)
-        if isinstance(cfg, dict):
-            setattr(backbone, name, {key: cfg[key] for key in cfg if not key.startswith('label_')})
+    cfg = getattr(backbone, 'pretrained_cfg', None)
+    if isinstance(cfg, dict):
+        kept = {key: cfg[key] for key in cfg if not key.startswith('label_')}
+        for name in ('pretrained_cfg', 'default_cfg'):  # two names of one dict, in timm
+            if hasattr(backbone, name):
+                setattr(backbone, name, kept)
 
 
 def _fix_traced(value: Any, default: Any) -> Any:

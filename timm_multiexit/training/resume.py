@@ -377,8 +377,8 @@ def read_position(checkpoint: Mapping[str, Any]) -> tuple[int, int]:
     return int(epoch) + (1 if checkpoint.get('version', 0) > 1 else 0), 0
 
 
-# Of a group of parameters: what it is of, and what training changes.
-_NOT_SETTINGS = ('params', 'lr', 'lookahead_step')
+# Of an optimizer's defaults, what training changes.
+_NOT_SETTINGS = ('lr', 'lookahead_step')
 
 
 def load_optimizer(
