@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -242,11 +241,9 @@ def test_slow_machine_answers_earlier_at_once(runner, slow):
 
 def test_real_clock(runner):
     images = draw_images(4)
-    runner.predict(images, 1000)
-    assert runner.predict(images, 1000).exit_idx.tolist() == [3] * 4
-    begun = time.perf_counter()
-    assert len(runner.predict(images, 1e-6).exit_idx) == 4
-    assert time.perf_counter() - begun < 1
+    runner.predict(images, 1e6)
+    assert runner.predict(images, 1e6).exit_idx.tolist() == [3] * 4
+    assert runner.predict(images, 1e-6).exit_idx.tolist() == [0] * 4
 
 
 def test_shapes_that_are_asked_with_stay_known(runner, monkeypatch):

@@ -17,6 +17,8 @@ CPU is not: tensors of the CPU beside its own are refused; copies to pinned memo
     with software_device.kernel_seconds(1e-3):  # each kernel launched takes 1 ms of its stream
         model(images)
 
+    software_device.read_clock()  # the seconds that the host has waited so far, all in all
+
     other = torch.Stream(device)
     with software_device.races() as races:  # memory used by two streams of which none waited for the other
         with other:
@@ -27,7 +29,8 @@ CPU is not: tensors of the CPU beside its own are refused; copies to pinned memo
 Kinds of waits: 'item', 'copy to host', 'copy from host' (both but for `non_blocking=True`; to the host that needs
 pinned memory, which `tensor.to('cpu', non_blocking=True)` makes itself), 'stream', 'event', 'device', and the names of kernels
 whose results have a size that the host must know ('aten::nonzero', by which masks index too). `queue` and
-`kernel_seconds` delay only what waits: kernels run at their launch.
+`kernel_seconds` delay only what waits: kernels run at their launch. Time is that of a clock of its own, which waits
+alone move, so that what is measured with it is exact on a busy machine: nothing sleeps, and the host's work is free.
 
 Tests that use it live in this folder, whose conftest.py runs each file in a process of its own, since a device that is
 registered stays. The source is compiled once (half a minute) and kept with other extensions of torch (environment
@@ -114,6 +117,11 @@ def launches():
 def queue(seconds, stream=None):
     """Queue work of that many seconds on a stream, by default the current one."""
     build().queue(seconds, (stream or torch.accelerator.current_stream()).stream_id)
+
+
+def read_clock():
+    """Return the time of the device in seconds."""
+    return build().now()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 // A device in software, as strict as CUDA where programs go wrong: see __init__.py for what it is good for.
 //
 // Kernels are the CPU's and run when they are launched, on memory that is the CPU's too; what is simulated is time and
-// order. Each stream has a moment at which its queued work ends, and what it knows of other streams' work (a vector
-// clock), which events, waits of streams and waits of the host pass on.
+// order. Time is what the host has waited for, nothing else, so that it is the same on every machine. Each stream has a
+// moment at which its queued work ends, and what it knows of other streams' work (a vector clock), which events, waits
+// of streams and waits of the host pass on.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -20,12 +21,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <set>
-#include <thread>
 #include <unordered_map>
 #include <utility>
 
@@ -39,7 +38,7 @@ const c10::Device kDevice(kType, 0);
 using Clock = std::map<c10::StreamId, uint64_t>;  // how many launches of each stream are known to come before
 
 struct Queue {
-  double idle_at = 0;  // seconds of the steady clock
+  double idle_at = 0;  // in seconds, as `now`
   Clock seen;          // of itself: its launches so far
 };
 
@@ -69,17 +68,13 @@ std::vector<Arrival> arrivals;
 Clock host;
 std::map<std::string, int64_t> waits, launches;
 std::vector<std::string> races;
-double kernel_seconds = 0;
+double now = 0, kernel_seconds = 0;
 
 thread_local c10::StreamId current_stream = 0;
 
 struct Locked {
   std::lock_guard<std::recursive_mutex> guard{lock};
 };
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 void join(Clock& clock, const Clock& other) {
   for (auto [stream, tick] : other) clock[stream] = std::max(clock[stream], tick);
@@ -106,13 +101,9 @@ void host_learns(const Clock& seen) {
 }
 
 void host_waits(const char* kind, double until, Clock seen) {
-  {
-    Locked locked;
-    waits[kind]++;
-  }
-  auto left = until - now();
-  if (left > 0) std::this_thread::sleep_for(std::chrono::duration<double>(left));
   Locked locked;
+  waits[kind]++;
+  now = std::max(now, until);
   host_learns(seen);
 }
 
@@ -151,7 +142,7 @@ uint64_t launch(const std::string& name, at::TensorList reads, at::TensorList wr
   auto& queue = queues[current_stream];
   join(queue.seen, host);
   auto tick = ++queue.seen[current_stream];
-  if (kernel_seconds > 0) queue.idle_at = std::max(queue.idle_at, now()) + kernel_seconds;
+  if (kernel_seconds > 0) queue.idle_at = std::max(queue.idle_at, now) + kernel_seconds;
   for (const auto& tensor : reads) read_or_write(queue, name, tensor, false);
   for (const auto& tensor : writes) read_or_write(queue, name, tensor, true);
   return tick;
@@ -511,7 +502,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryStream(const c10::Stream& stream) const override {
     Locked locked;
     auto& queue = queues[stream.id()];
-    if (now() < queue.idle_at) return false;
+    if (now < queue.idle_at) return false;
     host_learns(queue.seen);
     return true;
   }
@@ -534,7 +525,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     auto& queue = queues[stream.id()];
     join(queue.seen, host);
     if (!*event) *event = new Moment();
-    *static_cast<Moment*>(*event) = {stream.id(), std::max(now(), queue.idle_at), queue.seen};
+    *static_cast<Moment*>(*event) = {stream.id(), std::max(now, queue.idle_at), queue.seen};
   }
   void block(void* event, const c10::Stream& stream) const override {
     if (!event) return;
@@ -546,7 +537,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryEvent(void* event) const override {
     if (!event) return true;
     Locked locked;
-    if (now() < static_cast<Moment*>(event)->at) return false;
+    if (now < static_cast<Moment*>(event)->at) return false;
     host_learns(static_cast<Moment*>(event)->seen);
     return true;
   }
@@ -638,9 +629,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     Locked locked;
     return std::exchange(races, {});
   });
+  m.def("now", [] {
+    Locked locked;
+    return now;
+  });
   m.def("queue", [](double seconds, c10::StreamId stream) {
     Locked locked;
-    queues[stream].idle_at = std::max(queues[stream].idle_at, now()) + seconds;
+    queues[stream].idle_at = std::max(queues[stream].idle_at, now) + seconds;
   });
   m.def("set_kernel_seconds", [](double seconds) {
     Locked locked;

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from timm_multiexit.exits.taps import ForwardStopped, RunHead, Taps
 from timm_multiexit.policies.leaving import check_answer
 from timm_multiexit.policies.policy import Prediction
+from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.timing import read_wall_clock
 
 Clock = Callable[[torch.device], float]
@@ -25,7 +26,7 @@ NUM_PROBES = 5
 
 
 class PartTimes:
-    """How long each part of a model takes for one form of input: its stages, main's last, and its heads.
+    """How long each part of a model takes for one form of input: stages, main's last, heads, the answer's check.
 
     Times are kept as multiples of what the first stage took just then, which always runs: a part that is not run for a
     while is assumed to have become slower or faster as that one has. Besides, with every call that does not reach it a
@@ -35,15 +36,15 @@ class PartTimes:
 
     Args:
         num_exits: Number of exits without main.
-        probes: Seconds of every part in a few forwards, the stages first, main's last, then the heads. The shortest of
-            each counts, for all of them: what disturbs a measurement makes it longer.
+        probes: Seconds of every part in a few forwards, the stages first, main's last, then the heads, then the check.
+            The shortest of each counts, for all of them: what disturbs a measurement makes it longer.
     """
 
     def __init__(self, num_exits: int, probes: Sequence[Sequence[float]] = ()):
         self.num_exits = num_exits
         self._first: deque[float] = deque(maxlen=NUM_LATEST)
-        self._multiples: list[deque[float]] = [deque(maxlen=NUM_REMEMBERED) for _ in range(2 * num_exits + 1)]
-        self._num_unrun = [0] * (2 * num_exits + 1)
+        self._multiples: list[deque[float]] = [deque(maxlen=NUM_REMEMBERED) for _ in range(2 * num_exits + 2)]
+        self._num_unrun = [0] * (2 * num_exits + 2)
         shortest = [min(seconds) for seconds in zip(*probes)]
         for _ in probes:
             for part, seconds in enumerate(shortest):
@@ -56,6 +57,10 @@ class PartTimes:
     def add_head(self, idx: int, seconds: float) -> None:
         """Remember how long head `idx` took."""
         self._add(self.num_exits + 1 + idx, seconds)
+
+    def add_check(self, seconds: float) -> None:
+        """Remember how long it took to look for NaN in the answer."""
+        self._add(2 * self.num_exits + 1, seconds)
 
     def _add(self, part: int, seconds: float) -> None:
         if part == 0:
@@ -82,12 +87,16 @@ class PartTimes:
         """Return the seconds that are expected of head `idx`; nothing for main."""
         return self._expect(self.num_exits + 1 + idx) if idx < self.num_exits else 0.0
 
+    def check(self) -> float:
+        """Return the seconds that are expected from the answer's logits to the answer."""
+        return self._expect(2 * self.num_exits + 1)
+
     def way(self, first: int, last: int) -> float:
         """Return the seconds expected from tap `first` to the answer of classifier `last`, without heads between.
 
         From the images `first` is -1.
         """
-        return sum(self._expect(idx) for idx in range(first + 1, last + 1)) + self.head(last)
+        return sum(self._expect(idx) for idx in range(first + 1, last + 1)) + self.head(last) + self.check()
 
     def _expect(self, part: int) -> float:
         return self._expect_multiple(part) * self._unit()
@@ -127,8 +136,13 @@ class TimeBook:
         return tuple(x.shape), x.dtype, x.device, is_autocast, torch.get_num_threads()
 
 
+def _check(idx: int, num_exits: int, logits: Tensor) -> Prediction:
+    check_answer(idx, num_exits, logits, waits=True)
+    return Prediction(logits, torch.full(logits.shape[:1], idx, device=logits.device))
+
+
 class _Probe:
-    """The visitor that times all parts of one forward: `seconds` of its stages, main's last, and of its heads."""
+    """The visitor that times all parts of one forward: its stages, main's last, its heads, the answer's check."""
 
     def __init__(self, num_exits: int, run_head: RunHead, clock: Callable[[], float]):
         self._num_exits, self._run_head, self._clock = num_exits, run_head, clock
@@ -143,9 +157,12 @@ class _Probe:
             self._run_head(idx, tensor)
             self.heads.append(self._lap())
 
-    def finish(self) -> list[float]:
+    def finish(self, logits: Tensor) -> list[float]:
         """Return the seconds of all parts, at the end of the forward."""
-        return [*self.stages, self._lap(), *self.heads]
+        main = self._lap()
+        with suppress(InvalidValueError):  # which matters where main answers
+            _check(self._num_exits, self._num_exits, logits)
+        return [*self.stages, main, *self.heads, self._lap()]
 
     def _lap(self) -> float:
         last, self._last = self._last, self._clock()
@@ -159,8 +176,9 @@ def learn_times(
     probes = []
     for _ in range(NUM_PROBES + 1):
         probe = _Probe(len(taps.names), run_head, lambda: clock(x.device))
-        taps.visit(backbone, x, probe.visit)
-        probes.append(probe.finish())
+        logits = taps.visit(backbone, x, probe.visit)
+        assert logits is not None  # nothing stopped the forward
+        probes.append(probe.finish(logits))
     return PartTimes(len(taps.names), probes[1:])  # the first forward of a form is slow
 
 
@@ -203,6 +221,15 @@ class _Race:
         """Take the logits of main."""
         self._offer(self._times.num_exits, logits, self._arrive(self._times.num_exits))
 
+    def check(self) -> Prediction:
+        """Return the answer, the deepest that was in time."""
+        if self.answer is None:
+            raise RuntimeError("No tap fired: the backbone's forward calls none of the tapped modules.")
+        idx, logits = self.answer
+        prediction = _check(idx, self._times.num_exits, logits)
+        self._times.add_check(self._clock() - self._last)
+        return prediction
+
     def _arrive(self, idx: int) -> float:
         now = self._clock()
         self._times.add_stage(idx, now - self._last)
@@ -218,7 +245,7 @@ class _Race:
 
     def _offer(self, idx: int, logits: Tensor, now: float) -> None:
         """Take an answer that is in time, or that is the first."""
-        if self.answer is None or now <= self._end:
+        if self.answer is None or now + self._times.check() <= self._end:
             self.answer = idx, logits
 
 
@@ -245,8 +272,4 @@ def predict_by_deadline(
     logits = taps.visit(backbone, x, race.visit)
     if logits is not None:
         race.finish(logits)
-    if race.answer is None:
-        raise RuntimeError("No tap fired: the backbone's forward calls none of the tapped modules.")
-    idx, logits = race.answer
-    check_answer(idx, times.num_exits, logits, waits=True)
-    return Prediction(logits, torch.full(logits.shape[:1], idx, device=logits.device))
+    return race.check()
