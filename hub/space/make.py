@@ -119,7 +119,7 @@ def make_page(
     if drawing == 'auto':
         drawing = 'digits' if manifest['classes'] == DIGITS else 'none'
     version = install_libraries(libraries)
-    with new_folder(out, 'page.json', OWNED_FILES) as draft:
+    with new_folder(out, ('page.json', 'index.html'), OWNED_FILES) as draft:
         shutil.copytree(HERE / 'page', draft, dirs_exist_ok=True)
         _copy(libraries, LIBRARIES, draft / 'vendor')
         stages = manifest['programs'][precision]['stages']

@@ -44,8 +44,9 @@ def write_replacing(path):
 
 
 def write_folder(path):
-    with new_folder(path, 'mark', ['mark', 'part/*.txt']) as draft:
+    with new_folder(path, ['mark', 'other'], ['mark', 'other', 'part/*.txt']) as draft:
         (draft / 'mark').write_text('new')
+        (draft / 'other').write_text('new')
 
 
 WRITERS = {'text': lambda path: write_text(path, 'new'), 'replacing': write_replacing, 'folder': write_folder}
@@ -127,9 +128,10 @@ def test_new_folder_replaces_nothing_but_its_own_kind(name, tmp_path):
         (folder / leftover).parent.mkdir(exist_ok=True)
         (folder / leftover).write_text('old')
     write_folder(folder)
-    assert [path.name for path in folder.iterdir()] == ['mark']
+    assert {path.name for path in folder.iterdir()} == {'mark', 'other'}
     if name == 'mark/a':
         (folder / 'mark').unlink()
+        (folder / 'other').unlink()
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text('mine')
     with pytest.raises(
@@ -138,6 +140,13 @@ def test_new_folder_replaces_nothing_but_its_own_kind(name, tmp_path):
         write_folder(folder)
     assert (folder / name).read_text() == 'mine'
     assert [path.name for path in tmp_path.iterdir()] == ['out']
+
+
+def test_new_folder_is_known_by_all_of_its_marks(tmp_path):
+    (tmp_path / 'mark').write_text('mine')
+    with pytest.raises(InvalidValueError, match='holds other files, such as mark: give another folder[.]$'):
+        write_folder(tmp_path)
+    assert (tmp_path / 'mark').read_text() == 'mine'
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from timm_multiexit.cli.flags.int8_flags import INT8_FLAGS, add_int8, check_int8
 from timm_multiexit.cli.flags.parser import Choice, ScriptParser, add_flags, option_name, positive_int, value
 from timm_multiexit.cli.flags.validate_args import given_policy
 from timm_multiexit.deploy.export import FORMATS, FORMS, check_programs, export
-from timm_multiexit.deploy.manifest import EXPORT_FILES, MANIFEST_NAME, RUNNER_NAME
+from timm_multiexit.deploy.manifest import EXPORT_FILES, EXPORT_MARKS, MANIFEST_NAME, RUNNER_NAME
 from timm_multiexit.deploy.programs import check_exported_size, check_extra
 from timm_multiexit.factory import create_model
 from timm_multiexit.models.multi_exit import MultiExitModel
@@ -87,7 +87,7 @@ def check_export_flags(args: Namespace) -> None:
             raise InvalidValueError(f'{option_name(dest)} is for --threshold: give both, or neither.')
     if args.threshold is not None:
         given_policy(args, len(args.threshold))
-    check_new_folder(args.output, MANIFEST_NAME, EXPORT_FILES)
+    check_new_folder(args.output, EXPORT_MARKS, EXPORT_FILES)
     if 'onnx' in args.formats:
         check_extra()
 

@@ -89,7 +89,7 @@ def export(
     copy = copy_for_export(model)
     check_exported_size(copy, size)
     values = manifest.describe_exported(model, size, class_names=names, policy=policy)
-    with new_folder(folder, manifest.MANIFEST_NAME, manifest.EXPORT_FILES) as draft:
+    with new_folder(folder, manifest.EXPORT_MARKS, manifest.EXPORT_FILES) as draft:
         program = trace_program(copy, size)
         programs: dict[str, Any] = {'fixed': [], 'stages': [], 'conditional': None}
         if 'pt2' in formats:  # first: for ONNX the program is changed

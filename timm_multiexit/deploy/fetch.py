@@ -5,7 +5,7 @@ import shutil
 from pathlib import PurePosixPath
 
 from timm_multiexit.deploy import runner
-from timm_multiexit.deploy.manifest import EXPORT_FILES, MANIFEST_NAME, RUNNER_NAME, write_manifest
+from timm_multiexit.deploy.manifest import EXPORT_FILES, EXPORT_MARKS, MANIFEST_NAME, RUNNER_NAME, write_manifest
 from timm_multiexit.hub_client.client import fetch_files
 from timm_multiexit.utils.checks import check_path
 from timm_multiexit.utils.errors import CheckpointError
@@ -49,7 +49,7 @@ def fetch_export(
             raise CheckpointError(f"'{repo_id}' must list programs of ONNX alone in its manifest, got {wrong}.")
         paths = [f'{REMOTE_FOLDER}/{name}' for name in names]
         fetch_files(repo_id, paths, revision=snapshot.commit, cache_dir=cache_dir)
-        with new_folder(folder, MANIFEST_NAME, EXPORT_FILES) as draft:
+        with new_folder(folder, EXPORT_MARKS, EXPORT_FILES) as draft:
             for name in names:
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, draft / name)

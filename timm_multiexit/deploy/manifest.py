@@ -32,6 +32,7 @@ EXPORT_FILES = (
     *(f'{form}/*.{suffix}' for form in ('fixed', 'stages') for suffix in ('onnx', 'pt2')),
     *('int8/*.onnx', '.int8-*'),
 )
+EXPORT_MARKS = (MANIFEST_NAME, RUNNER_NAME)  # each has these two
 
 _LIBRARIES = ('timm', 'torch', 'onnx', 'onnxruntime')
 _PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')

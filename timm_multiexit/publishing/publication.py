@@ -113,7 +113,7 @@ def write_publication(
         'weights': measured['weights'],
     }
     _mark_default(metrics, config)
-    with new_folder(folder, METRICS_NAME, (*OWNED_FILES, f'{PROGRAMS_NAME}/.int8-*')) as draft:
+    with new_folder(folder, (METRICS_NAME, CONFIG_NAME), (*OWNED_FILES, f'{PROGRAMS_NAME}/.int8-*')) as draft:
         for name in (BACKBONE_NAME, EXITS_NAME, CONFIG_NAME):
             shutil.copy2(best / name, draft / name)
         tag = re.sub(r'\W+', '_', f'{args["exit_loss"]}_{measured["dataset"]}')

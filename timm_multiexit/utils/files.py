@@ -101,7 +101,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, advice: str = RUN_AGA
         draft.write_text(text, encoding='utf-8')
 
 
-def check_new_folder(path: str | os.PathLike[str], mark: str, owned: Collection[str]) -> None:
+def check_new_folder(path: str | os.PathLike[str], marks: Collection[str], owned: Collection[str]) -> None:
     """Raise unless `new_folder` may write there.
 
     Raises:
@@ -115,20 +115,20 @@ def check_new_folder(path: str | os.PathLike[str], mark: str, owned: Collection[
         raise InvalidValueError(f'{path} must not be the working directory. Give another folder.')
     if existing == path:
         names = (each.relative_to(path).as_posix() for each in path.rglob('*') if not each.is_dir())
-        known = (*owned, *_LEFTOVERS) if (path / mark).is_file() else _LEFTOVERS
+        known = (*owned, *_LEFTOVERS) if all((path / mark).is_file() for mark in marks) else _LEFTOVERS
         if other := next((name for name in names if not any(fnmatchcase(name, each) for each in known)), None):
             raise InvalidValueError(f'{path} holds other files, such as {other}: give another folder.')
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str], mark: str, owned: Collection[str]) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], marks: Collection[str], owned: Collection[str]) -> Iterator[Path]:
     """Yield an empty folder beside `path`, which replaces `path` at the end, if nothing was raised.
 
     Args:
         path: May be a folder that was written so before, and is left as it was if this fails.
-        mark: A file that is in every such folder.
-        owned: Patterns of all files that may be in one, the mark too; a star is any text. A folder that has another
-            file, or lacks the mark, is not replaced.
+        marks: Files that are in every such folder, by which it is known.
+        owned: Patterns of all files that may be in one, the marks too; a star is any text. A folder that has another
+            file, or lacks a mark, is not replaced.
 
     Raises:
         InvalidValueError: There is something else at `path`, see `check_new_folder`.
@@ -138,7 +138,7 @@ def new_folder(path: str | os.PathLike[str], mark: str, owned: Collection[str]) 
     draft = path.with_name(f'.{path.name}.new')
     try:
         with explain_disk_errors(path, advice=RUN_AGAIN):
-            check_new_folder(path, mark, owned)
+            check_new_folder(path, marks, owned)
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             yield draft
