@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torchvision.datasets import ImageFolder
 
+from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.deploy.manifest import describe_exported
 from timm_multiexit.deploy.runner import Answer, Runner
 from timm_multiexit.models.multi_exit import MultiExitModel
@@ -55,6 +56,7 @@ class EagerRunner:
 
     def __init__(self, model: MultiExitModel, input_size: tuple[int, int, int]):
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.input_size = input_size
         self.manifest = describe_exported(model, input_size, class_names=None, policy=None)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -67,8 +69,22 @@ class EagerRunner:
         prediction = self.model.infer(self._to_tensor(images), budget=budget)
         return Answer(prediction.logits.numpy(), prediction.exit_idx.numpy())
 
+    def find_costs(self, budget: str) -> np.ndarray:
+        """Return what leaving at each classifier costs under a budget, as shares of main's MACs alone."""
+        assert self.model.budgets is not None  # or `infer` would have refused the budget
+        costs = StageCosts.from_exit_costs(self.model.cost(self.input_size))
+        return np.array(costs.leaving(self.model.budgets.select(budget).policy.used)) / costs.total
+
     def _to_tensor(self, images: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
+
+
+def _find_costs(runner: Runner | EagerRunner, budget: str) -> np.ndarray:
+    """Return what leaving at each classifier costs under a budget, as shares of main's MACs alone."""
+    if isinstance(runner, EagerRunner):
+        return runner.find_costs(budget)
+    unused = runner.unused(budget=budget)
+    return np.array([runner.macs(idx, unused) for idx in range(len(runner.manifest['exits']))])
 
 
 class Serving:
@@ -98,8 +114,7 @@ class Serving:
             if runner.manifest['exits'] != first.manifest['exits']:
                 where = '--model' if name in eager else name
                 raise InvalidValueError(f'FOLDER must be one network in all forms, got another one in {where}.')
-        self.costs = np.array([each['macs']['sequential'] for each in first.manifest['exits']])
-        self.total = first.manifest['plain_macs']
+        self.costs: dict[str, np.ndarray] = {}  # of each budget: where an image leaves -> share of main's MACs alone
         self.calls: dict[str, Callable[[np.ndarray], Any]] = {'main': first, 'main again': first}
         self.calls |= {f'{name}, main': runner for name, runner in eager.items()}
         for name, runner in everyone.items():
@@ -107,6 +122,9 @@ class Serving:
                 self.calls[f'{name}, {budget}'] = partial(runner.infer, budget=budget)
         for call in self.calls.values():
             call(np.zeros((1, *input_size), np.float32))  # a budget that is not allowed is found here
+        for name, runner in everyone.items():
+            for budget in budgets:
+                self.costs[f'{name}, {budget}'] = _find_costs(runner, budget)
 
     def measure(self, images: np.ndarray, classes: np.ndarray, batch_size: int) -> list[dict[str, Any]]:
         """Return a row for each call, all images in batches of this size: turns of some batches, in changing order.
@@ -114,8 +132,8 @@ class Serving:
         Images are [N, C, H, W] float32, normalized, and the true classes [N].
 
         `speed` is the median over turns of the images/s against those of main in the same turn; images that do not
-        fill a turn count for accuracy and MACs alone. These are those of the exits where images left, with all heads on
-        the way.
+        fill a turn count for accuracy and MACs alone. These are those of the exits where images left, with the heads on
+        the way that are run.
         """
         device = torch.device('cpu')
         times: dict[str, list[float]] = {name: [] for name in self.calls}
@@ -138,15 +156,15 @@ class Serving:
             {
                 'batch': batch_size,
                 'call': name,
-                **self._describe(answers[name], classes),
+                **self._describe(name, answers[name], classes),
                 'images/s': min(size, len(images)) / np.median(times[name]),
                 **dict(zip(('speed', 'quartiles'), describe_ratios(times['main'], times[name]))),
             }
             for name in self.calls
         ]
 
-    def _describe(self, answers: list[Any], classes: np.ndarray) -> dict[str, float]:
-        leaves_early = isinstance(answers[0], tuple)
-        logits = np.concatenate([answer.logits if leaves_early else answer for answer in answers])
-        macs = np.mean(self.costs[np.concatenate([each.exit_idx for each in answers])]) if leaves_early else self.total
-        return {'top-1, %': 100 * np.mean(logits.argmax(-1) == classes), 'MACs, %': 100 * macs / self.total}
+    def _describe(self, name: str, answers: list[Any], classes: np.ndarray) -> dict[str, float]:
+        costs = self.costs.get(name)  # None of main
+        logits = np.concatenate([answer if costs is None else answer.logits for answer in answers])
+        macs = 1.0 if costs is None else np.mean(costs[np.concatenate([each.exit_idx for each in answers])])
+        return {'top-1, %': 100 * np.mean(logits.argmax(-1) == classes), 'MACs, %': 100 * macs}

@@ -375,6 +375,18 @@ def test_split_under_its_other_name_is_the_same_data(run_script, image_folder):
     assert '--calib-split val and --split validation are the same images' in err.strip().splitlines()[-1]
 
 
+def test_classes_of_other_names_are_warned_of(run_script, make_model, image_folder, tmp_path):
+    names = sorted(folder.name for folder in (image_folder / 'val').iterdir())
+    model = make_model(num_classes=len(names)).eval()
+    for number, saved in enumerate((names, names[::-1], None)):
+        tme.save_pretrained(model, tmp_path / f'net{number}', label_names=saved)
+        flags = ('--model', f'local-dir:{tmp_path}/net{number}', '--data-dir', image_folder, '-j', '0', '-b', '8')
+        code, _, err = run_script(validate.main, *flags)
+        assert code == 0
+        warned = f"Class 0 is '{names[0]}' in the data and '{names[-1]}' in the model: accuracy means something only"
+        assert (warned in err) == (number == 1), err
+
+
 def test_plain_model_has_nothing_to_decide(run_script):
     flags = ('--model', 'test_resnet', '--num-classes', '10', '--threshold', '0.5')
     code, _, err = run_script(validate.main, *flags)

@@ -12,11 +12,13 @@ from timm_multiexit.utils.errors import InvalidValueError
 
 
 class FakeRunner:
-    """Images are [N, 1, 1, 1], whose value is the exit where they leave; it calls all of them class 1, main class 0."""
+    """Images are [N, 1, 1, 1], whose value is the exit where they leave; it calls all of them class 1, main class 0.
+
+    The head of exit 0 costs a twentieth of main, and is run under the budget of 60% alone.
+    """
 
     manifest = {
-        'exits': [{'macs': {'sequential': cost}} for cost in (10, 60, 110)],
-        'plain_macs': 100,
+        'exits': [{}, {}, {}],
         'num_classes': 2,
         'preprocessing': {'input_size': [1, 1, 1]},
     }
@@ -27,6 +29,12 @@ class FakeRunner:
     def __call__(self, images):
         self.sizes.append(len(images))
         return np.tile(np.float32([1, 0]), (len(images), 1))
+
+    def macs(self, exit_idx, skipped):
+        return (0.1, 0.6, 1.1)[exit_idx] - (0.05 if 0 in skipped and exit_idx else 0)
+
+    def unused(self, budget):
+        return [] if budget == '60%' else [0]
 
     def infer(self, images, budget):
         self.sizes.append(len(images))
@@ -44,11 +52,12 @@ def test_accuracy_and_macs_are_those_of_what_was_answered(monkeypatch):
     first, second = FakeRunner(), FakeRunner()
     rows = Serving({'net': first, 'other': second}, ['60%', '50%']).measure(images, classes, 2)
     assert [row['call'] for row in rows] == ['main', 'main again', 'net, 60%', 'net, 50%', 'other, 60%', 'other, 50%']
-    main, early = rows[0], rows[2]
+    main, early, skipping = rows[0], rows[2], rows[3]
     assert (main['top-1, %'], main['MACs, %']) == (60.0, 100.0)  # six images are of class 0
     # Right: three of class 1 that leave early, and the first image of class 0 that main answers.
     assert early['top-1, %'] == 40.0
     assert early['MACs, %'] == pytest.approx((5 * 10 + 3 * 60 + 2 * 110) / 10)
+    assert skipping['MACs, %'] == pytest.approx((5 * 10 + 3 * 55 + 2 * 105) / 10)
     # A turn of four images takes one tick of this clock.
     assert {(row['batch'], row['images/s'], row['speed']) for row in rows} == {(2, 4.0, 1.0)}
     # Each call once to see that it can, once to warm up, and for five batches of two.
@@ -74,6 +83,12 @@ def test_pytorch_answers_as_a_runner_does(make_model):
     answer, expected = eager.infer(images.numpy(), '80%'), model.infer(images, budget='80%')
     assert answer.exit_idx.tolist() == expected.exit_idx.tolist()
     assert torch.allclose(torch.from_numpy(answer.logits), expected.logits, atol=1e-5)
+    policy, costs = model.budgets.select('80%').policy, model.cost()
+    heads = [sum(costs[idx].head.macs for idx in policy.used if idx <= exit_idx) for exit_idx in range(len(costs))]
+    paths = [cost.fixed.macs - (cost.head.macs if idx < len(costs) - 1 else 0) for idx, cost in enumerate(costs)]
+    found = eager.find_costs('80%')
+    for exit_idx in (*policy.used, len(costs) - 1):
+        assert found[exit_idx] == pytest.approx((paths[exit_idx] + heads[exit_idx]) / costs[-1].fixed.macs)
     other = FakeRunner()
     other.manifest = {**other.manifest, 'preprocessing': {'input_size': [3, 64, 64]}}
     message = '^FOLDER must be one network in all forms, got another one in --model.$'

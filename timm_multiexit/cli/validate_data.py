@@ -20,11 +20,18 @@ from torch.utils.data import IterableDataset
 from timm_multiexit.checkpoints.run_folder import RunFolder
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint
 from timm_multiexit.cli.build_training import loader_creator
-from timm_multiexit.data.datasets import check_classes, choose_image_mode, class_to_idx, create_checked_dataset
+from timm_multiexit.data.datasets import (
+    check_classes,
+    choose_image_mode,
+    class_names,
+    class_to_idx,
+    create_checked_dataset,
+)
 from timm_multiexit.data.holdout import SubsetReader, TransformSubset, hold_out
 from timm_multiexit.evaluation.exit_table import CreateLoader
 from timm_multiexit.evaluation.validator import ValidationData
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.checks import is_list
 from timm_multiexit.utils.errors import DataError, InvalidValueError
 
 _logger = logging.getLogger(__name__)
@@ -44,6 +51,7 @@ def create_validation_data(
     num_classes = check_classes(dataset, None)
     if num_classes and num_classes > model.num_classes:
         raise DataError(f'The data has {num_classes} classes, the model {model.num_classes}. Set --num-classes.')
+    _compare_names(class_names(dataset, model.num_classes), model.pretrained_cfg.get('label_names'))
     return ValidationData(
         split=args.split,
         dataset=dataset,
@@ -53,6 +61,17 @@ def create_validation_data(
         calibration=create_calibration_split(args, dataset, in_chans),
         check_shared=partial(check_other_images, args, share_by_chance=_MAX_TWICE),
         channels_last=args.channels_last,
+    )
+
+
+def _compare_names(names: list[str] | None, known: Any) -> None:
+    """Warn of data whose classes have other names than the model's, or the same in another order."""
+    if names is None or not is_list(known) or names == list(known):
+        return
+    idx = next(idx for idx, (name, other) in enumerate(zip(names, known)) if name != other)
+    _logger.warning(
+        f"Class {idx} is '{names[idx]}' in the data and '{known[idx]}' in the model: accuracy means something only if"
+        ' both name the same class. Folders are numbered in sorted order; --class-map sets another.'
     )
 
 

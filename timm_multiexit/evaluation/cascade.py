@@ -229,13 +229,19 @@ def format_networks(section: Mapping[str, Any], split: str) -> str:
 def describe_pairs(pairs: Sequence[Mapping[str, Any]]) -> str:
     """Return one sentence on own exits against the cascade at equal budgets.
 
-    >>> low, high = {'top-1': 70.0}, {'top-1': 71.0}
-    >>> describe_pairs([{'own': low, 'cascade': high}, {'own': low, 'cascade': None}])
-    'At equal budgets own exits match or beat the cascade at 0 of 1; 1 more are below the cost of the small model.'
+    Several budgets may be met by the same two policies, which are one comparison.
+
+    >>> low, high = {'top-1': 70.0, 'macs': 9.0}, {'top-1': 71.0, 'macs': 9.0}
+    >>> describe_pairs([{'own': low, 'cascade': high}] * 2 + [{'own': low, 'cascade': None}])
+    'At 2 equal budgets, own exits match or beat the cascade at 0, in 0 of 1 pairs of policies; 1 more budgets are below the cost of the small model.'
     """
     both = [pair for pair in pairs if pair['cascade'] is not None]
-    better = sum(pair['own']['top-1'] >= pair['cascade']['top-1'] for pair in both)
+    better = [pair for pair in both if pair['own']['top-1'] >= pair['cascade']['top-1']]
+    num_better, num_pairs = (
+        len({tuple(pair[who][key] for who in ('own', 'cascade') for key in ('top-1', 'macs')) for pair in found})
+        for found in (better, both)
+    )
     return (
-        f'At equal budgets own exits match or beat the cascade at {better} of {len(both)};'
-        f' {len(pairs) - len(both)} more are below the cost of the small model.'
+        f'At {len(both)} equal budgets, own exits match or beat the cascade at {len(better)}, in {num_better} of'
+        f' {num_pairs} pairs of policies; {len(pairs) - len(both)} more budgets are below the cost of the small model.'
     )
