@@ -13,8 +13,8 @@ from timm_multiexit.exits.survey import ExitPoint
 from timm_multiexit.models.attach import attach_exits, check_attachable
 from timm_multiexit.models.multi_exit import MultiExitModel, drop_labels
 from timm_multiexit.models.origin import Origin, find_origin
-from timm_multiexit.utils.checks import check_image_size, check_instance, check_int
-from timm_multiexit.utils.errors import InvalidValueError
+from timm_multiexit.utils.checks import check_image_size, check_instance, check_int, check_number
+from timm_multiexit.utils.errors import InvalidValueError, brief
 
 _logger = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ def create_model(
         pretrained: Load weights: timm's into the backbone, the exits staying fresh; a folder's or a repository's into
             all of it, and with them its policy and budgets.
         exits: See `attach_exits`. None for the exits that folder or repository have, else 'auto'.
-        head: Type of fresh heads: 'conv', 'paper', 'bottleneck' or 'linear'.
+        head: Type of fresh heads: 'conv', 'paper', 'bottleneck' or 'linear'; of no others.
         head_widths: Widths of fresh heads, see `attach_exits`.
-        input_size: (channels, height, width) that the costs of fresh exits are reported for.
+        input_size: (channels, height, width) that the costs of the exits are reported for.
         **kwargs: Every other keyword of `timm.create_model`: num_classes, in_chans, drop_rate, ...
 
     Raises:
@@ -77,20 +77,26 @@ def create_model(
         check_instance('model_name', model_name, str, hint='timm.list_models() lists names.')
     input_size = _check_arguments(input_size, kwargs)
     source = find_source(model_name, **kwargs)
+    if input_size is not None:
+        kwargs.setdefault('in_chans', input_size[0])
     if source is not None and source.config.truncated is not None:
         if exits is not None:
             raise InvalidValueError(
                 f'exits must be None for {source}, a truncated model without further exits, got {exits!r}: attach them'
                 ' to the model that it was cut from.'
             )
+        _check_no_heads(source, head, head_widths)
+        if input_size is not None:
+            raise InvalidValueError(f'input_size must be None for {source}, a truncated model, got {input_size}.')
         return cast(MultiExitModel, source.create_backbone(pretrained=pretrained, **kwargs))
     if source is not None and source.config.exits is not None and exits is None:
+        _check_no_heads(source, head, head_widths)
         model = source.create_model(pretrained=pretrained, **kwargs)
+        if input_size is not None:
+            model.input_size = input_size
         _drop_other_labels(model)
         model.origin = _find_origin(model, source, pretrained, kwargs)
         return model
-    if input_size is not None:
-        kwargs.setdefault('in_chans', input_size[0])
     backbone = create_backbone(source or model_name, pretrained=pretrained, **kwargs)
     model = attach_exits(
         backbone,
@@ -107,11 +113,21 @@ def create_model(
     return model
 
 
+def _check_no_heads(source: ModelSource, head: str, head_widths: Any) -> None:
+    if head != 'conv' or head_widths is not None:
+        what, value = ('head', head) if head != 'conv' else ('head_widths', head_widths)
+        raise InvalidValueError(
+            f'{what} must be left out for {source}, which has exits, got {brief(value)}. Pass exits= for fresh ones.'
+        )
+
+
 def _check_arguments(input_size: tuple[int, int, int] | None, kwargs: dict[str, Any]) -> tuple[int, int, int] | None:
     """Return the size of images as ints, and put the keywords for timm in form."""
     for name, low in (('num_classes', 0), ('in_chans', 1)):
         if kwargs.get(name) is not None:
             kwargs[name] = check_int(name, kwargs[name], low)
+    if kwargs.get('drop_rate') is not None:
+        kwargs['drop_rate'] = check_number('drop_rate', kwargs['drop_rate'], 0, 1)
     if kwargs.get('features_only'):
         raise InvalidValueError('features_only has no classifier to exit from: leave it out, or use timm.create_model.')
     return None if input_size is None else check_image_size('input_size', input_size)

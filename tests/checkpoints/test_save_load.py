@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -14,6 +16,7 @@ from timm_multiexit.checkpoints.save import hash_weights, save_policy
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint, restore_exits
 from timm_multiexit.policies.budgets import BudgetTable, PolicyResult
 from timm_multiexit.policies.policy import ExitPolicy
+from timm_multiexit.utils.errors import DiskError, InvalidTypeError, InvalidValueError, MultiExitError
 
 
 def make_model(**kwargs):
@@ -36,6 +39,61 @@ def equal_outputs(first, second, images):
         return all(
             torch.equal(a, b) for a, b in zip(first(images, exits=True).logits, second(images, exits=True).logits)
         )
+
+
+def test_classifiers_are_left_out_and_put_in(folder, tmp_path):
+    model, path = folder
+    without = tme.create_model(f'local-dir:{path}', pretrained=True, num_classes=0)
+    assert without(torch.randn(1, 3, 64, 64)).shape == (1, model.backbone.num_features)
+    tme.save_pretrained(without, tmp_path / 'without')
+    fresh = tme.create_model(f'local-dir:{tmp_path}/without', pretrained=True, num_classes=7)
+    assert [each.shape for each in fresh(torch.randn(1, 3, 64, 64), exits=True).logits] == [(1, 7)] * 4
+    kept = [name for name, _ in model.exits.named_parameters() if '.fc.' not in name]
+    assert len(kept) > 10
+    for name in kept:
+        assert torch.equal(fresh.exits.get_parameter(name), model.exits.get_parameter(name))
+
+
+def test_size_that_costs_are_of_comes_back_and_can_be_another(folder):
+    model, path = folder
+    assert model.input_size == (3, 64, 64)
+    loaded = tme.create_model(f'local-dir:{path}', pretrained=True)
+    assert (loaded.input_size, loaded.cost()) == (model.input_size, model.cost())
+    other = tme.create_model(f'local-dir:{path}', pretrained=True, input_size=(1, 32, 32))
+    assert (other.input_size, other.in_chans) == ((1, 32, 32), 1)
+    assert other.cost()[-1].fixed.macs < model.cost()[-1].fixed.macs / 3
+
+
+@pytest.mark.parametrize('given', [{'head': 'linear'}, {'head_widths': [[8, 16]]}, {'head': 'nonsense'}], ids=str)
+def test_heads_of_a_folder_are_not_chosen(given, folder):
+    (name,) = given
+    with pytest.raises(InvalidValueError, match=f'^{name} must be left out for local-dir:.*, which has exits, got'):
+        tme.create_model(f'local-dir:{folder[1]}', **given)
+    assert tme.create_model(f'local-dir:{folder[1]}', exits=1, head='linear').exits.specs[0].head == 'linear'
+
+
+@pytest.mark.parametrize('rate', [2, -0.5, 'much'])
+def test_drop_rate_is_checked_for_folders_too(rate, folder):
+    with pytest.raises((InvalidValueError, InvalidTypeError), match='^drop_rate must be'):
+        tme.create_model(f'local-dir:{folder[1]}', drop_rate=rate)
+
+
+def test_folder_is_no_mixture_if_its_files_are_not_all_moved(folder, monkeypatch):
+    _, path = folder
+    move, moved = shutil.move, []
+
+    def stop(source, target):
+        if moved:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        moved.append(target)
+        return move(source, target)
+
+    monkeypatch.setattr(shutil, 'move', stop)
+    with pytest.raises(DiskError):
+        tme.save_pretrained(make_model(), path)
+    assert len(moved) == 1
+    with pytest.raises(MultiExitError):
+        tme.create_model(f'local-dir:{path}', pretrained=True)
 
 
 def test_folder_gives_the_same_outputs_back(folder):
@@ -385,3 +443,19 @@ def test_hashes_are_of_the_weights_that_are_there(folder):
     assert hash_weights(path) == expected
     (path / 'exits.safetensors').unlink()
     assert hash_weights(path) == {'model.safetensors': expected['model.safetensors']}
+
+
+@pytest.mark.parametrize('name', ['bad.pth', 'bad.safetensors'])
+def test_checkpoint_path_that_is_no_checkpoint_is_one_line(name, tmp_path):
+    (tmp_path / name).write_bytes(b'weights are not in here')
+    with pytest.raises(
+        InvalidValueError, match=f'^Cannot create test_resnet: .* Check checkpoint_path .*{name}'
+    ) as caught:
+        tme.create_model('test_resnet', checkpoint_path=str(tmp_path / name))
+    assert '\n' not in str(caught.value)
+
+
+def test_cifar_network_is_made_in_the_dtype_that_is_asked(tmp_path):
+    tme.save_pretrained(tme.create_model('cifar_resnet8', num_classes=10), tmp_path / 'net')
+    model = tme.create_model(f'local-dir:{tmp_path}/net', pretrained=True, dtype=torch.bfloat16)
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}

@@ -80,6 +80,13 @@ def test_run_without_data_trains_on_the_digits(run_script, tmp_path):
     assert model.input_size == (3, 32, 32)
 
 
+@pytest.mark.parametrize(('warmup', 'warns'), [('2', True), ('1', False), ('0', False)])
+def test_warm_up_of_the_heads_that_is_the_whole_run_is_warned_of(train_on_images, warmup, warns):
+    _, (code, _, err) = train_on_images('run', '--eed', '--head-warmup-epochs', warmup)
+    assert code == 0
+    assert ('The heads train alone until epoch 2 of 2: the backbone never trains with them' in err) == warns, err
+
+
 @pytest.mark.parametrize(('warmup', 'warns'), [('2', True), ('0', False)])
 def test_best_epoch_of_the_warm_up_is_told(train_on_images, warmup, warns):
     run, (_, _, err) = train_on_images('run', '--eed', '--head-warmup-epochs', warmup)

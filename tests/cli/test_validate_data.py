@@ -72,6 +72,7 @@ def test_names_of_held_out_images_are_those_of_the_files(image_folder):
         ('--calib-from-train 150', 'val_from_train: 150', True),
         ('--calib-split validation', 'val_from_train: 150', False),
         ('--calib-split validation', 'val_split: validation', True),
+        ('--calib-split validation', 'val_split: val', True),
         ('--calib-split validation', 'val_split: test', False),
     ],
 )

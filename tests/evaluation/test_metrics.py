@@ -20,6 +20,14 @@ from timm_multiexit.utils.errors import MultiExitError
 BATCHES = (7, 1, 16, 5)  # samples, uneven
 
 
+def test_of_equal_logits_the_first_answers_as_where_policies_do():
+    logits = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0]]).repeat(40, 1)
+    target = torch.tensor([0, 2, 0]).repeat(40)
+    evaluator = ExitEvaluator(0)
+    evaluator.update([logits], target)
+    assert evaluator.compute()['main']['top1'] == pytest.approx(100 * 2 / 3)
+
+
 def to_logits(*confidences):
     """Return two-class logits whose first class has these probabilities."""
     return torch.tensor([[math.log(p), math.log(1 - p)] for p in confidences])

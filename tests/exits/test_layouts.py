@@ -17,6 +17,7 @@ import timm_multiexit as tme
 from timm_multiexit.exits.layouts import to_map
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.models.attach import attach_exits
+from timm_multiexit.utils.errors import InvalidValueError
 
 
 class Case(NamedTuple):
@@ -260,3 +261,16 @@ def test_head_gets_the_map_as_it_lies_in_an_image_that_is_not_square(
         expected = as_map(tensor, layout, grid, num_prefix_tokens)
         assert entered[idx].shape == expected.shape == (1, spec.channels, *grid)
         assert torch.equal(entered[idx], expected)
+
+
+def test_patches_that_are_no_grid_are_refused():
+    """A head with convolutions would learn on neighbours that are none."""
+    backbone = timm.create_model('test_vit', num_classes=5, patch_drop_rate=0.25)
+    with pytest.raises(
+        InvalidValueError, match="^patch_drop_rate must be 0 for heads with convolutions, got 0.25: .*'linear'"
+    ):
+        attach_exits(backbone, 2)
+    model = attach_exits(backbone, 2, head='linear').train()
+    assert len(model(torch.randn(2, 3, 160, 160), exits=True).logits) == 3
+    with pytest.raises(InvalidValueError, match=r'^patch_size must be square for exits on tokens, got \(8, 16\)'):
+        attach_exits(timm.create_model('test_vit', num_classes=5, patch_size=(8, 16)), 2)

@@ -1,6 +1,7 @@
 """Where exits go by default and by request, and how wide their heads are."""
 
 import pytest
+import timm
 import torch
 from helpers import cases
 from helpers.members import modules
@@ -10,7 +11,7 @@ from torch import nn
 from timm_multiexit.checkpoints.save import save_pretrained
 from timm_multiexit.factory import exit_points
 from timm_multiexit.models.attach import attach_exits
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError, MultiExitError
 
 # Backbone -> its number of 'auto' exits.
 ZOO = {
@@ -351,3 +352,15 @@ def test_dear_head_in_the_stem_says_its_cost_and_what_to_do(make_backbone, caplo
         f"The narrowest head at {model.exits.specs[0].module} costs {percent:.3g} % of main's MACs, more than the 4 %"
         ' that are advised: choose other places or fewer exits by exits (--exits).'
     ]
+
+
+@pytest.mark.parametrize('exits', [['blocks.3', 'blocks.1'], [3, 1], [-1, 0], [0.75, 0.25]], ids=str)
+def test_widths_are_of_exits_in_order(exits):
+    backbone = timm.create_model('test_vit', num_classes=5)
+    widths = [[16, 24], [32, 64]]
+    with pytest.raises(
+        InvalidValueError, match='^exits must be in order, shallow to deep, where head_widths are given'
+    ):
+        attach_exits(backbone, exits, head_widths=widths)
+    model = attach_exits(backbone, exits[::-1], head_widths=widths)
+    assert [list(spec.widths) for spec in model.exits.specs] == widths

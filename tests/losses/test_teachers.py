@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_multiexit.losses.distances import output_distance
 from timm_multiexit.losses.multi_exit_loss import MultiExitLoss, create_loss
-from timm_multiexit.losses.teachers import DepthWeights, KDConfig, follow_skill, resolve_teacher
+from timm_multiexit.losses.teachers import DepthWeights, KDConfig, follow_skill, resolve_teacher, skill_gradient
 from timm_multiexit.utils.errors import MultiExitError
 
 
@@ -296,7 +296,7 @@ def test_step_by_skill_is_that_of_the_equation(kind):
         'labels': torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]]),
     }[kind]
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    moved = follow_skill(weights, logits, target, multi_label=kind == 'labels')
+    moved = follow_skill(weights, skill_gradient(weights, logits, target, multi_label=kind == 'labels'))
     assert moved.tolist() == pytest.approx(slow_step(weights, logits, target, kind == 'labels'), rel=1e-12)
     assert moved.sum().item() == pytest.approx(1.0)
     assert max(abs(moved - weights)) > 1e-3
@@ -322,7 +322,7 @@ def test_teacher_by_skill_comes_to_the_best_fixed_weights_and_is_not_worse_than_
         spent.append(F.cross_entropy(torch.tensordot(weights, logits, 1), target))
         alone.append(torch.stack([F.cross_entropy(tensor, target) for tensor in logits]))
         even.append(F.cross_entropy(logits.mean(0), target))
-        weights = follow_skill(weights, logits, target)
+        weights = follow_skill(weights, skill_gradient(weights, logits, target))
     late = slice(300, None)
     teacher, best, mean = (
         torch.stack(spent[late]).mean(),
@@ -347,18 +347,19 @@ def test_classifier_that_was_poor_comes_back():
     weights = torch.tensor([0.5, 0.5])
     good, poor = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])
     for _ in range(2000):
-        weights = follow_skill(weights, torch.stack([good, poor]), torch.tensor([0]))
+        weights = follow_skill(weights, skill_gradient(weights, torch.stack([good, poor]), torch.tensor([0])))
     assert 0.0004 < weights[1] < 0.05
     steps = 0
     while weights[1] < 0.5:
-        weights, steps = follow_skill(weights, torch.stack([poor, good]), torch.tensor([0])), steps + 1
+        gradient = skill_gradient(weights, torch.stack([poor, good]), torch.tensor([0]))
+        weights, steps = follow_skill(weights, gradient), steps + 1
     assert steps < 30
 
 
 def test_logits_that_are_not_finite_leave_the_weights():
     weights = torch.tensor([0.3, 0.7])
     logits = torch.stack([torch.tensor([[torch.inf, 0.0]]), torch.tensor([[0.0, torch.nan]])])
-    assert torch.equal(follow_skill(weights, logits, torch.tensor([0])), weights)
+    assert torch.equal(follow_skill(weights, skill_gradient(weights, logits, torch.tensor([0]))), weights)
 
 
 @pytest.mark.parametrize('teacher', ['all', [0, -1], [-1, 1]])
@@ -379,6 +380,21 @@ def test_loss_is_that_of_the_weights_it_has_and_then_they_follow(teacher):
     loss.eval()
     loss(*random_outputs())
     torch.testing.assert_close(loss.skill, weights, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.uint8])
+def test_weights_by_skill_are_those_of_an_update_not_of_its_parts(dtype):
+    outputs, target = random_outputs(batch=12)
+    target = target.to(dtype)
+    whole, parts = create_loss('eed', teacher_weights='skill'), create_loss('eed', teacher_weights='skill')
+    parts.num_skill_calls = 3
+    for _ in range(2):
+        whole(outputs, target)
+        for part in range(0, 12, 4):
+            before = parts.skill
+            parts(Outputs(tuple(each[part : part + 4] for each in outputs.logits)), target[part : part + 4])
+            assert part == 8 or parts.skill is before
+        torch.testing.assert_close(parts.skill, whole.skill, rtol=1e-12, atol=0)
 
 
 def test_weights_by_skill_run_without_values_and_compile():

@@ -1,6 +1,7 @@
 """Attaching: the model that comes out, what is refused, and a backbone that stays as it was."""
 
 import pytest
+import timm
 import torch
 from helpers.members import modules
 from torch import nn
@@ -183,3 +184,9 @@ def test_attaching_leaves_the_backbone_as_it_was(make_backbone, name, train):
     assert num_hooks(backbone) == len(model.exits) + 1
     assert all(param.requires_grad for param in model.exits.parameters())
     assert not {id(param) for param in model.exits.parameters()} & {id(param) for param in backbone.parameters()}
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_heads_have_the_dropout_of_the_backbone(name):
+    backbone = timm.create_model(name, num_classes=5, drop_rate=0.5)
+    assert [head.drop.p for head in attach_exits(backbone, 2).exits] == [0.5, 0.5]

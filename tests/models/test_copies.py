@@ -324,3 +324,14 @@ def test_projectors_do_not_need_a_classifier(make_small):
     model.add_projectors()
     outputs = model.train()(torch.randn(2, 3, 96, 96), exits=True)
     assert [features.shape[1] for features in outputs.features] == [256] * 4
+
+
+def test_copies_have_learnt_no_times(make_model):
+    """Another thread may be adding them, and a copy may be on another device."""
+    model = make_model().eval()
+    x = torch.randn(1, 3, 64, 64)
+    model.predict(x, deadline_ms=1e6)
+    assert model._time_book.find(x) is not None
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin._time_book.find(x) is None
+        assert twin.predict(x, deadline_ms=1e6).exit_idx.tolist() == [3]

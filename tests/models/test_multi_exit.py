@@ -14,7 +14,7 @@ from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.outputs import ExitOutputs
-from timm_multiexit.utils.errors import MultiExitError
+from timm_multiexit.utils.errors import InvalidValueError, MultiExitError
 
 # Architectures of different families; keywords make them draw random numbers in training, and VGG small.
 DROP = {'drop_rate': 0.2, 'drop_path_rate': 0.1}
@@ -456,3 +456,30 @@ def test_one_exit_is_not_trained_alone_under_reentrant_checkpointing(make_model)
         gradients.append(model.backbone.conv1[0].weight.grad.clone())
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(*gradients)
+
+
+def test_last_call_of_freeze_backbone_counts(make_model):
+    model = make_model()
+
+    def trains():
+        return [param.requires_grad for param in model.classifier_parameters()]
+
+    model.freeze_backbone()
+    assert trains() == [False, False]
+    model.freeze_backbone(trains_classifier=True)
+    assert trains() == [True, True]
+    assert not any(param.requires_grad for param in model.backbone.conv1.parameters())
+    model.reset_classifier(7)
+    model.freeze_backbone()
+    assert trains() == [False, False]
+    model.reset_classifier(0)
+    model.freeze_backbone(False)
+    assert all(param.requires_grad for param in model.parameters())
+
+
+def test_images_that_a_backbone_does_not_take_have_no_cost(make_model):
+    model = make_model('vit_tiny_patch16_224', input_size=(3, 224, 224))
+    with pytest.raises(
+        InvalidValueError, match=r'^input_size must be one that VisionTransformer takes, got \(3, 96, 96\): '
+    ):
+        model.cost((3, 96, 96))

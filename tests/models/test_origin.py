@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import timm
+import torch
 
 import timm_multiexit as tme
 from timm_multiexit.models.origin import Origin, find_origin
@@ -45,3 +46,12 @@ def test_origin_is_saved_and_loaded(make_model, tmp_path, commit):
     loaded = tme.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert (loaded.origin, loaded.hub_commit) == (model.origin, commit)
     assert tme.create_model(f'local-dir:{tmp_path}').origin == Origin()
+
+
+def test_weights_of_a_plain_checkpoint_are_of_a_file(tmp_path):
+    plain = timm.create_model('test_resnet', num_classes=5)
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    model = tme.create_model('test_resnet', exits=2, num_classes=5)
+    assert model.origin == Origin()
+    tme.load_checkpoint(model, tmp_path / 'plain.pth')
+    assert model.origin == Origin('a file')

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import timm
 
-from timm_multiexit.publishing.licenses import HUB_IDS, LICENSES, resolve_license
+from timm_multiexit.models.origin import Origin
+from timm_multiexit.publishing.licenses import HUB_IDS, LICENSES, PublicationInfo, find_license, resolve_license
 from timm_multiexit.utils.errors import MultiExitError
 
 # By hand from timm 1.0.31 and the Hub's list: (id, name) on the card, and whether --license may say otherwise.
@@ -143,3 +144,12 @@ def test_a_license_that_nobody_can_look_up_is_refused(source, base):
 )
 def test_the_note_says_where_commerce_is_forbidden(source, is_free):
     assert ('forbids commercial use' in resolve_license(source, base=BASE).note) != is_free
+
+
+def test_license_of_one_base_is_not_that_of_another():
+    origin = Origin('timm/test_resnet.r160_in1k', 'mit')
+    assert find_license(origin, PublicationInfo(base_model=origin.base))[1].id == 'mit'
+    with pytest.raises(MultiExitError):
+        find_license(origin, PublicationInfo(base_model='somebody/else'))
+    repository, license_ = find_license(origin, PublicationInfo('apache-2.0', 'somebody/else'))
+    assert (repository, license_.id) == ('somebody/else', 'apache-2.0')

@@ -229,12 +229,12 @@ def test_heads_warm_up_at_the_highest_rate_and_the_schedule_goes_on_behind(model
     run.trainer.on_update = lambda trainer: scheduled.append(run.rates())
     run.train(0)
     ramp = [0.001 + (0.02 - 0.001) * step / 8 for step in range(5)]
-    ramp_heads = [0.001 + (0.06 - 0.001) * step / 8 for step in range(5)]
+    ramp_heads = [3 * rate for rate in ramp]
     # The backbone waits two steps, and in the two after them its rate rises to the schedule's.
     held = [ramp[0], ramp[1], 0.0, ramp[3] * 0.5]
     assert [entry[2][0] for entry in run.log] == pytest.approx(held)
     assert [entry[2][1] for entry in run.log] == pytest.approx([0.06, 0.06, *ramp_heads[2:4]])
-    assert scheduled == [pytest.approx(pair) for pair in zip(ramp[1:], ramp_heads[1:])]
+    assert scheduled == [pytest.approx((rate, rate)) for rate in ramp[1:]]
 
 
 def test_rates_are_restored_where_the_step_fails(model):
@@ -277,6 +277,7 @@ def test_every_parameter_has_its_rate_once(opt, layer_decay, schedule, model):
     plain_lr = {id(param): group.get('lr_scale', 1.0) for group in optimizer.param_groups for param in group['params']}
     split_exit_groups(optimizer, model, 4.0)
     SCHEDULES[schedule](optimizer)
+    control = RegimeControl(Regime(), MultiExitTask(model, create_loss('eed'), verbose=False), optimizer)
     inner = getattr(optimizer, '_base_optimizer', optimizer)
     assert inner.param_groups is optimizer.param_groups
     seen = {}
@@ -291,10 +292,34 @@ def test_every_parameter_has_its_rate_once(opt, layer_decay, schedule, model):
         assert group['weight_decay'] == decays[id(param)]
         # timm's schedules multiply by the layer's factor; without one, timm has no layer decay.
         layer = plain_lr[id(param)] if schedule != 'none' else 1.0
-        assert group['lr'] == pytest.approx(0.1 * (4.0 if id(param) in heads else 1.0) * layer)
+        assert group['lr'] == pytest.approx(0.1 * layer)
+        with control.rates():
+            assert group['lr'] == pytest.approx(0.1 * (4.0 if id(param) in heads else 1.0) * layer)
+        assert group['lr'] == pytest.approx(0.1 * layer)
     if layer_decay:
         assert {plain_lr[key] for key in heads} == {1.0}
         assert min(plain_lr.values()) < 1.0
+
+
+@pytest.mark.parametrize(
+    'schedule',
+    [{'min_lr': 1e-3}, {'warmup_epochs': 2, 'warmup_lr': 1e-2}, {'min_lr': 1e-3, 'warmup_epochs': 1}],
+    ids=str,
+)
+def test_rate_of_the_heads_is_that_of_the_schedule_times_its_factor_at_every_step(schedule, model):
+    run = Run(
+        model,
+        Regime(),
+        lr_scale=0.1,
+        make_scheduler=lambda optimizer: create_scheduler_v2(
+            optimizer, 'cosine', num_epochs=4, updates_per_epoch=BATCHES_PER_EPOCH, step_on_epochs=False, **schedule
+        )[0],
+    )
+    run.train(*range(4))
+    assert len(run.log) == 4 * BATCHES_PER_EPOCH
+    assert len({backbone for _, _, (backbone, _) in run.log}) > BATCHES_PER_EPOCH
+    for _, _, (backbone, heads) in run.log:
+        assert heads == pytest.approx(0.1 * backbone)
 
 
 def test_heads_learn_so_much_faster_as_they_were_told(model):

@@ -321,7 +321,7 @@ def test_channels_last_reaches_the_model(model):
     assert seen == [True]
 
 
-@pytest.mark.parametrize(('given', 'steps'), [(3, [2]), (4, [2, 4]), (7, [2, 4, 5])])
+@pytest.mark.parametrize(('given', 'steps'), [(3, [2, 3]), (4, [2, 4]), (7, [2, 4, 5])])
 def test_stream_of_another_length_than_it_said_does_not_disturb_the_epoch(given, steps, model):
     seen = []
     trainer = make_trainer(
@@ -332,6 +332,20 @@ def test_stream_of_another_length_than_it_said_does_not_disturb_the_epoch(given,
     )
     trainer.train_epoch(0, Batches(make_batches(given), claimed=5))
     assert seen == steps
+
+
+def test_stream_that_ends_within_a_window_updates_with_the_mean_gradient_of_what_came(model):
+    batches = make_batches(3)
+    short, whole = deepcopy(model), deepcopy(model)
+    for network, claimed in ((short, 4), (whole, 3)):  # windows of 2 and 2 that misses one, of 2 and 1
+        trainer = make_trainer(
+            make_task(network), torch.optim.SGD(network.parameters(), lr=0.01), still=True, grad_accum_steps=2
+        )
+        trainer.train_epoch(0, Batches(batches, claimed=claimed))
+        assert trainer.num_updates == 2
+    assert any(not torch.equal(one, other) for one, other in zip(short.parameters(), model.parameters()))
+    for one, other in zip(short.parameters(), whole.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 def test_stream_that_ends_early_with_nan_is_noticed(model):

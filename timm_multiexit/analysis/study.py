@@ -125,8 +125,14 @@ class Study:
     def _add_curves(self, numbers: Mapping[str, dict[str, Any]]) -> None:
         curves = {run.name: read_curve(run.rows, self.metric) for run in self.runs}
         own = curves[self.reference.name]['main'] if self.reference else []
-        for name, curve in curves.items():
-            numbers[name]['curve'] = describe_curve(curve, own[-1] if own else None)
+        for run in self.runs:
+            name, curve = run.name, curves[run.name]
+            is_alike = self.reference is not None and run.curve_split == self.reference.curve_split
+            if own and not is_alike:
+                _logger.warning(
+                    f'{name} was evaluated on other images than the reference: its epochs are not compared.'
+                )
+            numbers[name]['curve'] = describe_curve(curve, own[-1] if own and is_alike else None)
             if not curve['epochs']:
                 _logger.warning(f'{name} has no evaluated epoch, so its curve is left out.')
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.layers import create_classifier, get_device_dtype
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
@@ -74,6 +75,8 @@ class StagedNet(nn.Module):
         in_chans: Channels of an image.
         global_pool: Type of pooling, timm's names.
         drop_rate: Dropout probability in front of the classifier, in training.
+        device: Where the weights are; the default device if not given.
+        dtype: Of the weights; the default dtype if not given.
 
     Attributes:
         multiexit_preset: The paper's exits as arguments of `timm_multiexit.attach_exits`.
@@ -90,6 +93,8 @@ class StagedNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = 'avg',
         drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -109,6 +114,7 @@ class StagedNet(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.multiexit_preset = paper_exits(len(channels), self.num_features)
         init_convs(self)
+        self.to(device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [B, num_classes] of images [B, in_chans, H, W]."""

@@ -69,8 +69,8 @@ def load_pretrained(
     if empty.num_classes != model.num_classes:
         # As timm does for main: the rest is kept, the classifiers are fresh.
         _logger.info(f'{directory} has {empty.num_classes} classes, the model {model.num_classes}: fresh classifiers.')
-        own = exit_tensors(model)
-        tensors = {key: own[key] if '.fc.' in key else tensor for key, tensor in tensors.items()}
+        own = {key: tensor for key, tensor in exit_tensors(model).items() if '.fc.' in key}
+        tensors = {key: tensor for key, tensor in tensors.items() if '.fc.' not in key} | own
     else:
         model.policy, model.budgets = config.policy, config.budgets
     model.exits.load_state_dict({key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})

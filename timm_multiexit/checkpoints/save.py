@@ -39,7 +39,7 @@ from timm_multiexit.models.sharding import check_whole
 from timm_multiexit.models.truncation import TruncatedModel
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.checks import check_path
+from timm_multiexit.utils.checks import check_instance, check_path
 from timm_multiexit.utils.errors import (
     CheckpointError,
     DiskError,
@@ -107,10 +107,14 @@ def save_pretrained(
             NaN or inf. Nothing is written.
         InvalidTypeError: The model or the folder is of the wrong type.
         InvalidValueError: The names of the classes are not one per class.
-        DiskError: The disk is full or not writable; the folder is as it was.
+        DiskError: The disk is full or not writable; the folder is as it was, or nothing loads it.
     """
     check_path('directory', directory)
+    if data_config is not None:
+        check_instance('data_config', data_config, dict)
     _check_model(model)
+    if isinstance(model, MultiExitModel) and not _is_of_module(model):
+        data_config = {'input_size': model.input_size, **(data_config or {})}
     with explain_disk_errors(directory, advice=RUN_AGAIN):
         write_model(model, Path(directory), data_config=data_config, label_names=label_names)
 
@@ -156,7 +160,8 @@ def write_model(
         for name, tensors in files.items():
             _save_tensors(tensors, Path(temporary, name))
         directory.mkdir(parents=True, exist_ok=True)
-        # config.json last: until then a reader sees the old network or an incomplete one, not a mixture it accepts.
+        # config.json last: until then a reader sees an incomplete network, not a mixture that it accepts.
+        (directory / CONFIG_NAME).unlink(missing_ok=True)
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG_NAME):
             shutil.move(path, directory / path.name)
 

@@ -8,10 +8,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import parse_model_name
 from torch import nn
 
@@ -162,9 +164,11 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         if isinstance(error, FileNotFoundError) and kwargs.get('checkpoint_path'):
             raise MissingFileError(f'checkpoint_path {kwargs["checkpoint_path"]} does not exist.') from error
         raise
-    except (*LIBRARY_ERRORS, AttributeError) as error:
+    except (*LIBRARY_ERRORS, AttributeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+        path = kwargs.get('checkpoint_path')
+        hint = f'Check checkpoint_path {path}, of a plain timm model; load_checkpoint takes others' if path else ''
         raise InvalidValueError(
-            f'Cannot create {name}: {one_line(error)}. Check the keywords for timm.create_model.'
+            f'Cannot create {name}: {one_line(error)}. {hint or "Check the keywords for timm.create_model"}.'
         ) from error
 
 

@@ -19,6 +19,7 @@ from timm_multiexit.checkpoints.exits_in_weights import find_specs
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.models.origin import Origin
 from timm_multiexit.models.sharding import shard_state
 from timm_multiexit.models.truncation import TruncatedModel
 from timm_multiexit.utils.checks import check_instance, check_path
@@ -57,6 +58,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, use_ema: 
     check_instance('model', model, nn.Module)
     check_path('path', path)
     state = read_weights(path, use_ema=use_ema)
+    whole = model
     prefix = _find_prefix(model, state, path)
     state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     if prefix:
@@ -72,6 +74,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, use_ema: 
     _fit_channels(model, state, path)
     check_state(own, state, path)
     model.load_state_dict(shard_state(state, own))
+    if whole is not model and isinstance(whole, MultiExitModel):
+        whole.origin = Origin('a file')
 
 
 def _find_prefix(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> str:

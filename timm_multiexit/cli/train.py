@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
         run = build_run(args, accelerator)
         run.open()
         _log_start(args, run)
-        _warn_of_warmup(args)
+        _warn_of_warmup(args, run.trainer.regime)
         run.fit()
         run.report()
     except MultiExitError as error:
@@ -351,8 +351,14 @@ def _log_start(args: Namespace, run: TrainingRun) -> None:
     )
 
 
-def _warn_of_warmup(args: Namespace) -> None:
-    """Warn where the learning rate does not reach its value within the epochs."""
+def _warn_of_warmup(args: Namespace, control: RegimeControl | None) -> None:
+    """Warn where the learning rate, or what trains, does not get to where it shall within the epochs."""
+    regime = control.regime if control and args.exits is not None else Regime()
+    if regime.changes and regime.joint_from >= args.epochs:
+        _logger.warning(
+            f'The heads train alone until epoch {regime.joint_from:g} of {args.epochs}: the backbone never trains with'
+            ' them, and nothing is distilled. Add --epochs, or --head-warmup-epochs 0.'
+        )
     is_warming_up = args.sched != 'none' and args.warmup_epochs > 0 and not args.warmup_prefix
     if is_warming_up and args.warmup_epochs >= args.epochs:
         _logger.warning(

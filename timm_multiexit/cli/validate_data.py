@@ -26,6 +26,7 @@ from timm_multiexit.data.datasets import (
     class_names,
     class_to_idx,
     create_checked_dataset,
+    is_same_split,
 )
 from timm_multiexit.data.holdout import SubsetReader, TransformSubset, hold_out
 from timm_multiexit.evaluation.exit_table import CreateLoader
@@ -161,7 +162,7 @@ def _chose_epoch(args: Namespace, run: dict[str, Any]) -> bool:
     """Return whether the training run measured its epochs on what thresholds are chosen on."""
     if run.get('val_from_train'):
         return args.calib_from_train is not None
-    return args.calib_split is not None and args.calib_split == run.get('val_split')
+    return args.calib_split is not None and is_same_split(args.calib_split, run.get('val_split') or '')
 
 
 def _hold_out_again(args: Namespace, split: str, run: dict[str, Any], in_chans: int) -> tuple[Any, str]:

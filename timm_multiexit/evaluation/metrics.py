@@ -31,7 +31,7 @@ class CalibrationError:
     @torch.no_grad()
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch: logits [B, C], class indices [B]."""
-        confidence, prediction = logits.float().softmax(-1).max(-1)
+        confidence, prediction = logits.float().softmax(-1).amax(-1), logits.argmax(-1)
         # Bins are open to the left, (0, 1/n], (1/n, 2/n], ...
         bins = (confidence * self.num_bins).ceil().long().sub(1).clamp(0, self.num_bins - 1)
         values = torch.stack([torch.ones_like(confidence), confidence, prediction.eq(target).float()])
@@ -39,11 +39,19 @@ class CalibrationError:
 
     def compute(self, distributed: bool = False) -> float:
         """Return the ECE in percent, over all ranks if `distributed`; 0 without samples."""
+        count, confidence, correct = self._sum_up(distributed)
+        return 100.0 * float((confidence - correct).abs().sum() / count.sum().clamp(min=1))
+
+    def compute_top1(self, distributed: bool = False) -> float:
+        """Return the share of right answers in percent; of equal logits the first answers, as where policies do."""
+        count, _, correct = self._sum_up(distributed)
+        return 100.0 * float(correct.sum() / count.sum().clamp(min=1))
+
+    def _sum_up(self, distributed: bool) -> Tensor:
         sums = self.sums.clone()
         if distributed:
             dist.all_reduce(sums)
-        count, confidence, correct = sums
-        return 100.0 * float((confidence - correct).abs().sum() / count.sum().clamp(min=1))
+        return sums
 
 
 class ExitEvaluator:
@@ -128,7 +136,7 @@ class ExitEvaluator:
         """
         metrics = {name: dict(meter.compute(distributed)) for name, meter in zip(self.names, self.accuracy)}
         for name, meter in zip(self.names, self.calibration):
-            metrics[name]['ece'] = meter.compute(distributed)
+            metrics[name] |= {'top1': meter.compute_top1(distributed), 'ece': meter.compute(distributed)}
         return metrics
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 import torch.fx
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 
 from timm_multiexit.exits.spec import ExitSpec
+from timm_multiexit.utils.checks import is_list
+from timm_multiexit.utils.errors import InvalidValueError
 
 
 def to_map(x: Tensor, spec: ExitSpec, image_size: Sequence[int]) -> Tensor:
@@ -39,6 +42,22 @@ def _grid_height(length: int, image_size: Sequence[int], reduction: int) -> int:
                 return rows
     divisors = [rows for rows in range(1, length + 1) if length % rows == 0]
     return min(divisors, key=lambda rows: abs(math.log(rows * rows * width / (length * height))))
+
+
+def check_tokens(backbone: nn.Module, specs: Sequence[ExitSpec]) -> None:
+    """Raise `InvalidValueError` where tokens that heads read are not those of a grid that the images tell."""
+    heads = {spec.head for spec in specs if spec.layout == 'NLC'}
+    size: Any = getattr(getattr(backbone, 'patch_embed', None), 'patch_size', None)
+    if heads and is_list(size) and len(set(size)) > 1:
+        raise InvalidValueError(f'patch_size must be square for exits on tokens, got {tuple(size)}.')
+    rates = [
+        module.prob for module in backbone.modules() if isinstance(module, (PatchDropout, PatchDropoutWithIndices))
+    ]
+    if heads - {'linear'} and any(rates):
+        raise InvalidValueError(
+            f'patch_drop_rate must be 0 for heads with convolutions, got {max(rates)}: the patches that are left are no'
+            " grid. Pass head='linear'."
+        )
 
 
 def is_distilled(backbone: nn.Module) -> bool:

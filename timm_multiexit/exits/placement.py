@@ -76,12 +76,26 @@ def place_exits(
         points: Sequence[ExitPoint] = _choose_by_shares(backbone, shares, survey, head, pays)
     else:
         points = _choose(backbone, exits, survey)
-    if head_widths is not None and len(head_widths) != len(points):
-        raise InvalidValueError(f'head_widths must have one list per exit ({len(points)}), got {len(head_widths)}.')
+    if head_widths is not None:
+        if len(head_widths) != len(points):
+            raise InvalidValueError(f'head_widths must have one list per exit ({len(points)}), got {len(head_widths)}.')
+        if isinstance(exits, (list, tuple)) and not _is_in_order(backbone, exits, shares, points, survey):
+            raise InvalidValueError(
+                f'exits must be in order, shallow to deep, where head_widths are given, got {brief(exits)}.'
+            )
     return [
         _build_spec(point, head, survey, None if head_widths is None else tuple(head_widths[idx]), num_classes)
         for idx, point in enumerate(points)
     ]
+
+
+def _is_in_order(
+    backbone: nn.Module, exits: Sequence[Any], shares: list[float], points: Sequence[ExitPoint], survey: Survey
+) -> bool:
+    """Return whether a list of exits names these points in this order."""
+    if shares:
+        return list(map(float, exits)) == shares
+    return [_pick(backbone, [item], survey)[0] for item in exits] == list(points)
 
 
 def named_places(exits: Any) -> list[str]:

@@ -111,10 +111,16 @@ def _quantile(seconds: Iterable[float], share: float) -> float:
 
 
 class TimeBook:
-    """`PartTimes` of the forms of input that a model was last asked with."""
+    """`PartTimes` of the forms of input that a model was last asked with.
+
+    Copies and pickles start empty: another thread may be adding times, and a copy may be on another device.
+    """
 
     def __init__(self) -> None:
         self._forms: OrderedDict[Hashable, PartTimes] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type['TimeBook'], tuple[()]]:
+        return TimeBook, ()
 
     def find(self, x: Tensor) -> PartTimes | None:
         """Return what is known of inputs of this shape, dtype, device and precision; None if it is nothing."""

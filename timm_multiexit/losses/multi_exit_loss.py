@@ -25,6 +25,7 @@ from timm_multiexit.losses.teachers import (
     checked_teacher,
     follow_skill,
     resolve_teacher,
+    skill_gradient,
 )
 from timm_multiexit.utils.checks import check_choice, check_instance
 from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, brief, checked_number, checked_weights
@@ -105,7 +106,7 @@ class MultiExitLoss(nn.Module):
             terms of that classifier. None stands for ones.
         depth_weights: Weights of the classifiers in the teacher, and of the terms of each classifier; None for equal.
         teacher_weights: 'equal', b as `depth_weights` says; or 'skill': b starts even, and in training mode follows
-            after each call what `follow_skill` says, so that a weak classifier does not pull a strong one down.
+            after each update what `follow_skill` says, so that a weak classifier does not pull a strong one down.
         survivors: Let each exit but the first learn from the images that arrive there, for heads on a backbone that is
             frozen: see `weigh_survivors`. Main's terms, and all values, stay those of all images.
         criterion: The task term: (logits [B, C], target) -> scalar. None stands for cross-entropy with targets
@@ -117,6 +118,8 @@ class MultiExitLoss(nn.Module):
         distill_scale: Factor of the output and feature distances (not of an outside teacher's), a float that a
             training loop may set at every step, e.g. 0 to 1 during a warm-up. At 0 the distances are still computed,
             so that projectors get a gradient, of zero, as distributed training wants.
+        num_skill_calls: After how many calls b moves, by the mean of their gradients; a training loop that accumulates
+            gradients sets it to the number of batches of an update.
         skill: With 'skill' the weights b [M] of the classifiers that teach, shallow to deep; None before the first
             call.
 
@@ -183,6 +186,8 @@ class MultiExitLoss(nn.Module):
         self.criterion = criterion or (_binary_cross_entropy if multi_label else F.cross_entropy)
         self.multi_label = bool(multi_label)
         self.distill_scale = 1.0
+        self.num_skill_calls = 1
+        self._skill_gradients: list[torch.Tensor] = []
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -282,7 +287,11 @@ class MultiExitLoss(nn.Module):
     def _update_skill(self, logits: torch.Tensor, target: torch.Tensor) -> None:
         members = self._members(len(logits))
         taught = torch.stack([logits[idx] for idx in members]).detach()
-        self.skill = follow_skill(self._skill_of(taught), taught, target, multi_label=self.multi_label)
+        weights = self._skill_of(taught)
+        self._skill_gradients.append(skill_gradient(weights, taught, target, multi_label=self.multi_label))
+        if len(self._skill_gradients) >= self.num_skill_calls:
+            self.skill = follow_skill(weights, torch.stack(self._skill_gradients).mean(0))
+            self._skill_gradients = []
 
     def _skill_of(self, members: torch.Tensor) -> torch.Tensor:
         """Return the weights of the teacher's [M, B, N] classifiers, even ones at first."""
@@ -356,7 +365,7 @@ class MultiExitLoss(nn.Module):
             return stacked[:-1], fixed[-1]
         if self.teacher_weights == 'skill':
             taught = torch.stack([fixed[idx] for idx in members])  # [M, B, N]
-            return stacked, torch.tensordot(self._skill_of(taught), taught, 1)
+            return stacked, (self._skill_of(taught).view(-1, *[1] * (taught.ndim - 1)) * taught).sum(0)
         # No tensor of indices or weights, which would be copied to the device at every call.
         first, *others = (weight * fixed[idx] for idx, weight in members.items())
         return stacked, sum(others, first)

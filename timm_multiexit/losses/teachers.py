@@ -167,41 +167,57 @@ def resolve_teacher(teacher: str | tuple[int, ...], weights: DepthWeights, count
 
 
 @torch.no_grad()
-def follow_skill(weights: Tensor, logits: Tensor, target: Tensor, *, multi_label: bool = False) -> Tensor:
-    """Return the weights of a teacher's classifiers after a batch: less for those that make its answer worse.
+def skill_gradient(weights: Tensor, logits: Tensor, target: Tensor, *, multi_label: bool = False) -> Tensor:
+    """Return the gradient of a teacher's cross-entropy by the weights of its classifiers, [M].
 
     The teacher's cross-entropy L(w) = CE(sum_i w_i z_i, y) is convex in the weights w, and where one of them is 1 it is
-    that of this classifier alone. One step of exponentiated gradient goes down it within the simplex, and a small share
-    e is spread evenly:
+    that of this classifier alone:
 
         g_i = dL/dw_i = mean over the batch of z_i . (softmax(sum_j w_j z_j) - y)
-        w_i <- (1 - e) * w_i exp(-r g_i) / sum_j w_j exp(-r g_j) + e / M,    r = 0.3, e = 0.001, M classifiers
 
-    Over a run the mean cross-entropy of a teacher weighed so comes down to that of the best fixed weights, which is at
-    most that of the best single classifier and at most that of the even mean. Under distributed training g is averaged
-    over all processes, so that their weights agree. Weights stay as they are where g is not finite.
+    Under distributed training g is averaged over all processes.
 
     Args:
         weights: w, [M] float, above 0, with a sum of 1.
         logits: z, [M, B, C] float.
-        target: Class indices [B] int64, or probabilities [B, C] float.
+        target: Class indices [B] of any integer type, or probabilities [B, C] float.
         multi_label: Classes do not exclude each other: binary cross-entropy averaged over classes, with sigmoid.
-
-    Source: Kivinen and Warmuth, Exponentiated Gradient versus Gradient Descent for Linear Predictors, 1997; the even
-        share is that of Herbster and Warmuth, Tracking the Best Expert, 1998.
-
-    >>> right, wrong = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])
-    >>> follow_skill(torch.tensor([0.5, 0.5]), torch.stack([right, wrong]), torch.tensor([0]))
-    tensor([0.7683, 0.2317])
     """
-    mean = torch.tensordot(weights, logits, 1)  # [B, C]
+    mean = (weights.view(-1, 1, 1) * logits).sum(0)  # [B, C]; not a product of matrices, which may be in TF32
     if target.ndim == 1:
-        target = F.one_hot(target, mean.shape[-1])
+        target = F.one_hot(target.long(), mean.shape[-1])
     errors = (mean.sigmoid() if multi_label else mean.softmax(-1)) - target.to(mean.dtype)
     gradient = (logits * errors).sum(-1).mean(-1) / (mean.shape[-1] if multi_label else 1)  # [M]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(gradient)
         gradient = gradient / torch.distributed.get_world_size()
+    return gradient
+
+
+def follow_skill(weights: Tensor, gradient: Tensor) -> Tensor:
+    """Return the weights of a teacher's classifiers after an update: less for those that make its answer worse.
+
+    One step of exponentiated gradient goes down the teacher's cross-entropy within the simplex, and a small share e is
+    spread evenly:
+
+        w_i <- (1 - e) * w_i exp(-r g_i) / sum_j w_j exp(-r g_j) + e / M,    r = 0.3, e = 0.001, M classifiers
+
+    Over a run the mean cross-entropy of a teacher weighed so comes down to that of the best fixed weights, which is at
+    most that of the best single classifier and at most that of the even mean. Weights stay as they are where g is not
+    finite.
+
+    Args:
+        weights: w, [M] float, above 0, with a sum of 1.
+        gradient: g, [M] float, see `skill_gradient`.
+
+    Source: Kivinen and Warmuth, Exponentiated Gradient versus Gradient Descent for Linear Predictors, 1997; the even
+        share is that of Herbster and Warmuth, Tracking the Best Expert, 1998.
+
+    >>> right, wrong = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    >>> even = torch.tensor([0.5, 0.5])
+    >>> follow_skill(even, skill_gradient(even, torch.stack([right, wrong]), torch.tensor([0])))
+    tensor([0.7683, 0.2317])
+    """
     moved = torch.softmax(weights.log() - SKILL_RATE * gradient, 0)
     moved = (1 - SKILL_SHARE) * moved + SKILL_SHARE / len(weights)
     return torch.where(gradient.isfinite().all(), moved, weights)

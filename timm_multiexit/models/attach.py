@@ -72,8 +72,9 @@ def attach_exits(
     info = describe_module(backbone, classifier=classifier, num_classes=num_classes, input_size=input_size)
     specs = place_exits(backbone, exits, head=head, head_widths=head_widths, input_size=input_size, info=info)
     if drop_rate is None:
-        rate = getattr(backbone, 'drop_rate', None)  # of a module that is not timm's it can be anything
-        drop_rate = float(rate) if is_number(rate) else 0.0
+        # Of a module that is not timm's these can be anything.
+        rates = [getattr(backbone, 'drop_rate', None), getattr(getattr(backbone, 'head_drop', None), 'p', None)]
+        drop_rate = float(next((rate for rate in rates if is_number(rate)), 0.0))
     if info is not None:
         classifier, num_classes = info.classifiers, info.num_classes
     return MultiExitModel(

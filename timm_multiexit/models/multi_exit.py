@@ -15,7 +15,7 @@ from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.exits.backbone import ClassifierArg, classifier_names, describe_module, resolve_input_size
 from timm_multiexit.exits.cost import Cost, CostMeter, ExitCost, combine_costs, empty_images, find_dtype, meta_copy
 from timm_multiexit.exits.heads import ExitHead
-from timm_multiexit.exits.layouts import combine_features, main_logits, to_map
+from timm_multiexit.exits.layouts import check_tokens, combine_features, main_logits, to_map
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.survey import survey_backbone
 from timm_multiexit.exits.taps import RunHead, Taps
@@ -29,7 +29,7 @@ from timm_multiexit.models.timm_surface import TimmSurface
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
 from timm_multiexit.utils.checks import check_image_size, check_images, check_instance, check_int, check_ints
-from timm_multiexit.utils.errors import InvalidValueError
+from timm_multiexit.utils.errors import LIBRARY_ERRORS, InvalidValueError, one_line
 
 
 class MultiExitModel(TimmSurface):
@@ -76,6 +76,7 @@ class MultiExitModel(TimmSurface):
         self.module_info = describe_module(
             backbone, classifier=classifier, num_classes=num_classes, input_size=input_size
         )
+        check_tokens(backbone, specs)
         self._frozen_names: tuple[str, ...] = ()
         self.origin: Origin | None = None
         self.input_size = resolve_input_size(backbone, input_size)
@@ -341,8 +342,13 @@ class MultiExitModel(TimmSurface):
         def note(idx: int, tensor: Tensor) -> None:
             paths[idx], tensors[idx] = meter.read(), tensor
 
-        with meter:
-            model._taps.visit(model.backbone, images, note)
+        try:
+            with meter:
+                model._taps.visit(model.backbone, images, note)
+        except LIBRARY_ERRORS as error:
+            raise InvalidValueError(
+                f'input_size must be one that {type(self.backbone).__name__} takes, got {size}: {one_line(error)}.'
+            ) from error
         heads = []
         for idx, head in enumerate(model.exits):
             with CostMeter(head) as head_meter:
@@ -367,22 +373,27 @@ class MultiExitModel(TimmSurface):
     def freeze_backbone(self, freeze: bool = True, *, trains_classifier: bool = False) -> None:
         """Train the heads alone: no gradients for the backbone, and its norms and dropout in eval mode.
 
+        The last call counts. A classifier that `reset_classifier` makes afterwards is free until the next.
+
         Args:
             freeze: False undoes it.
             trains_classifier: Leave main's own classifier free, for one that is as fresh as the heads.
         """
         check_instance('freeze', freeze, bool)
-        if freeze == self.is_backbone_frozen:
+        if not freeze and not self.is_backbone_frozen:
             return
         params = dict(self.backbone.named_parameters())
-        # Only what is frozen here is let go later: a layer that was frozen before stays so.
-        names = [name for name, param in params.items() if param.requires_grad] if freeze else self._frozen_names
-        if freeze and trains_classifier:
+        # Only what was frozen here is let go: a layer that was frozen before stays so.
+        for name in self._frozen_names:
+            if name in params:
+                params[name].requires_grad_()
+        names = [name for name, param in params.items() if freeze and param.requires_grad]
+        if trains_classifier:
             free = {id(param) for param in self.classifier_parameters()}
             names = [name for name in names if id(params[name]) not in free]
         for name in names:
-            params[name].requires_grad_(not freeze)
-        self.is_backbone_frozen, self._frozen_names = freeze, tuple(names) if freeze else ()
+            params[name].requires_grad_(False)
+        self.is_backbone_frozen, self._frozen_names = freeze, tuple(names)
         self.train(self.training)
 
     def classifier_parameters(self) -> list[nn.Parameter]:

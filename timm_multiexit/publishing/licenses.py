@@ -178,5 +178,5 @@ def find_license(origin: Origin, info: PublicationInfo = NO_INFO) -> tuple[str |
         if name is not None and not pattern.fullmatch(name):
             raise InvalidValueError(f'{what} must be the name of a repository, ORG/NAME, got {brief(name)}.')
     if info.base_model:
-        origin = Origin(info.base_model, origin.license)
+        origin = Origin(info.base_model, origin.license if info.base_model == origin.base else None)
     return origin.repository, resolve_license(origin.license, asked=info.license, base=origin.base)

@@ -22,6 +22,7 @@ from timm_multiexit.publishing.publication import (
     write_publication,
     write_publication_config,
 )
+from timm_multiexit.utils.checks import check_instance
 from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, brief
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 from timm_multiexit.utils.untrusted import read_json
@@ -89,6 +90,11 @@ def push_to_hub(
             f'model must have a timm backbone to be published, got {type(model.backbone).__name__}, which nobody could'
             ' create from the repository: upload the folder of save_pretrained together with its code.'
         )
+    for name, value, kind in (('tag', tag, str), ('license', license, str), ('base_model', base_model, str)):
+        if value is not None:
+            check_instance(name, value, kind)
+    if table is not None:
+        check_instance('table', table, ExitTable)
     origin = model.origin or find_origin(model.pretrained_cfg, pretrained=True)
     base, license_ = find_license(origin, PublicationInfo(license, base_model))
     if table is None:

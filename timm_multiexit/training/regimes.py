@@ -102,17 +102,21 @@ class RegimeControl:
 
     @contextmanager
     def rates(self) -> Iterator[None]:
-        """While the heads warm up let them learn at the schedule's highest rate, and afterwards hold the backbone back.
+        """Give the heads their own rates for one step.
 
-        A schedule that begins with a warm-up would leave the heads untrained when the backbone joins.
+        They are so many times those of the schedule, whatever it does. While the heads warm up they learn at its
+        highest rate, or a schedule that begins with a warm-up would leave them untrained when the backbone joins; and
+        then the backbone is held back.
         """
         groups = self.optimizer.param_groups
         scheduled = [group['lr'] for group in groups]
         is_warmup = self.phase == 'heads' and self.regime.name != 'frozen'
         for group in groups:
-            if is_warmup and group.get('is_exit'):
-                group['lr'] = group.get('initial_lr', group['lr']) * group.get('lr_scale', 1.0)
-            elif self.backbone_scale < 1 and not group.get('is_exit'):
+            if group.get('is_exit'):
+                if is_warmup:
+                    group['lr'] = group.get('initial_lr', group['lr']) * group.get('lr_scale', 1.0)
+                group['lr'] *= group['exit_lr_scale']
+            elif self.backbone_scale < 1:
                 group['lr'] *= self.backbone_scale
         try:
             yield
@@ -124,10 +128,11 @@ class RegimeControl:
 def split_exit_groups(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, lr_scale: float = 1.0, *, trains_classifier: bool = False
 ) -> None:
-    """Put the heads' parameters into groups of their own, marked 'is_exit', with `lr_scale` times the learning rate.
+    """Put the heads' parameters into groups of their own, marked 'is_exit'.
 
-    The groups of the optimizer, which must be fresh, are changed in place; without exits nothing happens. With
-    `trains_classifier` main's own classifier goes with the heads.
+    In each step of a `RegimeControl` their rate is `lr_scale` times that of the schedule. The groups of the optimizer,
+    which must be fresh, are changed in place; without exits nothing happens. With `trains_classifier` main's own
+    classifier goes with the heads.
     """
     if not isinstance(model, MultiExitModel):
         return
@@ -138,7 +143,7 @@ def split_exit_groups(
         for is_exit in (False, True):
             params = [param for param in group['params'] if (id(param) in heads) == is_exit]
             if params:
-                lr = group['lr'] * (lr_scale if is_exit else 1.0)
-                groups.append({**group, 'params': params, 'lr': lr, 'is_exit': is_exit})
+                scale = lr_scale if is_exit else 1.0
+                groups.append({**group, 'params': params, 'is_exit': is_exit, 'exit_lr_scale': scale})
     # In place: timm's Lookahead shares the list with the optimizer inside.
     optimizer.param_groups[:] = groups

@@ -400,7 +400,7 @@ def load_optimizer(
         optimizer.load_state_dict(shard_optimizer_state(checkpoint['optimizer'], optimizer))
         for before, after in zip(own, optimizer.param_groups):
             # torch takes the settings of another optimizer with as many parameters. The schedule may be another one.
-            missing = sorted(before.keys() - after.keys() - {'initial_lr'})
+            missing = sorted(before.keys() - after.keys() - {'initial_lr', 'exit_lr_scale'})
             if missing:
                 raise ValueError(f'it has no {", ".join(missing)}')
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -408,7 +408,7 @@ def load_optimizer(
             f"The optimizer in {path} does not fit this run's: {one_line(error)}. Give the flags"
             ' it was trained with, or --no-resume-opt.'
         ) from error
-    settings = {'initial_lr', 'lr_scale', *optimizer.defaults}.difference(_NOT_SETTINGS)
+    settings = {'initial_lr', 'lr_scale', 'exit_lr_scale', *optimizer.defaults}.difference(_NOT_SETTINGS)
     for before, after in zip(own, optimizer.param_groups):
         after.update({name: before[name] for name in settings if before.get(name) is not None})
         if not has_schedule:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_multiexit.data.seeding import SeededLoader, Stream, seed_generators
-from timm_multiexit.losses.multi_exit_loss import LossTerms
+from timm_multiexit.losses.multi_exit_loss import LossTerms, MultiExitLoss
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.training.regimes import RegimeControl
 from timm_multiexit.training.running_metrics import RunningMetrics
@@ -178,7 +178,27 @@ class Trainer:
             raise DataError(f'The training data gave no batch in epoch {epoch + 1}: see --batch-size and --workers.')
         if self.batch < num_batches:
             self.progress.check_finite(accelerator)
+            self._finish_window(num_batches)
         return self.progress.metrics(self.progress.state_dict(accelerator))
+
+    def _finish_window(self, num_batches: int) -> None:
+        """Take what is left of gradients where a stream ended before it was said to."""
+        accum = self.config.grad_accum_steps
+        done = self.batch % accum
+        if not done:
+            return
+        if self.accelerator.num_processes > 1:  # they are of one process each, never summed
+            _logger.warning(f'The data ended {num_batches - self.batch} batches early; its last {done} are not used.')
+            self.optimizer.zero_grad()
+            return
+        window = min(accum, num_batches - self.batch // accum * accum)
+        for group in self.optimizer.param_groups:
+            for param in group['params']:
+                if param.grad is not None:
+                    param.grad *= window / done
+        self._step()
+        if self.on_update:
+            self.on_update(self)
 
     def _set_training_mode(self) -> None:
         self.task.train()
@@ -198,7 +218,7 @@ class Trainer:
     def learning_rate(self) -> float:
         """Mean over the optimizer's groups."""
         groups = self.optimizer.param_groups
-        return float(sum(group['lr'] for group in groups) / len(groups))
+        return float(sum(group['lr'] * group.get('exit_lr_scale', 1.0) for group in groups) / len(groups))
 
     @property
     def data_share(self) -> float:
@@ -225,6 +245,9 @@ class Trainer:
         self.images = images
         size = len(images) / config.batch_size
         scale = {'none': 1.0, 'sqrt': math.sqrt(size), 'linear': size}[config.loss_scale]
+        loss = getattr(self.task, 'loss', None)
+        if isinstance(loss, MultiExitLoss):
+            loss.num_skill_calls = window
         with self.accelerator.autocast():
             try:
                 result = self.task(images, target)

@@ -104,7 +104,7 @@ def _curve_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]
 
     Accuracies are of the images that the epoch is chosen on, but for the augmented training images of the last epoch.
     """
-    curves = {result['seed']: result.get('validation') for result in results if result['method'] == method}
+    curves = {_pair_of(result): result.get('validation') for result in results if result['method'] == method}
     row = {'method': code(method)}
     if not all(curves.values()):
         return row
@@ -117,17 +117,22 @@ def _curve_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]
     ]
     row['sd of changes between epochs'] = f'{statistics.fmean(changes):.2f}' if changes else '-'
     rival = cross_entropy_of(method)
-    ends = {r['seed']: r['validation'][-1] for r in results if r['method'] == rival and 'validation' in r}
+    ends = {_pair_of(r): r['validation'][-1] for r in results if r['method'] == rival and 'validation' in r}
     reached = [
-        next((epoch for epoch, values in enumerate(curve, 1) if values['eval_top1'] >= ends[seed]['eval_top1']), None)
-        for seed, curve in curves.items()
-        if seed in ends
+        next((epoch for epoch, values in enumerate(curve, 1) if values['eval_top1'] >= ends[pair]['eval_top1']), None)
+        for pair, curve in curves.items()
+        if pair in ends
     ]
     found = [epoch for epoch in reached if epoch is not None]
     row["epochs to ce's end"] = f'{statistics.fmean(found):.1f}' if found else '-'
     if found and len(found) < len(reached):
         row["epochs to ce's end"] += f', {len(found)} of {len(reached)} runs'
     return row
+
+
+def _pair_of(result: dict[str, Any]) -> tuple[int, str]:
+    """Return what two runs must share to be compared one by one."""
+    return result['seed'], precision_flags(result)
 
 
 def _header(name: str) -> str:

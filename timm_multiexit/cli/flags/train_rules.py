@@ -47,9 +47,20 @@ def _distils_softmax(args: Namespace) -> bool:
     return bool(args.exit_teacher or row.get('teacher')) and distance == 'kl' and args.exit_output_weight != 0
 
 
+def _find_teacher(args: Namespace) -> Any:
+    return args.exit_teacher or LOSSES[args.exit_loss]['teacher'] if args.exits is not None else None
+
+
+def _distils_features(args: Namespace) -> bool:
+    weight = args.exit_feature_weight
+    if weight is None and args.exits is not None:
+        weight = LOSSES[args.exit_loss].get('feature_weight')
+    return bool(weight)
+
+
 def _has_teachers(args: Namespace) -> bool:
     """Return whether more than one classifier teaches."""
-    teacher = args.exit_teacher or LOSSES[args.exit_loss]['teacher']
+    teacher = _find_teacher(args)
     return teacher == 'all' or (isinstance(teacher, list) and len(teacher) > 1)
 
 
@@ -182,6 +193,18 @@ TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
     (
         lambda a: a.regime == 'frozen' and a.head_warmup_epochs,
         '--regime frozen always trains the heads alone. Leave out --head-warmup-epochs.',
+    ),
+    (
+        lambda a: not _find_teacher(a) and (a.exit_output_loss or a.exit_temperature or a.exit_warmup_epochs),
+        '--exit-output-loss, --exit-temperature and --exit-warmup-epochs need a teacher. Add --eed.',
+    ),
+    (
+        lambda a: a.exit_temperature and a.exit_output_loss == 'mse',
+        '--exit-temperature is that of --exit-output-loss kl or bernoulli, got mse. Leave it out.',
+    ),
+    (
+        lambda a: a.exit_projectors and not _distils_features(a),
+        '--exit-projectors needs features that are distilled. Add --exit-feature-weight 1.',
     ),
     (
         lambda a: a.exit_teacher_weights == 'skill' and not _has_teachers(a),
