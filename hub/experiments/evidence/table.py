@@ -1,5 +1,6 @@
 """Tables of results in Markdown: accuracy of every classifier, paired differences, and how both were measured."""
 
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -265,7 +266,8 @@ def _describe(results: Sequence[dict[str, Any]]) -> str:
         named = f' of {", ".join(map(code, dict.fromkeys(methods)))}' if len(selections) > 1 else ''
         text += f'Epoch{named} chosen by {escape(by)} on {escape(on)}{", the reported images" if is_reported else ""}. '
     for key in ('commit', 'hardware', 'threads', 'versions'):
-        values = sorted({str(result[key]) for result in results})
+        # Rows of one thread were once written in the plural.
+        values = sorted({re.sub(r'^1 torch threads$', '1 torch thread', str(result[key])) for result in results})
         text += f'{key.capitalize()}: {"; ".join(map(escape, values))}. '
     if shared := split_precision(first.get('extra', ()))[0]:
         text += f'All with {code(" ".join(shared))}. '

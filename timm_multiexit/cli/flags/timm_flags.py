@@ -299,7 +299,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--worker-seeding', Choice('all', 'part'), 'all', None, 'no effect here, every sample has a seed'),
         value('--log-interval', positive_int, 50, 'N', 'batches between log lines'),
         value('--val-interval', positive_int, 1, 'N', 'epochs between evaluations'),
-        value('--recovery-interval', non_negative_int, 0, 'N', 'batches between recovery checkpoints, 0: none'),
+        value('--recovery-interval', non_negative_int, 0, 'N', 'updates between recovery checkpoints, 0: none'),
         value('--checkpoint-hist', positive_int, 10, 'N', 'checkpoints kept'),
         value('--save-epochs', positive_int, None, 'N', 'keep milestone-N.pth.tar after these many epochs', nargs='+'),
         value('-j --workers', non_negative_int, 4, 'N', 'data loading processes'),
