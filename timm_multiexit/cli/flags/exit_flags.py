@@ -180,7 +180,7 @@ EXIT_TRAIN_FLAGS: tuple[Flag, ...] = (
 
 DATA_FLAGS = (
     value('--test-split', str, None, 'NAME', 'split of the final table, if not --val-split'),
-    value('--val-from-train', positive_int, None, 'N', 'hold so many training images out to choose the epoch on'),
+    value('--val-from-train', positive_int, None, 'N', 'hold this many training images out to choose the epoch on'),
     value('--bad-images', Choice('skip', 'stop'), 'skip', None, 'what to do with images that cannot be read'),
     switch('--cache-images', 'keep decoded images in memory, in every loading process'),
 )

@@ -159,7 +159,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         ),
         value('--lr-noise-pct', non_negative, 0.67, 'F', 'bound of --lr-noise, as a share of the learning rate'),
         value('--lr-noise-std', non_negative, 1.0, 'S', 'standard deviation of --lr-noise'),
-        value('--lr-cycle-mul', positive, 1.0, 'F', 'each cycle of the schedule is so many times as long as the last'),
+        value('--lr-cycle-mul', positive, 1.0, 'F', 'factor by which each cycle of the schedule is longer than the last'),
         value(
             '--lr-cycle-decay',
             non_negative,
@@ -180,7 +180,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         value('--warmup-lr', non_negative, 1e-5, 'LR', 'learning rate that the warm-up starts from'),
         value('--min-lr', non_negative, 0, 'LR', 'learning rate that the schedule ends at'),
         value('--epochs', positive_int, 300, 'N', 'epochs of the schedule'),
-        value('--stop-epoch', positive_int, None, 'N', 'stop after so many epochs, with the schedule of --epochs'),
+        value('--stop-epoch', positive_int, None, 'N', 'stop after this many epochs, with the schedule of --epochs'),
         value('--epoch-repeats', non_negative, 0.0, 'N', 'times that a stream is repeated in an epoch'),
         value('--start-epoch', non_negative_int, None, 'N', 'first epoch, if not 0 or where the resumed run was'),
         value(

@@ -61,7 +61,7 @@ _IMAGE_FLAGS = (
         None,
         "how images are brought to their size, if not the model's way",
     ),
-    value('--crop-border-pixels', positive_int, None, 'N', 'cut so many pixels off every side of the original image'),
+    value('--crop-border-pixels', positive_int, None, 'N', 'cut this many pixels off every side of the original image'),
 )
 
 _MODEL_FLAGS = (
