@@ -16,6 +16,7 @@ from timm_multiexit.cli.build_model import create_regime, create_train_model, pl
 from timm_multiexit.cli.build_training import create_task, create_train_optimizer
 from timm_multiexit.cli.flags.train_args import parse_train_args
 from timm_multiexit.cli.train import build_run
+from timm_multiexit.losses.multi_exit_loss import LOSSES
 from timm_multiexit.utils.timing import describe_ratios, measure_peak, read_clock, time_interleaved
 
 
@@ -33,7 +34,9 @@ def create_train_args(args: Namespace, loss: str | None = None) -> Namespace:
     flags += ' --channels-last' if args.channels_last else ''
     flags += ' --torchcompile' if args.torchcompile else ''
     if loss:
-        flags += f' --exit-loss {loss} --exit-head {args.exit_head} --exit-projectors'
+        flags += f' --exit-loss {loss} --exit-head {args.exit_head}'
+        if LOSSES[loss].get('feature_weight'):
+            flags += ' --exit-projectors'
     if args.data_dir:
         flags += ' --crop-padding 4 --color-jitter 0 --cache-images'
     data_flags = ['--data-dir', args.data_dir] if args.data_dir else []

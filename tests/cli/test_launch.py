@@ -212,13 +212,13 @@ WARMUPS = {
 @pytest.mark.parametrize(('flags', 'message'), WARMUPS.values(), ids=WARMUPS.keys())
 def test_warm_up_that_takes_the_whole_run_is_warned_of_with_the_fix(flags, message, caplog):
     args = parse_train_args(['--data-dir', 'x', '--eed', *map(str, flags)], 'train.py')
-    train._warn_of_warmup(args)
+    train._warn_of_warmup(args, None)
     assert len(caplog.messages) == (message is not None)
     if message:
         assert re.fullmatch(message, caplog.messages[0])
         fix = caplog.messages[0].rstrip('.').split()[-2:]
         caplog.clear()
-        train._warn_of_warmup(parse_train_args(['--data-dir', 'x', '--eed', *map(str, flags), *fix], 'train.py'))
+        train._warn_of_warmup(parse_train_args(['--data-dir', 'x', '--eed', *map(str, flags), *fix], 'train.py'), None)
         assert not caplog.messages
 
 

@@ -784,7 +784,10 @@ def test_card_has_the_cascade_and_what_it_is_compared_with(metrics):
             'small': 'small|net',
             'large': 'large',
             'chosen_on': '4000 images held out of train',
-            'pairs': [{'own': {'top-1': 80.0}, 'cascade': {'top-1': 79.0}}, {'own': {'top-1': 70.0}, 'cascade': None}],
+            'pairs': [
+                {'own': {'top-1': 80.0, 'macs': 5.0}, 'cascade': {'top-1': 79.0, 'macs': 5.0}},
+                {'own': {'top-1': 70.0}, 'cascade': None},
+            ],
         },
         'timing': {'rounds': 5, 'device': 'cpu', 'batch_sizes': [1, 64]},
     }
@@ -796,6 +799,9 @@ def test_card_has_the_cascade_and_what_it_is_compared_with(metrics):
         assert_shows(shown['top-1'], row['top-1'])
         assert_shows(shown['GMACs'], row['macs'] / 1e9)
         assert_shows(shown['images/s at 64'], (row.get('img/s') or {}).get('64'))
-    assert 'own exits match or beat the cascade at 1 of 1; 1 more are below the cost of the small model.' in card
+    assert (
+        'At 1 equal budgets, own exits match or beat the cascade at 1, in 1 of 1 pairs of policies; 1 more budgets are'
+        in card
+    )
     assert 'medians of 5 rounds, in turns, on `cpu`' in card
     assert 'a cascade of two models' in read_alt(card)

@@ -159,7 +159,9 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         ),
         value('--lr-noise-pct', non_negative, 0.67, 'F', 'bound of --lr-noise, as a share of the learning rate'),
         value('--lr-noise-std', non_negative, 1.0, 'S', 'standard deviation of --lr-noise'),
-        value('--lr-cycle-mul', positive, 1.0, 'F', 'factor by which each cycle of the schedule is longer than the last'),
+        value(
+            '--lr-cycle-mul', positive, 1.0, 'F', 'factor by which each cycle of the schedule is longer than the last'
+        ),
         value(
             '--lr-cycle-decay',
             non_negative,
