@@ -121,7 +121,7 @@ PAGES = {
         flags={'timm-multiexit train': QUICK, 'timm-multiexit validate': '-b 20 --time-rounds 1'},
         is_slow=True,
     ),
-    'docs/train.md': Page(4, flags={'train.py': SHORT}),
+    'docs/train.md': Page(5, flags={'train.py': SHORT}),
     'docs/deploy.md': Page(
         16,
         prepare=(write_imagenette, train_small),
