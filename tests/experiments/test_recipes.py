@@ -14,7 +14,7 @@ RECIPES = Path(imagenette_classifier.__file__).parent
 
 def test_plain_network_is_trained_as_the_one_with_exits():
     with_exits, plain = (read_yaml(RECIPES / f'imagenette_{name}.yaml') for name in ('lite0_eed', 'plain'))
-    of_exits = {'eed', 'exits', 'eval_metric'}
+    of_exits = {'eed', 'exits', 'exit_lr_scale', 'eval_metric'}
     assert of_exits < with_exits.keys()
     assert plain == {name: value for name, value in with_exits.items() if name not in of_exits}
 
