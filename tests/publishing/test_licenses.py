@@ -151,5 +151,6 @@ def test_license_of_one_base_is_not_that_of_another():
     assert find_license(origin, PublicationInfo(base_model=origin.base))[1].id == 'mit'
     with pytest.raises(MultiExitError):
         find_license(origin, PublicationInfo(base_model='somebody/else'))
+    assert find_license(Origin('a folder', 'mit'), PublicationInfo(base_model='somebody/else'))[1].id == 'mit'
     repository, license_ = find_license(origin, PublicationInfo('apache-2.0', 'somebody/else'))
     assert (repository, license_.id) == ('somebody/else', 'apache-2.0')

@@ -178,5 +178,7 @@ def find_license(origin: Origin, info: PublicationInfo = NO_INFO) -> tuple[str |
         if name is not None and not pattern.fullmatch(name):
             raise InvalidValueError(f'{what} must be the name of a repository, ORG/NAME, got {brief(name)}.')
     if info.base_model:
-        origin = Origin(info.base_model, origin.license if info.base_model == origin.base else None)
+        # The license of a folder or file is that of the base it is said to be of; that of another repository is not.
+        is_other = origin.repository not in (None, info.base_model)
+        origin = Origin(info.base_model, None if is_other else origin.license)
     return origin.repository, resolve_license(origin.license, asked=info.license, base=origin.base)
