@@ -152,5 +152,7 @@ def test_license_of_one_base_is_not_that_of_another():
     with pytest.raises(MultiExitError):
         find_license(origin, PublicationInfo(base_model='somebody/else'))
     assert find_license(Origin('a folder', 'mit'), PublicationInfo(base_model='somebody/else'))[1].id == 'mit'
+    timms = PublicationInfo(base_model='timm/resnet18.fb_swsl_ig1b_ft_in1k')
+    assert [find_license(each, timms)[1].id for each in (origin, Origin('a folder'))] == ['cc-by-nc-4.0'] * 2
     repository, license_ = find_license(origin, PublicationInfo('apache-2.0', 'somebody/else'))
     assert (repository, license_.id) == ('somebody/else', 'apache-2.0')

@@ -3,6 +3,8 @@
 import re
 from typing import NamedTuple
 
+import timm
+
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.publishing.card import DATASET_ID, REPO_ID
 from timm_multiexit.utils.errors import InvalidValueError, brief
@@ -178,7 +180,17 @@ def find_license(origin: Origin, info: PublicationInfo = NO_INFO) -> tuple[str |
         if name is not None and not pattern.fullmatch(name):
             raise InvalidValueError(f'{what} must be the name of a repository, ORG/NAME, got {brief(name)}.')
     if info.base_model:
-        # The license of a folder or file is that of the base it is said to be of; that of another repository is not.
-        is_other = origin.repository not in (None, info.base_model)
-        origin = Origin(info.base_model, None if is_other else origin.license)
+        origin = Origin(info.base_model, _license_of(info.base_model, origin))
     return origin.repository, resolve_license(origin.license, asked=info.license, base=origin.base)
+
+
+def _license_of(base_model: str, origin: Origin) -> str | None:
+    """Return the license of weights that are said to be the base: of timm's by its registry, else as loaded from there.
+
+    That of a folder or a file goes with the base that it is said to be of; that of another repository does not.
+    """
+    owner, _, name = base_model.partition('/')
+    cfg = timm.models.get_pretrained_cfg(name) if owner == 'timm' else None
+    if cfg is not None and cfg.license:
+        return cfg.license
+    return origin.license if origin.repository in (None, base_model) else None
