@@ -147,7 +147,7 @@ def test_the_note_says_where_commerce_is_forbidden(source, is_free):
 
 
 def test_license_of_one_base_is_not_that_of_another():
-    origin = Origin('timm/test_resnet.r160_in1k', 'mit')
+    origin = Origin('org/net', 'mit')
     assert find_license(origin, PublicationInfo(base_model=origin.base))[1].id == 'mit'
     with pytest.raises(MultiExitError):
         find_license(origin, PublicationInfo(base_model='somebody/else'))
