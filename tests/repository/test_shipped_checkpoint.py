@@ -19,7 +19,7 @@ KEPT = sorted(path.parent for path in (Path(__file__).parents[2] / 'hub/checkpoi
 
 
 # Network -> the most bytes that its folder may have.
-SIZES = {'cifar10_resnet8_eed': 3_000_000, 'imagenette_lite0_eed': 17_000_000}
+SIZES = {'cifar10_resnet8_eed': 3_000_000, 'imagenette_lite0_eed': 19_000_000}
 
 
 def test_these_networks_are_kept():
