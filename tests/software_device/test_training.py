@@ -23,7 +23,10 @@ EXITS = '--model test_resnet --exits 1,3'
 
 RUNS = {
     'plain': '--model test_resnet',
-    **{f'loss {name}': f'{EXITS} --exit-loss {name} --exit-projectors' for name in LOSSES},
+    **{
+        f'loss {name}': f'{EXITS} --exit-loss {name}{" --exit-projectors" if row.get("feature_weight") else ""}'
+        for name, row in LOSSES.items()
+    },
     'mixing, EMA, accumulation and clipping': (
         f'{EXITS} --eed --mixup 0.4 --cutmix 1.0 --smoothing 0.1 --model-ema --model-ema-decay 0.5'
         ' --grad-accum-steps 2 --clip-grad 1'

@@ -943,11 +943,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _thresholds(text: str) -> float | list[float | None]:
     """Return what `--threshold` means: a number for all exits, or one of each, none for one that is not used."""
-    each = [None if part.strip().lower() == 'none' else float(part) for part in text.split(',')]
+    import argparse
+
+    try:
+        each = [None if part.strip().lower() == 'none' else float(part) for part in text.split(',')]
+    except ValueError:
+        each = [None]
     if len(each) > 1:
         return each
     if each[0] is None:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f'must be a number, or one per exit (none to leave one out), got {text!r}.')
     return each[0]
 
 
