@@ -42,11 +42,14 @@ def plot_accuracy_over_macs(
         places = [macs / scale for macs, _ in line.points]
         label = line.label and legend_label(line.label)
         axes.plot(places, [accuracy for _, accuracy in line.points], label=label, **line.style)
-        # Names of policies go below their points, to the right, where the names of classifiers are not.
+        # Names of policies fall away below their points, to the right, where neither the names of classifiers are nor
+        # those of policies that are as accurate.
         is_policy = line.style.get('linestyle') == 'none'
-        offset, side = ((7, -10), 'left') if is_policy else ((0, 9), 'center')
+        style: dict[str, Any] = {'xytext': (0, 9), 'ha': 'center'}
+        if is_policy:
+            style = {'xytext': (5, -7), 'ha': 'left', 'va': 'center', 'rotation': -35, 'rotation_mode': 'anchor'}
         for name, place, (_, accuracy) in zip(line.names, places, line.points):
-            axes.annotate(name, (place, accuracy), xytext=offset, textcoords='offset points', fontsize=8, ha=side)
+            axes.annotate(name, (place, accuracy), textcoords='offset points', fontsize=8, **style)
     axes.set(xlabel=f'{xlabel}, {unit}', ylabel='top-1 accuracy, %')
     axes.margins(0.08)
     axes.grid(alpha=0.3)

@@ -48,7 +48,8 @@ def _distils_softmax(args: Namespace) -> bool:
 
 
 def _find_teacher(args: Namespace) -> Any:
-    return args.exit_teacher or LOSSES[args.exit_loss]['teacher'] if args.exits is not None else None
+    """Return who teaches, None for nobody."""
+    return None if args.exits is None else args.exit_teacher or LOSSES[args.exit_loss]['teacher']
 
 
 def _distils_features(args: Namespace) -> bool:
