@@ -138,6 +138,8 @@ class Server(ThreadingTCPServer):
     def close(self):
         """Stop, and close the open connections too: clients keep them for later."""
         self.shutdown()
+        with contextlib.suppress(OSError):  # macOS knows it for connections alone
+            self.socket.shutdown(socket.SHUT_RDWR)  # or it listens on where a process was forked meanwhile
         self.server_close()
         self._thread.join()
         for connection in list(self.connections):

@@ -1,12 +1,14 @@
 """The Hub on this machine against the real huggingface_hub client; nothing of the client is replaced."""
 
 import hashlib
+import multiprocessing
 import os
 import re
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from urllib.parse import urlsplit
 
@@ -233,6 +235,20 @@ def test_server_that_is_down_leaves_the_cache(hub):
         with pytest.raises(LocalEntryNotFoundError):
             hf_hub_download(REPO, 'other.json')
     assert open(hf_hub_download(REPO, 'other.json')).read() == '{}'
+
+
+def test_server_is_down_though_a_forked_process_has_its_socket(hub):
+    """Workers of a loader that are still there, for example."""
+    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
+    worker.start()
+    try:
+        with hub.unreachable(), pytest.raises(ConnectionRefusedError):
+            socket.create_connection(('127.0.0.1', urlsplit(hub.url).port), timeout=5)
+        hub.add(REPO, {'config.json': b'{}'})
+        assert HfApi().model_info(REPO).id == REPO
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_port_of_a_server_that_is_down_is_kept_from_others(hub, monkeypatch):
