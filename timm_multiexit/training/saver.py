@@ -15,6 +15,7 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver
 from torch import nn
 
+from timm_multiexit.checkpoints.config_rules import CONFIG_NAME
 from timm_multiexit.checkpoints.run_folder import BEST_NAME
 from timm_multiexit.checkpoints.save import hash_weights, write_model
 from timm_multiexit.evaluation.stamp import fit_channels
@@ -56,9 +57,10 @@ class RunSaver(CheckpointSaver):
         """
         epoch, metric = state_dict.get('pending', (None, None))
         super().load_state_dict({**state_dict, 'pending': (None, None)})
-        self.clean()
         run = state_dict.get('run', {})
         self._best_weights = state_dict.get('best_weights')
+        self.clean()
+        self._place_best()
         was_chosen_by = state_dict.get('chosen_by', self.chosen_by)
         if was_chosen_by != self.chosen_by:
             self._choose_anew(f'until here it was chosen by {was_chosen_by}')
@@ -93,23 +95,35 @@ class RunSaver(CheckpointSaver):
     def save_best(
         self, model: nn.Module, *, data_config: dict[str, Any] | None = None, label_names: list[str] | None = None
     ) -> None:
-        """Write a network to the folder `best` in one move; call it before `save_checkpoint`, which notes the best."""
-        best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
+        """Write a network for the folder `best`, where `save_checkpoint` puts it; call that next.
+
+        `last` and `best` cannot both change in one move. So `last` is first: it has the hash of the new network, which
+        lies ready beside it, and after a kill in between the resumed run puts it in its place.
+        """
+        new = Path(self.checkpoint_dir, _NEW_BEST_NAME)
         shutil.rmtree(new, ignore_errors=True)
-        with explain_disk_errors(best):
+        with explain_disk_errors(Path(self.checkpoint_dir, BEST_NAME)):
             data_config = data_config and fit_channels(data_config)
             write_model(_joined(model), new, data_config=data_config, label_names=label_names)
-            shutil.rmtree(old, ignore_errors=True)
-            if best.exists():
-                best.rename(old)
-            new.rename(best)
-            self._best_weights = hash_weights(best)
-        shutil.rmtree(old, ignore_errors=True)
+            self._best_weights = hash_weights(new)
+
+    def _place_best(self) -> None:
+        """Move the network that lies ready to the folder `best`, if it is whole and the one of the bookkeeping."""
+        best, old, new = (Path(self.checkpoint_dir, name) for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
+        if (new / CONFIG_NAME).exists() and hash_weights(new) == self._best_weights:
+            with explain_disk_errors(best):
+                shutil.rmtree(old, ignore_errors=True)
+                if best.exists():
+                    best.rename(old)
+                new.rename(best)
+        for path in (old, new):
+            shutil.rmtree(path, ignore_errors=True)
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
-        """See timm; recovery checkpoints of the epoch are removed, the run has gone past them."""
+        """See timm; `best` is put in its place, and recovery checkpoints of the epoch are removed."""
         metric = None if metric is None else self._ranked(metric)
         super().save_checkpoint(epoch, metric)
+        self._place_best()
         if metric is not None and self.is_best(metric):  # timm looks only at what is better than its history
             self.best_metric, self.best_epoch = metric, epoch
         self._drop_recovery_files()
@@ -136,12 +150,13 @@ class RunSaver(CheckpointSaver):
         return sorted(Path(self.checkpoint_dir).glob(f'{self.recovery_prefix}-*{self.extension}'))
 
     def clean(self) -> None:
-        """Remove what a kill left half written."""
+        """Remove what a kill left half written; a network that `last` may be waiting for stays."""
         folder = Path(self.checkpoint_dir)
-        best, old = folder / BEST_NAME, folder / _OLD_BEST_NAME
+        best, old, new = (folder / name for name in (BEST_NAME, _OLD_BEST_NAME, _NEW_BEST_NAME))
         if old.exists() and not best.exists():
             old.rename(best)
-        for path in (old, folder / _NEW_BEST_NAME, *folder.glob(f'.{_NEW_BEST_NAME}-*')):
+        unwanted = () if Path(folder, f'last{self.extension}').exists() else (new,)
+        for path in (old, *unwanted, *folder.glob(f'.{_NEW_BEST_NAME}-*')):
             shutil.rmtree(path, ignore_errors=True)
         for path in (*folder.glob(f'*tmp{self.extension}'), *folder.glob('.link-*'), *folder.glob('.*.tmp')):
             path.unlink(missing_ok=True)
