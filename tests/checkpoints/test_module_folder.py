@@ -71,6 +71,16 @@ def test_model_comes_back_equal_with_policy_and_budgets(tmp_path, train):
     assert torch.equal(loaded.infer(x).exit_idx, model.infer(x).exit_idx)
 
 
+def test_dropout_of_the_heads_is_the_modules_unless_given(folder):
+    module = build()
+    module.drop_rate = 0.25
+    assert [head.drop.p for head in tme.load_exits(module, folder).exits] == [0.25, 0.25]
+    assert [head.drop.p for head in tme.load_exits(build(), folder).exits] == [0.0, 0.0]
+    assert [head.drop.p for head in tme.load_exits(build(), folder, drop_rate=0.5).exits] == [0.5, 0.5]
+    with pytest.raises(InvalidValueError, match='drop_rate must be'):
+        tme.load_exits(build(), folder, drop_rate=2)
+
+
 def test_half_precision_comes_back_in_the_modules_dtype(tmp_path):
     model, x = attach().to(torch.bfloat16), torch.randn(2, *SIZE)
     tme.save_pretrained(model, tmp_path / 'model')

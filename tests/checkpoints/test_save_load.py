@@ -16,7 +16,7 @@ from timm_multiexit.checkpoints.save import hash_weights, save_policy
 from timm_multiexit.checkpoints.timm_checkpoint import read_training_checkpoint, restore_exits
 from timm_multiexit.policies.budgets import BudgetTable, PolicyResult
 from timm_multiexit.policies.policy import ExitPolicy
-from timm_multiexit.utils.errors import DiskError, InvalidTypeError, InvalidValueError, MultiExitError
+from timm_multiexit.utils.errors import DiskError, InvalidTypeError, InvalidValueError, MissingFileError, MultiExitError
 
 
 def make_model(**kwargs):
@@ -453,6 +453,13 @@ def test_checkpoint_path_that_is_no_checkpoint_is_one_line(name, tmp_path):
     ) as caught:
         tme.create_model('test_resnet', checkpoint_path=str(tmp_path / name))
     assert '\n' not in str(caught.value)
+
+
+def test_checkpoint_path_that_is_not_there_is_named(folder):
+    _, path = folder
+    for name in ('test_resnet', f'local-dir:{path}'):
+        with pytest.raises(MissingFileError, match=r'^checkpoint_path /nowhere\.pth does not exist\.$'):
+            tme.create_model(name, checkpoint_path='/nowhere.pth')
 
 
 def test_cifar_network_is_made_in_the_dtype_that_is_asked(tmp_path):

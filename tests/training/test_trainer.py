@@ -337,12 +337,15 @@ def test_stream_of_another_length_than_it_said_does_not_disturb_the_epoch(given,
 def test_stream_that_ends_within_a_window_updates_with_the_mean_gradient_of_what_came(model):
     batches = make_batches(3)
     short, whole = deepcopy(model), deepcopy(model)
+    skills = []
     for network, claimed in ((short, 4), (whole, 3)):  # windows of 2 and 2 that misses one, of 2 and 1
-        trainer = make_trainer(
-            make_task(network), torch.optim.SGD(network.parameters(), lr=0.01), still=True, grad_accum_steps=2
-        )
+        task = make_task(network, 'eed', teacher_weights='skill')
+        trainer = make_trainer(task, torch.optim.SGD(network.parameters(), lr=0.01), still=True, grad_accum_steps=2)
         trainer.train_epoch(0, Batches(batches, claimed=claimed))
         assert trainer.num_updates == 2
+        skills.append(task.loss.skill)
+    torch.testing.assert_close(*skills)
+    assert not torch.equal(skills[0], torch.full_like(skills[0], 1 / len(skills[0])))
     assert any(not torch.equal(one, other) for one, other in zip(short.parameters(), model.parameters()))
     for one, other in zip(short.parameters(), whole.parameters()):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

@@ -28,7 +28,7 @@ from timm_multiexit.exits.backbone import ModuleInfo, describe_module
 from timm_multiexit.exits.cost import meta_copy
 from timm_multiexit.exits.spec import ExitSpec
 from timm_multiexit.exits.survey import survey_backbone
-from timm_multiexit.models.attach import check_attachable
+from timm_multiexit.models.attach import check_attachable, find_drop_rate
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
 from timm_multiexit.policies.budgets import BudgetTable
@@ -121,7 +121,9 @@ def write_module_config(
     path.write_text(json.dumps(values, indent=2), encoding='utf-8')
 
 
-def load_exits(module: nn.Module, directory: str | os.PathLike[str]) -> MultiExitModel:
+def load_exits(
+    module: nn.Module, directory: str | os.PathLike[str], *, drop_rate: float | None = None
+) -> MultiExitModel:
     """Return the multi-exit model that a folder holds, around a freshly built module that is not timm's.
 
     The module gets its weights, and the model its exits, policy and budgets. The folder is not trusted: all it says is
@@ -130,12 +132,13 @@ def load_exits(module: nn.Module, directory: str | os.PathLike[str]) -> MultiExi
     Args:
         module: What `attach_exits` was given, built anew by the same code; its weights are replaced.
         directory: A folder that `save_pretrained` wrote.
+        drop_rate: Dropout probability of the heads; the module's if not given, as with `attach_exits`.
 
     Raises:
         CheckpointError: The folder holds a timm model, values that are not allowed, or files that do not match the
             module or each other.
         InvalidTypeError: The module is not a module.
-        InvalidValueError: The module is wrapped or has exits.
+        InvalidValueError: The module is wrapped or has exits, or drop_rate is out of range.
 
     >>> import tempfile, torch, timm_multiexit as tme
     >>> def build():
@@ -150,6 +153,7 @@ def load_exits(module: nn.Module, directory: str | os.PathLike[str]) -> MultiExi
     """
     check_attachable(module)
     check_path('directory', directory)
+    drop_rate = find_drop_rate(module, drop_rate)
     directory = Path(directory)
     config = read_module_config(directory)
     try:
@@ -165,7 +169,7 @@ def load_exits(module: nn.Module, directory: str | os.PathLike[str]) -> MultiExi
         check_state(own, read_header(directory / name), directory / name)
         tensors.append(safetensors.torch.load_file(directory / name))
         _check_numbers(tensors[-1], {key for key, _ in empty.named_parameters()}, directory / name)
-    model = MultiExitModel(module, config.exits, **kept)
+    model = MultiExitModel(module, config.exits, drop_rate=drop_rate, **kept)
     module.load_state_dict(tensors[0])
     model.exits.load_state_dict({key.removeprefix(PREFIX): tensor for key, tensor in tensors[1].items()})
     model.policy, model.budgets, model.origin = config.policy, config.budgets, config.origin

@@ -150,6 +150,9 @@ def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwa
         MissingFileError: `checkpoint_path` does not exist.
         HubError: They cannot be downloaded.
     """
+    path = kwargs.get('checkpoint_path')
+    if path and not Path(path).is_file():
+        raise MissingFileError(f'checkpoint_path {path} does not exist.')
     source = find_source(model, **kwargs)
     if source is not None:
         return source.create_backbone(pretrained=pretrained, **kwargs)
@@ -160,9 +163,7 @@ def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwa
 def _create(name: str, **kwargs: Any) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
-    except (MultiExitError, OSError, torch.OutOfMemoryError) as error:
-        if isinstance(error, FileNotFoundError) and kwargs.get('checkpoint_path'):
-            raise MissingFileError(f'checkpoint_path {kwargs["checkpoint_path"]} does not exist.') from error
+    except (MultiExitError, OSError, torch.OutOfMemoryError):
         raise
     except (*LIBRARY_ERRORS, AttributeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
         path = kwargs.get('checkpoint_path')

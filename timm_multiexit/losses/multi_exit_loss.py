@@ -290,11 +290,17 @@ class MultiExitLoss(nn.Module):
         weights = self._skill_of(taught)
         self._skill_gradients.append(skill_gradient(weights, taught, target, multi_label=self.multi_label))
         if len(self._skill_gradients) >= self.num_skill_calls:
-            self.skill = follow_skill(weights, torch.stack(self._skill_gradients).mean(0))
+            self.step_skill()
+
+    def step_skill(self) -> None:
+        """Move b by the calls since it last moved, where an update has fewer of them than `num_skill_calls`."""
+        if self._skill_gradients:
+            gradient = torch.stack(self._skill_gradients).mean(0)
+            self.skill = follow_skill(self._skill_of(gradient), gradient)
             self._skill_gradients = []
 
     def _skill_of(self, members: torch.Tensor) -> torch.Tensor:
-        """Return the weights of the teacher's [M, B, N] classifiers, even ones at first."""
+        """Return the weights of the teacher's classifiers, even ones at first; `members` [M, ...] has something of each."""
         if self.skill is None:
             return torch.full((len(members),), 1 / len(members), dtype=members.dtype, device=members.device)
         if len(self.skill) != len(members):

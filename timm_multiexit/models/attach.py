@@ -65,21 +65,25 @@ def attach_exits(
     (4, Linear(in_features=9, out_features=4, bias=True))
     """
     check_attachable(backbone)
-    if drop_rate is not None:
-        drop_rate = check_number('drop_rate', drop_rate, 0, 1)
+    drop_rate = find_drop_rate(backbone, drop_rate)
     if not named_places(exits) and not shares_of_macs(exits):
         stage_entries(backbone)
     info = describe_module(backbone, classifier=classifier, num_classes=num_classes, input_size=input_size)
     specs = place_exits(backbone, exits, head=head, head_widths=head_widths, input_size=input_size, info=info)
-    if drop_rate is None:
-        # Of a module that is not timm's these can be anything.
-        rates = [getattr(backbone, 'drop_rate', None), getattr(getattr(backbone, 'head_drop', None), 'p', None)]
-        drop_rate = float(next((rate for rate in rates if is_number(rate)), 0.0))
     if info is not None:
         classifier, num_classes = info.classifiers, info.num_classes
     return MultiExitModel(
         backbone, specs, drop_rate=drop_rate, input_size=input_size, classifier=classifier, num_classes=num_classes
     )
+
+
+def find_drop_rate(backbone: nn.Module, drop_rate: float | None) -> float:
+    """Return the dropout probability of the heads: what is given, checked, or else the backbone's."""
+    if drop_rate is not None:
+        return check_number('drop_rate', drop_rate, 0, 1)
+    # Of a module that is not timm's these can be anything.
+    rates = [getattr(backbone, 'drop_rate', None), getattr(getattr(backbone, 'head_drop', None), 'p', None)]
+    return float(next((rate for rate in rates if is_number(rate)), 0.0))
 
 
 def check_attachable(backbone: nn.Module) -> None:

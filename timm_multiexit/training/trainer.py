@@ -187,6 +187,9 @@ class Trainer:
         done = self.batch % accum
         if not done:
             return
+        loss = getattr(self.task, 'loss', None)
+        if isinstance(loss, MultiExitLoss):
+            loss.step_skill()  # averaged over the processes already, unlike the gradients
         if self.accelerator.num_processes > 1:  # they are of one process each, never summed
             _logger.warning(f'The data ended {num_batches - self.batch} batches early; its last {done} are not used.')
             self.optimizer.zero_grad()
