@@ -9,7 +9,7 @@ import torch.distributed as dist
 from sklearn.metrics import average_precision_score, f1_score
 
 from timm_multiexit.evaluation.metrics import (
-    CalibrationError,
+    ConfidenceBins,
     ExitEvaluator,
     default_metric,
     evaluation_columns,
@@ -69,37 +69,37 @@ def metrics_loop(logits, target):
 @pytest.mark.parametrize('num_bins', [1, 10, 15])
 def test_calibration_error_equals_a_loop_over_samples_and_bins(num_bins):
     logits, target = torch.randn(400, 6) * 2, torch.randint(6, (400,))
-    meter = CalibrationError(num_bins)
+    meter = ConfidenceBins(num_bins)
     for part in (slice(0, 150), slice(150, 151), slice(151, 400)):
         meter.update(logits[part], target[part])
     expected = ece_loop(logits, target, num_bins)
     assert expected > 5
-    assert meter.compute() == pytest.approx(expected, abs=1e-4)
+    assert meter.compute_ece() == pytest.approx(expected, abs=1e-4)
 
 
 def test_calibration_error_of_four_samples_worked_by_hand():
     # Ten bins. 0.95 twice, right once: gap 0.45. 0.65 twice, right twice: gap 0.35. Half of the samples each: 0.40.
-    meter = CalibrationError(10)
+    meter = ConfidenceBins(10)
     meter.update(to_logits(0.95, 0.95, 0.65, 0.65), torch.tensor([0, 1, 0, 0]))
-    assert meter.compute() == pytest.approx(40.0, abs=1e-4)
+    assert meter.compute_ece() == pytest.approx(40.0, abs=1e-4)
 
 
 def test_confidence_on_a_bin_edge_belongs_to_the_lower_bin():
     # Two bins. 0.5, wrong, in the first: gap 0.5. 0.75, right, in the second: gap 0.25. Together it were 12.5 %.
-    meter = CalibrationError(2)
+    meter = ConfidenceBins(2)
     meter.update(torch.cat([torch.zeros(1, 2), to_logits(0.75)]), torch.tensor([1, 0]))
-    assert meter.compute() == pytest.approx(37.5, abs=1e-4)
+    assert meter.compute_ece() == pytest.approx(37.5, abs=1e-4)
 
 
 def test_full_confidence_is_in_the_last_bin():
     # 1.0 wrong and 0.99 right share the last of 15 bins: |1.99 - 1| / 2.
-    meter = CalibrationError(15)
+    meter = ConfidenceBins(15)
     meter.update(torch.cat([torch.tensor([[100.0, 0.0]]), to_logits(0.99)]), torch.tensor([1, 0]))
-    assert meter.compute() == pytest.approx(49.5, abs=1e-4)
+    assert meter.compute_ece() == pytest.approx(49.5, abs=1e-4)
 
 
 def test_calibration_error_without_samples_is_zero():
-    assert CalibrationError().compute() == 0.0
+    assert ConfidenceBins().compute_ece() == 0.0
 
 
 @pytest.fixture

@@ -107,9 +107,13 @@ def find_source(model: str | ModelSource, **kwargs: Any) -> ModelSource | None:
 
     Raises:
         InvalidValueError: timm has no model of this name; the message has the nearest names.
+        MissingFileError: `checkpoint_path` does not exist.
         CheckpointError: The folder or repository has no `config.json`, or one with values that are not allowed.
         HubError: The repository cannot be read.
     """
+    path = kwargs.get('checkpoint_path')
+    if path and not Path(path).is_file():
+        raise MissingFileError(f'checkpoint_path {path} does not exist.')
     if isinstance(model, ModelSource):
         return model
     try:
@@ -147,12 +151,8 @@ def create_backbone(model: str | ModelSource, *, pretrained: bool = False, **kwa
     Raises:
         MultiExitError: See `find_source`.
         InvalidValueError: There are no trained weights of that name, or timm does not take the keywords.
-        MissingFileError: `checkpoint_path` does not exist.
         HubError: They cannot be downloaded.
     """
-    path = kwargs.get('checkpoint_path')
-    if path and not Path(path).is_file():
-        raise MissingFileError(f'checkpoint_path {path} does not exist.')
     source = find_source(model, **kwargs)
     if source is not None:
         return source.create_backbone(pretrained=pretrained, **kwargs)

@@ -13,11 +13,11 @@ from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.text import ENSEMBLE, exit_names
 
 
-class CalibrationError:
-    """Expected calibration error (ECE): the mean gap between confidence and accuracy, in percent.
+class ConfidenceBins:
+    """Samples binned by their largest softmax probability, and what follows from it: top-1 and calibration error.
 
-    Samples are binned by their largest softmax probability, in bins of equal width; the gap of a bin is weighted by
-    the number of its samples.
+    The expected calibration error (ECE) is the mean gap between confidence and accuracy; bins are of equal width, and
+    the gap of a bin is weighted by the number of its samples.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017, equation 3, with 15 bins as there.
     """
@@ -37,7 +37,7 @@ class CalibrationError:
         values = torch.stack([torch.ones_like(confidence), confidence, prediction.eq(target).float()])
         self.sums.index_add_(1, bins, values.to(self.sums.dtype))
 
-    def compute(self, distributed: bool = False) -> float:
+    def compute_ece(self, distributed: bool = False) -> float:
         """Return the ECE in percent, over all ranks if `distributed`; 0 without samples."""
         count, confidence, correct = self._sum_up(distributed)
         return 100.0 * float((confidence - correct).abs().sum() / count.sum().clamp(min=1))
@@ -89,12 +89,12 @@ class ExitEvaluator:
         self.num_samples = 0
         # Batches are cut to max_samples before they reach timm's evaluators.
         self.accuracy: list[Any]
-        self.calibration: list[Any] = []
+        self.bins: list[ConfidenceBins] = []
         if multi_label:
             self.accuracy = [MultiLabelClassificationEvaluator(device, threshold=threshold) for _ in self.names]
         else:
             self.accuracy = [ClassificationEvaluator(device) for _ in self.names]
-            self.calibration = [CalibrationError(device=device) for _ in self.names]
+            self.bins = [ConfidenceBins(device=device) for _ in self.names]
 
     @torch.no_grad()
     def update(self, logits: Sequence[Tensor], target: Tensor) -> None:
@@ -123,9 +123,10 @@ class ExitEvaluator:
         target = target[:count]
         logits = [single[:count].float() for single in logits]
         logits.append(torch.stack(logits).mean(0))
-        for meters in (self.accuracy, self.calibration):
-            for single, meter in zip(logits, meters):
-                meter.update(single, target)
+        for single, meter in zip(logits, self.accuracy):
+            meter.update(single, target)
+        for single, bins in zip(logits, self.bins):
+            bins.update(single, target)
 
     def compute(self, distributed: bool = False) -> dict[str, dict[str, float]]:
         """Return the metrics of each classifier, over all ranks if `distributed`.
@@ -135,8 +136,8 @@ class ExitEvaluator:
             in percent except for the loss.
         """
         metrics = {name: dict(meter.compute(distributed)) for name, meter in zip(self.names, self.accuracy)}
-        for name, meter in zip(self.names, self.calibration):
-            metrics[name] |= {'top1': meter.compute_top1(distributed), 'ece': meter.compute(distributed)}
+        for name, bins in zip(self.names, self.bins):
+            metrics[name] |= {'top1': bins.compute_top1(distributed), 'ece': bins.compute_ece(distributed)}
         return metrics
 
 

@@ -300,7 +300,7 @@ class MultiExitLoss(nn.Module):
             self._skill_gradients = []
 
     def _skill_of(self, members: torch.Tensor) -> torch.Tensor:
-        """Return the weights of the teacher's classifiers, even ones at first; `members` [M, ...] has something of each."""
+        """Return the weights of the teacher's classifiers, even ones at first; `members` [M, ...] has a row of each."""
         if self.skill is None:
             return torch.full((len(members),), 1 / len(members), dtype=members.dtype, device=members.device)
         if len(self.skill) != len(members):
