@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from timm_multiexit.checkpoints.source import find_source
 from timm_multiexit.models.attach import attach_exits
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.utils import markdown
@@ -30,6 +31,7 @@ _LINE_END = ',\n  '
 
 def create_backbone(name: str) -> nn.Module:
     """Return a timm model, with a classifier if it has none by default."""
+    find_source(name)  # says in one line what timm does not know
     backbone: nn.Module = timm.create_model(name)
     return backbone if backbone.num_classes else timm.create_model(name, num_classes=1000)
 

@@ -9,6 +9,7 @@ whole.
 import argparse
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
@@ -31,9 +32,12 @@ def choose_images(folder: Path, num: int | None, seed: int) -> list[Path]:
     """Return the images of a class, or `num` of them, which the seed and their names choose.
 
     Raises:
-        ValueError: The folder has fewer.
+        ValueError: The folder has fewer, or two that differ in their suffix alone, which would become one.
     """
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    twice = [stem for stem, count in Counter(path.stem for path in paths).items() if count > 1]
+    if twice:
+        raise ValueError(f'names of images must differ before their suffix, got {twice[0]} twice in {folder}.')
     if num is None:
         return paths
     if not 1 <= num <= len(paths):
@@ -58,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         for split in ('train', 'val'):
             count = 0
             for folder in sorted(path for path in (args.source / split).iterdir() if path.is_dir()):
+                paths = choose_images(folder, args.per_class if split == 'train' else None, args.seed)
                 target = args.target / split / folder.name
                 target.mkdir(parents=True)
-                for path in choose_images(folder, args.per_class if split == 'train' else None, args.seed):
+                for path in paths:
                     with Image.open(path) as image:
                         shrink(image, args.size).save(target / f'{path.stem}.png')
                     count += 1

@@ -270,7 +270,11 @@ REFUSED = {
     'model-kwargs': (('--model-kwargs', 'bogus=1'), "Cannot create test_resnet: .*'bogus'"),
     'pool': (('--gp', 'bogus'), 'Cannot create test_resnet: Invalid pool type: bogus'),
     'keyword': (('--model', 'test_vit', '--drop-block', '0.1'), "Cannot create test_vit: .*'drop_block_rate'"),
-    'weights': (('--pretrained', '--pretrained-path', 'nowhere.pth'), 'Cannot create test_resnet: FileNotFound'),
+    'weights': (('--pretrained', '--pretrained-path', 'nowhere.pth'), '--pretrained-path must be a file, got nowhere'),
+    'checkpointing': (
+        ('--model', 'dla46x_c', '--grad-checkpointing'),
+        '--grad-checkpointing is not supported by dla46x_c',
+    ),
     'opt-kwargs': (('--opt', 'adamw', '--opt-kwargs', 'bogus=1'), "Cannot create --opt adamw: .*'bogus'"),
     'momentum': (('--momentum', '0'), 'Cannot create --opt sgd: Nesterov momentum requires'),
     'betas': (('--opt', 'adamw', '--opt-betas', '0.9'), 'Cannot create --opt adamw: '),
@@ -308,16 +312,36 @@ def test_what_cannot_be_made_is_one_line(flags, message):
     ('flags', 'lr'),
     [
         (('--lr', '0.3'), 0.3),
+        (('--lr', '0'), 0.0),
         (('--lr-base', '0.1', '--lr-base-size', '256', '--opt', 'sgd'), 0.1 * 64 * 2 / 256),
         (('--lr-base', '0.1', '--lr-base-size', '256', '--opt', 'adamw'), 0.1 * (64 * 2 / 256) ** 0.5),
         (('--lr-base', '0.1', '--opt', 'adamw', '--lr-base-scale', 'linear'), 0.1 * 64 * 2 / 256),
     ],
-    ids=['given', 'linear', 'sqrt', 'told'],
+    ids=['given', 'zero', 'linear', 'sqrt', 'told'],
 )
 def test_learning_rate_grows_with_the_global_batch(flags, lr):
     args = parse('--grad-accum-steps', '2', *flags)
     optimizer = create_train_optimizer(args, build(args), Regime(), lr=resolve_lr(args, 64, 1)[0])
     assert [group['lr'] for group in optimizer.param_groups] == pytest.approx([lr] * len(optimizer.param_groups))
+
+
+def test_layer_decay_needs_no_schedule():
+    rates = {}
+    for sched in ('none', 'cosine'):
+        args = parse('--layer-decay', '0.5', '--sched', sched)
+        optimizer = create_train_optimizer(args, build(args), Regime(), lr=0.1)
+        # A schedule of timm's multiplies by `lr_scale` itself.
+        rates[sched] = [group['lr'] * group.get('lr_scale', 1.0) for group in optimizer.param_groups]
+        assert ('lr_scale' in optimizer.param_groups[0]) == (sched == 'cosine')
+    assert rates['none'] == pytest.approx(rates['cosine'])
+    assert min(rates['none']) < 0.05
+
+
+@pytest.mark.parametrize('exits', [(), ('--exits', '1')], ids=['plain', 'exits'])
+def test_weight_of_the_task_that_leaves_the_teacher_less_than_nothing_is_refused(exits, teacher):
+    args = parse('--kd-model-name', teacher[0], '--task-loss-weight', '2', *exits)
+    with pytest.raises(tme.MultiExitError, match=r'must be in \[0, 1\]'):
+        create_task(args, build(args), CPU)
 
 
 def test_placed_model_has_type_and_memory_format():

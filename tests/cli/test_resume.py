@@ -13,6 +13,7 @@ import torch
 from helpers import write_images
 
 from timm_multiexit.cli import train
+from timm_multiexit.training.resume import read_position
 
 # Everything that draws random numbers or keeps state: crops, colours, AutoAugment, erasing, mixing, dropout, averages.
 RECIPE = (
@@ -131,6 +132,19 @@ def test_other_schedules_loaders_and_regimes_resume_exactly(flags, train_here):
         parts = train_here('parts', '-j', '0', '--recovery-interval', '1', '--resume', 'auto', *flags, kill_at=kill_at)
     train_here('parts', '-j', '0', '--resume', 'auto', *flags)
     assert_same_run(whole, parts)
+
+
+def test_run_that_goes_on_with_anothers_checkpoint_and_is_killed_in_its_first_epoch_is_resumed(train_here):
+    first = train_here('first', '-j', '0')
+    flags = ('-j', '0', '--epochs', '4', '--resume')
+    whole = train_here('whole', *flags, first / 'last.pth.tar')
+    parts = train_here('parts', *flags, first / 'last.pth.tar', kill_at=20)
+    assert read_position(load(parts / 'last.pth.tar')) == (3, 0)
+    train_here('parts', *flags, 'auto')
+    assert_equal(load(parts / 'last.pth.tar')['state_dict'], load(whole / 'last.pth.tar')['state_dict'])
+    rows = [list(csv.DictReader((run / 'summary.csv').open())) for run in (whole, parts)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 4
 
 
 @pytest.mark.parametrize('sign', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

@@ -11,6 +11,7 @@ from helpers.experiments import METHODS, PLANS, ROOT, SMALL
 
 import timm_multiexit.backbones  # noqa: F401 - registers the networks
 from timm_multiexit.cli.flags.train_args import parse_train_args
+from timm_multiexit.utils.errors import InvalidValueError
 
 
 @pytest.mark.parametrize('path', PLANS, ids=lambda path: path.stem)
@@ -19,6 +20,17 @@ def test_plans_have_every_run_once_and_train_py_takes_their_flags(path):
     counts = [len(content[key]) for key in ('data', 'networks', 'methods', 'seeds')]
     assert len({run.name for run in plan.runs}) == len(plan.runs) == math.prod(counts)
     assert [run.seed for run in plan.runs] == sorted(run.seed for run in plan.runs)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [('seeds', 3), ('seeds', [0, 0]), ('methods', None), ('networks', 'cifar_resnet8'), ('data', ['a', 'a'])],
+)
+def test_values_of_a_plan_that_are_no_lists_are_refused(key, value, tmp_path):
+    content = yaml.safe_load((ROOT / 'hub/experiments/plans/small.yaml').read_text())
+    (tmp_path / 'plan.yaml').write_text(yaml.safe_dump({**content, key: value}))
+    with pytest.raises(InvalidValueError, match=f'plan.yaml: {key} must be a list without anything twice, got '):
+        read_plan(tmp_path / 'plan.yaml')
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'hub/recipes').glob('*.yaml')), ids=lambda path: path.stem)

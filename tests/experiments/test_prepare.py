@@ -30,3 +30,8 @@ def test_images_are_made_smaller_and_drawn_the_same_again(tmp_path, run_script):
     code, _, error = run_script(prepare.main, tmp_path / 'large', tmp_path / 'none', '--per-class', '7')
     assert code == 2
     assert '--per-class must be in [1, 6], the images of' in error
+    assert not (tmp_path / 'none').exists()
+    Image.new('L', (40, 20)).save(tmp_path / 'large/val/dog/1.jpg')
+    code, _, error = run_script(prepare.main, tmp_path / 'large', tmp_path / 'twice')
+    assert code == 2
+    assert 'names of images must differ before their suffix, got 1 twice in' in error

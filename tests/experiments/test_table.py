@@ -5,6 +5,7 @@ import json
 import pytest
 from evidence.differences import paired
 from evidence.plan import read_plan
+from evidence.results import read_results
 from evidence.table import END, START, format_summary, format_tables, place_in
 from helpers.experiments import EXPERIMENTS, METHODS, PLANS, ROOT, SMALL, load_script, make_result
 
@@ -28,7 +29,9 @@ def test_curves_say_how_main_learns(results):
     curves = {'plain': (50.0, 70.0, 71.0), 'ce': (52.0, 60.0, 70.0), 'eed-kl': (60.0, 70.5, 70.0)}
     for result in results:
         accuracies = [top1 + result['seed'] for top1 in curves[result['method']]]
-        result['validation'] = [{'eval_top1': top1, 'train_main_top1': top1 + 10} for top1 in accuracies]
+        result['validation'] = [
+            {'epoch': idx, 'eval_top1': top1, 'train_main_top1': top1 + 10} for idx, top1 in enumerate(accuracies)
+        ]
         if (result['method'], result['seed']) == ('eed-kl', 2):
             result['validation'][1]['eval_top1'] = result['validation'][2]['eval_top1'] = 71.9  # ce's end is at 72
     text = format_tables([SMALL], results, list(METHODS))
@@ -38,13 +41,20 @@ def test_curves_say_how_main_learns(results):
     assert '| `ce` | 81.00 ± 1.00 | 1.41 | 3.0 |' in text
     # Changes by 10.5 and -0.5 twice, then by 9.9 and 0.
     assert '| `eed-kl` | 81.00 ± 1.00 | 7.52 | 2.0, 2 of 3 runs |' in text
+    for result in results:  # --val-interval 2: the third epoch is the last, and is evaluated anyhow
+        del result['validation'][0]['eval_top1']
+    text = format_tables([SMALL], results, list(METHODS))
+    assert '| `plain` | 82.00 ± 1.00 | 2.0 |' in text
 
 
 def test_runs_that_chose_the_warm_up_are_told_and_not_summarized(results):
     for result in results:
         result['flags'] = {**result['flags'], 'pretrained': True}
         result['selection'] = {**result['selection'], 'epoch': 0 if result['seed'] < 2 else 1}
-        result['validation'] = [{'eval_top1': 90.0, 'eval_exit0_top1': 50.0}, {'eval_top1': 80.0}]
+        result['validation'] = [
+            {'epoch': 0, 'eval_top1': 90.0, 'eval_exit0_top1': 50.0},
+            {'epoch': 1, 'eval_top1': 80.0},
+        ]
         if result['method'] == 'eed-kl':
             result['validation'][1]['eval_exit0_top1'] = 70.0 + result['seed']
     text = format_tables([SMALL], results, list(METHODS))
@@ -136,6 +146,21 @@ def test_summary_has_a_row_for_each_method_of_eed_that_has_pairs(results):
     assert text.count('\n') == 3
     row = '| `cifar_resnet8`, `cifar10`, `short16` | 80.50 ± 0.50 | `eed-kl` | 3 '
     assert row + '| +0.68 ± 0.07, above 0 | +0.52 ± 0.19, above 0 |' in text
+
+
+def test_summary_says_how_many_pairs_each_difference_has():
+    results = read_results(EXPERIMENTS / 'results')
+    plan = read_plan(EXPERIMENTS / 'plans/imagenette.yaml')
+    assert '| `eed-kl-narrow` | 5 |' in format_summary([plan], results)
+    results = [result for result in results if not result['name'].endswith('ce-narrow-s4')]
+    assert '| `eed-kl-narrow` | 5, 4 |' in format_summary([plan], results)
+
+
+def test_folder_without_results_changes_nothing(tmp_path, run_script):
+    (tmp_path / 'README.md').write_text('as it was')
+    code, out, error = run_script(load_script('table').main, '--results', tmp_path / 'none', '--readme', tmp_path)
+    assert (code, out, error) == (2, '', f'table.py: error: {tmp_path}/none holds no results.\n')
+    assert (tmp_path / 'README.md').read_text() == 'as it was'
 
 
 def test_difference_that_is_not_resolved_says_what_resolving_it_takes(results):

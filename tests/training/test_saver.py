@@ -6,6 +6,7 @@ import resource
 import shutil
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -263,7 +264,30 @@ def test_best_epoch_is_known_where_all_that_is_kept_was_better(tmp_path):
     run.metrics = (*run.metrics, 20.0, 30.0, 10.0)
     for epoch in (4, 5, 6):
         run.close_epoch(epoch)
-    assert (run.saver.best_epoch, run.contents()['best/model.safetensors']) == (5, 5.0)
+    contents = run.contents()
+    assert (run.saver.best_epoch, contents['best/model.safetensors'], contents['model_best.pth.tar'][0]) == (5, 5.0, 5)
+
+
+def test_smaller_history_keeps_the_best(tmp_path):
+    Run(tmp_path / 'run', (50.0, 70.0, 60.0)).fit()
+    run = go_back(tmp_path / 'run', 'last.pth.tar', max_history=1)
+    kept = [name for name in run.contents() if name.startswith('checkpoint-')]
+    assert kept == ['checkpoint-1.pth.tar']
+    assert [Path(path).name for path, _ in run.saver.checkpoint_files] == kept
+
+
+def test_epochs_that_are_trained_again_are_forgotten(tmp_path, caplog):
+    Run(tmp_path / 'run').fit()
+    run = go_back(tmp_path / 'run', 'last.pth.tar')
+    run.saver.go_back(2)
+    assert [metric for _, metric in run.saver.checkpoint_files] == [70.0]
+    assert 'chosen anew, by top1: epoch 4 is trained again' in caplog.text
+    run.metrics = (50.0, 70.0, 20.0, 30.0)
+    for epoch in (2, 3):
+        run.close_epoch(epoch)
+    assert (run.saver.best_epoch, run.contents()['best/model.safetensors']) == (3, 3.0)
+    names = [Path(path).name for path, _ in run.saver.checkpoint_files]
+    assert names == ['checkpoint-1.pth.tar', 'checkpoint-3.pth.tar']
 
 
 @contextmanager

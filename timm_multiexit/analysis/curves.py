@@ -71,17 +71,21 @@ def describe_curve(curve: Mapping[str, list], target: float | None) -> dict[str,
 
     Returns:
         The curve, and `gap` (ensemble less main, per epoch, in points), `final_gap`, `mean_gap` (of the last half),
-        `final_main`, `epochs_to_reach`, `epochs_to_keep` and `instability` (in points); None where there is none.
+        `final_main`, `instability` (in points) and, with a target, `epochs_to_reach` and `epochs_to_keep`; None where
+        a value does not exist.
     """
     epochs, main = curve['epochs'], curve['main']
     gap = [ensemble - own for ensemble, own in zip(curve['ensemble'], main)]
+    against = {}
+    if target is not None:
+        against['epochs_to_reach'] = epochs_to_reach(epochs, main, target)
+        against['epochs_to_keep'] = epochs_to_keep(epochs, main, target)
     return {
         **curve,
+        **against,
         'gap': gap,
         'final_gap': gap[-1] if gap else None,
         'mean_gap': statistics.fmean(gap[len(gap) // 2 :]) if gap else None,
         'final_main': main[-1] if main else None,
-        'epochs_to_reach': None if target is None else epochs_to_reach(epochs, main, target),
-        'epochs_to_keep': None if target is None else epochs_to_keep(epochs, main, target),
         'instability': instability(main),
     }

@@ -62,7 +62,7 @@ def draw_training(curves: Mapping[str, Mapping[str, Any]], label: str, reference
 
 def _describe_run(name: str, curve: Mapping[str, Any], reference: str | None) -> str:
     parts = [name]
-    if reference is not None and name != reference:
+    if reference is not None and name != reference and 'epochs_to_keep' in curve:
         epochs = curve['epochs_to_keep']
         parts.append(f'not at {reference} yet' if epochs is None else f'at {reference} from epoch {epochs}')
     if curve['instability'] is not None:

@@ -238,7 +238,7 @@ def summary_rows(numbers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
                 'ensemble': top1.get('ens'),
                 'gain': gain.get('main'),
                 'gap, last half': curve['mean_gap'],
-                'epochs to reference': curve['epochs_to_keep'],
+                'epochs to reference': curve.get('epochs_to_keep'),
                 'deviation of changes': curve['instability'],
                 'RDM ratio of main': after.get('ratio'),
                 'disagreement in teacher': teacher.get('disagreement'),

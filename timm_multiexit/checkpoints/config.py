@@ -3,6 +3,7 @@
 Nothing of the file reaches timm but what is listed here.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def read_model_config(directory: Path, *, overridden: Mapping[str, Any] | None =
     """
     path = directory / CONFIG_NAME
     best = directory / 'best'  # as `run_folder` names it
-    if not path.exists() and (best / CONFIG_NAME).is_file():
+    if not os.path.exists(path) and os.path.isfile(best / CONFIG_NAME):  # pathlib raises for names that are too long
         raise CheckpointError(f'{directory} is the folder of a run, not of a model: give {best}.')
     config = read_json(path)
     try:

@@ -3,6 +3,7 @@
 timm itself is never given a folder or a repository, only the architecture and what was checked of its configuration.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from timm_multiexit.checkpoints.load import load_backbone, load_pretrained, load
 from timm_multiexit.hub_client.client import explain_download, fetch_files
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.origin import Origin
+from timm_multiexit.utils.checks import check_path
 from timm_multiexit.utils.errors import (
     LIBRARY_ERRORS,
     InvalidValueError,
@@ -112,8 +114,11 @@ def find_source(model: str | ModelSource, **kwargs: Any) -> ModelSource | None:
         HubError: The repository cannot be read.
     """
     path = kwargs.get('checkpoint_path')
-    if path and not Path(path).is_file():
-        raise MissingFileError(f'checkpoint_path {path} does not exist.')
+    if path:
+        check_path('checkpoint_path', path)
+        if not os.path.isfile(path):  # pathlib raises for names that are too long
+            what = 'is a folder' if os.path.isdir(path) else 'does not exist'
+            raise MissingFileError(f'checkpoint_path {path} {what}.')
     if isinstance(model, ModelSource):
         return model
     try:

@@ -158,7 +158,7 @@ def _read_metadata(path: str) -> Any:
 
 
 def _read(reader: Callable[..., Any], path: str | os.PathLike[str], **kwargs: Any) -> Any:
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # pathlib raises for names that are too long
         raise MissingFileError(f'Checkpoint {path} does not exist.')
     try:
         check_pointer(Path(path))

@@ -1,6 +1,7 @@
 """Model and regime from command-line arguments."""
 
 import logging
+import os
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,14 @@ from timm_multiexit.factory import create_model
 from timm_multiexit.models.multi_exit import MultiExitModel, drop_labels
 from timm_multiexit.training.regimes import Regime
 from timm_multiexit.utils.checks import is_list
-from timm_multiexit.utils.errors import LIBRARY_ERRORS, CheckpointError, InvalidValueError, MultiExitError, one_line
+from timm_multiexit.utils.errors import (
+    LIBRARY_ERRORS,
+    CheckpointError,
+    InvalidValueError,
+    MissingFileError,
+    MultiExitError,
+    one_line,
+)
 from timm_multiexit.utils.text import format_macs
 
 _logger = logging.getLogger(__name__)
@@ -61,10 +69,17 @@ def create_train_model(
     if num_classes:
         _check_num_classes(args, model, num_classes, is_new=not resume)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
+        _set_grad_checkpointing(args, model)
     if not resume:
         _init_classifiers(args, model)
     return model
+
+
+def _set_grad_checkpointing(args: Namespace, model: Any) -> None:
+    try:
+        model.set_grad_checkpointing(enable=True)
+    except AssertionError as error:  # as timm's models say it
+        raise InvalidValueError(f'--grad-checkpointing is not supported by {args.model}. Leave it out.') from error
 
 
 def model_kwargs(args: Namespace, source: ModelSource | None) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
@@ -120,6 +135,8 @@ def _create_architecture(args: Namespace, source: ModelSource | None, num_classe
     kwargs |= {'drop_rate': args.drop, 'drop_path_rate': args.drop_path, 'drop_block_rate': args.drop_block}
     kwargs |= {'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps}
     if args.pretrained_path:
+        if not os.path.isfile(args.pretrained_path):
+            raise MissingFileError(f'--pretrained-path must be a file, got {args.pretrained_path}.')
         # -1 classes: not the file's, so that a classifier of another size is made anew.
         kwargs['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
     if args.exits is None:

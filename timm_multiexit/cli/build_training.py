@@ -50,7 +50,7 @@ def resolve_lr(args: Namespace, batch_size: float, num_processes: int) -> tuple[
 
     `batch_size` is the mean of one process.
     """
-    if args.lr:
+    if args.lr is not None:
         return args.lr, args.lr_base_scale
     is_sqrt = any(name in args.opt.lower() for name in _SQRT_SCALED)
     scale = args.lr_base_scale or ('sqrt' if is_sqrt else 'linear')
@@ -66,6 +66,10 @@ def create_train_optimizer(args: Namespace, model: nn.Module, regime: Regime, *,
         raise InvalidValueError(
             f'Cannot create --opt {args.opt}: {one_line(error)}. See its flags and --opt-kwargs.'
         ) from error
+    if args.sched == 'none':
+        # It is timm's schedules that multiply the rates by those of --layer-decay.
+        for group in optimizer.param_groups:
+            group['lr'] *= group.pop('lr_scale', 1.0)
     split_exit_groups(optimizer, model, args.exit_lr_scale, trains_classifier=regime.trains_classifier)
     return optimizer
 
@@ -283,8 +287,8 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device) -> Trai
 
 def _create_task(args: Namespace, model: Any, teacher: str | nn.Module | None, common: dict[str, Any]) -> TrainingTask:
     weights = {'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
+    kd = KDConfig(**weights, temperature=args.kd_temperature) if teacher else None  # checked for timm's tasks too
     if isinstance(model, MultiExitModel):
-        kd = KDConfig(**weights, temperature=args.kd_temperature) if teacher else None
         return MultiExitTask(model, create_train_loss(args, model.num_classes), teacher=teacher, kd=kd, **common)
     check_auxiliary(model)
     criterion = create_criterion(args, model.num_classes)

@@ -337,9 +337,12 @@ def _log_start(args: Namespace, run: TrainingRun) -> None:
     if isinstance(model, MultiExitModel):
         counts += f', exits at {", ".join(spec.module for spec in model.exits.specs)} by {args.exit_loss}'
     if run.start_epoch >= run.num_epochs:
+        found = 'only the table of its best network is measured again'
+        if not RunFolder(run.folder).best.exists():
+            found = 'and there is nothing to measure'
         _logger.info(
-            f'All {run.num_epochs} epochs of {run.folder} are done, nothing is trained: only the table of its best'
-            ' network is measured again. Give more --epochs to train on.'
+            f'All {run.num_epochs} epochs of {run.folder} are done, nothing is trained: {found}. Give more --epochs to'
+            ' train on.'
         )
         return
     precision = accelerator.mixed_precision.replace('no', args.model_dtype or 'float32')

@@ -132,8 +132,7 @@ class RunState:
             with _explain_damage(path):
                 load_task_ema_checkpoint(self.gathered or self.task, str(path))
         self._gather()
-        saver = self.saver
-        is_own = saver is not None and path.parent.resolve() == Path(saver.checkpoint_dir).resolve()
+        saver, is_own = self.saver, self._is_own(path)
         if run:
             with _explain_damage(path):
                 self._restore_run(run)
@@ -146,6 +145,25 @@ class RunState:
             if not batch:
                 self._save_milestone(epoch)  # a kill may have come before it
         return epoch, batch
+
+    def go_back(self, epoch: int) -> None:
+        """Forget what is known of an epoch and those after it, which are trained again."""
+        if self.saver:
+            self.saver.go_back(epoch)
+
+    def save_start(self, path: Path, epoch: int, batch: int) -> None:
+        """Keep where a run continues from the checkpoint of another, so that it can be resumed before its first own."""
+        if self.saver is None or self._is_own(path):
+            return
+        self.trainer.epoch, self.trainer.batch = epoch, batch
+        if batch:
+            self.saver.save_recovery(epoch, batch)
+        else:
+            self.saver.save_last(epoch - 1)
+
+    def _is_own(self, path: Path) -> bool:
+        """Return whether a checkpoint lies in the folder of this run; in the main process."""
+        return self.saver is not None and path.parent.resolve() == Path(self.saver.checkpoint_dir).resolve()
 
     def _check_same_epoch(self, run: dict[str, Any], path: Path) -> None:
         """Raise if the rest of an epoch that was begun would be of other batches."""
@@ -175,6 +193,7 @@ class RunState:
             )
             if self.accelerator.is_main_process:
                 self.trainer.progress.load_state_dict(run['progress'])
+            self._progress_state = run['progress']
 
     def _state(self) -> dict[str, Any]:
         """Return what a checkpoint needs besides weights and optimizer to resume the run."""
@@ -284,13 +303,13 @@ def read_resume(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: It is not a checkpoint of training, cannot be read, or holds something else.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(
             f'--resume must be a checkpoint of training or auto, got the folder {path}. {_hint(path)}'
         )
     if path.suffix == '.safetensors':
         raise CheckpointError(f'{path} holds weights alone, and no state of a run. {_hint(path)}')
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib raises for names that are too long
         raise MissingFileError(f'Checkpoint {path} does not exist.')
     with path.open('rb') as file:
         if file.read(2) not in _TORCH_MAGIC:

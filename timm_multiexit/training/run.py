@@ -165,9 +165,12 @@ class TrainingRun:
             self.start_epoch, self.start_batch = place
         if config.start_epoch is not None:
             self.start_epoch, self.start_batch = config.start_epoch, 0
+            self.state.go_back(config.start_epoch)
         updates_done = self.start_epoch * self.updates_per_epoch
         updates_done += self.start_batch // self.trainer.config.grad_accum_steps
         self._place_schedule(updates_done)
+        if config.resume:
+            self.state.save_start(config.resume, self.start_epoch, self.start_batch)
         self.state.save_args()
         describe_environment()  # finds the commit, before another one is checked out
         self.epoch_log.open(self.folder, config.trackers, record=vars(self.record), step=updates_done)

@@ -57,6 +57,7 @@ class RunSaver(CheckpointSaver):
         """
         epoch, metric = state_dict.get('pending', (None, None))
         super().load_state_dict({**state_dict, 'pending': (None, None)})
+        self._cleanup_checkpoints()  # to the present number, the best of them
         run = state_dict.get('run', {})
         self._best_weights = state_dict.get('best_weights')
         self.clean()
@@ -71,12 +72,21 @@ class RunSaver(CheckpointSaver):
             path = self._checkpoint_path(epoch)
             self.checkpoint_files = [entry for entry in self.checkpoint_files if entry[0] != path]
             self.save_checkpoint(epoch, metric)
+            if path not in [entry[0] for entry in self.checkpoint_files]:
+                Path(path).unlink(missing_ok=True)
         elif run.get('epoch') and not run.get('batch'):
             self.save_last(run['epoch'] - 1)
         best = Path(self.checkpoint_dir, BEST_NAME)
         # Last: what was just written says the same, should another kill come now.
         if self.best_epoch is not None and (not best.exists() or self._best_weights not in (None, hash_weights(best))):
             self._choose_anew(f'{best} is not of epoch {self.best_epoch + 1}, which was the best until here')
+
+    def go_back(self, epoch: int) -> None:
+        """Forget an epoch and those after it, which are trained again; their files stay until then."""
+        kept = {self._checkpoint_path(idx) for idx in range(epoch)}
+        self.checkpoint_files = [entry for entry in self.checkpoint_files if entry[0] in kept]
+        if self.best_epoch is not None and self.best_epoch >= epoch:
+            self._choose_anew(f'epoch {self.best_epoch + 1} is trained again')
 
     def _choose_anew(self, reason: str) -> None:
         if self.best_epoch is not None:
@@ -126,6 +136,8 @@ class RunSaver(CheckpointSaver):
         self._place_best()
         if metric is not None and self.is_best(metric):  # timm looks only at what is better than its history
             self.best_metric, self.best_epoch = metric, epoch
+            last, best = (Path(self.checkpoint_dir, f'{name}{self.extension}') for name in ('last', 'model_best'))
+            self._duplicate(str(last), str(best))
         self._drop_recovery_files()
         return self.best_metric, self.best_epoch
 

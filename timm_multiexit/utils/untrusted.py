@@ -5,6 +5,7 @@ Nothing here runs code from a file, and no memory is allocated for what a file c
 
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, larger than 4 MB, not JSON, nested too deeply, or has duplicate keys, NaN
             or infinities, or anything but an object at its root.
     """
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # pathlib raises for names that are too long
         raise MissingFileError(f'{path.parent} is not a model folder: it does not exist.')
     try:
         check_contained(path)

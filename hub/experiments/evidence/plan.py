@@ -95,6 +95,11 @@ def read_plan(path: Path | str) -> Plan:
     if set(content) != _KEYS:
         odd = sorted(set(content) ^ _KEYS)
         raise InvalidValueError(f'{path} must have the keys {", ".join(sorted(_KEYS))}; missing or unknown: {odd}.')
+    for key in ('methods', 'seeds', 'data', 'networks'):
+        kinds = (list, dict) if key in ('data', 'networks') else (list,)
+        values = content[key]
+        if not isinstance(values, kinds) or not values or len(set(map(str, values))) < len(values):
+            raise InvalidValueError(f'{path}: {key} must be a list without anything twice, got {values!r}.')
     methods = read_yaml(path.parent.parent / METHODS_FILE)
     for method in content['methods']:
         if method not in methods:

@@ -11,12 +11,12 @@ from typing import Any
 
 from evidence.plan import PlannedRun, to_command_line
 from timm_multiexit.checkpoints.run_folder import RunFolder
-from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, one_line
+from timm_multiexit.utils.errors import CheckpointError, InvalidValueError, MissingFileError, one_line
 from timm_multiexit.utils.files import RUN_AGAIN, explain_disk_errors, write_text
 
 FORMAT = 1
 
-_KEYS = ('name', 'protocol', 'data', 'network', 'method', 'seed', 'flags', 'classifiers')
+_KEYS = ('name', 'protocol', 'data', 'network', 'method', 'seed', 'flags', 'classifiers', 'selection', 'seconds')
 
 
 def collect_result(run: PlannedRun, folder: Path, *, seconds: float, extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -117,14 +117,19 @@ def split_precision(flags: Iterable[str]) -> tuple[list[str], list[str]]:
 
     >>> split_precision(['--lr', '0.2', '--amp', '--amp-dtype', 'bfloat16'])
     (['--lr', '0.2'], ['--amp', '--amp-dtype', 'bfloat16'])
+    >>> split_precision(['--amp-dtype=bfloat16', '--amp'])
+    ([], ['--amp', '--amp-dtype', 'bfloat16'])
     """
-    rest, precision, words = [], [], iter(flags)
+    rest, switch, dtype, words = [], [], [], iter(flags)
     for word in words:
-        if word == '--amp-dtype':
-            precision += [word, *[value for value in [next(words, None)] if value is not None]]
+        name, is_joined, value = word.partition('=')
+        if name == '--amp-dtype':
+            dtype = [name, *[value for value in [value if is_joined else next(words, None)] if value is not None]]
+        elif word == '--amp':
+            switch = [word]
         else:
-            (precision if word == '--amp' or word.startswith('--amp-dtype=') else rest).append(word)
-    return rest, precision
+            rest.append(word)
+    return rest, switch + dtype
 
 
 def result_path(folder: Path, run: PlannedRun) -> Path:
@@ -166,8 +171,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """Return the content of all files of results, in order of their names.
 
     Raises:
+        MissingFileError: The folder has no such files.
         CheckpointError: A file is not one.
     """
+    if not any(folder.glob('*.json')):
+        raise MissingFileError(f'{folder} holds no results.')
     return [read_result(path) for path in sorted(folder.glob('*.json'))]
 
 

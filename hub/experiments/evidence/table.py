@@ -105,7 +105,7 @@ def _curve_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]
 
     Accuracies are of the images that the epoch is chosen on, but for the augmented training images of the last epoch.
     """
-    curves = {_pair_of(result): result.get('validation') for result in results if result['method'] == method}
+    curves = {_pair_of(result): _evaluated(result) for result in results if result['method'] == method}
     row = {'method': code(method)}
     if not all(curves.values()):
         return row
@@ -118,9 +118,9 @@ def _curve_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]
     ]
     row['sd of changes between epochs'] = f'{statistics.fmean(changes):.2f}' if changes else '-'
     rival = cross_entropy_of(method)
-    ends = {_pair_of(r): r['validation'][-1] for r in results if r['method'] == rival and 'validation' in r}
+    ends = {_pair_of(r): _evaluated(r)[-1]['eval_top1'] for r in results if r['method'] == rival and _evaluated(r)}
     reached = [
-        next((epoch for epoch, values in enumerate(curve, 1) if values['eval_top1'] >= ends[pair]['eval_top1']), None)
+        next((values['epoch'] + 1 for values in curve if values['eval_top1'] >= ends[pair]), None)
         for pair, curve in curves.items()
         if pair in ends
     ]
@@ -129,6 +129,11 @@ def _curve_row(method: str, results: Sequence[dict[str, Any]]) -> dict[str, str]
     if found and len(found) < len(reached):
         row["epochs to ce's end"] += f', {len(found)} of {len(reached)} runs'
     return row
+
+
+def _evaluated(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the epochs of a run that were evaluated: with --val-interval not all are."""
+    return [values for values in result.get('validation', ()) if 'eval_top1' in values]
 
 
 def _pair_of(result: dict[str, Any]) -> tuple[int, str]:
@@ -244,7 +249,7 @@ def format_summary(plans: Sequence[Plan], results: Sequence[dict[str, Any]]) -> 
                             'network, images, protocol': ', '.join(code(group[k]) for k in (2, 1, 0)),
                             'plain': _mean_and_sd(plain),
                             'method': code(method),
-                            'n': str(max(map(len, pairs.values()))),
+                            'n': ', '.join(dict.fromkeys(str(len(pair)) for pair in pairs.values())),
                             'main - plain': describe_difference(pairs['plain']),
                             'main - ce': describe_difference(pairs['ce']),
                             'exit 0 - ce': describe_difference(paired(done, method, rivals['ce'], '0')),

@@ -282,7 +282,7 @@ def test_errors_of_one_flag_are_one_line(argv, line, capsys):
 
 
 def test_every_number_has_a_range():
-    free = {'local_rank', 'grad_accum_steps'}  # not used; less than 1 is 1, as in timm
+    free = {'local_rank'}  # not used
     assert {dest for dest, action in actions_of(create_train_parser()).items() if action.type in (int, float)} == free
     assert not [a.dest for a in create_validate_parser()._actions if a.type in (int, float)]
 
@@ -399,6 +399,8 @@ REFUSED = {
     '--mixup 0.2 --train-img-sizes 32 48 --train-batch-sizes 8 7': 'must be even for --mixup and --cutmix, got [8, 7].',
     '--split-bn --resplit --reprob 0.5 -b 7': '--batch-size must be even for --split-bn, got 7.',
     '--split-bn --resplit --reprob 0.5 --train-img-sizes 32 48 --train-batch-sizes 8 7': 'for --split-bn, got [8, 7].',
+    '--start-epoch 5 --epochs 5': '--start-epoch must be below --epochs 5, got 5.',
+    '--torchcompile-mode default': '--torchcompile-mode needs --torchcompile.',
     '--pretrained-path a.pth': '--pretrained-path is where --pretrained takes weights from',
     '--mixup 0.2 --mixup-mode half --no-prefetcher': '--mixup-mode half needs the prefetcher',
     '--train-img-sizes 32 --use-multi-epochs-loader': '--train-img-sizes cannot be combined with',

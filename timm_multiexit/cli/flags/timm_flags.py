@@ -89,7 +89,7 @@ TIMM_FLAGS: dict[str, tuple[Flag, ...]] = {
         ),
         switch('--channels-last', 'run in channels_last memory format, which is faster on some devices'),
         value('--fuser', str, '', 'NAME', "not supported, for timm's own scripts"),
-        value('--grad-accum-steps', int, 1, 'N', 'batches per optimizer step'),
+        value('--grad-accum-steps', non_negative_int, 1, 'N', 'batches per optimizer step'),
         switch('--grad-checkpointing', 'recompute activations in backward'),
         switch('--fast-norm', 'norms in low precision under --amp'),
         pairs('--model-kwargs', 'keywords for timm.create_model'),

@@ -22,6 +22,10 @@ SHARED_RULES: tuple[FlagRule, ...] = (
         lambda a: a.amp and a.model_dtype not in (None, 'float32'),
         '--amp needs float32 weights, got --model-dtype {model_dtype}. Leave one of them out.',
     ),
+    (
+        lambda a: a.torchcompile_mode and a.torchcompile is None,
+        '--torchcompile-mode needs --torchcompile.',
+    ),
 )
 
 VALIDATE_RULES: tuple[FlagRule, ...] = (
@@ -50,10 +54,6 @@ VALIDATE_RULES: tuple[FlagRule, ...] = (
     (
         lambda a: a.real_labels and a.valid_labels,
         '--real-labels and --valid-labels exclude each other: real labels number all classes. Give one of them.',
-    ),
-    (
-        lambda a: a.torchcompile_mode and a.torchcompile is None,
-        '--torchcompile-mode needs --torchcompile.',
     ),
 )
 

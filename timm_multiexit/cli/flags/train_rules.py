@@ -106,6 +106,10 @@ TRAIN_RULES: tuple[tuple[Callable[[Namespace], Any], str], ...] = (
         lambda a: a.task != 'multilabel' and a.target_format == 'multihot',
         '--target-format multihot needs --task multilabel.',
     ),
+    (
+        lambda a: a.start_epoch is not None and a.start_epoch >= a.epochs,
+        '--start-epoch must be below --epochs {epochs}, got {start_epoch}.',
+    ),
     (lambda a: a.aug_splits == 1, '--aug-splits must be 0 or >= 2, got 1.'),
     (
         lambda a: a.loss == 'jsd' and a.aug_splits < 2,
