@@ -181,15 +181,20 @@ class Trainer:
             self._finish_window(num_batches)
         return self.progress.metrics(self.progress.state_dict(accelerator))
 
+    @property
+    def _loss(self) -> MultiExitLoss | None:
+        """The loss of a model with exits; timm's tasks have others."""
+        loss = getattr(self.task, 'loss', None)
+        return loss if isinstance(loss, MultiExitLoss) else None
+
     def _finish_window(self, num_batches: int) -> None:
         """Take what is left of gradients where a stream ended before it was said to."""
         accum = self.config.grad_accum_steps
         done = self.batch % accum
         if not done:
             return
-        loss = getattr(self.task, 'loss', None)
-        if isinstance(loss, MultiExitLoss):
-            loss.step_skill()  # averaged over the processes already, unlike the gradients
+        if self._loss is not None:
+            self._loss.step_skill()  # averaged over the processes already, unlike the gradients
         if self.accelerator.num_processes > 1:  # they are of one process each, never summed
             _logger.warning(f'The data ended {num_batches - self.batch} batches early; its last {done} are not used.')
             self.optimizer.zero_grad()
@@ -248,9 +253,8 @@ class Trainer:
         self.images = images
         size = len(images) / config.batch_size
         scale = {'none': 1.0, 'sqrt': math.sqrt(size), 'linear': size}[config.loss_scale]
-        loss = getattr(self.task, 'loss', None)
-        if isinstance(loss, MultiExitLoss):
-            loss.num_skill_calls = window
+        if self._loss is not None:
+            self._loss.num_skill_calls = window
         with self.accelerator.autocast():
             try:
                 result = self.task(images, target)
