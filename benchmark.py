@@ -25,6 +25,7 @@ from benchmarks.zoo import POPULAR, count_heads, measure_coverage
 from timm_multiexit.cli.export import create_exported_model
 from timm_multiexit.cli.flags.exit_flags import join_shares, parse_exits
 from timm_multiexit.cli.launch import create_accelerator
+from timm_multiexit.data.datasets import check_classes, create_checked_dataset
 from timm_multiexit.exits.heads import HEADS
 from timm_multiexit.losses.multi_exit_loss import LOSSES
 from timm_multiexit.utils import markdown
@@ -68,6 +69,8 @@ def infer(args):
 
 def train(args):
     """Print what training steps cost: every loss against plain timm, and the loop of `train.py` against its step."""
+    if args.data_dir:
+        check_images(args)
     accelerator = create_accelerator(create_train_args(args))
     device = accelerator.device
     # A GPU works behind the program's back: several steps at a time, or the wait for it would count.
@@ -87,6 +90,13 @@ def train(args):
     print(', '.join(describe_environment().values()))
     print('', format_table(measure_steps(args, accelerator, ready[0], turn)), sep='\n')
     print('', format_table(measure_loop(args, accelerator, ready, turn)), sep='\n')
+
+
+def check_images(args):
+    """Raise unless --data-dir holds images of --num-classes classes: they are first read after all steps are timed."""
+    count = check_classes(create_checked_dataset('', root=args.data_dir, split='train'), None)
+    if count != args.num_classes:
+        raise InvalidValueError(f'--num-classes must be the {count} of {args.data_dir}, got {args.num_classes}.')
 
 
 def gpu(args):

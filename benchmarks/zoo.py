@@ -16,6 +16,7 @@ from timm_multiexit.utils import markdown
 from timm_multiexit.utils.environment import describe_environment
 from timm_multiexit.utils.errors import MultiExitError
 from timm_multiexit.utils.files import write_text
+from timm_multiexit.utils.untrusted import read_json
 
 POPULAR = tuple(
     """
@@ -106,7 +107,7 @@ def measure_coverage(
     """
     content: dict[str, Any] = {'models': [], 'families': []}
     if path.is_file():
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = read_json(path)
     models = {row['model']: row for row in content['models']}
     tried = {row['family']: row for row in content['families']}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import timm_multiexit as tme
 from timm_multiexit.__main__ import COMMANDS, main
 from timm_multiexit.version import __version__
 
@@ -74,6 +75,35 @@ def test_errors_name_the_command(argv, line, run_script):
     assert out == ''
     assert err.splitlines()[-1].startswith(line)
     assert 'Traceback' not in err
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        'train --output {}',
+        'train --config {}',
+        'train --resume {}',
+        'train --data-dir {}',
+        'train --initial-checkpoint {}',
+        'validate --model local-dir:{}',
+        'validate --model test_resnet --checkpoint {}',
+        'validate --model test_resnet --data-dir {}',
+        'validate --model test_resnet --results-file {}',
+        'export {} --output new',
+        'export local-dir:{} --output new',
+        'export net --output {}',
+        'export net --output new --int8 --calib-data {}',
+        'publish {}',
+        'analyze {}',
+    ],
+)
+def test_name_that_is_too_long_is_one_line(argv, run_script, make_model, tmp_path):
+    tme.save_pretrained(make_model(), tmp_path / 'net')
+    code, _, err = run_script(main, *argv.format('x' * 300).split())
+    assert code == 2
+    assert 'x' * 300 in err.splitlines()[-1]
+    assert 'Traceback' not in err
+    assert {path.name for path in tmp_path.iterdir()} <= {'net', 'output'}
 
 
 @pytest.mark.parametrize('name', ['train', 'validate'])

@@ -290,6 +290,25 @@ def test_numbers_out_of_range_are_an_error_of_one_line(run_script, flags, messag
     assert (code, out, err) == (2, '', f'benchmark.py: error: {message}\n')
 
 
+def test_images_are_looked_at_before_anything_is_timed(run_script, image_folder):
+    code, out, err = run_script(benchmark.main, 'train', '--data-dir', 'nowhere')
+    message = "Data folder 'nowhere' does not exist: give one that holds train/CLASS/*.jpg."
+    assert (code, out, err) == (2, '', f'benchmark.py: error: {message}\n')
+    code, out, err = run_script(benchmark.main, 'train', '--data-dir', image_folder, '--num-classes', 3)
+    message = f'--num-classes must be the 2 of {image_folder}, got 3.'
+    assert (code, out, err) == (2, '', f'benchmark.py: error: {message}\n')
+
+
+def test_rows_of_coverage_that_are_damaged_are_one_line_and_stay(run_script, tmp_path):
+    path = tmp_path / 'coverage.json'
+    path.write_text('{"models": [')
+    code, out, err = run_script(benchmark.main, 'coverage', '--output', path)
+    assert (code, out) == (2, '')
+    assert err.startswith(f'benchmark.py: error: {path} ')
+    assert err.count('\n') == 1
+    assert path.read_text() == '{"models": ['
+
+
 def test_unknown_devices_are_an_error_of_the_command_line(run_script):
     code, out, err = run_script(benchmark.main, 'infer', '--device', 'abacus')
     assert (code, out) == (2, '')

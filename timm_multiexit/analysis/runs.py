@@ -1,5 +1,6 @@
 """Runs of `train.py` on disk: how each was trained, and its table of epochs."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def _cut_common_words(names: Sequence[str]) -> list[str]:
 
 def _read_run(folder: Path, name: str) -> Run:
     run = RunFolder(folder)
-    missing = [path for path in (run.args_path, run.summary_path, run.best / CONFIG_NAME) if not path.is_file()]
+    missing = [path for path in (run.args_path, run.summary_path, run.best / CONFIG_NAME) if not os.path.isfile(path)]
     if missing:
         part = missing[0].relative_to(folder)
         raise CheckpointError(f'{folder} is not a training run: it has no {part}. Name the folder that has it.')

@@ -128,7 +128,7 @@ def write_model(
     section = _describe_exits(model)
     if section is not None:
         config[CONFIG_KEY] = section
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
     if not existing.is_dir():
         raise DiskError(f'directory must be a folder, got the file {existing}.')
     # Beside the folder, or above it where nothing is there yet, so that a refusal leaves nothing.

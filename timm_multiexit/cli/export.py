@@ -5,6 +5,7 @@ runner that needs onnxruntime and numpy alone.
 """
 
 import json
+import os
 import shlex
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -55,8 +56,8 @@ def create_exported_model(name: str) -> MultiExitModel:
     """
     if not name.startswith(('hf-hub:', 'local-dir:')):
         folder = Path(name)
-        folder = folder if (folder / CONFIG_NAME).is_file() else RunFolder(folder).best
-        if not (folder / CONFIG_NAME).is_file():
+        folder = folder if os.path.isfile(folder / CONFIG_NAME) else RunFolder(folder).best
+        if not os.path.isfile(folder / CONFIG_NAME):  # pathlib raises for names that are too long
             raise InvalidValueError(
                 f'MODEL must be the folder of a run or of a model, or hf-hub:ORG/NAME, got {name!r}.'
             )

@@ -267,12 +267,12 @@ def _check_folders(name: str, root: str | None, split: str, input_key: str | Non
             ' for a folder of class folders.'
         )
     if not name:
-        if not root or not Path(root).is_dir():
+        if not root or not os.path.isdir(root):
             raise MissingFileError(
                 f"Data folder '{root or ''}' does not exist: give one that holds {split}/CLASS/*.jpg."
             )
         _check_split(Path(root), split)
-    if name.lower() not in _FOLDERS or not root or not Path(root).is_dir():
+    if name.lower() not in _FOLDERS or not root or not os.path.isdir(root):
         return None
     return read_folders(_search_split(root, split), input_key.split(';') if input_key else None)
 

@@ -108,7 +108,7 @@ def check_new_folder(path: str | os.PathLike[str], marks: Collection[str], owned
         InvalidValueError: There is something else at `path`, or a file where one of its folders must be.
     """
     path = Path(path).absolute()
-    existing = next(each for each in (path, *path.parents) if each.exists())
+    existing = next(each for each in (path, *path.parents) if os.path.exists(each))
     if not existing.is_dir():
         raise InvalidValueError(f'{path} must be a folder, got the file {existing}. Give another folder.')
     if path == Path.cwd():

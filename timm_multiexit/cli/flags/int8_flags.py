@@ -1,5 +1,6 @@
 """Flags of int8 programs, and the images that they are calibrated and compared on."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def draw_images(
     """
     if args.calib_data is not None:
         is_name = args.calib_data == DIGITS or args.calib_data.startswith(_LIBRARIES)
-        is_folder = Path(args.calib_data).is_dir() or not is_name
+        is_folder = os.path.isdir(args.calib_data) or not is_name
         dataset, root = ('', args.calib_data) if is_folder else (args.calib_data, None)
     mode = choose_image_mode(None, model.in_chans)
     images = create_checked_dataset(dataset or '', root=root, split=args.calib_split, input_img_mode=mode)
