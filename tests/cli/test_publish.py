@@ -234,9 +234,11 @@ def test_folder_and_validation_may_lie_elsewhere(call, hub, run, tmp_path):
 
 
 def test_license_and_base_model_are_on_the_card(call, hub):
-    assert call('--yes', '--license', 'mit', '--base-model', 'org/base', '--dataset-id', 'org/images')[0] == 0
+    flags = ('--license', 'mit', '--base-model', 'org/base', '--dataset-id', 'org/images', '--dataset-note', 'halved')
+    assert call('--yes', *flags)[0] == 0
     head = yaml.safe_load(hub.content(commits(hub)[0].files['README.md']).decode().split('---\n')[1])
     assert (head['license'], head['base_model'], head['datasets']) == ('mit', 'org/base', ['org/images'])
+    assert ', halved; one run' in hub.content(commits(hub)[0].files['README.md']).decode()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from timm_multiexit.checkpoints.save import hash_weights
 from timm_multiexit.evaluation.stamp import describe_preparation
 from timm_multiexit.hub_client.client import push_folder
 from timm_multiexit.hub_client.files import EVAL_RESULTS
+from timm_multiexit.publishing.card import write_eval_results
 from timm_multiexit.publishing.licenses import PublicationInfo
 from timm_multiexit.publishing.publication import write_publication
 from timm_multiexit.publishing.push import push_to_hub
@@ -558,6 +559,17 @@ def test_results_for_leaderboards_are_published_for_a_data_set_of_the_hub(hub, r
     main = next(row for row in metrics['rows'] if row['exit'] == 'main')
     assert (first.dataset_id, first.value) == ('org/data', main['top-1'])
     assert len(others) >= len(metrics['rows']) - 1
+
+
+def test_note_on_the_images_is_on_the_card_and_with_every_result(run, folder):
+    info = PublicationInfo(dataset_id='org/data', dataset_note='halved |\n twice')
+    metrics = write_publication(run, folder, REPO, info=info)
+    assert metrics['dataset']['note'] == 'halved |\n twice'
+    (line,) = [line for line in (folder / 'README.md').read_text().splitlines() if 'Accuracies are in percent' in line]
+    assert '11 images, halved &#124; twice; one run' in line
+    entries = parse_eval_result_entries(yaml.safe_load(write_eval_results(metrics)))
+    assert len(entries) > len(metrics['rows'])
+    assert all(entry.notes.endswith(', halved | twice') for entry in entries)
 
 
 def test_run_from_a_run_started_where_that_did(tmp_path, folder):

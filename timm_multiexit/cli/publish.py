@@ -35,6 +35,7 @@ _FLAGS = (
     value('--license', str, None, 'ID', 'license of the weights, if not that of the weights training started from'),
     value('--base-model', str, None, 'ORG/NAME', 'what training started from, if the run does not say'),
     value('--dataset-id', str, None, 'ORG/NAME', 'data set on the Hub, such as uoft-cs/cifar10'),
+    value('--dataset-note', str, None, 'TEXT', 'how the images differ from those of the data set: size, compression'),
     switch('--onnx', 'add ONNX programs that stop early, and a runner for them that needs no PyTorch'),
 )
 
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
         if args.repo_id:
             repo_id = check_push(args.repo_id, private=args.private) if args.yes else full_name(args.repo_id)
         folder = args.folder or args.run / PUBLICATION_NAME
-        info = PublicationInfo(args.license, args.base_model, args.dataset_id)
+        info = PublicationInfo(args.license, args.base_model, args.dataset_id, args.dataset_note)
         metrics = write_publication(
             args.run, folder, repo_id, info=info, validation=args.validation, add_programs=add_programs
         )

@@ -43,8 +43,8 @@ def format_order(sections: Mapping[str, Any]) -> str:
     falls = ', '.join(f'{100 * float(drop):.0f}: {share:.1f}' for drop, share in sections['monotonicity'].items())
     return (
         f'Failure AUROC (confidence of right over wrong), %: {auroc}\n'
-        f'Right at an exit and wrong at main: {over["lost"]:.2f} %, the reverse: {over["gained"]:.2f} %, right at any:'
-        f' {over["right_somewhere"]:.2f} %\n'
+        f'Right at an exit and wrong at main: {over["lost"]:.2f} %, right at main alone: {over["gained"]:.2f} %,'
+        f' right at any: {over["right_somewhere"]:.2f} %\n'
         f'Images whose true class loses probability on the way, % by at least so many points: {falls}'
     )
 

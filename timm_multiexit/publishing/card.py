@@ -163,12 +163,14 @@ def write_eval_results(metrics: Mapping[str, Any]) -> str | None:
     if hub_id is None:
         return None
     found = sorted(_list_results(metrics), key=lambda result: (result.metric_args or {}).get('exit') != 'main')
+    note = (metrics.get('dataset') or {}).get('note')
+    images = f', {one_line(note)}' if note else ''
     entries = []
     for result in found:
         gmacs = (result.metric_args or {}).get('gmacs')
         cost = f', {gmacs:.4g} GMACs' if is_number(gmacs) else ''
         split = f', {result.dataset_split} split' if result.dataset_split else ''
-        notes = f'{result.metric_name}{cost}{split}'
+        notes = f'{result.metric_name}{cost}{split}{images}'
         entries.append(EvalResultEntry(hub_id[0], 'default', result.metric_value, notes=notes))
     if not entries:
         return None

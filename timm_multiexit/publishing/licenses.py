@@ -159,12 +159,14 @@ def _make(license_id: str, note: str, base: str | None = None) -> License:
 class PublicationInfo(NamedTuple):
     """What the publisher says about a run: license of the weights, repositories of the base weights and the data set.
 
-    None for what `resolve_license` derives and the run has recorded.
+    None for what `resolve_license` derives and the run has recorded. `dataset_note` is how the images differ from
+    those of the data set: they may be smaller, or compressed anew.
     """
 
     license: str | None = None
     base_model: str | None = None
     dataset_id: str | None = None
+    dataset_note: str | None = None
 
 
 NO_INFO = PublicationInfo()

@@ -92,6 +92,7 @@ def write_publication(
             'hub_id': info.dataset_id,
             'split': measured['split'],
             'num_samples': measured['num_samples'],
+            **({'note': info.dataset_note} if info.dataset_note else {}),
         },
         'epoch': {
             'best': None if results['best_epoch'] is None else results['best_epoch'] + 1,

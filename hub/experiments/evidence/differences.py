@@ -57,7 +57,7 @@ def describe_difference(differences: Sequence[float]) -> str:
         reading = 'above 0' if mean > 0 else 'below 0'
     else:
         reading = 'not resolved' if half > RESOLUTION else 'no difference seen'
-    return f'{mean:+.2f} ± {half:.2f}, {reading}'
+    return f'{round(mean, 2) + 0.0:+.2f} ± {half:.2f}, {reading}'  # -0.0 + 0.0 is 0.0
 
 
 def pairs_to_resolve(differences: Sequence[float]) -> int:
@@ -81,13 +81,13 @@ def top1(result: dict[str, Any]) -> dict[str, float]:
 def baselines(method: str, present: Iterable[str]) -> list[str]:
     """Return the methods that a method is compared with, out of those present.
 
-    A variant is compared with what it varies; one that ensembles teach, with the plain network and with its rivals,
-    which have the same heads and, with a distance of outputs, the same one.
+    A method is compared with the plain network, a variant with what it varies; one that ensembles teach with its
+    rivals too, which have the same heads and, with a distance of outputs, the same one.
 
     >>> baselines('eed-mse-features', ['plain', 'ce', 'ce-narrow', 'phuong-kl', 'phuong-mse', 'byot-mse', 'eed-mse'])
     ['plain', 'ce', 'phuong-mse', 'byot-mse', 'eed-mse']
     >>> baselines('ce-bottleneck', ['plain', 'ce', 'ce-bottleneck']), baselines('ce', ['plain', 'ce'])
-    (['ce'], [])
+    (['plain', 'ce'], ['plain'])
     >>> baselines('eed-kl-quarters-frozen', ['plain', 'ce-quarters', 'ce-quarters-frozen', 'eed-kl-quarters'])
     ['plain', 'ce-quarters-frozen', 'eed-kl-quarters']
     >>> baselines('eed-kl-quarters-fixednorms', ['plain', 'plain-fixednorms', 'ce-quarters', 'ce-quarters-fixednorms'])
@@ -97,10 +97,9 @@ def baselines(method: str, present: Iterable[str]) -> list[str]:
     distance = next((part for part in parts if part in _DISTANCES), '')
     heads, regime, ending = (_ending(method, words) for words in (_HEADS, _REGIMES, _HEADS + _REGIMES))
     loss = f'{parts[0]}-{distance}' if distance else parts[0]
-    wanted = {loss, f'{loss}{heads}', f'{loss}{ending}'} - {method}
+    wanted = {loss, f'{loss}{heads}', f'{loss}{ending}', 'plain', f'plain{regime}'} - {method}
     if is_taught_by_ensemble(method):
         rivals = (*_BASELINES, 'eed') if parts[0] == 'beed' else _BASELINES
-        wanted |= {'plain', f'plain{regime}'}
         wanted |= {f'{name}{outputs}{ending}' for name in rivals for outputs in ('', f'-{distance}')}
     return [name for name in present if name in wanted]
 
