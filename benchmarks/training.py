@@ -1,7 +1,6 @@
 """What training costs: every loss against plain timm, and the loop of `train.py` against its bare step."""
 
 import statistics
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -161,9 +160,9 @@ class InterleavedLoader:
             seen, waiting = [], 0.0
             begun = read_clock(self.device)
             for _ in range(self.turn):
-                asked = time.perf_counter()
+                asked = read_clock(self.device)
                 seen.append(next(self.batches))
-                waiting += time.perf_counter() - asked
+                waiting += read_clock(self.device) - asked
                 yield seen[-1]
             looped = read_clock(self.device)
             for batch in seen:

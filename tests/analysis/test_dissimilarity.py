@@ -73,3 +73,9 @@ def test_of_many_classes_some_are_chosen_with_ten_images_each():
 def test_few_images_are_all_taken():
     targets = labels('1001')
     assert sorted(choose_samples(targets, 500)) == [0, 1, 2, 3]
+
+
+def test_means_of_classes_leave_the_matrix_as_it_is():
+    matrix = torch.ones(4, 4, dtype=torch.float64)
+    class_means(matrix, torch.tensor([0, 0, 1, 1]))
+    assert torch.equal(matrix, torch.ones(4, 4, dtype=torch.float64))

@@ -61,3 +61,12 @@ def test_budgets_are_from_always_the_first_exit_to_main_with_all_heads(unit):
             costs.check_budget(budget)
     with pytest.raises(MultiExitError, match='The table has no costs in'):
         costs.check_budget({'MACs': '20ms', 'ms': '20MACs'}[unit])
+
+
+@pytest.mark.parametrize(
+    'exit_idx', [[0, 1], torch.tensor([]), torch.tensor([0, 9]), torch.tensor([-1, 0]), torch.tensor([0.0, 1.0])]
+)
+def test_mean_cost_needs_where_each_image_left(exit_idx):
+    costs = StageCosts((1.0, 2.0, 3.0), (0.1, 0.1))
+    with pytest.raises(MultiExitError, match=r'exit_idx must be one integer in \[0, 2\] per image, got'):
+        costs.mean(ExitPolicy('confidence', (0.5, 0.5)), exit_idx)

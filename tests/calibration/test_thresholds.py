@@ -16,6 +16,7 @@ from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.calibration.temperature import fit_temperatures
 from timm_multiexit.calibration.thresholds import calibrate, search_budgets, solve_budgeted_batch
 from timm_multiexit.exits.cost import Cost, combine_costs
+from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.errors import MultiExitError
 
@@ -392,3 +393,19 @@ def test_accuracy_of_logits_whose_probabilities_round_to_ties():
     costs = StageCosts(paths=(40, 100), heads=(2,))
     table = search_budgets(logits, targets, costs, criterion='confidence', temperatures=())
     assert {point.accuracy for point in table.points} == {100.0}
+
+
+@pytest.mark.parametrize('solver', [search_budgets, solve_budgeted_batch])
+def test_points_are_those_of_the_simulation_under_autocast_and_another_default_device(solver):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 5, (1500,), generator=generator)
+    logits = [torch.randn(1500, 5, generator=generator) + k * F.one_hot(targets, 5) for k in (1, 2, 3)]
+    costs = StageCosts((1.0, 2.0, 3.0), (0.1, 0.1))
+    expected = solver(logits, targets, costs)
+    with torch.device('meta'), torch.autocast('cpu', torch.bfloat16):
+        table = solver(logits, targets, costs)
+    assert table == expected
+    for point in getattr(table, 'points', table):
+        found = apply_policy(point.policy, logits)
+        right = (found.logits.argmax(-1) == targets).double().mean()
+        assert point.accuracy == pytest.approx(100 * float(right), abs=1e-6)

@@ -220,3 +220,17 @@ def test_missing_extra_is_named(tiny, tmp_path, monkeypatch, name):
     with pytest.raises(tme.StateError, match=re.escape('pip install "timm-multiexit[onnx]"')):
         tme.export(tiny, tmp_path / 'net')
     assert list(tmp_path.iterdir()) == []
+
+
+def test_programs_do_not_depend_on_what_the_caller_has_set(make_model, tmp_path):
+    model = make_model().eval()
+    images = torch.randn(2, 3, 64, 64)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device('meta'), torch.autocast('cpu', torch.bfloat16):
+            tme.export(model, tmp_path / 'net', forms=['fixed'])
+    finally:
+        torch.set_default_dtype(before)
+    found = Runner(tmp_path / 'net')(images.numpy(), 0)
+    torch.testing.assert_close(torch.from_numpy(found), model(images, exit_idx=0).detach(), rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from torch import nn
 
 from timm_multiexit.exits.taps import ForwardStopped, Taps, resolve_tap
 from timm_multiexit.models.attach import attach_exits
+from timm_multiexit.utils.errors import StateError
 
 NAMES = ('0', '1')
 
@@ -102,10 +103,10 @@ def test_samples_that_a_visitor_names_go_on_in_its_order(at):
     assert chain(torch.tensor([1.0, 10.0])).tolist() == [30.0, 300.0]
 
 
-def test_samples_leave_every_tensor_of_an_output_that_has_one_row_per_sample():
+def test_samples_leave_every_tensor_of_an_output():
     class Branches(nn.Module):
         def forward(self, x):
-            return [x, {'twice': 2 * x}, torch.tensor([7.0, 8.0]), 'name', torch.tensor(9.0)]
+            return [x, {'twice': 2 * x}, 'name', torch.tensor(9.0)]
 
     module = nn.Sequential(Branches(), nn.Identity())
     taps = Taps(['0'], ['1'])
@@ -116,7 +117,19 @@ def test_samples_leave_every_tensor_of_an_output_that_has_one_row_per_sample():
     # The first of several outputs is main's.
     assert taps.visit(module, torch.tensor([1.0, 2.0, 3.0]), keep_second).tolist() == [2.0]
     assert (output[0].tolist(), output[1]['twice'].tolist()) == ([2.0], [4.0])
-    assert (output[2].tolist(), output[3], output[4].item()) == ([7.0, 8.0], 'name', 9.0)
+    assert (output[2], output[3].item()) == ('name', 9.0)
+
+
+def test_samples_do_not_leave_an_output_with_constants():
+    class Constants(nn.Module):
+        def forward(self, x):
+            return x, torch.tensor([7.0, 8.0])
+
+    module = nn.Sequential(Constants(), nn.Identity())
+    taps = Taps(['0'], ['1'])
+    taps.install(module)
+    with pytest.raises(ValueError, match=r'Samples cannot be selected of \[2\], got 3 samples'):
+        taps.visit(module, torch.tensor([1.0, 2.0, 3.0]), lambda idx, x: torch.tensor([1]) if idx == 0 else None)
 
 
 def test_threads_that_hook_a_replaced_module_at_once_hook_it_once():
@@ -579,3 +592,31 @@ def test_taps_fire_under_gradient_checkpointing_and_gradients_are_the_same(make_
     actual, repeated = gradients(model, run(x))
     assert repeated > 0
     torch.testing.assert_close(actual, expected)
+
+
+class DropsInPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(3), nn.Dropout2d(0.5, inplace=True)
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.conv(self.drop(self.norm(x))).mean((2, 3)))
+
+
+def test_tensor_that_the_next_layer_changes_in_training_alone_is_refused_there():
+    model = attach_exits(DropsInPlace(), ['norm'], head='linear', input_size=(3, 8, 8))
+    images = torch.randn(2, 3, 8, 8)
+    model.eval()(images, exits=True)
+    with pytest.raises(StateError, match=r"^The layer after the tap 'norm' changes its output in place, tap that one"):
+        model.train()(images, exits=True)
+
+
+def test_layer_that_is_gone_is_named(make_model):
+    model = make_model().eval()
+    images = torch.randn(2, 3, 64, 64)
+    name = model.exits.specs[0].module
+    parent, _, child = name.rpartition('.')
+    setattr(model.backbone.get_submodule(parent), child, None)
+    with pytest.raises(StateError, match=r'^ResNet has changed since its exits were attached: .* Attach them anew\.$'):
+        model(images, exits=True)

@@ -113,3 +113,13 @@ def test_int8_programs_are_timed_and_their_accuracy_is_that_of_the_manifest(run_
     found = json.loads((tmp_path / 'exported/manifest.json').read_text())['int8']['top1']
     line = next(line.split() for line in out.splitlines() if line.startswith('main ') and line.endswith(' 8'))
     assert [float(cell) for cell in line[1:3]] == [found['fp32'][-1], found['int8'][-1]]
+
+
+@pytest.mark.parametrize('place', [0, 1])
+def test_logits_that_are_not_numbers_are_no_match(place):
+    expected = [torch.ones(1, 2), torch.ones(1, 2)]
+    found = [single.numpy().copy() for single in expected]
+    assert exporting.compare(found, expected) == 0
+    found[place][0, 0] = np.nan
+    assert not exporting.compare(found, expected) <= exporting.LIMIT
+    assert not exporting.largest([0.0, np.nan, 0.0]) <= exporting.LIMIT

@@ -9,6 +9,7 @@ import torch
 from helpers.routing import assert_equals_simulation, draw_policy
 from torch import nn
 
+import timm_multiexit as tme
 from timm_multiexit.exits.taps import Taps
 from timm_multiexit.inference.routing import Route, find_leaving
 from timm_multiexit.policies.policy import ExitPolicy
@@ -205,3 +206,40 @@ def test_search_for_leaving_taps_draws_no_random_numbers():
     state = torch.get_rng_state()
     find_leaving(exits.chain, exits.taps, (6, 1, 1))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class WithConstants(nn.Module):
+    """Gives a map and as many constants as the map has channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.gains = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return self.conv(x), self.gains
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block, self.conv, self.fc = WithConstants(), nn.Conv2d(8, 16, 3, 2, 1), nn.Linear(16, 4)
+
+    def forward(self, x):
+        maps, gains = self.block(x)
+        return self.fc(self.conv(maps * gains.view(1, -1, 1, 1)).mean((2, 3)))
+
+
+@pytest.mark.parametrize('batch', [7, 8, 9])
+@pytest.mark.parametrize('leaving', [1, 5, 7])
+def test_constants_beside_the_tapped_map_are_not_taken_for_samples(batch, leaving):
+    model = tme.attach_exits(Gated(), ['block'], head='linear', input_size=(3, 32, 32)).eval()
+    images = torch.randn(batch, 3, 32, 32)
+    scores = model(images, exit_idx=0).detach().softmax(-1).amax(-1).sort().values
+    policy = ExitPolicy('confidence', (float(scores[-leaving:].min()),))
+    with torch.no_grad():
+        expected = tme.apply_policy(policy, model(images, exits=True).logits)
+        result = model.infer(images, policy=policy)
+    assert (result.exit_idx == 0).sum() == leaving
+    assert torch.equal(result.exit_idx, expected.exit_idx)
+    torch.testing.assert_close(result.logits, expected.logits)

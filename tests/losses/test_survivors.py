@@ -118,3 +118,14 @@ def test_survivors_need_classes_that_exclude_each_other():
     with pytest.raises(MultiExitError, match='survivors must be a bool, got 1'):
         create_loss('ce', survivors=1)
     assert repr(create_loss('ce', survivors=True)).endswith('survivors=True)')
+
+
+def test_classes_that_are_masked_out_change_nothing():
+    logits = [single.detach().index_fill(1, torch.tensor([2]), -torch.inf) for single in random_logits()]
+    leaves = [single.requires_grad_() for single in logits]
+    target = torch.tensor([0, 1, 3, 0, 1, 3])
+    losses = [create_loss('ce', survivors=on)(Outputs(leaves), target) for on in (False, True)]
+    assert losses[0].isfinite()
+    torch.testing.assert_close(losses[1], losses[0])
+    losses[1].backward()
+    assert all(single.grad.isfinite().all() for single in leaves)

@@ -435,3 +435,11 @@ def test_weights_of_a_checkpoint_are_checked(weights):
     loss.set_skill([0.5, 0.5])
     with pytest.raises(MultiExitError, match='skill has 2 weights, but 4 classifiers teach'):
         loss(*random_outputs())
+
+
+def test_targets_that_cross_entropy_ignores_teach_nothing_about_skill():
+    logits, target = torch.randn(3, 5, 4), torch.tensor([1, -100, 0, 3, -100])
+    weights = torch.tensor([0.2, 0.3, 0.5])
+    expected = skill_gradient(weights, logits[:, target >= 0], target[target >= 0])
+    torch.testing.assert_close(skill_gradient(weights, logits, target), expected)
+    assert torch.equal(skill_gradient(weights, logits, torch.full((5,), -100)), torch.zeros(3))

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from greenlet import greenlet
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import timm_multiexit as tme
 from timm_multiexit.calibration.stage_costs import StageCosts
 from timm_multiexit.policies.leaving import apply_policy
 from timm_multiexit.policies.policy import ExitPolicy
@@ -536,3 +538,26 @@ def test_loops_left_waiting_end_with_their_threads(model, x):
     del steps
     assert count() == before
     assert [idx for idx, _ in model.anytime(x)] == list(range(len(model.exits) + 1))
+
+
+@pytest.mark.parametrize('by_timm', [True, False])
+def test_main_of_other_classes_than_the_exits_is_refused(make_model, tmp_path, by_timm):
+    model, images = make_model().eval(), torch.randn(2, 3, 64, 64)
+    if by_timm:
+        model.backbone.reset_classifier(5)
+    else:
+        model.backbone.fc = nn.Linear(model.backbone.fc.in_features, 5)
+    calls = {
+        'infer': lambda: model.infer(images, threshold=0.5),
+        'anytime': lambda: next(iter(model.anytime(images))),
+        'predict': lambda: model.predict(images, deadline_ms=1000),
+        'evaluate': lambda: tme.evaluate(model, [(images, torch.tensor([0, 1]))]),
+        'export': lambda: tme.export(model, tmp_path / 'net'),
+    }
+    message = r'^Exits and main must have the same classes, got \[10, 10, 10, 5\], main last\. Call model\.reset_class'
+    for call in calls.values():
+        with pytest.raises(StateError, match=message):
+            call()
+    assert not list(tmp_path.iterdir())
+    model.reset_classifier(5)
+    assert model.infer(images, threshold=0.5).logits.shape == (2, 5)

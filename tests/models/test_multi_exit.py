@@ -483,3 +483,12 @@ def test_images_that_a_backbone_does_not_take_have_no_cost(make_model):
         InvalidValueError, match=r'^input_size must be one that VisionTransformer takes, got \(3, 96, 96\): '
     ):
         model.cost((3, 96, 96))
+
+
+@pytest.mark.parametrize('pool', ['bogus', 5])
+def test_unknown_pooling_leaves_the_classes(make_model, pool):
+    model = make_model()
+    with pytest.raises(InvalidValueError, match='^global_pool must be one that ResNet takes, got'):
+        model.reset_classifier(7, pool)
+    assert model.num_classes == 10
+    assert [logits.shape for logits in model(torch.randn(2, 3, 64, 64), exits=True).logits] == [(2, 10)] * 4

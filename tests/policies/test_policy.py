@@ -450,3 +450,10 @@ def test_prediction_is_a_tree_of_two_tensors():
     leaves, spec = tree_flatten(prediction)
     assert len(leaves) == 2
     assert isinstance(tree_unflatten(leaves, spec), Prediction)
+
+
+def test_logits_may_come_one_by_one():
+    logits = [torch.randn(4, 3) for _ in range(3)]
+    policy = ExitPolicy('confidence', (0.5, 0.6))
+    one, other = apply_policy(policy, iter(logits)), apply_policy(policy, logits)
+    assert torch.equal(one.logits, other.logits)

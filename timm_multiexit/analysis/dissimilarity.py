@@ -78,7 +78,7 @@ def class_means(matrix: Tensor, targets: Tensor) -> Tensor:
     members = torch.nn.functional.one_hot(places).double()  # [N, C]
     counts = members.sum(0)
     pairs = counts[:, None] * counts[None] - counts.diag()
-    return (members.T @ matrix.double().fill_diagonal_(0) @ members) / pairs
+    return (members.T @ matrix.double().clone().fill_diagonal_(0) @ members) / pairs
 
 
 def describe_dissimilarity(

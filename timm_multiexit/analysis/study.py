@@ -153,7 +153,7 @@ class Study:
         if not matrices:
             return
         labels = read_json(run.files.best / CONFIG_NAME).get('label_names')
-        name = run.name.replace('/', '-')
+        name = run.name.replace('/', '+')  # a-b/c and a/b-c stay two
         title = f'{run.name}: {run.args["model"]}, {run.method}'
         of_split = f'{title}, {numbers["num_samples"]} images of {self.data.split}'
         self._save(f'fig1_architecture_{name}', lambda: draw_architecture(numbers['architecture'], title))

@@ -108,10 +108,17 @@ class StageCosts:
 
         Raises:
             InvalidTypeError: It is not an `ExitPolicy`.
-            InvalidValueError: The policy is for another number of exits.
+            InvalidValueError: The policy is for another number of exits, or there are no images, or indices out of
+                range.
         """
         check_instance('policy', policy, ExitPolicy)
         policy.check_exits(len(self.heads))
+        is_index = isinstance(exit_idx, Tensor) and exit_idx.ndim == 1 and not exit_idx.dtype.is_floating_point
+        if not is_index or not len(exit_idx) or not 0 <= int(exit_idx.min()) <= int(exit_idx.max()) < len(self.paths):
+            raise InvalidValueError(
+                f'exit_idx must be one integer in [0, {len(self.heads)}] per image, got {brief(exit_idx)}. Pass'
+                ' prediction.exit_idx.'
+            )
         return self.average(policy.used, torch.bincount(exit_idx.cpu(), minlength=len(self.paths)).tolist())
 
     def averages(self, is_used: Tensor, counts: Tensor) -> Tensor:

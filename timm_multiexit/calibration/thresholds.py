@@ -17,6 +17,7 @@ from timm_multiexit.policies.budgets import BudgetTable, PolicyResult, parse_bud
 from timm_multiexit.policies.leaving import checked_data
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.checks import check_number
+from timm_multiexit.utils.environment import on_cpu
 from timm_multiexit.utils.errors import InvalidValueError, brief
 
 _DELTA = 0.1
@@ -66,7 +67,7 @@ def calibrate(
     check_wishes(budget, max_drop, delta, criterion, combine)
     logits, targets = checked_data(logits, targets)
     costs = checked_costs(costs, len(logits) - 1)
-    with torch.device('cpu'):  # whatever the default device is
+    with on_cpu():
         if budget is None:
             delta = _DELTA if delta is None else delta
             return _calibrate_drop(logits, targets, costs, max_drop, delta, criterion=criterion, combine=combine)
@@ -124,6 +125,7 @@ def _calibrate_drop(
     return policy
 
 
+@on_cpu()
 def solve_budgeted_batch(
     logits: Sequence[Tensor],
     targets: Tensor,
@@ -162,6 +164,7 @@ def solve_budgeted_batch(
     return tuple(results)
 
 
+@on_cpu()
 def search_budgets(
     logits: Sequence[Tensor],
     targets: Tensor,

@@ -16,6 +16,7 @@ from timm_multiexit.deploy.programs import (
     copy_for_export,
     trace_program,
 )
+from timm_multiexit.models.dynamic import check_same_classes
 from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.policies.policy import ExitPolicy
 from timm_multiexit.utils.checks import check_choice, check_image_size, check_instance, check_path, is_list
@@ -86,6 +87,7 @@ def export(
     names = manifest.find_class_names(model, class_names)
     if 'onnx' in formats:
         check_extra()
+    check_same_classes(model)
     copy = copy_for_export(model)
     check_exported_size(copy, size)
     values = manifest.describe_exported(model, size, class_names=names, policy=policy)

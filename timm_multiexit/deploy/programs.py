@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from timm_multiexit.models.multi_exit import MultiExitModel
+from timm_multiexit.utils.environment import on_cpu
 from timm_multiexit.utils.errors import InvalidValueError, StateError, one_line
 
 if TYPE_CHECKING:
@@ -62,11 +63,12 @@ def copy_for_export(model: MultiExitModel) -> MultiExitModel:
     return copy.requires_grad_(False)
 
 
+@on_cpu()
 @torch.no_grad()
 def check_exported_size(model: MultiExitModel, input_size: tuple[int, int, int]) -> None:
     """Raise `InvalidValueError` unless a model takes images of (channels, height, width)."""
     try:
-        model(torch.zeros(1, *input_size), exits=True)
+        model(torch.zeros(1, *input_size, dtype=torch.float32), exits=True)
     except Exception as error:
         raise InvalidValueError(
             f'input_size must be one that the model takes, got {list(input_size)}: {one_line(error)}.'
@@ -84,11 +86,14 @@ def trace_program(model: MultiExitModel, input_size: tuple[int, int, int]) -> Ex
         InvalidValueError: The model does not take images of this size, or `torch.export` cannot trace it.
     """
     check_exported_size(model, input_size)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), on_cpu(), _quiet():
         try:
             shapes = ({0: Dim('batch', min=1, max=MAX_BATCH)},)
             program = torch.export.export(
-                _AllLogits(model), (torch.zeros(2, *input_size),), dynamic_shapes=shapes, strict=False
+                _AllLogits(model),
+                (torch.zeros(2, *input_size, dtype=torch.float32),),
+                dynamic_shapes=shapes,
+                strict=False,
             )
         except Exception as error:
             raise InvalidValueError(
@@ -106,6 +111,7 @@ def trace_onnx(model: MultiExitModel, input_size: tuple[int, int, int]) -> 'Mode
     return convert_program(trace_program(model, input_size), type(model.backbone).__name__)
 
 
+@on_cpu()
 def convert_program(program: ExportedProgram, name: str) -> 'ModelProto':
     """Return a program of all classifiers as a graph of ONNX; `name` is the backbone's, for messages."""
     num_bytes = sum(value.numel() * value.element_size() for value in program.state_dict.values())

@@ -8,6 +8,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from timm_multiexit.deploy.programs import MAX_BATCH
+from timm_multiexit.utils.environment import on_cpu
 from timm_multiexit.utils.errors import InvalidValueError, one_line
 
 
@@ -121,6 +122,7 @@ def _is_batch(node: fx.Node) -> bool:
     return node.op == 'call_function' and node.target is torch.ops.aten.sym_size.int
 
 
+@on_cpu()
 def _trace(module: fx.GraphModule, inputs: Sequence[fx.Node]) -> ExportedProgram:
     """Return a module as a program; the batch of its inputs is of any size."""
     examples, shapes = [], []

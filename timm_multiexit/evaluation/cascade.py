@@ -18,7 +18,7 @@ from timm_multiexit.evaluation.speed import make_plain
 from timm_multiexit.models.multi_exit import MultiExitModel
 from timm_multiexit.models.outputs import ExitOutputs
 from timm_multiexit.policies.budgets import BudgetTable
-from timm_multiexit.policies.leaving import PolicyRun
+from timm_multiexit.policies.leaving import PolicyRun, check_answer
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
 from timm_multiexit.utils.errors import InvalidValueError
 from timm_multiexit.utils.text import format_table
@@ -69,13 +69,16 @@ class Cascade(nn.Module):
         exit_idx = torch.ones(len(images), dtype=torch.int64, device=images.device)
         run = PolicyRun(policy)
         if not policy.used:
-            return Prediction(run.answer(1, self.large(images)), exit_idx)
+            answers = run.answer(1, self.large(images))
+            check_answer(1, 1, answers)
+            return Prediction(answers, exit_idx)
         answers = run.answer(0, self.small(images))
         leaves = policy.leaves(0, run.score(answers))
         rows = (~leaves).nonzero().squeeze(1)
         if len(rows):
             run.select(rows)
             answers = answers.index_copy(0, rows, run.answer(1, self.large(images[rows])))
+        check_answer(1, 1, answers)
         return Prediction(answers, exit_idx - leaves.long())
 
 

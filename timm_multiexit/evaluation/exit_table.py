@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from timm_multiexit.data.batches import LabelCheck, read_batches
 from timm_multiexit.evaluation.metrics import ExitEvaluator
+from timm_multiexit.models.dynamic import check_same_classes
 from timm_multiexit.models.multi_exit import MultiExitModel, check_model
 from timm_multiexit.models.sharding import run_in_step
 from timm_multiexit.utils.checks import check_image_size
@@ -172,9 +173,11 @@ def evaluate(
     Raises:
         InvalidTypeError: It is not a `MultiExitModel`, or not a loader.
         InvalidValueError: The input size or the threshold is out of range, or a classifier gives NaN.
+        StateError: Main has other classes than the exits.
         DataError: The loader is empty, or gives something else; see `timm_multiexit.data.batches`.
     """
     check_model(model)
+    check_same_classes(model)
     if input_size is not None:
         input_size = check_image_size('input_size', input_size, model.in_chans)
     result = evaluate_loader(model, loader, multi_label=multi_label, threshold=threshold)

@@ -271,9 +271,16 @@ def _build_spec(
     most_macs = min(HEAD_MACS_FRAC * survey.total.macs, SPARED_FRAC * (survey.total.macs - point.cost.macs))
     for widths in candidates:
         spec = replace(spec, widths=widths)
-        if len(candidates) == 1 or _head_macs(spec, point, num_classes) <= most_macs:
+        if _head_macs(spec, point, num_classes) <= most_macs:
             return spec
     macs, total = _head_macs(spec, point, num_classes), survey.total.macs
+    if len(candidates) == 1:  # a head of the paper has the width that it has
+        if point.cost.macs + macs >= total:
+            _logger.warning(
+                f"The exit at {point.module} costs {100 * (point.cost.macs + macs) / total:.3g} % of main's MACs with a"
+                f" '{head}' head, so leaving there saves nothing: take head='conv' (--exit-head conv) or other places."
+            )
+        return spec
     _logger.warning(
         f"The narrowest head at {point.module} costs {100 * macs / total:.3g} % of main's MACs, more than the"
         f' {100 * most_macs / total:.3g} % that are advised: choose other places or fewer exits by exits (--exits).'

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from timm_multiexit.exits.layouts import main_logits
 from timm_multiexit.exits.stepping import Stepper
+from timm_multiexit.utils.errors import StateError, one_line
 
 # (exit, tensor at its tap) -> logits [N, C]
 RunHead = Callable[[int, Tensor], Tensor]
@@ -80,7 +81,13 @@ class Taps:
 
     def install(self, backbone: nn.Module) -> None:
         """Put hooks where they are missing: at first, and where a module was replaced since (sync-BN, freezing)."""
-        modules = [backbone.get_submodule(name) for name in (*self.names, *self.classifiers)]
+        try:
+            modules = [backbone.get_submodule(name) for name in (*self.names, *self.classifiers)]
+        except AttributeError as error:
+            raise StateError(
+                f'{type(backbone).__name__} has changed since its exits were attached: {one_line(error)}. Attach them'
+                ' anew.'
+            ) from error
         for idx, module in enumerate(modules):
             if self._is_hooked(module, idx):
                 continue
@@ -138,17 +145,21 @@ class Taps:
 
         Raises:
             RuntimeError: A tap did not fire, or none of the classifiers.
+            StateError: The next layer changes in place what a tap gives, as dropout may do in training alone.
         """
         num_taps = len(self.names)
         tensors: list[Tensor | None] = [None] * (num_taps + len(self.classifiers))
+        versions: list[int | None] = [None] * len(tensors)
 
         def keep(idx: int, tensor: Tensor) -> None:
-            tensors[idx] = tensor
+            tensors[idx], versions[idx] = tensor, _version(tensor)
 
         output = self._run(backbone, x, keep)
-        for name, tensor in zip(self.names, tensors):
+        for name, tensor, version in zip(self.names, tensors, versions):
             if tensor is None:
                 raise RuntimeError(_silent_message(name))
+            if version is not None and version != _version(tensor):
+                raise StateError(f"The layer after the tap '{name}' changes its output in place, tap that one.")
         entering = [tensor for tensor in tensors[num_taps:] if tensor is not None]
         if not entering and all(isinstance(backbone.get_submodule(name), nn.Identity) for name in self.classifiers):
             entering = [output]  # without classes some backbones skip their classifiers and return the features
@@ -230,11 +241,20 @@ class Taps:
 
 
 def _select_samples(output: Any, rows: Tensor, num_samples: int) -> Any:
-    """Return a module's output with some of its samples: of every tensor in it that has one row per sample."""
+    """Return a module's output with some of its samples.
+
+    Raises:
+        ValueError: It holds a tensor that has no row per sample. In a batch of as many samples as it has rows it could
+            not be told apart, so samples must not leave there (`find_leaving`).
+    """
 
     def select(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        if len(value) != num_samples:
+            raise ValueError(f'Samples cannot be selected of {list(value.shape)}, got {num_samples} samples.')
         # Indexing keeps channels_last and is several times faster than index_select (torch 2.15, CPU).
-        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == num_samples else value
+        return value[rows]
 
     return tree_map(select, output)
 
@@ -252,6 +272,12 @@ def _kept_module_stack() -> Iterator[None]:
     finally:
         for key in [key for key in stack if key not in callers]:
             del stack[key]
+
+
+def _version(tensor: Any) -> int | None:
+    """Return how often a tensor was changed in place, None where that is not known."""
+    is_traced = torch.compiler.is_compiling() or get_proxy_mode() is not None
+    return None if is_traced or not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
 
 
 def _silent_message(name: str) -> str:

@@ -59,5 +59,6 @@ def weigh_survivors(tensors: Sequence[Tensor], logits: Sequence[Tensor]) -> list
     weighed = []
     for tensor, weight in zip(exits, weights):
         fixed = tensor.detach()
-        weighed.append(fixed + weight.unsqueeze(-1) * (tensor - fixed))
+        moved = fixed + weight.unsqueeze(-1) * (tensor - fixed)
+        weighed.append(torch.where(fixed.isfinite(), moved, fixed))  # classes that are masked out are minus infinity
     return [*weighed, main]

@@ -185,9 +185,13 @@ def skill_gradient(weights: Tensor, logits: Tensor, target: Tensor, *, multi_lab
     """
     mean = (weights.view(-1, 1, 1) * logits).sum(0)  # [B, C]; not a product of matrices, which may be in TF32
     if target.ndim == 1:
-        target = F.one_hot(target.long(), mean.shape[-1])
+        is_labeled = target >= 0  # the others cross-entropy leaves out: its ignore_index is below 0
+        target = F.one_hot(target.long().clamp(min=0), mean.shape[-1])
+    else:
+        is_labeled = torch.ones_like(target[:, 0], dtype=torch.bool)
     errors = (mean.sigmoid() if multi_label else mean.softmax(-1)) - target.to(mean.dtype)
-    gradient = (logits * errors).sum(-1).mean(-1) / (mean.shape[-1] if multi_label else 1)  # [M]
+    gradient = ((logits * errors).sum(-1) * is_labeled).sum(-1) / is_labeled.sum().clamp(min=1)  # [M]
+    gradient = gradient / (mean.shape[-1] if multi_label else 1)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(gradient)
         gradient = gradient / torch.distributed.get_world_size()

@@ -22,6 +22,7 @@ from timm_multiexit.policies.budgets import parse_budget
 from timm_multiexit.policies.leaving import check_answer
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
 from timm_multiexit.utils.checks import check_images, check_int, check_ints, is_list
+from timm_multiexit.utils.environment import on_cpu
 from timm_multiexit.utils.errors import InvalidTypeError, InvalidValueError, StateError, brief, is_number
 
 if TYPE_CHECKING:
@@ -78,7 +79,20 @@ def _check_input(model: MultiExitModel, x: Tensor) -> None:
     check_whole(model, 'Dynamic inference')
     if model.num_classes < 2:
         raise StateError(f'The model must have 2 or more classes, got {model.num_classes}.')
+    check_same_classes(model)
     check_images(x, model.in_chans, model.backbone)
+
+
+def check_same_classes(model: MultiExitModel) -> None:
+    """Raise `StateError` where main's classifier was replaced by one of other classes than the exits have."""
+    mains = [model.backbone.get_submodule(name) for name in model._taps.classifiers]
+    widths = [head.fc.out_features for head in model.exits if isinstance(head.fc, torch.nn.Linear)]
+    widths += [main.out_features for main in mains if isinstance(main, torch.nn.Linear)]
+    if len(set(widths)) > 1:
+        raise StateError(
+            f'Exits and main must have the same classes, got {widths}, main last. Call'
+            f' model.reset_classifier({widths[-1]}), not that of its backbone.'
+        )
 
 
 def _check_bucket_sizes(sizes: Sequence[int] | int | None) -> tuple[int, ...]:
@@ -164,7 +178,7 @@ def calibrate_model(
     logits, targets, images = collected.logits, collected.targets, collected.first_batch
     costs = StageCosts.from_exit_costs(model.cost(collected.input_size))
     times = measure_model_times(model, images) if measures_time else None
-    with torch.device('cpu'):  # whatever the default device is
+    with on_cpu():
         budgets = search_budgets(
             logits,
             targets,

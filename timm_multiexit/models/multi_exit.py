@@ -29,7 +29,7 @@ from timm_multiexit.models.timm_surface import TimmSurface
 from timm_multiexit.policies.budgets import BudgetTable
 from timm_multiexit.policies.policy import ExitPolicy, Prediction
 from timm_multiexit.utils.checks import check_image_size, check_images, check_instance, check_int, check_ints
-from timm_multiexit.utils.errors import LIBRARY_ERRORS, InvalidValueError, one_line
+from timm_multiexit.utils.errors import LIBRARY_ERRORS, InvalidValueError, brief, one_line
 
 
 class MultiExitModel(TimmSurface):
@@ -464,10 +464,24 @@ class MultiExitModel(TimmSurface):
         self.exits.specs = tuple(specs)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give main and every exit a fresh classifier with `num_classes` outputs, 0 for none."""
+        """Give main and every exit a fresh classifier with `num_classes` outputs, 0 for none.
+
+        Raises:
+            InvalidValueError: The backbone has no such `global_pool`; the model stays as it was.
+        """
         check_whole(self, 'reset_classifier')
         num_classes = check_int('num_classes', num_classes, 0)
-        self._timm.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
+        before = vars(self._timm).get('num_classes')
+        try:
+            self._timm.reset_classifier(num_classes, *(() if global_pool is None else (global_pool,)))
+        except (*LIBRARY_ERRORS, AttributeError) as error:
+            if global_pool is None:
+                raise
+            self._timm.num_classes = before  # timm sets it first
+            raise InvalidValueError(
+                f'global_pool must be one that {type(self.backbone).__name__} takes, got {brief(global_pool)}:'
+                f' {one_line(error)}.'
+            ) from error
         if self.module_info is not None:
             self.module_info = replace(self.module_info, num_classes=num_classes)
         for head in self.exits:

@@ -1,8 +1,10 @@
-"""What a measurement is stamped with: library versions, commit, hardware."""
+"""What results depend on besides their inputs: a stamp of libraries, commit and hardware, and what a caller has set."""
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +14,13 @@ import torch
 from timm_multiexit.version import __version__
 
 _LIBRARIES = ('timm', 'torch', 'torchvision', 'accelerate', 'safetensors', 'huggingface_hub')
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Make new tensors on the CPU, and compute there without autocast, which would round what is counted and traced."""
+    with torch.device('cpu'), torch.autocast('cpu', enabled=False):
+        yield
 
 
 def describe_environment() -> dict[str, str]:
