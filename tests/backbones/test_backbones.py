@@ -319,6 +319,7 @@ def test_classifier_can_be_replaced_and_left_out(name):
     assert model.head_hidden_size == 2 * model.num_features == model(x).shape[1]
 
 
+@pytest.mark.slow
 def test_classifier_can_be_left_out_from_the_start(make_empty):
     for name in NETWORKS:
         model = make_empty(name, num_classes=0)

@@ -132,8 +132,9 @@ def test_population_is_simulated_by_the_rule_of_inference(population):
     assert cost == pytest.approx(COSTS.mean(policy, prediction.exit_idx), rel=1e-5)
 
 
-@pytest.mark.parametrize('times', [100, pytest.param(400, marks=pytest.mark.slow)])
-def test_drop_is_kept_in_as_many_draws_as_promised(population, times):
+@pytest.mark.slow
+def test_drop_is_kept_in_as_many_draws_as_promised(population):
+    times = 400
     results = resample(population, times, max_drop=MAX_DROP, delta=DELTA)
     violations = (results[:, 0] > MAX_DROP).double().mean()
     # Two standard deviations of the count, for a rule that would use up all of delta.
@@ -148,6 +149,7 @@ def naive(logits, targets):
     return next(point.policy for point in table.points if point.accuracy >= main - 100 * MAX_DROP)
 
 
+@pytest.mark.slow
 def test_the_cheapest_that_looks_safe_breaks_the_promise(population):
     logits, targets = population
     generator, drops = torch.Generator().manual_seed(5), []

@@ -106,6 +106,7 @@ def make_uneven(seed):
     return [scale * single for scale, single in zip(scales, logits)], targets
 
 
+@pytest.mark.slow
 def test_search_with_temperatures_is_never_below_the_field_without():
     bare = 0
     for seed in range(24):
@@ -129,6 +130,7 @@ def test_times_too_are_searched_from_the_field_without_temperatures():
             assert table.select(f'{point.ms + 1e-9:.12f}ms').accuracy >= point.accuracy
 
 
+@pytest.mark.slow
 def test_calibrated_policy_is_never_below_the_field_at_its_cost():
     for seed in range(2):
         logits, targets = make_uneven(seed)

@@ -100,7 +100,8 @@ def _killing_step(kill_at):
     return step
 
 
-@pytest.mark.parametrize('workers', [pytest.param('0', marks=pytest.mark.slow), '2'])
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', ['0', '2'])
 def test_killed_and_resumed_run_equals_the_whole_one(workers, train_here):
     whole = train_here('whole', '-j', '0', '--sched-on-updates')
     flags = ('-j', workers, '--sched-on-updates', '--recovery-interval', '2', '--resume', 'auto')
@@ -134,6 +135,7 @@ def test_other_schedules_loaders_and_regimes_resume_exactly(flags, train_here):
     assert_same_run(whole, parts)
 
 
+@pytest.mark.slow
 def test_run_that_goes_on_with_anothers_checkpoint_and_is_killed_in_its_first_epoch_is_resumed(train_here):
     first = train_here('first', '-j', '0')
     flags = ('-j', '0', '--epochs', '4', '--resume')

@@ -271,7 +271,7 @@ def test_resuming_into_the_folder_of_another_run_is_refused(train_on_images):
     assert {path: path.stat().st_mtime_ns for path in other.rglob('*')} == before
 
 
-@pytest.mark.parametrize('damage', ['gone', 'cut'])
+@pytest.mark.parametrize('damage', ['gone', pytest.param('cut', marks=pytest.mark.slow)])
 def test_run_whose_last_checkpoint_is_lost_goes_on_from_the_one_before(damage, train_on_images):
     run, _ = train_on_images('run', '--eed', '--epochs', '3', '--stop-epoch', '2')
     last = run / 'last.pth.tar'
@@ -293,6 +293,7 @@ def test_schedule_begins_anew_where_the_epoch_does(train_on_images):
     ]
 
 
+@pytest.mark.slow
 def test_plateau_keeps_its_rate_without_the_optimizer(train_on_images):
     flags = ('--eed', '--sched', 'plateau', '--warmup-epochs', '1', '--epochs', '4')
     run, _ = train_on_images('run', *flags, '--stop-epoch', '2')
@@ -300,6 +301,7 @@ def test_plateau_keeps_its_rate_without_the_optimizer(train_on_images):
     assert [float(row['lr']) for row in read_csv(run / 'summary.csv')] == pytest.approx([1e-5] + [0.002] * 3)
 
 
+@pytest.mark.slow
 def test_table_of_timms_own_script_is_gone_on_with(train_on_images):
     run, _ = train_on_images('run', '--eed')
     checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)

@@ -257,6 +257,7 @@ def test_several_labels_per_image_from_end_to_end(flags, names, labelled, train_
     assert yaml.safe_load((run / 'args.yaml').read_text())['eval_metric'] == 'map'
 
 
+@pytest.mark.slow
 def test_several_labels_are_learned(labelled, train_on):
     run, _ = train_on('nowhere', *MULTI, '--exits', '1', '--epochs', '6', '--no-aug', '--lr', '0.01')
     rows = read_rows(run)
