@@ -238,9 +238,9 @@ def test_loop_is_measured_on_cached_images_of_a_folder(run_script, threads, imag
     code, out, err = run_script(benchmark.main, 'train', *TINY, *flags)
     assert (code, err) == (0, '')
     assert list(read_table(out, 'loop of eed')) == ['tensors in memory', 'images, augmented, no workers']
-    # Every image of train/ once, however many batches there are; of both splits the first is looked at before.
+    # Every image of train/ once, however many batches there are; the first is looked at before, of both splits by the loop.
     counts = Counter(file.name for file, *_ in opened)
-    assert sorted(counts.values()) == [1] * 24 + [2]
+    assert sorted(counts.values()) == [1] * 24 + [3]
 
 
 def test_macs_of_training_are_those_of_backbone_heads_and_projectors():

@@ -101,7 +101,7 @@ def apply_policy(policy: ExitPolicy, logits: Sequence[Tensor]) -> Prediction:
             [0., 2.]]), exit_idx=tensor([0, 1]))
     """
     check_instance('policy', policy, ExitPolicy)
-    logits = logits if isinstance(logits, Tensor) or not isinstance(logits, Iterable) else list(logits)
+    logits = list(logits) if isinstance(logits, Iterator) else logits
     left = [(idx, answer[leaves], leaves) for idx, answer, leaves in assign(policy, walk(policy, logits))]
     _, first, leaves = left[0]
     answers, exit_idx = first.new_zeros(len(leaves), first.shape[1]), torch.zeros_like(leaves, dtype=torch.int64)
