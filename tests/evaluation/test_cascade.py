@@ -253,3 +253,12 @@ def test_flags_that_do_not_fit_are_one_line(run_script, flags, message):
     code, out, err = run_script(validate.main, '--model', 'test_resnet', '--exits', '1', *flags)
     assert (code, out) == (2, '')
     assert message in err.strip().splitlines()[-1]
+
+
+def test_answer_that_is_not_a_number_is_refused(make_backbone):
+    broken = [MultiExitModel(make_backbone(), []).eval() for _ in range(2)]
+    for model in broken:
+        nn.init.constant_(model.backbone.fc.weight, torch.nan)
+    for threshold in (0.5, None):
+        with pytest.raises(MultiExitError, match='NaN'):
+            Cascade(*broken).infer(torch.randn(3, 3, 64, 64), ExitPolicy('confidence', (threshold,)))

@@ -1,5 +1,7 @@
 """Where exits go by default and by request, and how wide their heads are."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -364,3 +366,9 @@ def test_widths_are_of_exits_in_order(exits):
         attach_exits(backbone, exits, head_widths=widths)
     model = attach_exits(backbone, exits[::-1], head_widths=widths)
     assert [list(spec.widths) for spec in model.exits.specs] == widths
+
+
+def test_head_of_the_paper_that_makes_an_exit_dearer_than_main_is_warned_of(caplog):
+    attach_exits(timm.create_model('mobilenetv3_small_100'), 1, head='paper')
+    (message,) = [text for text in caplog.messages if 'saves nothing' in text]
+    assert re.match(r"The exit at blocks\.\S+ costs \d{3} % of main's MACs with a 'paper' head, so leaving", message)

@@ -106,7 +106,7 @@ def test_samples_that_a_visitor_names_go_on_in_its_order(at):
 def test_samples_leave_every_tensor_of_an_output():
     class Branches(nn.Module):
         def forward(self, x):
-            return [x, {'twice': 2 * x}, 'name', torch.tensor(9.0)]
+            return [x, {'twice': 2 * x}, 'name', torch.tensor(9.0), torch.tensor([8.0])]
 
     module = nn.Sequential(Branches(), nn.Identity())
     taps = Taps(['0'], ['1'])
@@ -117,7 +117,7 @@ def test_samples_leave_every_tensor_of_an_output():
     # The first of several outputs is main's.
     assert taps.visit(module, torch.tensor([1.0, 2.0, 3.0]), keep_second).tolist() == [2.0]
     assert (output[0].tolist(), output[1]['twice'].tolist()) == ([2.0], [4.0])
-    assert (output[2], output[3].item()) == ('name', 9.0)
+    assert (output[2], output[3].item(), output[4].tolist()) == ('name', 9.0, [8.0])
 
 
 def test_samples_do_not_leave_an_output_with_constants():

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from time import sleep
 
 import pytest
 import torch
@@ -274,6 +275,16 @@ def test_loop_and_bare_step_take_turns_and_the_warm_up_is_left_out():
         log.append('loop')
     assert log == 3 * [*3 * ['loop'], *3 * ['bare']] + ['loop']
     assert [len(times) for times in (loader.loop, loader.bare, loader.waiting)] == [2, 2, 2]
+
+
+def test_waiting_is_measured_by_the_clock_of_the_loop():  # process time with one thread: sleep takes none
+    batches = iter(lambda: (sleep(0.02),), None)
+    loader = training.InterleavedLoader(batches, lambda *batch: None, rounds=2, turn=3, device=torch.device('cpu'))
+    epoch = loader.epoch(0)
+    for _ in range(len(loader)):
+        next(epoch)
+    assert len(loader.waiting) == 2
+    assert all(0 <= waiting <= loop for waiting, loop in zip(loader.waiting, loader.loop))
 
 
 @pytest.mark.parametrize(

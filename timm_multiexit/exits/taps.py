@@ -244,17 +244,19 @@ def _select_samples(output: Any, rows: Tensor, num_samples: int) -> Any:
     """Return a module's output with some of its samples.
 
     Raises:
-        ValueError: It holds a tensor that has no row per sample. In a batch of as many samples as it has rows it could
-            not be told apart, so samples must not leave there (`find_leaving`).
+        ValueError: It holds a tensor of several rows that are not those of the samples. In a batch of as many samples
+            it could not be told apart, so samples must not leave there (`find_leaving`).
     """
 
     def select(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.ndim:
             return value
-        if len(value) != num_samples:
-            raise ValueError(f'Samples cannot be selected of {list(value.shape)}, got {num_samples} samples.')
-        # Indexing keeps channels_last and is several times faster than index_select (torch 2.15, CPU).
-        return value[rows]
+        if len(value) == num_samples:
+            # Indexing keeps channels_last and is several times faster than index_select (torch 2.15, CPU).
+            return value[rows]
+        if len(value) == 1:  # for all samples alike
+            return value
+        raise ValueError(f'Samples cannot be selected of {list(value.shape)}, got {num_samples} samples.')
 
     return tree_map(select, output)
 
